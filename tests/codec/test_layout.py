@@ -1,0 +1,58 @@
+"""The page layout: byte counts from the formula, and refusals."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xquant_vllm.codec.layout import PageLayout, StreamFormat
+
+stream_formats = st.builds(
+    StreamFormat,
+    num_heads=st.integers(1, 8),
+    width=st.sampled_from([64, 128, 192]),
+    bits=st.sampled_from([8, 4, 3, 2]),
+    group_size=st.sampled_from([16, 32, 64]),
+    outlier_channels=st.integers(0, 3),
+)
+
+
+@given(streams=st.lists(stream_formats, min_size=1, max_size=3), blocks=st.integers(1, 8))
+def test_sections_fill_the_page_without_gap_or_overlap(streams, blocks):
+    layout = PageLayout(tuple(streams), 16 * blocks)
+    spans = []
+    for stream, at in zip(layout.streams, layout.offsets, strict=True):
+        heads, block_size = stream.num_heads, layout.block_size
+        groups = stream.width // stream.group_size
+        spans.append((at.codes, heads * block_size * stream.width * stream.bits // 8))
+        spans.append((at.scales, heads * groups * block_size * 2))
+        spans.append((at.zeros, heads * groups * block_size * 2))
+        spans.append((at.outliers, heads * stream.outlier_channels * block_size * 2))
+    end = 0
+    for start, size in sorted(span for span in spans if span[1]):
+        assert start == end
+        assert start % 16 == 0
+        end = start + size
+    assert end == layout.page_bytes == layout.block_size * layout.bytes_per_token
+
+
+def test_the_example_of_the_drawing():
+    key, value = StreamFormat(3, 64, 4, 64, 1), StreamFormat(3, 64, 4, 64)
+    assert PageLayout((key, value), 128).bytes_per_token == 222
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ((3, 64, 4, 48), "group_size = 48 does not divide the 64"),
+        ((3, 64, 5, 64), "bits = 5"),
+        ((3, 64, 4, 64, 64), "outlier_channels = 64"),
+    ],
+)
+def test_impossible_formats_are_refused_by_name(arguments, named):
+    with pytest.raises(ValueError, match=named):
+        StreamFormat(*arguments)
+
+
+def test_misaligned_blocks_are_refused_by_name():
+    with pytest.raises(ValueError, match="block_size = 24"):
+        PageLayout((StreamFormat(1, 64, 4, 64),), 24)

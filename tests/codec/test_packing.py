@@ -1,0 +1,50 @@
+"""Bit packing against a packer written from the docstring's drawing alone."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xquant_vllm.codec.packing import SUPPORTED_BITS, pack, packed_size, unpack
+
+
+def independent_pack(codes: list[int], bits: int) -> bytes:
+    """One group, bit by bit: plane after plane, byte i of a plane holds channels i, n + i, 2n + i, ... upwards."""
+    packed = bytearray()
+    low = 0
+    for plane_bits in {8: [8], 4: [4], 3: [2, 1], 2: [2]}[bits]:
+        size = len(codes) * plane_bits // 8
+        for index in range(size):
+            byte = 0
+            for slot, channel in enumerate(range(index, len(codes), size)):
+                for bit in range(plane_bits):
+                    byte |= ((codes[channel] >> (low + bit)) & 1) << (slot * plane_bits + bit)
+            packed.append(byte)
+        low += plane_bits
+    return bytes(packed)
+
+
+@given(data=st.data(), bits=st.sampled_from(SUPPORTED_BITS), eighths=st.integers(1, 17))
+def test_pack_matches_the_drawing_and_unpack_inverts_it(data, bits, eighths):
+    codes = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=8 * eighths, max_size=8 * eighths))
+    packed = pack(torch.tensor(codes), bits)
+    assert bytes(packed.tolist()) == independent_pack(codes, bits)
+    assert packed.numel() == packed_size(len(codes), bits) == len(codes) * bits // 8
+    assert unpack(packed, bits, len(codes)).tolist() == codes
+
+
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_leading_dimensions_are_kept(bits):
+    codes = torch.randint(0, 2**bits, (2, 3, 5, 32))
+    assert torch.equal(unpack(pack(codes, bits), bits, 32), codes.int())
+
+
+@pytest.mark.parametrize(("group_size", "bits", "named"), [(12, 4, "group_size = 12"), (0, 4, "group_size = 0"), (64, 5, "bits = 5")])
+def test_what_cannot_be_packed_is_named(group_size, bits, named):
+    with pytest.raises(ValueError, match=named):
+        packed_size(group_size, bits)
+
+
+def test_wrong_byte_count_is_named():
+    with pytest.raises(ValueError, match="32 bytes, not 31"):
+        unpack(torch.zeros(31, dtype=torch.uint8), 4, 64)

@@ -1,0 +1,1 @@
+"""Paged store and paged attention over quantized latents: a PyTorch reference and kernels held against it."""

@@ -1,0 +1,90 @@
+"""Paged attention over quantized latents in PyTorch: the oracle of every kernel, and the fallback where none was built.
+
+Every attended token, also of the chunk being prefilled, is read back from the pages. So a token's output does not
+depend on how its prompt was cut into chunks, on what was found in the prefix cache, or on its neighbours in the batch.
+"""
+
+import torch
+
+from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
+from xquant_vllm.codec.pages import load_latents, store_latents
+from xquant_vllm.projection.rematerialize import rematerialize_keys, up_project
+
+# Queries scored at once; bounds the score matrix to this times the context, per head.
+_QUERY_TILE = 256
+
+
+def store(
+    pages: torch.Tensor, plan: AttentionLayerPlan, slot_mapping: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> None:
+    """Quantize new latents into their slots.
+
+    Args:
+        pages: ``[num_blocks, page_bytes]`` uint8.
+        plan: the layer's plan.
+        slot_mapping: ``[>= num_tokens]`` int64; negative entries are padding.
+        key: key latents, ``[num_tokens, latent_heads * key_width]`` in any shape with these elements per token.
+        value: value latents, likewise.
+    """
+    store_latents(pages, plan.layout, slot_mapping, (key.flatten(1), value.flatten(1)))
+
+
+def paged_attention(
+    query: torch.Tensor, pages: torch.Tensor, plan: AttentionLayerPlan, batch: AttentionBatch, output: torch.Tensor
+) -> None:
+    """Causal attention of query tokens over their sequences' pages.
+
+    Args:
+        query: ``[num_tokens, num_heads, head_size]``, after RoPE.
+        pages: ``[num_blocks, page_bytes]`` uint8.
+        plan: the layer's plan.
+        batch: the sequences.
+        output: ``[num_tokens, num_heads, head_size]``, written.
+    """
+    starts, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
+    for index, seq_len in enumerate(lengths):
+        begin, end = starts[index], starts[index + 1]
+        if end > begin:
+            output[begin:end] = _attend(query[begin:end], pages, plan, batch.block_table[index], seq_len)
+
+
+def _attend(
+    query: torch.Tensor, pages: torch.Tensor, plan: AttentionLayerPlan, block_ids: torch.Tensor, seq_len: int
+) -> torch.Tensor:
+    """One sequence; returns ``[query_len, num_heads, head_size]`` in the query's dtype."""
+    query_len = query.shape[0]
+    block_size = plan.layout.block_size
+    first_position = seq_len - query_len
+    # Blocks wholly behind the window of the first query may have been freed and reused.
+    oldest = 0 if plan.sliding_window is None else max(0, first_position - plan.sliding_window + 1)
+    first_block, last_block = oldest // block_size, -(-seq_len // block_size)
+    blocks = block_ids[first_block:last_block]
+    positions = torch.arange(first_block * block_size, seq_len, device=query.device)
+    key_latents = load_latents(pages, plan.layout, blocks, 0)[: positions.numel()]
+    value_latents = load_latents(pages, plan.layout, blocks, 1)[: positions.numel()]
+    # Slots older than the window were possibly never written for this sequence: keep them out of 0 * NaN.
+    visible = positions >= oldest
+    key_latents, value_latents, positions = key_latents[visible], value_latents[visible], positions[visible]
+
+    projection = plan.projection
+    keys = rematerialize_keys(key_latents, positions, projection)
+    group = plan.num_heads // projection.num_kv_heads
+    value_latents = value_latents.expand(-1, projection.num_kv_heads, -1)
+    result = torch.empty_like(query)
+    for begin in range(0, query_len, _QUERY_TILE):
+        tile = query[begin : begin + _QUERY_TILE].float().unflatten(1, (projection.num_kv_heads, group))
+        query_positions = first_position + begin + torch.arange(tile.shape[0], device=query.device)
+        scores = torch.einsum("qhgs,khs->hgqk", tile, keys) * plan.scale
+        if plan.logits_soft_cap:
+            scores = plan.logits_soft_cap * torch.tanh(scores / plan.logits_soft_cap)
+        masked = positions > query_positions[:, None]
+        if plan.sliding_window is not None:
+            masked |= positions <= query_positions[:, None] - plan.sliding_window
+        weights = scores.masked_fill(masked, -torch.inf).softmax(-1)
+        # V is absorbed: weigh the latents first, up-project once per query instead of once per cached token.
+        attended = torch.einsum("hgqk,khw->qghw", weights, value_latents)
+        heads = up_project(attended.flatten(0, 1), projection.up_value).unflatten(0, (-1, group))
+        if projection.value_bias is not None:
+            heads = heads + projection.value_bias
+        result[begin : begin + tile.shape[0]] = heads.transpose(1, 2).flatten(1, 2).to(result.dtype)
+    return result

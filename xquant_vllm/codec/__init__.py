@@ -1,0 +1,1 @@
+"""How a latent vector becomes bytes in a page: quantizer, bit packing, page layout, rotations. Imports torch only."""

@@ -1,0 +1,131 @@
+"""The page layout: the one place that knows which byte of a block means what.
+
+A page holds ``block_size`` slots (tokens) of one layer. It carries one or more *streams* (key latents, value latents);
+a stream is ``num_heads`` latent heads of ``width`` channels. Structure of arrays, so that a kernel loads a tile of
+tokens with contiguous reads::
+
+    | codes of stream 0         | codes of stream 1 | scales 0 | zeros 0 | outliers 0 | scales 1 | zeros 1 | outliers 1 |
+
+    codes      [num_heads, block_size, groups, packed_size(group_size, bits)]    uint8, see packing.py
+    scales     [num_heads, groups, block_size]                                   FP16
+    zeros      [num_heads, groups, block_size]                                   FP16
+    outliers   [num_heads, outlier_channels, block_size]                         FP16
+
+``block_size`` is a multiple of 16, so every section starts at a multiple of 16 bytes and nothing is padding:
+``bytes_per_token`` is exactly codes + scales + zeros + outliers, and a page is ``block_size * bytes_per_token`` bytes.
+Example, 3 heads of 64 channels, 4 bits, groups of 64, one outlier channel in the keys:
+``3*32 + 3*32  +  3*2 + 3*2 + 3*2  +  3*2 + 3*2  =  222`` bytes per token and layer, where BF16 keys and values take 768.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from xquant_vllm.codec.packing import packed_size
+
+BLOCK_SIZE_MULTIPLE = 16
+_FP16_BYTES = 2
+
+
+@dataclass(frozen=True)
+class StreamFormat:
+    """Number format of one stream of latents.
+
+    Attributes:
+        num_heads: latent heads: kv heads with one basis per head, 1 with a joint basis.
+        width: channels per latent head.
+        bits: bits per code: 8, 4, 3 or 2.
+        group_size: channels sharing a scale and a zero point; divides ``width``, a multiple of 8.
+        outlier_channels: leading channels of every latent head kept in FP16; fewer than ``group_size``.
+    """
+
+    num_heads: int
+    width: int
+    bits: int
+    group_size: int
+    outlier_channels: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be packed."""
+        packed_size(self.group_size, self.bits)
+        if self.width % self.group_size:
+            raise ValueError(
+                f"group_size = {self.group_size} does not divide the {self.width} channels of a latent head: "
+                f"set a divisor of {self.width} that is a multiple of 8"
+            )
+        if not 0 <= self.outlier_channels < self.group_size:
+            raise ValueError(
+                f"outlier_channels = {self.outlier_channels} is out of range: "
+                f"set 0 to {self.group_size - 1} (group_size - 1)"
+            )
+
+    @property
+    def num_groups(self) -> int:
+        """Groups per latent head."""
+        return self.width // self.group_size
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the codes of one token and latent head."""
+        return self.num_groups * packed_size(self.group_size, self.bits)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token, all latent heads: codes, scales, zeros and outliers."""
+        return self.num_heads * (self.row_bytes + _FP16_BYTES * (2 * self.num_groups + self.outlier_channels))
+
+
+@dataclass(frozen=True)
+class StreamOffsets:
+    """Byte offsets of a stream's sections from the start of a page."""
+
+    codes: int
+    scales: int
+    zeros: int
+    outliers: int
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Layout of one page; see the drawing above.
+
+    Attributes:
+        streams: the streams in a page, in order (keys, then values).
+        block_size: slots per page, a multiple of 16.
+    """
+
+    streams: tuple[StreamFormat, ...]
+    block_size: int
+
+    def __post_init__(self) -> None:
+        """Refuse block sizes that would misalign a section."""
+        if self.block_size <= 0 or self.block_size % BLOCK_SIZE_MULTIPLE:
+            raise ValueError(
+                f"block_size = {self.block_size} would misalign the page's sections: "
+                f"set a multiple of {BLOCK_SIZE_MULTIPLE}"
+            )
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes per token and layer, everything counted."""
+        return sum(stream.bytes_per_token for stream in self.streams)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes per page."""
+        return self.block_size * self.bytes_per_token
+
+    @cached_property
+    def offsets(self) -> tuple[StreamOffsets, ...]:
+        """Section offsets of every stream."""
+        codes, at = [], 0
+        for stream in self.streams:
+            codes.append(at)
+            at += stream.num_heads * self.block_size * stream.row_bytes
+        result = []
+        for stream, code_offset in zip(self.streams, codes, strict=True):
+            group_section = stream.num_heads * stream.num_groups * self.block_size * _FP16_BYTES
+            outlier_section = stream.num_heads * stream.outlier_channels * self.block_size * _FP16_BYTES
+            result.append(StreamOffsets(code_offset, at, at + group_section, at + 2 * group_section))
+            at += 2 * group_section + outlier_section
+        assert at == self.page_bytes
+        return tuple(result)

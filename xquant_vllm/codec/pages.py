@@ -1,0 +1,84 @@
+"""Latents into pages and back, in PyTorch: the reference that every store and load kernel is compared with."""
+
+import torch
+
+from xquant_vllm.codec.layout import PageLayout, StreamFormat, StreamOffsets
+from xquant_vllm.codec.packing import pack, unpack
+from xquant_vllm.codec.quantizer import dequantize, quantize
+
+
+def _section(pages: torch.Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """View bytes ``start...`` of every page as ``[num_blocks, *shape]`` of ``dtype``."""
+    count = dtype.itemsize
+    for size in shape:
+        count *= size
+    return pages[:, start : start + count].view(dtype).unflatten(1, shape)
+
+
+def _sections(
+    pages: torch.Tensor, stream: StreamFormat, at: StreamOffsets, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes ``[B, H, N, G, bytes]``, scales and zeros ``[B, H, G, N]``, outliers ``[B, H, O, N]`` as views of pages."""
+    heads, groups = stream.num_heads, stream.num_groups
+    code_shape = (heads, block_size, groups, stream.row_bytes // groups)
+    outliers = pages.new_empty((pages.shape[0], heads, 0, block_size), dtype=torch.float16)
+    if stream.outlier_channels:
+        shape = (heads, stream.outlier_channels, block_size)
+        outliers = _section(pages, at.outliers, shape, torch.float16)
+    return (
+        _section(pages, at.codes, code_shape, torch.uint8),
+        _section(pages, at.scales, (heads, groups, block_size), torch.float16),
+        _section(pages, at.zeros, (heads, groups, block_size), torch.float16),
+        outliers,
+    )
+
+
+def store_latents(
+    pages: torch.Tensor, layout: PageLayout, slot_mapping: torch.Tensor, latents: tuple[torch.Tensor, ...]
+) -> None:
+    """Quantize the latents of new tokens into their slots.
+
+    Args:
+        pages: ``[num_blocks, page_bytes]`` uint8; rows may be strided, bytes of a page are contiguous.
+        layout: layout of the pages.
+        slot_mapping: ``[>= num_tokens]`` int64, ``block * block_size + offset``; negative means padding, not stored.
+            Only the first ``num_tokens`` entries count.
+        latents: for every stream ``[num_tokens, num_heads, width]`` (or ``[num_tokens, num_heads * width]``).
+    """
+    slots = slot_mapping[: latents[0].shape[0]]
+    kept = torch.nonzero(slots >= 0).squeeze(1)
+    slots = slots[kept]
+    block, offset = slots // layout.block_size, slots % layout.block_size
+    for stream, at, x in zip(layout.streams, layout.offsets, latents, strict=True):
+        x = x[kept].reshape(kept.numel(), stream.num_heads, stream.width)
+        codes, scales, zeros, outliers = quantize(x, stream.bits, stream.group_size, stream.outlier_channels)
+        code_view, scale_view, zero_view, outlier_view = _sections(pages, stream, at, layout.block_size)
+        code_view[block, :, offset] = pack(codes, stream.bits)
+        scale_view[block, :, :, offset] = scales
+        zero_view[block, :, :, offset] = zeros
+        if stream.outlier_channels:
+            outlier_view[block, :, :, offset] = outliers
+
+
+def load_latents(pages: torch.Tensor, layout: PageLayout, block_ids: torch.Tensor, stream_index: int) -> torch.Tensor:
+    """Dequantize whole blocks; unwritten slots come back as whatever their bytes mean.
+
+    Args:
+        pages: ``[num_blocks, page_bytes]`` uint8.
+        layout: layout of the pages.
+        block_ids: ``[n]`` integer ids of the blocks to read; no other block is touched.
+        stream_index: which stream of the layout.
+
+    Returns:
+        ``[n * block_size, num_heads, width]``, FP32.
+    """
+    stream, at = layout.streams[stream_index], layout.offsets[stream_index]
+    gathered = pages[block_ids.long()]
+    codes, scales, zeros, outliers = _sections(gathered, stream, at, layout.block_size)
+    x = dequantize(
+        unpack(codes, stream.bits, stream.group_size),
+        scales.permute(0, 1, 3, 2),
+        zeros.permute(0, 1, 3, 2),
+        outliers.permute(0, 1, 3, 2),
+    )
+    return x.permute(0, 2, 1, 3).flatten(0, 1)

@@ -1,0 +1,68 @@
+"""See what an attention module hands to its ``attn``: the ground truth that surgery is checked against."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from xquant_vllm.integration.checks import UnsupportedError
+from xquant_vllm.integration.modules import DenseLinear
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the attention call."""
+
+    def __init__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        super().__init__()
+        self.qkv = (query, key, value)
+
+
+class _Recorder(nn.Module):
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> None:
+        raise _Reached(query.clone(), key.clone(), value.clone())
+
+
+def capture_qkv(
+    name: str,
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    positions: torch.Tensor,
+    dense: DenseLinear | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run an attention module up to its ``attn`` call.
+
+    Args:
+        name: the module's name, for errors.
+        module: an attention module with children ``attn`` and ``qkv_proj``.
+        hidden_states: ``[num_tokens, hidden_size]``.
+        positions: ``[num_tokens]``.
+        dense: stands in for ``qkv_proj``, whose own forward may not work before its weights are post-processed.
+
+    Returns:
+        The query, key and value arguments, ``[num_tokens, heads * head_size]`` each.
+
+    Raises:
+        UnsupportedError: the module's forward takes arguments not known here, or never calls ``attn``.
+    """
+    known: dict[str, Any] = {"positions": positions, "hidden_states": hidden_states}
+    parameters = inspect.signature(module.forward).parameters
+    unknown = [p.name for p in parameters.values() if p.name not in known and p.default is p.empty and p.kind < 2]
+    who = f"xquant: {type(module).__name__} at {name}"
+    if unknown or "hidden_states" not in parameters:
+        raise UnsupportedError(
+            f"{who} is not recognized: its forward takes {', '.join(parameters)}; choose another --attention-backend "
+            "for this model"
+        )
+    children = {"attn": _Recorder()} | ({} if dense is None else {"qkv_proj": dense})
+    saved = {key: module._modules[key] for key in children}
+    module._modules.update(children)
+    try:
+        with torch.no_grad():
+            module.forward(**{key: value for key, value in known.items() if key in parameters})
+    except _Reached as reached:
+        query, key, value = (x.flatten(1) for x in reached.qkv)
+        return query, key, value
+    finally:
+        module._modules.update(saved)
+    raise UnsupportedError(f"{who} never called its `attn`; choose another --attention-backend for this model")

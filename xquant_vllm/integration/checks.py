@@ -1,0 +1,100 @@
+"""What is refused at start-up, by name, before a weight is loaded."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from xquant_vllm.codec.layout import BLOCK_SIZE_MULTIPLE
+from xquant_vllm.integration.formats import stream_formats
+from xquant_vllm.integration.settings import settings_of
+
+SUPPORTED_CACHE_DTYPES = ("auto", "bfloat16", "float16")
+# Methods that propose tokens without a model of their own, so without attention layers that would need a cache.
+SPECULATIVE_WITHOUT_DRAFT_MODEL = ("ngram", "suffix")
+
+
+class UnsupportedError(ValueError):
+    """A vLLM feature that does not work together with this backend."""
+
+
+def check_config(vllm_config: Any) -> None:
+    """Refuse settings that cannot work and vLLM features that are not supported.
+
+    Raises:
+        SettingsError: an xquant setting cannot work on this model.
+        UnsupportedError: a feature is not supported; all such features are named, each with what to do.
+    """
+    settings = settings_of(vllm_config)
+    problems = list(_unsupported(vllm_config))
+    if problems:
+        raise UnsupportedError("\n".join(f"xquant: {problem}" for problem in problems))
+    model = vllm_config.model_config
+    if model is not None:
+        num_kv_heads = model.get_num_kv_heads(vllm_config.parallel_config)
+        for layer_index in {0, settings.first_layers}:
+            stream_formats(settings, layer_index, num_kv_heads, model.get_head_size())
+        num_layers = model.get_total_num_hidden_layers()
+        if settings.first_layers > num_layers:
+            from xquant_vllm.integration.settings import SettingsError
+
+            raise SettingsError(
+                f"xquant: setting 'first_layers': {settings.first_layers} cannot work: the model has {num_layers} "
+                f"layers; set {num_layers} or fewer"
+            )
+
+
+def _unsupported(vllm_config: Any) -> Iterator[str]:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        yield (
+            f"no kernels for the platform {current_platform.device_type!r} yet, only for CPUs; serve on the CPU build "
+            "of vLLM, or use --attention-backend FLASH_ATTN"
+        )
+    yield from _unsupported_model(vllm_config.model_config)
+    cache = vllm_config.cache_config
+    if cache.cache_dtype not in SUPPORTED_CACHE_DTYPES:
+        yield (
+            f"--kv-cache-dtype {cache.cache_dtype} names the format of cached keys and values, which this backend "
+            'replaces; leave it out and set bits in --additional-config \'{"xquant": {"bits": 4}}\''
+        )
+    if cache.user_specified_block_size and cache.block_size % BLOCK_SIZE_MULTIPLE:
+        yield f"--block-size {cache.block_size} would misalign the pages; set a multiple of {BLOCK_SIZE_MULTIPLE}"
+    if getattr(cache, "kv_sharing_fast_prefill", False):
+        yield "--kv-sharing-fast-prefill needs layers that share keys and values, which is not supported; leave it out"
+    if vllm_config.lora_config is not None:
+        yield (
+            "--enable-lora is not supported: adapters would change the key and value projections after they were "
+            "factorized; merge the adapter into the checkpoint"
+        )
+    if vllm_config.kv_transfer_config is not None:
+        yield (
+            "KV connectors (--kv-transfer-config, KV offloading) are not supported: they move keys and values, not "
+            "latents; leave them out"
+        )
+    if vllm_config.load_config.load_format == "ipc_cache":
+        yield "--load-format ipc_cache skips the factorization of the weights; use auto"
+    parallel = vllm_config.parallel_config
+    for option, size in (
+        ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
+        ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
+    ):
+        if size > 1:
+            yield f"{option} {size} is not supported; set 1"
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method not in SPECULATIVE_WITHOUT_DRAFT_MODEL:
+        yield (
+            f"speculative decoding by {speculative.method!r} is not supported, because its draft layers would need a "
+            f"cache of their own; use one of {', '.join(SPECULATIVE_WITHOUT_DRAFT_MODEL)}"
+        )
+
+
+def _unsupported_model(model: Any) -> Iterator[str]:
+    if model is None:
+        return
+    other = "choose another --attention-backend for this model"
+    if model.use_mla:
+        yield f"multi-head latent attention (MLA) already caches latents of its own and is not supported; {other}"
+    if model.is_encoder_decoder:
+        yield f"encoder-decoder models (cross attention) are not supported; {other}"
+    if model.is_attention_free or model.is_hybrid:
+        yield f"models with state-space or linear attention layers are not supported; {other}"

@@ -1,0 +1,145 @@
+"""Per-layer implementation: vLLM's calls handed to the kernels."""
+
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
+
+from xquant_vllm.attention import dispatch
+from xquant_vllm.attention.batch import AttentionLayerPlan
+from xquant_vllm.codec.layout import PageLayout, StreamFormat
+from xquant_vllm.integration.checks import UnsupportedError
+from xquant_vllm.integration.loader import install_loader_hook
+from xquant_vllm.integration.metadata import XQuantMetadata
+from xquant_vllm.integration.settings import settings_of
+from xquant_vllm.projection.rematerialize import LayerProjection
+
+
+class XQuantImpl(AttentionImpl[XQuantMetadata]):
+    """Stores latents as codes and attends over them.
+
+    ``projection`` and ``formats`` are set by the loader hook once the weights are there.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **unsupported: Any,
+    ) -> None:
+        """Keep the layer's shape; refuse what the kernels do not do."""
+        if alibi_slopes is not None:
+            raise UnsupportedError("xquant: ALiBi is not supported; choose another --attention-backend for this model")
+        if kv_sharing_target_layer_name is not None:
+            raise UnsupportedError(
+                f"xquant: a layer that shares the cache of {kv_sharing_target_layer_name} is not supported; choose "
+                "another --attention-backend for this model"
+            )
+        for name, value in unsupported.items():
+            if value is not None:
+                raise UnsupportedError(
+                    f"xquant: the model's attention asks for {name}, which is not supported; choose another "
+                    "--attention-backend for this model"
+                )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.sliding_window = sliding_window
+        self.kv_cache_dtype = kv_cache_dtype
+        self.logits_soft_cap = logits_soft_cap or None
+        self.vllm_config = get_current_vllm_config()
+        self.settings = settings_of(self.vllm_config)
+        self.projection: LayerProjection | None = None
+        self.formats: tuple[StreamFormat, StreamFormat] | None = None
+        self._plans: dict[int, AttentionLayerPlan] = {}
+        install_loader_hook()
+
+    def set_projection(self, projection: LayerProjection, formats: tuple[StreamFormat, StreamFormat]) -> None:
+        """Take the factorized weights of this layer."""
+        self.projection, self.formats = projection, formats
+        self._plans.clear()
+
+    def _plan(self, block_size: int) -> AttentionLayerPlan:
+        """The layer's plan for pages of a block size; vLLM decides on it after the weights are loaded."""
+        plan = self._plans.get(block_size)
+        if plan is None:
+            assert self.projection is not None and self.formats is not None
+            plan = self._plans[block_size] = AttentionLayerPlan(
+                layout=PageLayout(self.formats, block_size),
+                projection=self.projection,
+                num_heads=self.num_heads,
+                scale=self.scale,
+                sliding_window=self.sliding_window,
+                logits_soft_cap=self.logits_soft_cap,
+            )
+        return plan
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: XQuantMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend over the pages; the latents of this call are already stored.
+
+        Args:
+            layer: the calling layer.
+            query: ``[num_tokens, num_heads, head_size]``, after RoPE.
+            key: key latents, unused here.
+            value: value latents, unused here.
+            kv_cache: ``[num_blocks, 1, block_size, bytes_per_token]`` uint8.
+            attn_metadata: the batch; None in profiling runs.
+            output: ``[num_tokens, num_heads, head_size]``, written.
+            output_scale: not supported.
+            output_block_scale: not supported.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("xquant: fused quantization of the attention output is not supported")
+        if attn_metadata is None:
+            return output.zero_()
+        tokens = attn_metadata.num_actual_tokens
+        kernels = dispatch.select(query.device.type)
+        plan = self._plan(kv_cache.shape[2])
+        kernels.paged_attention(query[:tokens], _pages(kv_cache), plan, attn_metadata.batch, output[:tokens])
+        return output
+
+    def do_kv_cache_update(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Store latents of new tokens.
+
+        Args:
+            layer: the calling layer.
+            key: key latents ``[num_tokens, num_kv_heads, head_size]``, possibly a slice.
+            value: value latents, likewise.
+            kv_cache: ``[num_blocks, 1, block_size, bytes_per_token]`` uint8.
+            slot_mapping: ``[num_tokens]`` int64; negative entries are padding.
+        """
+        kernels = dispatch.select(key.device.type)
+        kernels.store(_pages(kv_cache), self._plan(kv_cache.shape[2]), slot_mapping, key, value)
+
+
+def _pages(kv_cache: torch.Tensor) -> torch.Tensor:
+    """vLLM's cache as ``[num_blocks, page_bytes]``, without a copy."""
+    return kv_cache.view(kv_cache.shape[0], -1)

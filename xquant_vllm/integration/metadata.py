@@ -1,0 +1,56 @@
+"""Per-batch metadata of the backend."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import KVCacheSpec
+
+from xquant_vllm.attention.batch import AttentionBatch
+
+
+@dataclass
+class XQuantMetadata(AttentionMetadata):
+    """One batch, shared by the layers of a KV cache group.
+
+    Attributes:
+        num_actual_tokens: query tokens without padding.
+        batch: the sequences.
+    """
+
+    num_actual_tokens: int
+    batch: AttentionBatch
+
+
+class XQuantMetadataBuilder(AttentionMetadataBuilder[XQuantMetadata]):
+    """Builds :class:`XQuantMetadata`; reads nothing back from a device."""
+
+    def __init__(
+        self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        """Check that the loader hook saw every layer: latents cannot be attended without their projections."""
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        missed = [name for name, layer in layers.items() if layer.impl.projection is None]
+        if missed:
+            raise RuntimeError(
+                f"xquant: the weights of {missed[0]} (and {len(missed) - 1} more layers) were never factorized: "
+                f"--load-format {vllm_config.load_config.load_format} loads without vLLM's post-processing of weights; "
+                "use --load-format auto"
+            )
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> XQuantMetadata:
+        """Pick what the attention call needs from vLLM's metadata."""
+        common = common_attn_metadata
+        return XQuantMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            batch=AttentionBatch(common.query_start_loc, common.seq_lens, common.block_table_tensor),
+        )

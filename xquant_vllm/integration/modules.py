@@ -1,0 +1,40 @@
+"""Modules put into the model in place of its own."""
+
+import torch
+from torch import nn
+
+
+class QueryOnlyRotary(nn.Module):
+    """RoPE for queries alone; the key passes through, it is a latent and rotates after rematerialization.
+
+    Wraps the model's module instead of changing it: vLLM shares one instance between layers.
+    """
+
+    def __init__(self, rotary_emb: nn.Module) -> None:
+        """Wrap a rotary embedding."""
+        super().__init__()
+        self.rotary_emb = rotary_emb
+
+    def forward(
+        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rotate ``query`` ``[num_tokens, num_heads * head_size]``; return ``key`` as it is."""
+        query, _ = self.rotary_emb(positions, query, None)
+        return query, key
+
+
+class DenseLinear(nn.Module):
+    """A plain linear layer with the calling convention of vLLM's, which also return a bias to add later (here None).
+
+    Replaces a quantized ``qkv_proj``, whose packed rows cannot be exchanged for down-projections.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Keep ``weight`` ``[out, in]`` and ``bias`` ``[out]``."""
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Project ``x`` ``[..., in]``."""
+        return nn.functional.linear(x, self.weight, self.bias), None

@@ -1,0 +1,60 @@
+"""Two seams of vLLM's platform class: the check of a finished configuration, and backend selection on the CPU."""
+
+from typing import Any
+
+from xquant_vllm.integration.registration import BACKEND_NAME, selects_xquant
+
+_WRAPPED = "_xquant_wrapped"
+
+
+def wrap_platform() -> None:
+    """Wrap the current platform's class methods, once per process."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    if platform.__dict__.get(_WRAPPED):
+        return
+    setattr(platform, _WRAPPED, True)
+    _wrap_config_check(platform)
+    if current_platform.is_cpu():
+        _wrap_cpu_selection(platform)
+
+
+def _wrap_config_check(platform: Any) -> None:
+    """Refuse impossible configurations where vLLM checks its own, so that the error comes before anything is loaded."""
+    original = platform.check_and_update_config
+
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        original(vllm_config)
+        if selects_xquant(vllm_config.attention_config):
+            from xquant_vllm.integration.checks import check_config
+
+            check_config(vllm_config)
+
+    platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _wrap_cpu_selection(platform: Any) -> None:
+    """Let the CPU platform select this backend.
+
+    It knows only its own: for any other it logs a line and silently serves the unquantized cache. What is validated
+    here is what the CUDA platform validates for every backend.
+    """
+    original = platform.get_attn_backend_cls
+
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        if getattr(selected_backend, "name", None) != BACKEND_NAME:
+            return original(selected_backend, attn_selector_config, num_heads)
+        reasons = selected_backend.get_class().validate_configuration(
+            device_capability=None, **attn_selector_config._asdict()
+        )
+        if reasons:
+            raise ValueError(
+                f"xquant: the attention backend {BACKEND_NAME} cannot serve this model: {'; '.join(reasons)} "
+                f"({attn_selector_config}); choose another --attention-backend for it"
+            )
+        return selected_backend.get_path()
+
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)

@@ -1,0 +1,108 @@
+"""Find out how a model's attention module makes its keys and values, by structure and not by name."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+from xquant_vllm.integration.checks import UnsupportedError
+from xquant_vllm.projection.rematerialize import HeadNorm
+from xquant_vllm.projection.rope import RotaryTable
+
+_OTHER = "choose another --attention-backend for this model"
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """The parts of an attention module that surgery touches.
+
+    Attributes:
+        name: the module's name in the model.
+        module: the module, parent of the others.
+        attention: its ``attn``.
+        qkv_proj: its fused projection.
+        q_size: output rows of the queries on this rank.
+        kv_size: output rows of the keys, and of the values.
+        key_norm: norm of the key heads, or None.
+        rope: rotary table, or None.
+    """
+
+    name: str
+    module: nn.Module
+    attention: Attention
+    qkv_proj: nn.Module
+    q_size: int
+    kv_size: int
+    key_norm: HeadNorm | None
+    rope: RotaryTable | None
+
+
+def recognize(name: str, module: nn.Module, attention: Attention) -> AttentionParts:
+    """Read the parts of an attention module.
+
+    Args:
+        name: the module's name in the model.
+        module: the module that owns ``attention``.
+        attention: vLLM's attention layer.
+
+    Raises:
+        UnsupportedError: the module is not built from parts known here.
+    """
+    who = f"xquant: {type(module).__name__} at {name}"
+    qkv_proj = getattr(module, "qkv_proj", None)
+    if getattr(module, "attn", None) is not attention or not isinstance(qkv_proj, nn.Module):
+        raise UnsupportedError(
+            f"{who} is not recognized: it needs a fused projection `qkv_proj` beside its `attn`; {_OTHER}"
+        )
+    head_size, kv_heads = attention.head_size, attention.num_kv_heads
+    if attention.head_size_v != head_size:
+        raise UnsupportedError(f"{who} has value heads of another size than its key heads, not supported; {_OTHER}")
+    rotary = getattr(module, "rotary_emb", None)
+    key_norm = getattr(module, "k_norm", None)
+    return AttentionParts(
+        name=name,
+        module=module,
+        attention=attention,
+        qkv_proj=qkv_proj,
+        q_size=attention.num_heads * head_size,
+        kv_size=kv_heads * head_size,
+        key_norm=None if key_norm is None else _read_norm(who, key_norm, head_size),
+        rope=None if rotary is None else _read_rope(who, rotary),
+    )
+
+
+def _read_norm(who: str, norm: Any, head_size: int) -> HeadNorm:
+    plain = type(norm) is RMSNorm and norm.variance_size_override is None
+    if not (plain or type(norm) is GemmaRMSNorm) or norm.weight.shape != (head_size,):
+        shape = tuple(getattr(getattr(norm, "weight", None), "shape", ()))
+        raise UnsupportedError(
+            f"{who} normalizes its keys by {type(norm).__name__} with weights {shape}; supported is an RMSNorm of every "
+            f"head ({head_size} weights); {_OTHER}"
+        )
+    weight = norm.weight.data.float()
+    return HeadNorm(weight=weight if plain else weight + 1.0, eps=norm.variance_epsilon)
+
+
+def _read_rope(who: str, rotary: Any) -> RotaryTable:
+    cache = getattr(rotary, "cos_sin_cache", None)
+    one_angle_per_position = (
+        isinstance(rotary, RotaryEmbedding)
+        # Subclasses that only change the frequencies (scaling) share this; others rotate in ways of their own.
+        and type(rotary).forward_native is RotaryEmbedding.forward_native
+        and isinstance(cache, torch.Tensor)
+        and cache.shape[-1] == rotary.rotary_dim
+    )
+    if not one_angle_per_position:
+        raise UnsupportedError(f"{who} uses {type(rotary).__name__}, a kind of RoPE that is not supported; {_OTHER}")
+    assert isinstance(cache, torch.Tensor)
+    # The module keeps its table in the model's dtype. Keys are rematerialized in FP32, so take the table before that
+    # rounding, if it is the same table.
+    exact = rotary._compute_cos_sin_cache().float().to(cache.device)
+    if exact.shape != cache.shape or (exact - cache.float()).abs().max() > 0.02 * exact.abs().max():
+        exact = cache.float()
+    cos, sin = exact.chunk(2, -1)
+    return RotaryTable(cos.contiguous(), sin.contiguous(), interleaved=not rotary.is_neox_style)
