@@ -39,7 +39,9 @@ def test_leading_dimensions_are_kept(bits):
     assert torch.equal(unpack(pack(codes, bits), bits, 32), codes.int())
 
 
-@pytest.mark.parametrize(("group_size", "bits", "named"), [(12, 4, "group_size = 12"), (0, 4, "group_size = 0"), (64, 5, "bits = 5")])
+@pytest.mark.parametrize(
+    ("group_size", "bits", "named"), [(12, 4, "group_size = 12"), (0, 4, "group_size = 0"), (64, 5, "bits = 5")]
+)
 def test_what_cannot_be_packed_is_named(group_size, bits, named):
     with pytest.raises(ValueError, match=named):
         packed_size(group_size, bits)

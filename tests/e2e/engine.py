@@ -50,8 +50,14 @@ class Engines:
         self._results: dict[str, Result] = {}
 
     def run(
-        self, model: Path, backend: str, tasks: list[dict[str, Any]], *, xquant: Any = None,
-        environment: dict[str, str] | None = None, **engine: Any,
+        self,
+        model: Path,
+        backend: str,
+        tasks: list[dict[str, Any]],
+        *,
+        xquant: Any = None,
+        environment: dict[str, str] | None = None,
+        **engine: Any,
     ) -> Result:
         """Run tasks on an engine; the same request is answered from memory.
 

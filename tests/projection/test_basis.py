@@ -1,4 +1,4 @@
-"""The latent basis: lossless without quantization, in every dtype and shape, and kinder to quantization than K itself."""
+"""The latent basis: lossless without quantization in every shape and dtype, kinder to quantization than K itself."""
 
 import pytest
 import torch
@@ -30,15 +30,15 @@ def rebuild(latents: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def test_lossless_without_quantization(kv_heads, head_size, hidden, kind, outliers, rotate, seed):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(kv_heads * head_size, hidden, generator=generator)
-    basis = factorize(
-        weight, kv_heads, kind, outlier_channels=outliers, rotate=rotate, seed=seed, dtype=torch.float32
-    )
+    basis = factorize(weight, kv_heads, kind, outlier_channels=outliers, rotate=rotate, seed=seed, dtype=torch.float32)
     heads, width = latent_shape(kv_heads, head_size, kind)
     assert basis.down.shape == (heads, hidden, width)
     assert basis.up.shape == (kv_heads, width, head_size)
     x = torch.randn(9, hidden, generator=generator)
     expected = x @ weight.T
-    assert torch.allclose(rebuild(latents_of(x, basis.down), basis.up), expected, atol=2e-4 * expected.abs().max().item())
+    assert torch.allclose(
+        rebuild(latents_of(x, basis.down), basis.up), expected, atol=2e-4 * expected.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])

@@ -32,4 +32,6 @@ def test_up_projection_then_bias_then_norm_then_rope(latent_heads):
         key = torch.nn.functional.rms_norm(key, (8,), projection.key_norm.weight, 1e-6)
         expected = apply_rope(key[:, None], positions, projection.rope)[:, 0]
         assert torch.allclose(keys[:, head], expected, atol=1e-5)
-        assert torch.allclose(values[:, head], latent @ projection.up_value[head] + projection.value_bias[head], atol=1e-5)
+        assert torch.allclose(
+            values[:, head], latent @ projection.up_value[head] + projection.value_bias[head], atol=1e-5
+        )

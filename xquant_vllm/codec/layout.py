@@ -4,7 +4,7 @@ A page holds ``block_size`` slots (tokens) of one layer. It carries one or more 
 a stream is ``num_heads`` latent heads of ``width`` channels. Structure of arrays, so that a kernel loads a tile of
 tokens with contiguous reads::
 
-    | codes of stream 0         | codes of stream 1 | scales 0 | zeros 0 | outliers 0 | scales 1 | zeros 1 | outliers 1 |
+    | codes of stream 0 | codes of stream 1 | scales 0 | zeros 0 | outliers 0 | scales 1 | zeros 1 | outliers 1 |
 
     codes      [num_heads, block_size, groups, packed_size(group_size, bits)]    uint8, see packing.py
     scales     [num_heads, groups, block_size]                                   FP16
@@ -13,8 +13,8 @@ tokens with contiguous reads::
 
 ``block_size`` is a multiple of 16, so every section starts at a multiple of 16 bytes and nothing is padding:
 ``bytes_per_token`` is exactly codes + scales + zeros + outliers, and a page is ``block_size * bytes_per_token`` bytes.
-Example, 3 heads of 64 channels, 4 bits, groups of 64, one outlier channel in the keys:
-``3*32 + 3*32  +  3*2 + 3*2 + 3*2  +  3*2 + 3*2  =  222`` bytes per token and layer, where BF16 keys and values take 768.
+Example: 3 heads of 64, 4 bits, groups of 64, one outlier channel in the keys:
+``3*32 + 3*32 + 3*2 + 3*2 + 3*2 + 3*2 + 3*2 = 222`` bytes per token and layer; BF16 keys and values take 768.
 """
 
 from dataclasses import dataclass

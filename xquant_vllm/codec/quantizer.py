@@ -50,9 +50,7 @@ def quantize(
     return codes, scales, zeros, outliers
 
 
-def dequantize(
-    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, outliers: torch.Tensor
-) -> torch.Tensor:
+def dequantize(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, outliers: torch.Tensor) -> torch.Tensor:
     """Invert :func:`quantize` up to rounding.
 
     Args:

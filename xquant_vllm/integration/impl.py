@@ -73,7 +73,8 @@ class XQuantImpl(AttentionImpl[XQuantMetadata]):
         """The layer's plan for pages of a block size; vLLM decides on it after the weights are loaded."""
         plan = self._plans.get(block_size)
         if plan is None:
-            assert self.projection is not None and self.formats is not None
+            assert self.projection is not None
+            assert self.formats is not None
             plan = self._plans[block_size] = AttentionLayerPlan(
                 layout=PageLayout(self.formats, block_size),
                 projection=self.projection,
@@ -141,5 +142,5 @@ class XQuantImpl(AttentionImpl[XQuantMetadata]):
 
 
 def _pages(kv_cache: torch.Tensor) -> torch.Tensor:
-    """vLLM's cache as ``[num_blocks, page_bytes]``, without a copy."""
+    """The cache that vLLM binds, as ``[num_blocks, page_bytes]``, without a copy."""
     return kv_cache.view(kv_cache.shape[0], -1)

@@ -80,7 +80,7 @@ def _factorize(
     unreadable = []
     for name, owner, attention in layers:
         parts = recognize(name, owner, attention)
-        qkv_proj: Any = parts.qkv_proj
+        qkv_proj = parts.qkv_proj
         plain = isinstance(getattr(qkv_proj, "quant_method", None), UnquantizedLinearMethod)
         if before_processing and not plain:
             unreadable.append((name, owner, attention))
@@ -114,16 +114,26 @@ def _report(layers: list[tuple[str, nn.Module, Any]], quantized: int, seconds: f
     bits = PerStream(key=last[0].bits, value=last[1].bits)
     xquant_bytes = sum(stream.bytes_per_token for _, _, layer in layers for stream in layer.impl.formats)
     plain_bytes = sum(4 * layer.num_kv_heads * layer.head_size for _, _, layer in layers)
-    first = f", the first {settings.first_layers} layers at {settings.bits_of_layer(0)}" if settings.first_layers else ""
+    first = (
+        f", the first {settings.first_layers} layers at {settings.bits_of_layer(0)}" if settings.first_layers else ""
+    )
     logger.info(
         'xquant: cache "latent" at %s bits%s, groups of %d, basis "%s"; %d layers take %d bytes per token, 16-bit keys '
         "and values take %d (%.2fx); weights factorized in %.1f s",
-        bits, first, last[0].group_size, settings.basis, len(layers), xquant_bytes, plain_bytes,
-        plain_bytes / xquant_bytes, seconds,
+        bits,
+        first,
+        last[0].group_size,
+        settings.basis,
+        len(layers),
+        xquant_bytes,
+        plain_bytes,
+        plain_bytes / xquant_bytes,
+        seconds,
     )
     if quantized:
         logger.info(
             "xquant: %d quantized qkv_proj layers now hold their effective weight in the model's dtype, because packed "
-            "rows cannot be exchanged for down-projections; the other layers stay quantized", quantized,
+            "rows cannot be exchanged for down-projections; the other layers stay quantized",
+            quantized,
         )
     logger.info("xquant: %s", dispatch.describe())

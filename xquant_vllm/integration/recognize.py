@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
@@ -23,7 +22,7 @@ class AttentionParts:
     Attributes:
         name: the module's name in the model.
         module: the module, parent of the others.
-        attention: its ``attn``.
+        attention: its ``attn``, vLLM's ``Attention``.
         qkv_proj: its fused projection.
         q_size: output rows of the queries on this rank.
         kv_size: output rows of the keys, and of the values.
@@ -32,16 +31,16 @@ class AttentionParts:
     """
 
     name: str
-    module: nn.Module
-    attention: Attention
-    qkv_proj: nn.Module
+    module: Any
+    attention: Any
+    qkv_proj: Any
     q_size: int
     kv_size: int
     key_norm: HeadNorm | None
     rope: RotaryTable | None
 
 
-def recognize(name: str, module: nn.Module, attention: Attention) -> AttentionParts:
+def recognize(name: str, module: nn.Module, attention: Any) -> AttentionParts:
     """Read the parts of an attention module.
 
     Args:
@@ -54,7 +53,7 @@ def recognize(name: str, module: nn.Module, attention: Attention) -> AttentionPa
     """
     who = f"xquant: {type(module).__name__} at {name}"
     qkv_proj = getattr(module, "qkv_proj", None)
-    if getattr(module, "attn", None) is not attention or not isinstance(qkv_proj, nn.Module):
+    if getattr(module, "attn", None) != attention or not isinstance(qkv_proj, nn.Module):
         raise UnsupportedError(
             f"{who} is not recognized: it needs a fused projection `qkv_proj` beside its `attn`; {_OTHER}"
         )
@@ -80,8 +79,8 @@ def _read_norm(who: str, norm: Any, head_size: int) -> HeadNorm:
     if not (plain or type(norm) is GemmaRMSNorm) or norm.weight.shape != (head_size,):
         shape = tuple(getattr(getattr(norm, "weight", None), "shape", ()))
         raise UnsupportedError(
-            f"{who} normalizes its keys by {type(norm).__name__} with weights {shape}; supported is an RMSNorm of every "
-            f"head ({head_size} weights); {_OTHER}"
+            f"{who} normalizes its keys by {type(norm).__name__} with weights {shape}; supported is an RMSNorm "
+            f"of every head ({head_size} weights); {_OTHER}"
         )
     weight = norm.weight.data.float()
     return HeadNorm(weight=weight if plain else weight + 1.0, eps=norm.variance_epsilon)

@@ -122,9 +122,10 @@ def _verify(
     after: tuple[torch.Tensor, ...],
 ) -> None:
     kv_heads, head_size = parts.attention.num_kv_heads, parts.attention.head_size
-    latents = [x.float().view(_PROBE_TOKENS, -1, up.shape[1]) for x, up in zip(
-        after[1:], (projection.up_key, projection.up_value), strict=True
-    )]
+    latents = [
+        x.float().view(_PROBE_TOKENS, -1, up.shape[1])
+        for x, up in zip(after[1:], (projection.up_key, projection.up_value), strict=True)
+    ]
     rebuilt = (
         after[0].float(),
         rematerialize_keys(latents[0], positions, projection).flatten(1),

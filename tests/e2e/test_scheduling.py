@@ -1,0 +1,118 @@
+"""The same prompt gives the same logits however vLLM schedules it.
+
+Cold, from the prefix cache, in chunks of any size, beside other requests, preempted and resumed: every attended token
+is read back from the pages, so only the order of float additions in the model's own matrix products may differ. In FP32
+that moves a latent by 1e-6 of its size and now and then flips a code that lay on a rounding boundary; the tolerance is
+what such flips do at 4 bits, far below what a wrong slot or position would do (several units).
+"""
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.e2e
+
+TOLERANCE = 0.05
+TOKENS = 3
+
+
+@pytest.fixture(scope="module")
+def prompt(documentation):
+    return documentation[700:1200]
+
+
+@pytest.fixture(scope="module")
+def others(documentation):
+    return [
+        documentation[start : start + length]
+        for start, length in zip(range(0, 700, 100), (1, 17, 40, 99, 128, 200, 333), strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def logits(engines, smollm2):
+    def logits(tasks, **engine):
+        engine = {
+            "xquant": {"bits": 4},
+            "dtype": "float32",
+            "logprobs_mode": "raw_logits",
+            "max_logprobs": -1,
+            **engine,
+        }
+        return engines.run(smollm2, "xquant", tasks, **engine).tasks
+
+    return logits
+
+
+@pytest.fixture(scope="module")
+def unchunked(logits, prompt):
+    """Cold, then warm."""
+    return logits([{"kind": "next_logits", "prompts": [prompt], "max_tokens": TOKENS}] * 2)
+
+
+def assert_same(actual, expected):
+    difference = (torch.tensor(actual) - torch.tensor(expected)).abs().max().item()
+    print(f"largest difference of a logit: {difference:.2e}")
+    assert difference <= TOLERANCE
+
+
+def test_warm_equals_cold(unchunked):
+    cold, warm = unchunked
+    assert cold["cached"] == [0]
+    assert warm["cached"][0] >= 384
+    assert warm["tokens"] == cold["tokens"]
+    assert_same(warm["logits"], cold["logits"])
+
+
+@pytest.mark.parametrize("chunk", [16, 64, 500])
+def test_chunked_equals_whole(logits, unchunked, prompt, chunk):
+    tasks = [{"kind": "next_logits", "prompts": [prompt], "max_tokens": TOKENS}] * 2
+    cold, warm = logits(tasks, max_num_batched_tokens=chunk, max_num_seqs=8)
+    assert_same(cold["logits"], unchunked[0]["logits"])
+    assert warm["cached"][0] >= 384
+    assert_same(warm["logits"], unchunked[0]["logits"])
+
+
+def test_beside_seven_others_equals_alone(logits, unchunked, prompt, others):
+    tasks = [{"kind": "next_logits", "prompts": [*others[:4], prompt, *others[4:]], "max_tokens": TOKENS}]
+    # Chunks that cut the prompts at odd places mix prefill and decode in one batch.
+    for batched_tokens in (2048, 300):
+        (together,) = logits(tasks, max_num_batched_tokens=batched_tokens, max_num_seqs=8)
+        assert_same(together["logits"][4], unchunked[0]["logits"][0])
+
+
+def test_a_sequence_of_one_token(logits, prompt):
+    tasks = [
+        {"kind": "next_logits", "prompts": [prompt[:1]], "max_tokens": TOKENS},
+        {"kind": "next_logits", "prompts": [prompt[:1], prompt[:3], prompt[:1]], "max_tokens": TOKENS},
+    ]
+    # With two tokens to attend to, one flipped code at 4 bits weighs half: 8 bits keep the tolerance meaningful.
+    alone, together = logits(tasks, xquant={"bits": 8})
+    assert_same(together["logits"][0], alone["logits"][0])
+    assert_same(together["logits"][2], alone["logits"][0])
+
+
+def test_preempted_and_resumed_equals_undisturbed(engines, smollm2, documentation):
+    prompts = [documentation[start : start + 100] for start in range(0, 800, 100)]
+    tasks = [{"kind": "greedy", "prompts": prompts, "max_tokens": 100}, {"kind": "preemptions"}]
+    settings = {
+        "dtype": "float32",
+        "xquant": {"bits": 4},
+        "block_size": 16,
+        "disable_log_stats": False,
+        "max_model_len": 256,
+    }
+    roomy = engines.run(smollm2, "xquant", tasks, **settings)
+    # 8 requests of 200 tokens need 104 blocks of 16; they get 64.
+    tight = engines.run(smollm2, "xquant", tasks, num_gpu_blocks_override=64, **settings)
+    assert roomy.tasks[1]["count"] == 0
+    assert tight.tasks[1]["count"] > 0
+    same = sum(a == b for a, b in zip(tight.tasks[0]["tokens"], roomy.tasks[0]["tokens"], strict=True))
+    print(f"{tight.tasks[1]['count']} preemptions; {same} of {len(prompts)} continuations are identical")
+    # A resumed request prefills what it had decoded; a flipped code may decide a near-tie, a wrong page spoils all.
+    assert same >= len(prompts) - 2
+
+
+def test_compiled_equals_eager(logits, unchunked, prompt):
+    tasks = [{"kind": "next_logits", "prompts": [prompt], "max_tokens": TOKENS}]
+    (compiled,) = logits(tasks, enforce_eager=False)
+    assert_same(compiled["logits"], unchunked[0]["logits"])

@@ -1,0 +1,109 @@
+"""Settings: defaults, forms, and errors that name the setting, the value, why, and what to set."""
+
+import pytest
+
+from xquant_vllm.integration.formats import stream_formats
+from xquant_vllm.integration.settings import OVERRIDE_VARIABLE, PerStream, SettingsError, parse_settings
+
+
+def test_defaults_are_four_bits_with_one_basis_per_head():
+    settings = parse_settings(None)
+    assert settings.bits == PerStream(key=4, value=4)
+    assert settings.basis == "head"
+    assert settings.rotate
+    assert settings.outlier_channels == PerStream(key=1, value=0)
+    assert settings.first_layers == 0
+    assert settings == parse_settings({})
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_one_number_of_bits_for_all(bits):
+    assert parse_settings({"bits": bits}).bits == PerStream(key=bits, value=bits)
+
+
+def test_bits_of_keys_and_values_and_of_first_layers():
+    settings = parse_settings({"bits": {"key": 4, "value": 2}, "first_layers": 3, "first_layers_bits": 8})
+    assert settings.bits_of_layer(2) == PerStream(key=8, value=8)
+    assert settings.bits_of_layer(3) == PerStream(key=4, value=2)
+    fallback = parse_settings({"bits": {"key": 8, "value": 2}, "first_layers": 1})
+    assert fallback.bits_of_layer(0) == PerStream(key=8, value=4)
+
+
+@pytest.mark.parametrize(
+    ("raw", "parts"),
+    [
+        ({"bits": 5}, ["'bits'", "5", "no page format has 5-bit codes", "set 8, 4, 3 or 2"]),
+        ({"bits": {"key": 4}}, ["'bits.value'", "set 8, 4, 3 or 2"]),
+        ({"bits": "four"}, ["bits", "'four'", "set 8, 4, 3 or 2"]),
+        ({"bits": None}, ["bits", "None"]),
+        (
+            {"bits": {"key": 4, "values": 2, "value": 2}},
+            ["'bits'", "unknown setting 'values'", "did you mean 'value'?"],
+        ),
+        ({"group_size": 12}, ["'group_size'", "12", "whole bytes", "set a multiple of 8"]),
+        ({"group_size": -8}, ["'group_size'", "-8", "set a multiple of 8"]),
+        ({"outlier_channels": -1}, ["'outlier_channels'", "-1", "set 0"]),
+        ({"first_layers": -2}, ["'first_layers'", "-2", "set 0"]),
+        ({"first_layers_bits": 4}, ["first_layers_bits", "first_layers is 0", "set first_layers"]),
+        ({"rotate": "maybe"}, ["'rotate'", "'maybe'", "set true or false"]),
+        ({"basis": "shared"}, ["'basis'", "'shared'", 'set "head" or "joint"']),
+        ({"bit": 4}, ["unknown setting 'bit'", "did you mean 'bits'?", "known are bits, group_size"]),
+        ([4], ["[4]", "not a table of settings"]),
+    ],
+)
+def test_errors_name_setting_value_reason_and_remedy(raw, parts):
+    with pytest.raises(SettingsError) as error:
+        parse_settings(raw)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_every_problem_is_named_at_once():
+    with pytest.raises(SettingsError) as error:
+        parse_settings({"bits": 7, "grup_size": 64, "basis": 3})
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_environment_override_is_merged_and_checked(monkeypatch):
+    monkeypatch.setenv(OVERRIDE_VARIABLE, '{"bits": 2}')
+    assert parse_settings({"bits": 8, "rotate": False}).bits == PerStream(key=2, value=2)
+    monkeypatch.setenv(OVERRIDE_VARIABLE, "{bits: 2}")
+    with pytest.raises(SettingsError, match=f"{OVERRIDE_VARIABLE} = '{{bits: 2}}' is not JSON"):
+        parse_settings({})
+
+
+@pytest.mark.parametrize(
+    ("raw", "kv_heads", "head_size", "group_size", "bytes_per_token"),
+    [
+        # codes + (scale, zero) per group + outlier channel per key head, by hand
+        ({}, 3, 64, 64, 3 * 64 + 6 * 4 + 3 * 2),
+        ({"bits": 2}, 3, 64, 64, 3 * 32 + 6 * 4 + 3 * 2),
+        ({"bits": 3, "outlier_channels": 0}, 8, 128, 128, 8 * 96 + 16 * 4),
+        ({"basis": "joint"}, 3, 64, 96, 3 * 64 + 4 * 4 + 2),
+        ({"bits": {"key": 8, "value": 2}}, 1, 256, 128, 256 + 64 + 4 * 4 + 2),
+        ({"group_size": 16}, 2, 80, 16, 2 * 80 + 20 * 4 + 2 * 2),
+    ],
+)
+def test_formats_count_every_byte(raw, kv_heads, head_size, group_size, bytes_per_token):
+    formats = stream_formats(parse_settings(raw), 0, kv_heads, head_size)
+    assert {stream.group_size for stream in formats} == {group_size}
+    assert sum(stream.bytes_per_token for stream in formats) == bytes_per_token
+
+
+@pytest.mark.parametrize(
+    ("raw", "parts"),
+    [
+        ({"group_size": 48}, ["'group_size'", "48", "does not divide the 64 channels", "set one of 8, 16, 32, 64"]),
+        ({"outlier_channels": 64}, ["'outlier_channels'", "64 (key)", "set 0 to 63"]),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_refused(raw, parts):
+    with pytest.raises(SettingsError) as error:
+        stream_formats(parse_settings(raw), 0, 3, 64)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_a_head_that_cannot_be_packed_is_refused():
+    with pytest.raises(SettingsError, match="12 channels cannot be packed"):
+        stream_formats(parse_settings({}), 0, 3, 12)

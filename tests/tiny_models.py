@@ -1,0 +1,59 @@
+"""Tiny random checkpoints of real architectures, made by transformers and saved like any model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+_COMMON: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+    # Large enough that attention matters and logits differ clearly.
+    "initializer_range": 0.12,
+}
+
+FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
+    "llama": (transformers.LlamaConfig, {}),
+    "llama-bias": (transformers.LlamaConfig, {"attention_bias": True}),
+    "mistral-window": (transformers.MistralConfig, {"sliding_window": 48, "head_dim": 32}),
+    "qwen2": (transformers.Qwen2Config, {}),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 80}),
+    "mha": (transformers.LlamaConfig, {"num_key_value_heads": 4}),
+    "mqa": (transformers.LlamaConfig, {"num_key_value_heads": 1}),
+}
+
+
+def save_tiny_model(folder: Path, family: str, **changes: Any) -> Path:
+    """Write a checkpoint.
+
+    Args:
+        folder: where to write.
+        family: a key of ``FAMILIES``.
+        changes: further settings of the model's configuration.
+
+    Returns:
+        ``folder``.
+    """
+    config_class, settings = FAMILIES[family]
+    torch.manual_seed(0)
+    config = config_class(**{**_COMMON, **settings, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config).to(torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Fresh biases are zero and fresh norms one, which would hide that they are forgotten.
+            if name.endswith("bias"):
+                parameter.normal_(std=0.5)
+            elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    return folder
