@@ -107,7 +107,7 @@ def _layer_index(layer_name: str) -> int:
 
 def _report(layers: list[tuple[str, nn.Module, Any]], quantized: int, seconds: float) -> None:
     """Say in the log what is cached, in how many bytes, and by which kernels it is read."""
-    from xquant_vllm.attention import dispatch
+    from xquant_vllm.attention import dispatch, reference
 
     impl = layers[-1][2].impl
     settings, last = impl.settings, impl.formats
@@ -136,4 +136,6 @@ def _report(layers: list[tuple[str, nn.Module, Any]], quantized: int, seconds: f
             "rows cannot be exchanged for down-projections; the other layers stay quantized",
             quantized,
         )
-    logger.info("xquant: %s", dispatch.describe())
+    device = impl.projection.up_key.device.type
+    fast = dispatch.select(device) is not reference
+    logger.log(logging.INFO if fast else logging.WARNING, "xquant: %s", dispatch.describe(device))

@@ -1,0 +1,239 @@
+// Attention of one task to one chunk of its context. Per tile of 64 tokens:
+//
+//     latents^T [width][tokens]  <- codes of the keys                      unpack_channels
+//     keys^T    [head][tokens]   <- up_key^T * latents^T; bias, norm, RoPE gemm, rematerialize.h
+//     weights   [rows][tokens]   <- softmax(query * keys^T)                gemm, softmax_row
+//     values    [tokens][width]  <- codes of the values                    unpack_rows
+//     accumulator [rows][width]  += weights * values                       gemm
+//
+// V is absorbed: the value up-projection happens once per query row, in finish().
+#pragma once
+
+struct Scratch {
+    float* query;    // [rows][head_size], times the scale
+    float* latents;  // [channels_at_once][kTile]
+    float* keys;     // [head_size][kTile]
+    float* weights;  // [rows][kTile]
+    float* values;   // [kTile][value_stride]
+    uint8_t* bytes;  // [bytes of a group of key codes, rounded up to 16][16]
+    int64_t value_stride;
+    int64_t floats;  // size of all of it
+
+    // Without memory only the size is right.
+    Scratch(const xquant_plan& plan, int64_t rows, float* memory) {
+        floats = 0;
+        const auto take = [this, memory](int64_t count) {
+            const int64_t at = floats;
+            floats += round_up(count, kPad);
+            return memory ? memory + at : nullptr;
+        };
+        // A row of values has room for unpack_rows to write past its last group.
+        value_stride = round_up(channels_at_once(plan.value), kPad) + kPad;
+        query = take(rows * plan.head_size);
+        latents = take(channels_at_once(plan.key) * kTile);
+        keys = take(plan.head_size * kTile);
+        weights = take(rows * kTile);
+        values = take(kTile * value_stride);
+        bytes = (uint8_t*)take(round_up(plan.key.group_size, 16) * 16 / sizeof(float));
+    }
+};
+
+inline int64_t attention_scratch(const xquant_plan& plan, int64_t rows) {
+    const Scratch scratch(plan, rows, nullptr);
+    // finish() keeps the up-projected heads where the weights and all before them were.
+    const int64_t heads = rows * round_up(plan.head_size, kPad);
+    return scratch.floats > heads ? scratch.floats : heads;
+}
+
+inline int64_t group_of(const xquant_plan& plan) { return plan.num_heads / plan.num_kv_heads; }
+
+// Rows are query tokens times the query heads of the kv head.
+inline int64_t row_element(const xquant_plan& plan, const Task& task, int64_t row, int64_t token_stride,
+                           int64_t head_stride) {
+    const int64_t group = group_of(plan);
+    return (task.query_begin + row / group) * token_stride + (task.kv_head * group + row % group) * head_stride;
+}
+
+// Addresses of the runs of 16 slots of one sequence.
+struct Pages {
+    const xquant_plan& plan;
+    const xquant_attention_call& call;
+    const int32_t* blocks;
+
+    // NULL where the block table names a block that is not there.
+    const uint8_t* page(int64_t position) const {
+        const int64_t block = blocks[position / plan.block_size];
+        return block >= 0 && block < call.num_blocks ? call.pages + block * call.pages_stride : nullptr;
+    }
+    int64_t slot(int64_t position) const { return position % plan.block_size; }
+};
+
+// Keys of tokens start + [first, last), channel-major; both bounds are multiples of 16.
+inline void load_keys(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t start, int64_t first,
+                      int64_t last, const Scratch& scratch) {
+    const HeadView view = head_view(plan, plan.key, kv_head);
+    const float* up = plan.up_key + kv_head * plan.key.width * plan.head_size;
+    const int64_t step = groups_at_once(plan.key);
+    float* keys = scratch.keys + first;
+    for (int64_t group = 0; group < view.num_groups(); group += step) {
+        const int64_t end = group + step < view.num_groups() ? group + step : view.num_groups();
+        for (int64_t run = first; run < last; run += kRun) {
+            const int64_t position = start + run;
+            unpack_channels(view, pages.page(position), pages.slot(position), group, end, scratch.latents + run, kTile,
+                            scratch.bytes);
+        }
+        Product product;
+        product.depth = (end - group) * plan.key.group_size;
+        product.a = up + group * plan.key.group_size * plan.head_size;
+        product.lda = plan.head_size;
+        product.b = scratch.latents + first;
+        product.ldb = kTile;
+        product.c = keys;
+        product.ldc = kTile;
+        product.accumulate = group > 0;
+        gemm<Order::kTransposed>(plan.head_size, last - first, product);
+    }
+    if (plan.key_bias) add_bias(plan.key_bias + kv_head * plan.head_size, plan.head_size, keys, kTile, last - first);
+    if (plan.key_norm) normalize(plan.key_norm, plan.key_norm_eps, plan.head_size, keys, kTile, last - first);
+    if (plan.rope) {
+        for (int64_t run = first; run < last; run += kRun) {
+            rotate(plan, (start + run) / kRun, scratch.keys + run, kTile);
+        }
+    }
+}
+
+// Scores and weights of tokens start + [first, last) for all rows; shrinks the accumulator where a maximum grew.
+inline void weigh(const xquant_plan& plan, const Task& task, int64_t rows, int64_t start, int64_t first, int64_t last,
+                  const State& state, const Scratch& scratch) {
+    Product product;
+    product.depth = plan.head_size;
+    product.a = scratch.query;
+    product.lda = plan.head_size;
+    product.b = scratch.keys + first;
+    product.ldb = kTile;
+    product.c = scratch.weights + first;
+    product.ldc = kTile;
+    product.accumulate = false;
+    gemm<Order::kPlain>(rows, last - first, product);
+
+    const int64_t columns = last - first, width = round_up(plan.value.width, kPad), group = group_of(plan);
+    const auto clamp = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; };
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t position = task.first_position + row / group;
+        const int64_t oldest = plan.sliding_window ? position - plan.sliding_window + 1 : 0;
+        const int64_t from = clamp(oldest - (start + first), 0, columns);
+        const int64_t to = clamp(position + 1 - (start + first), from, columns);
+        const float factor = softmax_row(scratch.weights + row * kTile + first, columns, from, to, plan.soft_cap,
+                                         state.max[row], state.sum[row]);
+        if (factor != 1.0f) {
+            float* accumulator = state.accumulator + row * width;
+            for (int64_t j = 0; j < width; j += kLanes) store(accumulator + j, load(accumulator + j) * factor);
+        }
+    }
+}
+
+// Add the value latents of tokens start + [first, last), times their weights.
+inline void accumulate_values(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t rows,
+                              int64_t start, int64_t first, int64_t last, const State& state,
+                              const Scratch& scratch) {
+    const HeadView view = head_view(plan, plan.value, kv_head);
+    const int64_t step = groups_at_once(plan.value), width = round_up(plan.value.width, kPad);
+    for (int64_t group = 0; group < view.num_groups(); group += step) {
+        const int64_t end = group + step < view.num_groups() ? group + step : view.num_groups();
+        for (int64_t run = first / kRun * kRun; run < last; run += kRun) {
+            // Only tokens that some row sees: the others may hold anything, and 0 * NaN is NaN.
+            const int64_t from = first > run ? first - run : 0, to = last < run + kRun ? last - run : kRun;
+            const int64_t position = start + run;
+            unpack_rows(view, pages.page(position), pages.slot(position), group, end, from, to,
+                        scratch.values + run * scratch.value_stride, scratch.value_stride);
+        }
+        Product product;
+        product.depth = last - first;
+        product.a = scratch.weights + first;
+        product.lda = kTile;
+        product.b = scratch.values + first * scratch.value_stride;
+        product.ldb = scratch.value_stride;
+        product.c = state.accumulator + group * plan.value.group_size;
+        product.ldc = width;
+        product.accumulate = true;
+        gemm<Order::kPlain>(rows, round_up((end - group) * plan.value.group_size, kPad), product);
+    }
+}
+
+inline bool attend(const xquant_plan& plan, const xquant_attention_call& call, const Task& task, int64_t chunk,
+                   const State& state, float* memory) {
+    const int64_t rows = task.query_count * group_of(plan);
+    const Scratch scratch(plan, rows, memory);
+    const Pages pages{plan, call, call.block_table + task.sequence * call.block_table_stride};
+    const int64_t width = round_up(plan.value.width, kPad);
+    for (int64_t row = 0; row < rows; ++row) {
+        float* query = scratch.query + row * plan.head_size;
+        load_row(call.dtype, call.query,
+                 row_element(plan, task, row, call.query_token_stride, call.query_head_stride), plan.head_size, query);
+        for (int64_t i = 0; i < plan.head_size; ++i) query[i] *= plan.scale;
+        state.max[row] = -INFINITY;
+        state.sum[row] = 0.0f;
+    }
+    memset(state.accumulator, 0, rows * width * sizeof(float));
+
+    const int64_t chunk_begin = chunk * kChunk, chunk_end = chunk_begin + kChunk;
+    const int64_t begin = task.oldest > chunk_begin ? task.oldest : chunk_begin;
+    const int64_t end = task.end < chunk_end ? task.end : chunk_end;
+    // Blocks are checked before any is read: a block is never shorter than a run.
+    for (int64_t position = begin / kRun * kRun; position < end; position += kRun) {
+        if (!pages.page(position)) return false;
+    }
+    for (int64_t start = begin / kTile * kTile; start < end; start += kTile) {
+        const int64_t first = begin > start ? begin - start : 0;
+        const int64_t last = end < start + kTile ? end - start : kTile;
+        const int64_t first_column = first / kRun * kRun, last_column = round_up(last, kRun);
+        load_keys(plan, pages, task.kv_head, start, first_column, last_column, scratch);
+        weigh(plan, task, rows, start, first_column, last_column, state, scratch);
+        accumulate_values(plan, pages, task.kv_head, rows, start, first, last, state, scratch);
+    }
+    return true;
+}
+
+inline void merge(const xquant_plan& plan, int64_t rows, const State& into, const State& from) {
+    const int64_t width = round_up(plan.value.width, kPad);
+    for (int64_t row = 0; row < rows; ++row) {
+        // A chunk in which a row sees nothing changes nothing, so it does not matter whether it was visited.
+        if (from.sum[row] == 0.0f) continue;
+        const bool grew = from.max[row] > into.max[row];
+        const float max = grew ? from.max[row] : into.max[row];
+        const float keep = grew ? exp_nonpositive(into.max[row] - max) : 1.0f;
+        const float add = grew ? 1.0f : exp_nonpositive(from.max[row] - max);
+        into.max[row] = max;
+        into.sum[row] = into.sum[row] * keep + from.sum[row] * add;
+        float* to = into.accumulator + row * width;
+        const float* x = from.accumulator + row * width;
+        for (int64_t j = 0; j < width; j += kLanes) store(to + j, load(to + j) * keep + load(x + j) * add);
+    }
+}
+
+inline void finish(const xquant_plan& plan, const xquant_attention_call& call, const Task& task, const State& state,
+                   float* memory) {
+    const int64_t rows = task.query_count * group_of(plan), head_size = plan.head_size;
+    const int64_t width = round_up(plan.value.width, kPad), padded_head = round_up(head_size, kPad);
+    Product product;
+    product.depth = plan.value.width;
+    product.a = state.accumulator;
+    product.lda = width;
+    product.b = plan.up_value + task.kv_head * plan.value.width * padded_head;
+    product.ldb = padded_head;
+    product.c = memory;
+    product.ldc = padded_head;
+    product.accumulate = false;
+    gemm<Order::kPlain>(rows, padded_head, product);
+    for (int64_t row = 0; row < rows; ++row) {
+        float* head = memory + row * padded_head;
+        const float factor = 1.0f / state.sum[row];
+        for (int64_t i = 0; i < head_size; ++i) head[i] *= factor;
+        if (plan.value_bias) {
+            const float* bias = plan.value_bias + task.kv_head * head_size;
+            for (int64_t i = 0; i < head_size; ++i) head[i] += bias[i];
+        }
+        store_row(call.dtype, head, head_size, call.output,
+                  row_element(plan, task, row, call.output_token_stride, call.output_head_stride));
+    }
+}

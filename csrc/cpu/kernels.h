@@ -1,0 +1,68 @@
+// What dispatch.cpp knows of the kernels: one table of functions per instruction set, and plain data between them.
+//
+// This header holds no functions on purpose: code in a header that files with different -m flags share could be merged
+// by the linker, and the portable build would run AVX-512 instructions.
+#ifndef XQUANT_CPU_KERNELS_H
+#define XQUANT_CPU_KERNELS_H
+
+#include "api.h"
+
+namespace xquant {
+
+// Tokens whose latents, keys and scores are in flight at once.
+constexpr int64_t kTile = 64;
+
+// Tokens of context reduced by one online softmax. Chunks start at multiples of this position and are merged in
+// ascending order, whoever computed them: so the split of work over threads does not change a bit of the result.
+constexpr int64_t kChunk = 256;
+
+// Query rows (query tokens times query heads of a kv head) that share rematerialized keys.
+constexpr int64_t kQueryRows = 192;
+
+// Floats in the widest vector; row lengths are rounded up to it so that no kernel has a scalar tail.
+constexpr int64_t kPad = 16;
+
+// Attention of some consecutive query tokens of one sequence to one kv head.
+struct Task {
+    int64_t sequence;
+    int64_t kv_head;
+    int64_t query_begin;     // first query token, in the batch
+    int64_t query_count;
+    int64_t first_position;  // position of the first query token
+    int64_t oldest;          // first position that any of them sees
+    int64_t end;             // one past the last
+};
+
+// Unnormalized softmax of a task's rows over a part of the context.
+struct State {
+    float* max;          // [rows] largest score
+    float* sum;          // [rows] sum of exp(score - max)
+    float* accumulator;  // [rows, padded value width] sum of exp(score - max) * value latent
+};
+
+struct Kernels {
+    const char* name;
+    // Floats of scratch that one thread needs.
+    int64_t (*store_scratch)(const xquant_plan& plan);
+    int64_t (*attention_scratch)(const xquant_plan& plan, int64_t rows);
+    // Quantize one token.
+    void (*store)(const xquant_plan& plan, const xquant_store_call& call, int64_t token, float* scratch);
+    // Fill `state` with chunk `chunk` of a task's context. False when the block table names a block that is not there.
+    bool (*attend)(const xquant_plan& plan, const xquant_attention_call& call, const Task& task, int64_t chunk,
+                   const State& state, float* scratch);
+    // Add a later chunk's state to `into`.
+    void (*merge)(const xquant_plan& plan, int64_t rows, const State& into, const State& from);
+    // Normalize, up-project and write the output.
+    void (*finish)(const xquant_plan& plan, const xquant_attention_call& call, const Task& task, const State& state,
+                   float* scratch);
+};
+
+extern const Kernels kPortableKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+}  // namespace xquant
+
+#endif

@@ -1,0 +1,182 @@
+"""Random layers and batches, in pages where everything that must not be read is poison."""
+
+import random
+from dataclasses import dataclass, replace
+
+import torch
+
+from xquant_vllm.attention import reference
+from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
+from xquant_vllm.codec.layout import PageLayout, StreamFormat
+from xquant_vllm.projection.rematerialize import HeadNorm, LayerProjection
+from xquant_vllm.projection.rope import RotaryTable
+
+ABSURD_BLOCKS = (2**31 - 1, -(2**31), -1, 10**6)
+MAX_POSITION = 2100  # no multiple of 16
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a case is made of."""
+
+    seqs: tuple[tuple[int, int], ...] = ((70, 3),)  # cached tokens including the query tokens, query tokens
+    kv_heads: int = 2
+    group: int = 3
+    head_size: int = 64
+    joint: bool = False
+    key_bits: int = 4
+    value_bits: int = 4
+    key_group: int = 64
+    value_group: int = 64
+    key_outliers: int = 1
+    value_outliers: int = 0
+    block_size: int = 16
+    dtype: torch.dtype = torch.float32
+    bias: bool = False
+    norm: bool = False
+    rope: str = "neox"  # "neox", "interleaved" or "none"
+    rotary_size: int | None = None
+    window: int | None = None
+    soft_cap: float | None = None
+    strided: bool = False
+    seed: int = 0
+
+
+def random_spec(seed: int) -> Spec:
+    """Every option drawn evenly. (Hypothesis varies few of them at a time and left bugs of rare pairs unseen.)"""
+    choose = random.Random(seed)
+    kv_heads, head_size = choose.randint(1, 3), choose.choice((8, 16, 24, 64, 72, 80, 128))
+    joint = choose.random() < 0.5
+    width = kv_heads * head_size if joint else head_size
+    groups = [size for size in range(8, width + 1, 8) if width % size == 0]
+    bits = (8, 4, 3, 2)
+    seqs = []
+    for _ in range(choose.randint(1, 4)):
+        past, new = (
+            choose.choice((0, choose.randint(0, 40), choose.randint(0, 600))),
+            choose.choice((1, 1, 0, 2, 17, 70)),
+        )
+        seqs.append((past + new, new))
+    return Spec(
+        seqs=tuple(seqs),
+        kv_heads=kv_heads,
+        group=choose.choice((1, 2, 3, 4, 7, 9)),
+        head_size=head_size,
+        joint=joint,
+        key_bits=choose.choice(bits),
+        value_bits=choose.choice(bits),
+        key_group=choose.choice(groups),
+        value_group=choose.choice(groups),
+        key_outliers=choose.randint(0, 3),
+        value_outliers=choose.randint(0, 3),
+        block_size=choose.choice((16, 32, 48, 128)),
+        dtype=choose.choice((torch.float32, torch.float32, torch.bfloat16, torch.float16)),
+        bias=choose.random() < 0.5,
+        norm=choose.random() < 0.5,
+        rope=choose.choice(("neox", "interleaved", "none")),
+        rotary_size=choose.choice((None, head_size // 2, 2)),
+        window=choose.choice((None, None, 1, 7, 16, 100, 300)),
+        soft_cap=choose.choice((None, None, 5.0, 30.0)),
+        strided=choose.random() < 0.5,
+        seed=seed,
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    plan: AttentionLayerPlan
+    pages: torch.Tensor
+    batch: AttentionBatch
+    query: torch.Tensor
+
+    def run(self, kernels, output: torch.Tensor | None = None) -> torch.Tensor:
+        if output is None:
+            output = torch.full(self.query.shape, 77.0, dtype=self.query.dtype)
+        kernels.paged_attention(self.query, self.pages, self.plan, self.batch, output)
+        return output
+
+    def only(self, sequence: int, last: int | None = None) -> "Case":
+        """This sequence alone, with its last query tokens or all of them."""
+        starts, batch = self.batch.query_start_loc.tolist(), self.batch
+        begin, end = starts[sequence], starts[sequence + 1]
+        begin = begin if last is None else end - last
+        alone = AttentionBatch(
+            torch.tensor([0, end - begin], dtype=torch.int32),
+            batch.seq_lens[sequence : sequence + 1],
+            batch.block_table[sequence : sequence + 1],
+        )
+        return replace(self, batch=alone, query=self.query[begin:end])
+
+
+def make_plan(spec: Spec) -> AttentionLayerPlan:
+    generator = torch.Generator().manual_seed(spec.seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    kv_heads, head_size = spec.kv_heads, spec.head_size
+    latent_heads, width = (1, kv_heads * head_size) if spec.joint else (kv_heads, head_size)
+    streams = tuple(
+        StreamFormat(latent_heads, width, bits, group, min(outliers, group - 1))
+        for bits, group, outliers in (
+            (spec.key_bits, spec.key_group, spec.key_outliers),
+            (spec.value_bits, spec.value_group, spec.value_outliers),
+        )
+    )
+    rope = None
+    if spec.rope != "none":
+        rotary_size = spec.rotary_size or head_size
+        frequencies = 10000.0 ** (-torch.arange(0, rotary_size, 2) / rotary_size)
+        angles = torch.arange(MAX_POSITION)[:, None] * frequencies
+        rope = RotaryTable(angles.cos(), angles.sin(), spec.rope == "interleaved")
+    projection = LayerProjection(
+        up_key=normal(kv_heads, width, head_size) / width**0.5,
+        up_value=normal(kv_heads, width, head_size) / width**0.5,
+        key_bias=normal(kv_heads, head_size) if spec.bias else None,
+        value_bias=normal(kv_heads, head_size) if spec.bias else None,
+        key_norm=HeadNorm(1 + 0.3 * normal(head_size), 0.1) if spec.norm else None,
+        rope=rope,
+    )
+    heads = kv_heads * spec.group
+    layout = PageLayout(streams, spec.block_size)
+    return AttentionLayerPlan(layout, projection, heads, 2.0 * head_size**-0.5, spec.window, spec.soft_cap)
+
+
+def make_case(spec: Spec) -> Case:
+    """Only visible tokens are stored; all other bytes are 0xFF (NaN scales) and all other block ids absurd."""
+    plan = make_plan(spec)
+    layout, block_size = plan.layout, spec.block_size
+    generator = torch.Generator().manual_seed(spec.seed + 1)
+    blocks = [-(-length // block_size) for length, _ in spec.seqs]
+    total = sum(blocks) + 2
+    row = layout.page_bytes + (48 if spec.strided else 0)
+    pages = torch.full((total, row), 0xFF, dtype=torch.uint8)[:, : layout.page_bytes]
+    free = torch.randperm(total, generator=generator).tolist()
+    table = torch.empty(len(blocks) + 2, max(blocks) + 3, dtype=torch.int32)
+    for index in range(table.numel()):
+        table.view(-1)[index] = ABSURD_BLOCKS[index % len(ABSURD_BLOCKS)]
+    for index, (length, new) in enumerate(spec.seqs):
+        if new == 0:
+            continue
+        oldest = max(0, length - new - spec.window + 1) if spec.window else 0
+        for block in range(oldest // block_size, blocks[index]):
+            table[index, block] = free.pop()
+        positions = torch.arange(oldest, length)
+        slots = table[index].long()[positions // block_size] * block_size + positions % block_size
+        latents = [
+            torch.randn(len(positions), stream.num_heads * stream.width, generator=generator)
+            for stream in layout.streams
+        ]
+        reference.store(pages, plan, slots, *latents)
+    # Two sequences of padding at the end.
+    counts = [new for _, new in spec.seqs] + [0, 0]
+    starts = torch.tensor([0, *counts]).cumsum(0).int()
+    lengths = torch.tensor([length for length, _ in spec.seqs] + [0, 10**9], dtype=torch.int32)
+    tokens = int(starts[-1]) + 2  # padding, too
+    shape = (tokens, plan.num_heads, spec.head_size)
+    if spec.strided:
+        wide = torch.randn(tokens, plan.num_heads + 3, spec.head_size + 8, generator=generator).to(spec.dtype)
+        query = wide[:, 2:-1, : spec.head_size]
+    else:
+        query = torch.randn(shape, generator=generator).to(spec.dtype)
+    return Case(plan, pages, AttentionBatch(starts, lengths, table), query)

@@ -1,0 +1,429 @@
+"""The C++ kernels against the reference."""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.attention.attention_cases import Case, Spec, make_case, make_plan, random_spec
+from xquant_vllm.attention import reference
+from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
+from xquant_vllm.codec.layout import PageLayout, StreamFormat
+from xquant_vllm.projection.rematerialize import LayerProjection
+
+try:
+    from xquant_vllm.attention import cpu
+except OSError as error:
+    if shutil.which("g++"):
+        raise  # they can be built here, so they must be tested: install the package
+    pytest.skip(f"no kernels: {error}", allow_module_level=True)
+
+ISAS = ("portable", "avx2", "avx512")
+# The portable kernels have no fused multiply-add; the largest relative error seen is 4e-6.
+FP32_TOLERANCE = 1e-5
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    if not cpu.set_isa(request.param):
+        pytest.skip(f"this machine has no {request.param}")
+    assert cpu.isa() == request.param
+    yield request.param
+    cpu.set_isa(None)
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.dtype == expected.dtype
+    rounding = ROUNDING[expected.dtype]
+    actual, expected = actual.float(), expected.float()
+    allowed = FP32_TOLERANCE * expected.abs().amax(-1, keepdim=True) + rounding * expected.abs()
+    assert expected.isfinite().all()
+    assert actual.isfinite().all()
+    worst = ((actual - expected).abs() - allowed).max()
+    assert worst <= 0, f"off by {worst} more than allowed"
+
+
+# --- Attention ---
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_attention(isa: str, seed: int) -> None:
+    spec = random_spec(seed)
+    print(spec)
+    case = make_case(spec)
+    assert_close(case.run(cpu), case.run(reference))
+
+
+LARGE = {
+    "long decode": Spec(seqs=((2000, 1), (1, 1), (257, 1), (1025, 1)), kv_heads=3),
+    "long prefill": Spec(seqs=((700, 500),), head_size=64),
+    "wide head": Spec(seqs=((300, 2),), head_size=256, key_group=128, value_group=256, bias=True, norm=True),
+    "joint, many groups": Spec(
+        seqs=((300, 3), (64, 64)), kv_heads=5, head_size=72, joint=True, key_group=24, value_group=72, key_bits=3,
+        value_bits=3, norm=True, value_outliers=2,
+    ),
+    "joint, one group": Spec(
+        seqs=((90, 2),), kv_heads=8, head_size=128, joint=True, key_group=1024, value_group=512, key_bits=2,
+        value_bits=8, block_size=64,
+    ),
+    "many queries per kv head": Spec(seqs=((40, 3),), kv_heads=1, group=211, head_size=8, key_group=8, value_group=8),
+    "long window": Spec(seqs=((1500, 1), (1000, 300)), window=600, soft_cap=20.0, block_size=128),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large(isa: str, name: str) -> None:
+    case = make_case(LARGE[name])
+    assert_close(case.run(cpu), case.run(reference))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 30.0])
+def test_extreme_scores(isa: str, scale: float) -> None:
+    """All scores equal, and so far apart that most weights underflow."""
+    case = make_case(Spec(seqs=((600, 4),)))
+    case = replace(case, plan=replace(case.plan, scale=scale))
+    # A score of 1000 has an FP32 step of 6e-5, so weights differ by that much whatever the kernel.
+    expected, actual = case.run(reference), case.run(cpu)
+    torch.testing.assert_close(actual, expected, atol=1e-5 * (1 + 10 * scale), rtol=0)
+
+
+@pytest.mark.parametrize("last_position", [0, 63, 256, 300])
+def test_nan_query(isa: str, last_position: int) -> None:
+    case = make_case(Spec(seqs=((last_position + 1, 1), (20, 1))))
+    case.query[0] = torch.nan
+    output = case.run(cpu)
+    assert output[0].isnan().all()
+    assert output[1].isfinite().all()
+
+
+def test_nan_key(isa: str) -> None:
+    """A NaN in the only key of a chunk reaches its queries, and no earlier one."""
+    case = make_case(Spec(seqs=((257, 3),)))
+    latents = torch.full((1, 2 * 64), torch.nan), torch.zeros(1, 2 * 64)
+    slot = case.batch.block_table[0, 256 // 16].long() * 16
+    reference.store(case.pages, case.plan, slot[None], *latents)
+    output, expected = case.run(cpu), case.run(reference)
+    assert expected[2].isnan().all()
+    assert output[2].isnan().all()
+    assert_close(output[:2], expected[:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounds_output_once(isa: str, dtype: torch.dtype) -> None:
+    case = make_case(Spec(seqs=((100, 40), (300, 1)), dtype=dtype, head_size=72, key_group=24, value_group=24))
+    case.query[5] = torch.nan
+    rounded = case.run(cpu)[:41]
+    exact = replace(case, query=case.query.float()).run(cpu)[:41]
+    torch.testing.assert_close(rounded, exact.to(dtype), atol=0, rtol=0, equal_nan=True)
+
+
+def test_rounds_to_even(isa: str) -> None:
+    """Every finite FP16 number, passed through as an outlier of a value, comes out as torch rounds it to BF16."""
+    halves = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    halves = torch.cat((halves[halves.isfinite()], torch.zeros(2))).unflatten(0, (-1, 7)).float()
+    stream = StreamFormat(1, 8, 8, 8, 7)
+    projection = LayerProjection(torch.eye(8)[None], torch.eye(8)[None])
+    plan = AttentionLayerPlan(PageLayout((stream, stream), 16), projection, 1, 1.0, sliding_window=1)
+    tokens = halves.shape[0]
+    latents = torch.nn.functional.pad(halves, (0, 1))
+    pages = torch.zeros(-(-tokens // 16), plan.layout.page_bytes, dtype=torch.uint8)
+    reference.store(pages, plan, torch.arange(tokens), latents, latents)
+    starts, lengths = torch.tensor([0, tokens], dtype=torch.int32), torch.tensor([tokens], dtype=torch.int32)
+    batch = AttentionBatch(starts, lengths, torch.arange(pages.shape[0], dtype=torch.int32)[None])
+    for dtype in (torch.float16, torch.bfloat16):
+        output = torch.empty(tokens, 1, 8, dtype=dtype)
+        cpu.paged_attention(torch.zeros(tokens, 1, 8, dtype=dtype), pages, plan, batch, output)
+        assert torch.equal(output[:, 0, :7], halves.to(dtype))
+
+
+def test_strided_output(isa: str) -> None:
+    case = make_case(Spec(seqs=((70, 3), (20, 20)), head_size=72, key_group=72, value_group=72))
+    tokens, heads, size = case.query.shape
+    buffer = torch.full((tokens, 2, heads, size + 16), 5.0)
+    case.run(cpu, buffer[:, 1, :, 8:-8])
+    assert_close(buffer[:23, 1, :, 8:-8], case.run(reference)[:23])
+    assert (buffer[:, 0] == 5).all()
+    assert (buffer[..., :8] == 5).all()
+    assert (buffer[..., -8:] == 5).all()
+    assert (buffer[23:] == 5).all()
+
+
+def test_empty_batches(isa: str) -> None:
+    case = make_case(Spec(seqs=((16, 0), (5, 0))))
+    assert (case.run(cpu) == 77).all()
+    batch = case.batch
+    nothing = replace(
+        case, batch=replace(batch, query_start_loc=batch.query_start_loc[:1], seq_lens=batch.seq_lens[:0])
+    )
+    assert (nothing.run(cpu) == 77).all()
+
+
+INVARIANT = {
+    "head basis": Spec(seqs=((900, 1), (300, 1), (1100, 150), (17, 17), (513, 2)), kv_heads=2),
+    "joint basis": Spec(
+        seqs=((600, 1), (270, 90)), kv_heads=3, head_size=24, joint=True, key_group=8, value_group=24, norm=True
+    ),
+    "window": Spec(seqs=((900, 1), (600, 100)), window=300, soft_cap=10.0, dtype=torch.bfloat16),
+}
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("name", INVARIANT)
+def test_same_bits_alone(isa: str, name: str) -> None:
+    """A sequence's output does not depend on its neighbours, nor a token's on the other query tokens."""
+    case = make_case(INVARIANT[name])
+    together = case.run(cpu)
+    starts = case.batch.query_start_loc.tolist()
+    for sequence, (_, new) in enumerate(INVARIANT[name].seqs):
+        expected = together[starts[sequence] : starts[sequence + 1]]
+        for last in sorted({1, new // 2 + 1, new}):
+            alone = case.only(sequence, last).run(cpu)
+            assert torch.equal(_bits(alone), _bits(expected[-last:])), (sequence, last)
+
+
+@pytest.mark.parametrize("name", INVARIANT)
+def test_same_bits_chunked(isa: str, name: str) -> None:
+    """A prompt prefilled in chunks, each of which sees a shorter sequence, gives what it gives at once."""
+    case = make_case(INVARIANT[name])
+    sequence = max(range(len(INVARIANT[name].seqs)), key=lambda i: INVARIANT[name].seqs[i][1])
+    length, new = INVARIANT[name].seqs[sequence]
+    alone = case.only(sequence)
+    expected = alone.run(cpu)
+    for begin, end in ((0, 1), (1, 30), (30, 31), (31, new)):
+        shorter = torch.tensor([length - new + end], dtype=torch.int32)
+        starts = torch.tensor([0, end - begin], dtype=torch.int32)
+        batch = replace(alone.batch, seq_lens=shorter, query_start_loc=starts)
+        part = replace(alone, batch=batch, query=alone.query[begin:end])
+        assert torch.equal(_bits(part.run(cpu)), _bits(expected[begin:end])), (begin, end)
+
+
+@pytest.mark.parametrize("name", INVARIANT)
+def test_same_bits_on_any_threads(isa: str, name: str) -> None:
+    case = make_case(INVARIANT[name])
+    outputs = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        assert cpu.num_threads() == threads
+        outputs += [case.run(cpu), case.only(0).run(cpu)]
+    for index in range(2, len(outputs)):
+        assert torch.equal(_bits(outputs[index]), _bits(outputs[index % 2]))
+
+
+# --- Store ---
+
+# Around the limits of FP16, ties of rounding, and what is no number.
+SPECIAL = (0.0, -0.0, 1.0, 0.5, -2.5, 65504.0, 65520.0, 1e6, -1e30, 6e-8, 3e-8, -1e-7, 1e-40, 2.0**-14, 1.0009766,
+           float("inf"), float("-inf"), float("nan"))  # fmt: skip
+
+
+def _latents(spec: Spec, tokens: int, kind: str, width: int, generator: torch.Generator) -> torch.Tensor:
+    x = torch.randn(tokens, width, generator=generator) * 10 ** torch.randn(tokens, 1, generator=generator)
+    if kind == "special":
+        chosen = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), x.shape, generator=generator)]
+        rare = torch.rand(tokens, 1, generator=generator) * 0.3
+        x = torch.where(torch.rand(x.shape, generator=generator) < rare, chosen, x)
+    elif kind == "constant":
+        x = x[:, :1].expand(-1, width).clone()
+        x[:, ::64] += torch.rand(tokens, 1, generator=generator) * 1e-4
+    else:
+        x = torch.where(torch.rand(tokens, 1, generator=generator) < 0.3, x.round(), x)  # many ties
+    return x.to(spec.dtype)
+
+
+def assert_same_pages(actual: torch.Tensor, expected: torch.Tensor, plan) -> None:
+    """Codes byte for byte; FP16 sections by value: a NaN is a NaN, and torch's minimum picks either zero."""
+    layout = plan.layout
+    codes = layout.offsets[0].scales
+    assert torch.equal(actual[:, :codes], expected[:, :codes])
+    halves = [pages[:, codes:].contiguous().view(torch.float16) for pages in (actual, expected)]
+    torch.testing.assert_close(halves[0], halves[1], atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_store(isa: str, seed: int) -> None:
+    spec, tokens, kind = random_spec(seed), (1, 3, 8, 40)[seed % 4], ("normal", "special", "constant")[seed % 3]
+    print(spec)
+    plan = make_plan(spec)
+    generator = torch.Generator().manual_seed(spec.seed)
+    # Every page starts with bytes that must survive where nothing is stored, between the pages as well.
+    row = plan.layout.page_bytes + (48 if spec.strided else 0)
+    blocks = 60 // spec.block_size + 2
+    memory = torch.randint(256, (blocks, row), dtype=torch.uint8, generator=generator)
+    expected_memory = memory.clone()
+    slots = torch.randperm(blocks * spec.block_size, generator=generator)[: tokens + 2]
+    slots[torch.rand(tokens + 2, generator=generator) < 0.2] = -1
+    latents = []
+    for stream in plan.layout.streams:
+        width = stream.num_heads * stream.width
+        x = _latents(spec, tokens, kind, width, generator)
+        if spec.strided:  # a slice of a wider projection, seen as heads
+            wide = torch.zeros(tokens, width + 24, dtype=spec.dtype)
+            wide[:, 8 : 8 + width] = x
+            x = wide[:, 8 : 8 + width].unflatten(1, (stream.num_heads, stream.width))
+        latents.append(x)
+    pages, expected = memory[:, : plan.layout.page_bytes], expected_memory[:, : plan.layout.page_bytes]
+    cpu.store(pages, plan, slots, *latents)
+    reference.store(expected, plan, slots, *latents)
+    assert_same_pages(pages, expected, plan)
+    assert torch.equal(memory[:, plan.layout.page_bytes :], expected_memory[:, plan.layout.page_bytes :])
+
+
+def test_store_many_tokens(isa: str) -> None:
+    """Enough tokens for all threads."""
+    plan = make_plan(Spec(kv_heads=3, joint=True, key_group=192, value_group=32, key_bits=3))
+    torch.manual_seed(0)
+    key, value = torch.randn(2, 500, 192, dtype=torch.bfloat16)
+    slots = torch.randperm(512)[:500]
+    pages, expected = torch.zeros(2, 32, plan.layout.page_bytes, dtype=torch.uint8)
+    torch.set_num_threads(4)
+    cpu.store(pages, plan, slots, key, value)
+    reference.store(expected, plan, slots, key, value)
+    assert_same_pages(pages, expected, plan)
+
+
+def test_store_ties(isa: str) -> None:
+    """Numbers halfway between two codes go to the even one; every FP16 number is a zero point of its own."""
+    plan = make_plan(Spec(kv_heads=1, head_size=8, key_group=8, value_group=8, key_bits=8, key_outliers=0))
+    halves = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    key = halves[:, None] + torch.tensor([0.0, 0.5, 1.5, 2.5, 3.5, 253.5, 254.5, 255.0])
+    pages, expected = torch.zeros(2, 4096, plan.layout.page_bytes, dtype=torch.uint8)
+    cpu.store(pages, plan, torch.arange(65536), key, -key)
+    reference.store(expected, plan, torch.arange(65536), key, -key)
+    assert_same_pages(pages, expected, plan)
+
+
+# --- Wrong input ---
+
+
+@pytest.fixture
+def case() -> Case:
+    return make_case(Spec(seqs=((70, 3), (20, 1))))
+
+
+def test_refuses_wrong_tensors(case: Case) -> None:
+    batch, output = case.batch, torch.empty_like(case.query)
+    wrong = {
+        "pages": replace(case, pages=case.pages[:, :-1]),
+        "pages must be uint8": replace(case, pages=case.pages.view(torch.int8)),
+        "query must be": replace(case, query=case.query[:, :-1]),
+        "query must be FP32": replace(case, query=case.query.double()),
+        "contiguous heads": replace(case, query=case.query.transpose(0, 2).contiguous().transpose(0, 2)),
+        "seq_lens must be": replace(case, batch=replace(batch, seq_lens=batch.seq_lens.long())),
+        "query_start_loc must be": replace(case, batch=replace(batch, query_start_loc=batch.query_start_loc[::2])),
+        "do not fit together": replace(case, batch=replace(batch, block_table=batch.block_table[:2])),
+        "block_table must be": replace(case, batch=replace(batch, block_table=batch.block_table.t())),
+    }
+    for message, bad in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            bad.run(cpu)
+    with pytest.raises(ValueError, match="output must be like query"):
+        case.run(cpu, output.half())
+    with pytest.raises(ValueError, match="output must be like query"):
+        case.run(cpu, output[1:])
+
+
+def test_refuses_indices_out_of_range(case: Case) -> None:
+    batch = case.batch
+
+    def changed(**tensors: torch.Tensor) -> Case:
+        return replace(case, batch=replace(batch, **tensors))
+
+    table = batch.block_table.clone()
+    table[0, 1] = case.pages.shape[0]
+    lengths = {"longer than its row": 10**6, "must count the query tokens": 2}
+    for message, length in lengths.items():
+        seq_lens = batch.seq_lens.clone()
+        seq_lens[0] = length
+        with pytest.raises(ValueError, match=message):
+            changed(seq_lens=seq_lens).run(cpu)
+    with pytest.raises(ValueError, match="names a block"):
+        changed(block_table=table).run(cpu)
+    for starts in ([0, 3, 2, 4, 4], [-1, 3, 4, 4, 4], [0, 3, 4, 4, 99]):
+        with pytest.raises(ValueError, match="query_start_loc"):
+            changed(query_start_loc=torch.tensor(starts, dtype=torch.int32)).run(cpu)
+    projection = case.plan.projection
+    short = replace(projection.rope, cos=projection.rope.cos[:64], sin=projection.rope.sin[:64])
+    plan = replace(case.plan, projection=replace(projection, rope=short))
+    with pytest.raises(ValueError, match="rotary table"):
+        replace(case, plan=plan).run(cpu)
+
+
+def test_refuses_wrong_latents(case: Case) -> None:
+    x, slots = torch.zeros(4, 2, 64), torch.arange(4)
+
+    def store(slots=slots, key=x, value=x) -> None:
+        cpu.store(case.pages, case.plan, slots, key, value)
+
+    for message, arguments in {
+        "slot_mapping must be": {"slots": slots.int()},
+        "do not fit together": {"slots": slots[:3]},
+        "latents per token": {"key": x[:, :1]},
+        "must be contiguous": {"value": torch.zeros(4, 2, 128)[..., ::2]},
+        "key must be FP32": {"key": x.double()},
+        "names a slot": {"slots": slots + 10**6},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            store(**arguments)
+
+
+def test_refuses_wrong_plans(case: Case) -> None:
+    plan, projection = case.plan, case.plan.projection
+    for message, bad in {
+        "kv heads": replace(plan, num_heads=7),
+        "up_key must be FP32": replace(plan, projection=replace(projection, up_key=projection.up_key.half())),
+        "up_value must be FP32": replace(plan, projection=replace(projection, up_value=projection.up_value[:, :8])),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            replace(case, plan=bad).run(cpu)
+
+
+def test_forgets_dead_plans() -> None:
+    before = len(cpu._prepared), len(cpu._tiled_tables)
+    case = make_case(Spec())
+    case.run(cpu)
+    assert (len(cpu._prepared), len(cpu._tiled_tables)) == (before[0] + 1, before[1] + 1)
+    del case
+    assert (len(cpu._prepared), len(cpu._tiled_tables)) == before
+
+
+# --- OpenMP ---
+
+
+def test_shares_torchs_threads() -> None:
+    script = """
+import torch
+from pathlib import Path
+torch.set_num_threads(3)
+from xquant_vllm.attention import cpu
+def pool():
+    return sum("Name" in line for task in Path("/proc/self/task").iterdir() for line in (task / "status").open())
+assert cpu.num_threads() == 3, cpu.num_threads()
+torch.set_num_threads(2)
+assert cpu.num_threads() == 2, cpu.num_threads()
+runtimes = cpu._mapped_openmp_runtimes()
+assert len(runtimes) == 1, runtimes
+from tests.attention.attention_cases import Spec, make_case
+case = make_case(Spec(seqs=((2000, 1),)))
+torch.ones(1 << 22).add(1)  # torch's threads are up
+before = pool()
+case.run(cpu)
+assert pool() == before, (before, pool())
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
