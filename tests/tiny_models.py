@@ -1,10 +1,12 @@
 """Tiny random checkpoints of real architectures, made by transformers and saved like any model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 _COMMON: dict[str, Any] = {
     "hidden_size": 128,
@@ -56,4 +58,39 @@ def save_tiny_model(folder: Path, family: str, **changes: Any) -> Path:
             elif name.endswith(("q_norm.weight", "k_norm.weight")):
                 parameter.uniform_(0.5, 1.5)
     model.save_pretrained(folder)
+    return folder
+
+
+def quantize_tiny_model(folder: Path) -> Path:
+    """Rewrite a tiny checkpoint's linear layers to INT8 weights in the compressed-tensors format (dynamic INT8 inputs).
+
+    Args:
+        folder: a checkpoint written by :func:`save_tiny_model`.
+
+    Returns:
+        ``folder``.
+    """
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if "_proj.weight" in name]:
+        weight = weights[name].float()
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        weights[name] = (weight / scale).round().clamp(-127, 127).to(torch.int8)
+        weights[f"{name}_scale"] = scale
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    eight_bit = {"num_bits": 8, "type": "int", "symmetric": True}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**eight_bit, "strategy": "channel", "dynamic": False},
+                "input_activations": {**eight_bit, "strategy": "token", "dynamic": True},
+            }
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -10,6 +10,8 @@ import json
 import sys
 from typing import Any
 
+NUM_LOGITS = 256
+
 
 def greedy(llm: Any, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
     """Greedy continuations of all prompts at once, with how many prompt tokens came from the prefix cache."""
@@ -38,15 +40,16 @@ def prompt_logprobs(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
 
 
 def next_logits(llm: Any, prompts: list[list[int]], max_tokens: int = 1) -> dict[str, Any]:
-    """Raw logits of the whole vocabulary for each generated token (engine argument ``logprobs_mode: raw_logits``)."""
+    """The largest raw logits of each generated token by token id (engine argument ``logprobs_mode: raw_logits``)."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=-1)
+    sampling = SamplingParams(
+        temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=NUM_LOGITS, detokenize=False
+    )
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
-    vocabulary = range(llm.llm_engine.model_config.get_vocab_size())
     return {
         "logits": [
-            [[entry[token].logprob for token in vocabulary] for entry in output.outputs[0].logprobs]
+            [{token: entry.logprob for token, entry in step.items()} for step in output.outputs[0].logprobs]
             for output in outputs
         ],
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],

@@ -1,11 +1,12 @@
 """Model families, recognized by structure: tiny random checkpoints against vLLM's own 16-bit path."""
 
+import os
 import statistics
 
 import pytest
 
 from tests.e2e.engine import EngineFailed
-from tests.tiny_models import save_tiny_model
+from tests.tiny_models import quantize_tiny_model, save_tiny_model
 
 pytestmark = pytest.mark.e2e
 
@@ -79,3 +80,32 @@ def test_multimodal_rope_is_refused_by_name(logprobs, model):
     folder = model("llama", rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]})
     with pytest.raises(EngineFailed, match="uses MRotaryEmbedding, a kind of RoPE that is not supported"):
         logprobs(folder, "xquant", xquant={"bits": 8})
+
+
+def test_a_quantized_checkpoint_is_probed_for_its_effective_weight(engines, logprobs, model):
+    folder = quantize_tiny_model(model("llama-bias"))
+    ours = engines.run(folder, "xquant", TASKS, xquant={"bits": 8}, **{**ENGINE, "dtype": "bfloat16"})
+    assert "3 quantized qkv_proj layers now hold their effective weight" in ours.log
+    assert_close(ours.tasks[0]["logprobs"][0], logprobs(folder, "CPU_ATTN", dtype="bfloat16"), 0.1)
+
+
+def test_tensor_parallel_ranks_factorize_their_own_heads(engines, logprobs, model):
+    folder = model("qwen3")
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
+    ours = engines.run(
+        folder, "xquant", TASKS, xquant={"bits": 8}, environment=binding, tensor_parallel_size=2, **ENGINE
+    )
+    alone = engines.run(folder, "xquant", TASKS, xquant={"bits": 8}, **ENGINE)
+    # Each rank holds one of the two kv heads: half the bytes per token.
+    assert ours.cache_tokens == pytest.approx(2 * alone.cache_tokens, rel=0.01)
+    assert_close(ours.tasks[0]["logprobs"][0], logprobs(folder, "CPU_ATTN"), 0.02)
+
+
+def test_ngram_speculation_changes_no_token(engines, model):
+    folder = model("qwen2")
+    tasks = [{"kind": "greedy", "prompts": [PROMPT[:40] * 3], "max_tokens": 40}]
+    speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    plain = engines.run(folder, "xquant", tasks, xquant={"bits": 8}, **ENGINE)
+    drafted = engines.run(folder, "xquant", tasks, xquant={"bits": 8}, speculative_config=speculative, **ENGINE)
+    assert drafted.tasks[0]["tokens"] == plain.tasks[0]["tokens"]

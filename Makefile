@@ -1,0 +1,59 @@
+# `make` alone lists the targets. Everything lives in this folder: the environment in .venv, models in models/.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+MODEL ?= smollm2
+PORT ?= 8000
+BITS ?= 4
+# More options for examples/demo.py, e.g. make demo DEMO_ARGS=--enforce-eager
+DEMO_ARGS ?=
+# More options for pytest, e.g. make test TEST_ARGS="-m 'not e2e'"
+TEST_ARGS ?=
+
+VENV := .venv
+READY := $(VENV)/.ready
+KERNELS := xquant_vllm/attention/_cpu_kernels.so
+SETUP_FILES := pyproject.toml setup.py tools/setup_env.py $(wildcard tools/envsetup/*.py) \
+	tools/vllm-metadata/pyproject.toml
+LINTED := xquant_vllm tests tools examples setup.py
+
+.PHONY: help venv kernels model demo serve test lint clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(READY) $(KERNELS) ## make the environment .venv: vLLM for CPU, this package, its kernels and tools
+
+$(READY): $(SETUP_FILES)
+	$(PYTHON) tools/setup_env.py
+
+kernels: $(KERNELS) ## compile csrc/cpu, if it changed (XQUANT_BUILD_KERNELS=1: fail if it does not compile)
+
+$(KERNELS): setup.py $(wildcard csrc/cpu/*) | $(READY)
+	$(VENV)/bin/python setup.py --quiet build_kernels --inplace
+
+model: venv ## prepare the checkpoint MODEL (default smollm2); the last line is its folder
+	@$(VENV)/bin/python tools/prepare_model.py --model $(MODEL)
+
+demo: venv ## serve MODEL with a BITS-bit cache, chat with it, compare its cache with the 16-bit one
+	$(VENV)/bin/python examples/demo.py --model $(MODEL) --bits '$(BITS)' $(DEMO_ARGS)
+
+serve: venv ## serve MODEL with a BITS-bit cache on PORT until Ctrl-C
+	$(VENV)/bin/python examples/demo.py --serve --model $(MODEL) --bits '$(BITS)' --port $(PORT) $(DEMO_ARGS)
+
+test: venv ## run the tests
+	$(VENV)/bin/python -m pytest $(TEST_ARGS)
+
+lint: venv ## check style, types and which room imports which
+	$(VENV)/bin/ruff check $(LINTED)
+	$(VENV)/bin/ruff format --check $(LINTED)
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+clean: ## remove build outputs, logs and caches (not .venv, not models)
+	rm -rf build dist logs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -f $(KERNELS)
+	find $(LINTED) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,109 @@
+"""The product as users meet it: the `vllm serve` command, the OpenAI API, and the errors on the terminal."""
+
+import concurrent.futures
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+from vllm_process import Progress, VllmServer, free_port, vllm_command
+
+pytestmark = pytest.mark.e2e
+
+ARGUMENTS = ["--served-model-name", "smollm2", "--max-model-len", "1024", "--enforce-eager", "--dtype", "float32"]
+QUESTIONS = ["What is the capital of France?", "Name three colours.", "Why is the sky blue?", "Who wrote Hamlet?"]
+
+
+@pytest.fixture(scope="module")
+def server(smollm2, tmp_path_factory):
+    arguments = [str(smollm2), "--attention-backend", "xquant", "--kv-cache-memory-bytes", "67108864", *ARGUMENTS]
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    with VllmServer([*arguments, "--additional-config.xquant.bits", "8"], log, free_port()) as server:
+        server.wait(server.is_healthy, "it answered", 300, Progress("server"))
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    import openai
+
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120, max_retries=0)
+
+
+def ask(client, question: str, **options) -> str:
+    messages = [{"role": "user", "content": question}]
+    answer = client.chat.completions.create(model="smollm2", messages=messages, temperature=0, max_tokens=24, **options)
+    return answer.choices[0].message.content
+
+
+def test_settings_reach_every_process_from_the_command_line(server):
+    assert server.find(r'xquant: cache "latent" at key 8 / value 8 bits')
+
+
+def test_the_kernels_were_built_and_are_used(server):
+    assert server.find(r"xquant: attention runs on the C\+\+ kernels")
+
+
+def test_concurrent_requests_are_answered_as_alone(client):
+    alone = [ask(client, question) for question in QUESTIONS]
+    with concurrent.futures.ThreadPoolExecutor(len(QUESTIONS)) as pool:
+        together = list(pool.map(lambda question: ask(client, question), QUESTIONS))
+    assert together == alone
+    assert "Paris" in alone[0]
+
+
+def test_aborted_requests_leave_their_neighbours_and_the_server_alone(client):
+    before = ask(client, QUESTIONS[0])
+    streams = []
+    for question in QUESTIONS:
+        messages = [{"role": "user", "content": question + " Answer at length."}]
+        stream = client.chat.completions.create(
+            model="smollm2", messages=messages, stream=True, temperature=0, max_tokens=900
+        )
+        next(iter(stream))
+        streams.append(stream)
+    for stream in streams:
+        stream.close()
+    assert ask(client, QUESTIONS[0]) == before
+    # The aborted requests' blocks come back to the pool.
+    deadline = time.monotonic() + 30
+    while _metric(client, "vllm:num_requests_running") and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert _metric(client, "vllm:num_requests_running") == 0
+
+
+def _metric(client, name: str) -> float:
+    import urllib.request
+
+    url = str(client.base_url).removesuffix("v1/") + "metrics"
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--attention-backend", "xquantt"], ["Unknown attention backend: 'XQUANTT'", "XQUANT"]),
+        (
+            ["--attention-backend", "xquant", "--additional-config", '{"xquant": {"bits": 5}}'],
+            ["xquant: setting 'bits': 5 cannot work: no page format has 5-bit codes", "set 8, 4, 3 or 2"],
+        ),
+        (
+            ["--attention-backend", "xquant", "--kv-cache-dtype", "fp8"],
+            ["--kv-cache-dtype fp8 names the format of cached keys and values", "leave it out"],
+        ),
+    ],
+    ids=["unknown backend", "bad bits", "fp8 cache"],
+)
+def test_errors_come_before_anything_is_loaded(smollm2, arguments, parts):
+    command = [vllm_command(), "serve", str(smollm2), "--port", str(free_port()), *ARGUMENTS, *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
+    output = process.stdout + process.stderr
+    assert process.returncode != 0
+    for part in parts:
+        assert part in output
+    assert "Starting to load model" not in output

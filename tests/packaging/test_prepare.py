@@ -1,0 +1,65 @@
+"""How tools/prepare_model.py builds a folder: whole or not at all. With a recipe that needs no weights."""
+
+from pathlib import Path
+
+import pytest
+from model_prep import manifest, wheels
+from model_prep.prepare import prepare
+from model_prep.recipe import PrepareError, Recipe, Wheel
+
+
+def _recipe(build, revision: int = 1) -> Recipe:
+    return Recipe("small", "small-folder", "a test model", wheels=(), revision=revision, build=build)
+
+
+def _write(text: str):
+    def build(_wheels, target: Path) -> None:
+        (target / "weights.txt").write_text(text)
+
+    return build
+
+
+def test_builds_once(tmp_path):
+    folder = prepare(_recipe(_write("one")), tmp_path)
+    assert folder == tmp_path / "small-folder"
+    assert prepare(_recipe(_write("two")), tmp_path) == folder
+    assert (folder / "weights.txt").read_text() == "one", "a whole folder is left as it is"
+
+
+def test_builds_anew_when_damaged_or_out_of_date_or_forced(tmp_path, capsys):
+    folder = prepare(_recipe(_write("one")), tmp_path)
+    (folder / "weights.txt").write_text("tampered with")
+    prepare(_recipe(_write("two")), tmp_path)
+    assert (folder / "weights.txt").read_text() == "two"
+    assert "weights.txt has 13 bytes instead of 3; building it anew" in capsys.readouterr().err
+    prepare(_recipe(_write("three"), revision=2), tmp_path)
+    assert (folder / "weights.txt").read_text() == "three"
+    prepare(_recipe(_write("four"), revision=2), tmp_path, force=True)
+    assert (folder / "weights.txt").read_text() == "four"
+
+
+def test_failed_build_leaves_no_folder_and_keeps_an_old_one(tmp_path):
+    def fail(_wheels, target: Path) -> None:
+        (target / "weights.txt").write_text("half")
+        raise RuntimeError("interrupted")
+
+    with pytest.raises(RuntimeError, match="interrupted"):
+        prepare(_recipe(fail), tmp_path)
+    assert not (tmp_path / "small-folder").exists()
+    folder = prepare(_recipe(_write("one")), tmp_path)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        prepare(_recipe(fail, revision=2), tmp_path)
+    assert (folder / "weights.txt").read_text() == "one"
+
+
+def test_cached_wheel_is_used_only_if_whole(tmp_path, monkeypatch):
+    wheel = Wheel("nothing==1.0", "nothing-1.0-py3-none-any.whl", sha256="")
+    path = tmp_path / wheel.filename
+    path.write_bytes(b"content")
+    right = Wheel(wheel.requirement, wheel.filename, sha256=manifest.sha256_of(path))
+    assert wheels.fetch(right, tmp_path) == path
+    path.write_bytes(b"damaged")
+    monkeypatch.setattr(wheels.sys, "executable", "false")  # stands in for pip without a network
+    with pytest.raises(PrepareError, match=r"could not download nothing==1\.0"):
+        wheels.fetch(right, tmp_path)
+    assert not path.exists()

