@@ -44,8 +44,10 @@ demo: venv ## serve MODEL with a BITS-bit cache, chat with it, compare its cache
 serve: venv ## serve MODEL with a BITS-bit cache on PORT until Ctrl-C
 	$(VENV)/bin/python examples/demo.py --serve --model $(MODEL) --bits '$(BITS)' --port $(PORT) $(DEMO_ARGS)
 
+# Engines in the tests use one thread each, so two files of tests run side by side on two cores.
 test: venv ## run the tests
-	$(VENV)/bin/python -m pytest $(TEST_ARGS)
+	$(VENV)/bin/python tools/prepare_model.py
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(TEST_ARGS)
 
 lint: venv ## check style, types and which room imports which
 	$(VENV)/bin/ruff check $(LINTED)

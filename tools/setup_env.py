@@ -90,7 +90,7 @@ def set_up(environment: Path) -> None:
     pip = packages.Pip(python, environment / "pip.log")
     if packages.installed_version(python, "setuptools") != SETUPTOOLS.split("==")[1]:
         pip.install("--quiet", SETUPTOOLS)
-    packages.install_vllm(pip, PROJECT)
+    packages.install_vllm(pip, PROJECT, trust_installed=finished_before)
     packages.drop_misfits(pip, site_packages)
     packages.install_vllm_metadata(pip, PROJECT, site_packages)
     packages.install_package(pip, PROJECT)

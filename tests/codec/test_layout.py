@@ -1,7 +1,7 @@
 """The page layout: byte counts from the formula, and refusals."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
@@ -16,6 +16,7 @@ stream_formats = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(streams=st.lists(stream_formats, min_size=1, max_size=3), blocks=st.integers(1, 8))
 def test_sections_fill_the_page_without_gap_or_overlap(streams, blocks):
     layout = PageLayout(tuple(streams), 16 * blocks)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xquant_vllm.codec.packing import SUPPORTED_BITS, pack, packed_size, unpack
@@ -24,6 +24,7 @@ def independent_pack(codes: list[int], bits: int) -> bytes:
     return bytes(packed)
 
 
+@settings(deadline=None)
 @given(data=st.data(), bits=st.sampled_from(SUPPORTED_BITS), eighths=st.integers(1, 17))
 def test_pack_matches_the_drawing_and_unpack_inverts_it(data, bits, eighths):
     codes = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=8 * eighths, max_size=8 * eighths))

