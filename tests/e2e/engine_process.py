@@ -62,7 +62,16 @@ def preemptions(llm: Any) -> dict[str, Any]:
     return {"count": sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")}
 
 
-KINDS = {f.__name__: f for f in (greedy, prompt_logprobs, next_logits, preemptions)}
+def reload_weights(llm: Any) -> dict[str, Any]:
+    """Ask the running engine to load its weights anew; what it answers."""
+    try:
+        llm.collective_rpc("reload_weights")
+    except Exception as error:
+        return {"error": str(error)}
+    return {"error": None}
+
+
+KINDS = {f.__name__: f for f in (greedy, prompt_logprobs, next_logits, preemptions, reload_weights)}
 
 
 def main(request_path: str, result_path: str) -> None:

@@ -109,3 +109,9 @@ def test_ngram_speculation_changes_no_token(engines, model):
     plain = engines.run(folder, "xquant", tasks, xquant={"bits": 8}, **ENGINE)
     drafted = engines.run(folder, "xquant", tasks, xquant={"bits": 8}, speculative_config=speculative, **ENGINE)
     assert drafted.tasks[0]["tokens"] == plain.tasks[0]["tokens"]
+
+
+def test_new_weights_for_a_running_model_are_refused(engines, model):
+    tasks = [{"kind": "reload_weights"}]
+    result = engines.run(model("llama-bias"), "xquant", tasks, **ENGINE)
+    assert "new weights cannot be loaded into a running model" in result.tasks[0]["error"]

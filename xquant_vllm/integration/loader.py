@@ -25,7 +25,7 @@ def install_loader_hook() -> None:
     if getattr(original, _HOOKED, False):
         return
 
-    def process_weights_after_loading(model: nn.Module, model_config: Any, target_device: torch.device) -> None:
+    def process_weights_after_loading(model: Any, model_config: Any, target_device: torch.device) -> None:
         layers = _xquant_layers(model)
         start = time.perf_counter()
         quantized = _factorize(layers, before_processing=True)
@@ -34,6 +34,7 @@ def install_loader_hook() -> None:
         start = time.perf_counter()
         _factorize(quantized, before_processing=False)
         if layers:
+            model.load_weights = _refuse_new_weights
             _report(layers, len(quantized), seconds + time.perf_counter() - start)
 
     setattr(process_weights_after_loading, _HOOKED, True)
@@ -48,20 +49,31 @@ def _xquant_layers(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
     from xquant_vllm.integration.impl import XQuantImpl
     from xquant_vllm.integration.registration import BACKEND_NAME
 
-    layers = []
-    for name, attention in model.named_modules():
-        if not isinstance(attention, Attention):
-            continue
-        owner_name = name.rpartition(".")[0]
+    attentions = [(name, module) for name, module in model.named_modules() if isinstance(module, Attention)]
+    layers, escaped = [], []
+    for name, attention in attentions:
         if isinstance(attention.impl, XQuantImpl):
+            owner_name = name.rpartition(".")[0]
             layers.append((owner_name, model.get_submodule(owner_name), attention))
-            config = attention.impl.vllm_config.attention_config
-        elif layers and config.backend.name == BACKEND_NAME and not config.backend_per_kind:
+        else:
+            escaped.append((name, attention))
+    if layers and escaped:
+        config = layers[0][2].impl.vllm_config.attention_config
+        if not config.backend_per_kind:
+            name, attention = escaped[0]
             raise UnsupportedError(
                 f"xquant: {name} was given the backend {attention.attn_backend.get_name()} although {BACKEND_NAME} was "
                 "asked for; choose another --attention-backend for this model"
             )
     return layers
+
+
+def _refuse_new_weights(*_: Any, **__: Any) -> None:
+    """Stands in for ``load_weights`` of a model whose weights are factorized."""
+    raise RuntimeError(
+        "xquant: new weights cannot be loaded into a running model, because the key and value projections are "
+        "factorized; start the server anew with them"
+    )
 
 
 def _factorize(
