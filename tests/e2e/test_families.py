@@ -70,6 +70,14 @@ def test_pages_of_two_sizes_in_one_cache(engines, logprobs, model):
     assert_close(ours.tasks[0]["logprobs"][0], logprobs(folder, "CPU_ATTN"), 0.1)
 
 
+def test_the_reference_serves_where_no_kernels_were_built(engines, logprobs, model):
+    folder = model("qwen3")
+    environment = {"XQUANT_ATTENTION_KERNELS": "reference"}
+    slow = engines.run(folder, "xquant", TASKS, xquant={"bits": 8}, environment=environment, **ENGINE)
+    assert "attention runs on the PyTorch reference" in slow.log
+    assert_close(slow.tasks[0]["logprobs"][0], logprobs(folder, "xquant", xquant={"bits": 8}), 0.01)
+
+
 def test_float16(logprobs, model):
     folder = model("qwen2")
     ours = logprobs(folder, "xquant", dtype="float16", xquant={"bits": 8})

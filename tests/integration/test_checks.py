@@ -4,6 +4,7 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.tiny_models import save_tiny_model
+from xquant_vllm import __version__
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +54,11 @@ def test_refusals_name_the_cause_and_the_remedy(tiny, arguments, parts):
 def test_other_backends_are_left_alone(tiny):
     config = configure(tiny, attention_backend="CPU_ATTN", additional_config={"xquant": {"bits": 6}}, block_size=32)
     assert config.attention_config.backend.name == "CPU_ATTN"
+
+
+def test_the_compile_cache_key_covers_the_version_and_the_settings(tiny):
+    default, four = configure(tiny), configure(tiny, additional_config={"xquant": {"bits": 4}})
+    assert default.additional_config["xquant_version"] == four.additional_config["xquant_version"] == __version__
+    plain = configure(tiny, attention_backend="CPU_ATTN")
+    assert "xquant_version" not in plain.additional_config
+    assert len({config.compute_hash() for config in (default, four, plain)}) == 3

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from xquant_vllm import __version__
 from xquant_vllm.integration.registration import BACKEND_NAME, selects_xquant
 
 _WRAPPED = "_xquant_wrapped"
@@ -30,8 +31,18 @@ def _wrap_config_check(platform: Any) -> None:
             from xquant_vllm.integration.checks import check_config
 
             check_config(vllm_config)
+            _mark_compile_cache(vllm_config)
 
     platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _mark_compile_cache(vllm_config: Any) -> None:
+    """Keep vLLM from reusing a graph that another version of this package has shaped.
+
+    The key of its compile cache covers ``additional_config``, but knows nothing of the modules replaced at load.
+    """
+    if isinstance(vllm_config.additional_config, dict):
+        vllm_config.additional_config = {**vllm_config.additional_config, "xquant_version": __version__}
 
 
 def _wrap_cpu_selection(platform: Any) -> None:
