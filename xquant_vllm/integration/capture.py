@@ -43,7 +43,7 @@ def capture_qkv(
         The query, key and value arguments, ``[num_tokens, heads * head_size]`` each.
 
     Raises:
-        UnsupportedError: the module's forward takes arguments not known here, or never calls ``attn``.
+        UnsupportedError: the module's forward takes arguments not known here, fails, or never calls ``attn``.
     """
     known: dict[str, Any] = {"positions": positions, "hidden_states": hidden_states}
     parameters = inspect.signature(module.forward).parameters
@@ -63,6 +63,11 @@ def capture_qkv(
     except _Reached as reached:
         query, key, value = (x.flatten(1) for x in reached.qkv)
         return query, key, value
+    except Exception as error:
+        raise UnsupportedError(
+            f"{who} is not recognized: it fails before its `attn` ({type(error).__name__}: {error}); choose another "
+            "--attention-backend for this model"
+        ) from error
     finally:
         module._modules.update(saved)
     raise UnsupportedError(f"{who} never called its `attn`; choose another --attention-backend for this model")
