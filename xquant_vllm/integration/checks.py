@@ -5,7 +5,7 @@ from typing import Any
 
 from xquant_vllm.codec.layout import BLOCK_SIZE_MULTIPLE
 from xquant_vllm.integration.formats import stream_formats
-from xquant_vllm.integration.settings import settings_of
+from xquant_vllm.integration.settings import SettingsError, settings_of
 
 SUPPORTED_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 # Methods that propose tokens without a model of their own, so without attention layers that would need a cache.
@@ -34,8 +34,6 @@ def check_config(vllm_config: Any) -> None:
             stream_formats(settings, layer_index, num_kv_heads, model.get_head_size())
         num_layers = model.get_total_num_hidden_layers()
         if settings.first_layers > num_layers:
-            from xquant_vllm.integration.settings import SettingsError
-
             raise SettingsError(
                 f"xquant: setting 'first_layers': {settings.first_layers} cannot work: the model has {num_layers} "
                 f"layers; set {num_layers} or fewer"

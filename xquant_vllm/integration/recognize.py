@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -11,6 +12,10 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from xquant_vllm.integration.checks import UnsupportedError
 from xquant_vllm.projection.rematerialize import HeadNorm
 from xquant_vllm.projection.rope import RotaryTable
+
+# vLLM shares one rotary module between layers. So must their tables be: at 128K positions each takes 64 MiB, and the
+# kernels keep a rearranged copy of every table they meet.
+_tables: "WeakKeyDictionary[nn.Module, RotaryTable]" = WeakKeyDictionary()
 
 _OTHER = "choose another --attention-backend for this model"
 
@@ -87,6 +92,8 @@ def _read_norm(who: str, norm: Any, head_size: int) -> HeadNorm:
 
 
 def _read_rope(who: str, rotary: Any) -> RotaryTable:
+    if rotary in _tables:
+        return _tables[rotary]
     cache = getattr(rotary, "cos_sin_cache", None)
     one_angle_per_position = (
         isinstance(rotary, RotaryEmbedding)
@@ -104,4 +111,5 @@ def _read_rope(who: str, rotary: Any) -> RotaryTable:
     if exact.shape != cache.shape or (exact - cache.float()).abs().max() > 0.02 * exact.abs().max():
         exact = cache.float()
     cos, sin = exact.chunk(2, -1)
-    return RotaryTable(cos.contiguous(), sin.contiguous(), interleaved=not rotary.is_neox_style)
+    table = _tables[rotary] = RotaryTable(cos.contiguous(), sin.contiguous(), interleaved=not rotary.is_neox_style)
+    return table
