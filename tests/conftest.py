@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# Scripts are no packages that anybody installs; their tests import them from where they lie.
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "examples")]
 
 
 @pytest.fixture(scope="session")

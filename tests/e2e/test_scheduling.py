@@ -6,10 +6,8 @@ that moves a latent by 1e-6 of its size and now and then flips a code that lay o
 what such flips do at 4 bits, far below what a wrong slot or position would do (several units).
 """
 
-import sysconfig
-from pathlib import Path
-
 import pytest
+from demo import can_compile
 
 from tests.e2e.engine_process import NUM_LOGITS
 
@@ -123,7 +121,7 @@ def test_preempted_and_resumed_equals_undisturbed(engines, smollm2, documentatio
 
 
 @pytest.mark.skipif(
-    not (Path(sysconfig.get_path("include")) / "Python.h").exists(),
+    not can_compile(),
     reason="torch.compile needs Python.h, which python3-dev installs: vLLM itself cannot compile here",
 )
 def test_compiled_is_as_close_to_eager_as_quantization_allows(logits, prompt):

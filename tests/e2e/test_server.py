@@ -2,13 +2,9 @@
 
 import concurrent.futures
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from vllm_process import Progress, VllmServer, free_port, vllm_command
 
 pytestmark = pytest.mark.e2e

@@ -6,8 +6,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.model_loader import base_loader
+from vllm.model_executor.models.utils import extract_layer_index
 
+from xquant_vllm.attention import dispatch, reference
+from xquant_vllm.integration.cache_spec import publish_page_size
+from xquant_vllm.integration.checks import UnsupportedError
+from xquant_vllm.integration.effective_weight import effective_linear
+from xquant_vllm.integration.formats import stream_formats
+from xquant_vllm.integration.modules import DenseLinear
+from xquant_vllm.integration.recognize import recognize
+from xquant_vllm.integration.registration import BACKEND_NAME
 from xquant_vllm.integration.settings import PerStream
+from xquant_vllm.integration.surgery import operate
 
 logger = logging.getLogger("vllm.xquant_vllm")
 
@@ -19,8 +32,6 @@ def install_loader_hook() -> None:
 
     It is the last moment at which the weights are there and the quantization methods have not repacked them.
     """
-    from vllm.model_executor.model_loader import base_loader
-
     original = base_loader.process_weights_after_loading
     if getattr(original, _HOOKED, False):
         return
@@ -43,11 +54,7 @@ def install_loader_hook() -> None:
 
 def _xquant_layers(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
     """All attention layers of this backend as (name of the owner, owner, attention); refuse layers that escaped it."""
-    from vllm.model_executor.layers.attention import Attention
-
-    from xquant_vllm.integration.checks import UnsupportedError
-    from xquant_vllm.integration.impl import XQuantImpl
-    from xquant_vllm.integration.registration import BACKEND_NAME
+    from xquant_vllm.integration.impl import XQuantImpl  # which installs this hook, so it cannot be imported above
 
     attentions = [(name, module) for name, module in model.named_modules() if isinstance(module, Attention)]
     layers, escaped = [], []
@@ -80,15 +87,6 @@ def _factorize(
     layers: list[tuple[str, nn.Module, Any]], *, before_processing: bool
 ) -> list[tuple[str, nn.Module, Any]]:
     """Operate on the layers whose weights are readable at this moment; return the others."""
-    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-
-    from xquant_vllm.integration.cache_spec import publish_page_size
-    from xquant_vllm.integration.effective_weight import effective_linear
-    from xquant_vllm.integration.formats import stream_formats
-    from xquant_vllm.integration.modules import DenseLinear
-    from xquant_vllm.integration.recognize import recognize
-    from xquant_vllm.integration.surgery import operate
-
     unreadable = []
     for name, owner, attention in layers:
         parts = recognize(name, owner, attention)
@@ -104,23 +102,15 @@ def _factorize(
             dense = effective_linear(f"{name}.qkv_proj", qkv_proj)
         impl = attention.impl
         formats = stream_formats(
-            impl.settings, _layer_index(attention.layer_name), attention.num_kv_heads, attention.head_size
+            impl.settings, extract_layer_index(attention.layer_name), attention.num_kv_heads, attention.head_size
         )
         impl.set_projection(operate(parts, impl.settings, dense), formats)
         publish_page_size(attention, formats)
     return unreadable
 
 
-def _layer_index(layer_name: str) -> int:
-    from vllm.model_executor.models.utils import extract_layer_index
-
-    return extract_layer_index(layer_name)
-
-
 def _report(layers: list[tuple[str, nn.Module, Any]], quantized: int, seconds: float) -> None:
     """Say in the log what is cached, in how many bytes, and by which kernels it is read."""
-    from xquant_vllm.attention import dispatch, reference
-
     impl = layers[-1][2].impl
     settings, last = impl.settings, impl.formats
     bits = PerStream(key=last[0].bits, value=last[1].bits)
