@@ -1,14 +1,14 @@
 // The C interface of the CPU kernels: plain structs, no torch, no C++ types. xquant_vllm/attention/cpu.py mirrors them
 // field by field; xquant_cpu_abi() changes whenever a struct does, and cpu.py refuses a library with another number.
 //
-// All strides count elements of the pointed-to type, except pages_stride (bytes). Every pointer is borrowed for the
+// All strides count elements of the pointed-to type, except the stride of pages (bytes). Every pointer is borrowed for the
 // duration of a call. FP32 tensors are contiguous.
 #ifndef XQUANT_CPU_API_H
 #define XQUANT_CPU_API_H
 
 #include <stdint.h>
 
-#define XQUANT_CPU_ABI 1
+#define XQUANT_CPU_ABI 2
 
 #if defined(__GNUC__)
 #define XQUANT_EXPORT __attribute__((visibility("default")))
@@ -27,7 +27,7 @@ enum { XQUANT_FP32 = 0, XQUANT_FP16 = 1, XQUANT_BF16 = 2 };
 typedef struct {
     int64_t num_heads;         // latent heads: the kv heads, or 1, which all kv heads read
     int64_t width;             // channels per latent head; a multiple of group_size
-    int64_t bits;              // 8, 4, 3 or 2
+    int64_t bits;              // 16 (FP16 numbers, no scales and zeros), 8, 4, 3 or 2
     int64_t group_size;        // channels per scale; a multiple of 8
     int64_t outlier_channels;  // leading channels kept in FP16; fewer than group_size
     int64_t codes;             // section offsets in bytes from the start of a page
@@ -36,16 +36,40 @@ typedef struct {
     int64_t outliers;
 } xquant_stream;
 
+// A stream that a latent is read from, in the layer's own pages (page 0) or in those of an earlier layer.
+typedef struct {
+    xquant_stream stream;
+    int64_t page;  // index into the pages of a call
+    int64_t adds;  // 1: added to the channels of the term before; 0: follows them
+} xquant_term;
+
+// A latent and the terms that it is put together from; see xquant_vllm/attention/latents.py.
+typedef struct {
+    const xquant_term* terms;
+    int64_t num_terms;
+    int64_t num_heads;  // latent heads: the kv heads, or 1, which all kv heads read
+    int64_t width;      // channels of all terms per latent head
+} xquant_latent;
+
 // One layer: everything that does not change from call to call.
 typedef struct {
-    xquant_stream key;
-    xquant_stream value;
+    const xquant_stream* streams;  // of the layer's own pages
+    int64_t num_streams;
+    xquant_latent key;
+    xquant_latent value;
+    xquant_latent prediction;        // of the first stream, whose pages hold the difference from it; no terms: none
+    const float* prediction_matrix;  // [heads of the stream, prediction.width, width of the stream rounded up to 16], the
+                                     // rest of a row zero; NULL: the terms are the prediction
+    const float* rotation_signs;     // [width of the first stream], which is rotated before it is stored; NULL: it is not
+    const float* rotation_mix;       // [m, m], m blocks of rotation_block channels
+    int64_t rotation_block;          // channels of a Hadamard transform, a power of two
     int64_t block_size;          // slots per page; a multiple of 16
-    int64_t page_bytes;          // bytes of a page
     int64_t num_heads;           // query heads; a multiple of num_kv_heads
     int64_t num_kv_heads;
     int64_t head_size;           // a multiple of 8
-    const float* up_key;         // [num_kv_heads, key.width, head_size]
+    int64_t key_absorbed;        // 1: keys have neither norm nor RoPE, so queries are multiplied by up_key instead
+    const float* up_key;         // [num_kv_heads, key.width, head_size]; absorbed: [num_kv_heads, head_size, key.width
+                                 // rounded up to 16], the rest of a row zero
     const float* up_value;       // [num_kv_heads, value.width, head_size rounded up to 16], the rest of a row zero
     const float* key_bias;       // [num_kv_heads, head_size] or NULL
     const float* value_bias;     // [num_kv_heads, head_size] or NULL
@@ -60,26 +84,32 @@ typedef struct {
     float soft_cap;              // scores become cap * tanh(score / cap); 0 for none
 } xquant_plan;
 
-// Quantize the latents of new tokens into their slots.
+// The pages of one layer.
 typedef struct {
-    uint8_t* pages;               // [num_blocks, page_bytes], rows pages_stride bytes apart
-    int64_t pages_stride;
-    int64_t num_blocks;
+    uint8_t* data;   // [num_blocks, bytes of a page]
+    int64_t stride;  // bytes between pages
+} xquant_pages;
+
+// What new tokens bring for one stream.
+typedef struct {
+    const void* data;  // [num_tokens, num_heads * width], rows `stride` elements apart
+    int64_t stride;
+    int64_t dtype;
+} xquant_input;
+
+// Quantize what new tokens bring into their slots.
+typedef struct {
+    const xquant_pages* pages;    // the layer's own, which are written, then those that it reads too
+    int64_t num_blocks;           // that all of these pages have
     const int64_t* slot_mapping;  // [num_tokens]: block * block_size + offset; negative: not stored
     int64_t num_tokens;
-    const void* key;              // [num_tokens, key.num_heads * key.width], rows key_stride elements apart
-    int64_t key_stride;
-    int64_t key_dtype;
-    const void* value;            // likewise
-    int64_t value_stride;
-    int64_t value_dtype;
+    const xquant_input* inputs;   // one for every stream
 } xquant_store_call;
 
 // Causal attention of query tokens over their sequences' pages.
 typedef struct {
-    const uint8_t* pages;            // [num_blocks, page_bytes], rows pages_stride bytes apart
-    int64_t pages_stride;
-    int64_t num_blocks;
+    const xquant_pages* pages;       // the layer's own, then those that it reads too
+    int64_t num_blocks;              // that all of these pages have
     const void* query;               // [num_tokens, num_heads, head_size], after RoPE; head_size is contiguous
     int64_t query_token_stride;
     int64_t query_head_stride;

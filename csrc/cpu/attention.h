@@ -6,16 +6,20 @@
 //     values    [tokens][width]  <- codes of the values                    unpack_rows
 //     accumulator [rows][width]  += weights * values                       gemm
 //
-// V is absorbed: the value up-projection happens once per query row, in finish().
+// V is absorbed: the value up-projection happens once per query row, in finish(). K is absorbed where the model neither
+// norms nor turns it: then queries are multiplied by up_key instead, and score against the latents themselves.
 #pragma once
 
 struct Scratch {
-    float* query;    // [rows][head_size], times the scale
+    float* query;    // [rows][query_width], times the scale
     float* latents;  // [channels_at_once][kTile]
     float* keys;     // [head_size][kTile]
     float* weights;  // [rows][kTile]
     float* values;   // [kTile][value_stride]
+    float* added;    // [kRun][value_stride], of a term that is added to them
     uint8_t* bytes;  // [bytes of a group of key codes, rounded up to 16][16]
+    float* head;     // [head_size], of a query to be absorbed
+    int64_t query_width;
     int64_t value_stride;
     int64_t floats;  // size of all of it
 
@@ -29,12 +33,15 @@ struct Scratch {
         };
         // A row of values has room for unpack_rows to write past its last group.
         value_stride = round_up(channels_at_once(plan.value), kPad) + kPad;
-        query = take(rows * plan.head_size);
+        query_width = plan.key_absorbed ? round_up(plan.key.width, kPad) : plan.head_size;
+        query = take(rows * query_width);
         latents = take(channels_at_once(plan.key) * kTile);
         keys = take(plan.head_size * kTile);
         weights = take(rows * kTile);
         values = take(kTile * value_stride);
-        bytes = (uint8_t*)take(round_up(plan.key.group_size, 16) * 16 / sizeof(float));
+        added = take(kRun * value_stride);
+        bytes = (uint8_t*)take(round_up(most_group_bytes(plan.key), 16) * 16 / sizeof(float));
+        head = take(plan.head_size);
     }
 };
 
@@ -60,39 +67,52 @@ struct Pages {
     const xquant_attention_call& call;
     const int32_t* blocks;
 
-    // NULL where the block table names a block that is not there.
-    const uint8_t* page(int64_t position) const {
+    // Block ids are checked before any page is read.
+    bool has(int64_t position) const {
         const int64_t block = blocks[position / plan.block_size];
-        return block >= 0 && block < call.num_blocks ? call.pages + block * call.pages_stride : nullptr;
+        return block >= 0 && block < call.num_blocks;
+    }
+    const uint8_t* page(const xquant_term& term, int64_t position) const {
+        const xquant_pages& pages = call.pages[term.page];
+        return pages.data + blocks[position / plan.block_size] * pages.stride;
     }
     int64_t slot(int64_t position) const { return position % plan.block_size; }
 };
 
+// A chunk of the key latents of tokens start + [first, last), channel-major.
+inline void load_key_latents(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t start,
+                             int64_t first, int64_t last, const Chunk& chunk, const Scratch& scratch) {
+    for (int64_t i = chunk.first; i < chunk.last; ++i) {
+        const xquant_term& term = plan.key.terms[i];
+        const HeadView view = head_view(plan, term, kv_head);
+        for (int64_t run = first; run < last; run += kRun) {
+            const int64_t position = start + run;
+            const uint8_t* page = pages.page(term, position);
+            const auto unpack = i == chunk.first ? unpack_channels<false> : unpack_channels<true>;
+            unpack(view, page, pages.slot(position), chunk.begin, chunk.end, scratch.latents + run, kTile,
+                   scratch.bytes);
+        }
+    }
+}
+
 // Keys of tokens start + [first, last), channel-major; both bounds are multiples of 16.
 inline void load_keys(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t start, int64_t first,
                       int64_t last, const Scratch& scratch) {
-    const HeadView view = head_view(plan, plan.key, kv_head);
     const float* up = plan.up_key + kv_head * plan.key.width * plan.head_size;
-    const int64_t step = groups_at_once(plan.key);
     float* keys = scratch.keys + first;
-    for (int64_t group = 0; group < view.num_groups(); group += step) {
-        const int64_t end = group + step < view.num_groups() ? group + step : view.num_groups();
-        for (int64_t run = first; run < last; run += kRun) {
-            const int64_t position = start + run;
-            unpack_channels(view, pages.page(position), pages.slot(position), group, end, scratch.latents + run, kTile,
-                            scratch.bytes);
-        }
+    for_chunks(plan.key, [&](const Chunk& chunk) {
+        load_key_latents(plan, pages, kv_head, start, first, last, chunk, scratch);
         Product product;
-        product.depth = (end - group) * plan.key.group_size;
-        product.a = up + group * plan.key.group_size * plan.head_size;
+        product.depth = chunk.channels;
+        product.a = up + chunk.row * plan.head_size;
         product.lda = plan.head_size;
         product.b = scratch.latents + first;
         product.ldb = kTile;
         product.c = keys;
         product.ldc = kTile;
-        product.accumulate = group > 0;
+        product.accumulate = chunk.row > 0;
         gemm<Order::kTransposed>(plan.head_size, last - first, product);
-    }
+    });
     if (plan.key_bias) add_bias(plan.key_bias + kv_head * plan.head_size, plan.head_size, keys, kTile, last - first);
     if (plan.key_norm) normalize(plan.key_norm, plan.key_norm_eps, plan.head_size, keys, kTile, last - first);
     if (plan.rope) {
@@ -102,20 +122,36 @@ inline void load_keys(const xquant_plan& plan, const Pages& pages, int64_t kv_he
     }
 }
 
-// Scores and weights of tokens start + [first, last) for all rows; shrinks the accumulator where a maximum grew.
-inline void weigh(const xquant_plan& plan, const Task& task, int64_t rows, int64_t start, int64_t first, int64_t last,
-                  const State& state, const Scratch& scratch) {
+// Scores of tokens start + [first, last) for all rows, by their keys or, absorbed, by their latents.
+inline void score(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t rows, int64_t start,
+                  int64_t first, int64_t last, const Scratch& scratch) {
     Product product;
-    product.depth = plan.head_size;
-    product.a = scratch.query;
-    product.lda = plan.head_size;
-    product.b = scratch.keys + first;
+    product.lda = scratch.query_width;
     product.ldb = kTile;
     product.c = scratch.weights + first;
     product.ldc = kTile;
+    if (plan.key_absorbed) {
+        for_chunks(plan.key, [&](const Chunk& chunk) {
+            load_key_latents(plan, pages, kv_head, start, first, last, chunk, scratch);
+            product.depth = chunk.channels;
+            product.a = scratch.query + chunk.row;
+            product.b = scratch.latents + first;
+            product.accumulate = chunk.row > 0;
+            gemm<Order::kPlain>(rows, last - first, product);
+        });
+        return;
+    }
+    load_keys(plan, pages, kv_head, start, first, last, scratch);
+    product.depth = plan.head_size;
+    product.a = scratch.query;
+    product.b = scratch.keys + first;
     product.accumulate = false;
     gemm<Order::kPlain>(rows, last - first, product);
+}
 
+// Weights of tokens start + [first, last) for all rows from their scores; shrinks the accumulator where a maximum grew.
+inline void weigh(const xquant_plan& plan, const Task& task, int64_t rows, int64_t start, int64_t first, int64_t last,
+                  const State& state, const Scratch& scratch) {
     const int64_t columns = last - first, width = round_up(plan.value.width, kPad), group = group_of(plan);
     const auto clamp = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; };
     for (int64_t row = 0; row < rows; ++row) {
@@ -132,31 +168,70 @@ inline void weigh(const xquant_plan& plan, const Task& task, int64_t rows, int64
     }
 }
 
+// A chunk of the value latents of tokens start + [first, last), token-major; only tokens that some row sees: the others
+// may hold anything, and 0 * NaN is NaN.
+inline void load_value_latents(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t start,
+                               int64_t first, int64_t last, const Chunk& chunk, const Scratch& scratch) {
+    const int64_t stride = scratch.value_stride;
+    for (int64_t i = chunk.first; i < chunk.last; ++i) {
+        const xquant_term& term = plan.value.terms[i];
+        const HeadView view = head_view(plan, term, kv_head);
+        for (int64_t run = first / kRun * kRun; run < last; run += kRun) {
+            const int64_t from = first > run ? first - run : 0, to = last < run + kRun ? last - run : kRun;
+            const int64_t position = start + run;
+            const uint8_t* page = pages.page(term, position);
+            float* rows = scratch.values + run * stride;
+            float* target = i == chunk.first ? rows : scratch.added;
+            unpack_rows(view, page, pages.slot(position), chunk.begin, chunk.end, from, to, target, stride);
+            if (i == chunk.first) continue;
+            for (int64_t token = from; token < to; ++token) {
+                float* row = rows + token * stride;
+                const float* x = scratch.added + token * stride;
+                for (int64_t j = 0; j < chunk.channels; j += kLanes) store(row + j, load(row + j) + load(x + j));
+            }
+        }
+    }
+}
+
 // Add the value latents of tokens start + [first, last), times their weights.
 inline void accumulate_values(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t rows,
                               int64_t start, int64_t first, int64_t last, const State& state,
                               const Scratch& scratch) {
-    const HeadView view = head_view(plan, plan.value, kv_head);
-    const int64_t step = groups_at_once(plan.value), width = round_up(plan.value.width, kPad);
-    for (int64_t group = 0; group < view.num_groups(); group += step) {
-        const int64_t end = group + step < view.num_groups() ? group + step : view.num_groups();
-        for (int64_t run = first / kRun * kRun; run < last; run += kRun) {
-            // Only tokens that some row sees: the others may hold anything, and 0 * NaN is NaN.
-            const int64_t from = first > run ? first - run : 0, to = last < run + kRun ? last - run : kRun;
-            const int64_t position = start + run;
-            unpack_rows(view, pages.page(position), pages.slot(position), group, end, from, to,
-                        scratch.values + run * scratch.value_stride, scratch.value_stride);
-        }
+    for_chunks(plan.value, [&](const Chunk& chunk) {
+        load_value_latents(plan, pages, kv_head, start, first, last, chunk, scratch);
         Product product;
         product.depth = last - first;
         product.a = scratch.weights + first;
         product.lda = kTile;
         product.b = scratch.values + first * scratch.value_stride;
         product.ldb = scratch.value_stride;
-        product.c = state.accumulator + group * plan.value.group_size;
-        product.ldc = width;
+        product.c = state.accumulator + chunk.row;
+        product.ldc = round_up(plan.value.width, kPad);
         product.accumulate = true;
-        gemm<Order::kPlain>(rows, round_up((end - group) * plan.value.group_size, kPad), product);
+        gemm<Order::kPlain>(rows, round_up(chunk.channels, kPad), product);
+    });
+}
+
+// The rows of a task's queries, times the scale, and times up_key if that is absorbed.
+inline void load_queries(const xquant_plan& plan, const xquant_attention_call& call, const Task& task, int64_t rows,
+                         const Scratch& scratch) {
+    for (int64_t row = 0; row < rows; ++row) {
+        float* query = scratch.query + row * scratch.query_width;
+        float* head = plan.key_absorbed ? scratch.head : query;
+        load_row(call.dtype, call.query,
+                 row_element(plan, task, row, call.query_token_stride, call.query_head_stride), plan.head_size, head);
+        for (int64_t i = 0; i < plan.head_size; ++i) head[i] *= plan.scale;
+        if (!plan.key_absorbed) continue;
+        Product product;
+        product.depth = plan.head_size;
+        product.a = head;
+        product.lda = plan.head_size;
+        product.b = plan.up_key + task.kv_head * plan.head_size * scratch.query_width;
+        product.ldb = scratch.query_width;
+        product.c = query;
+        product.ldc = scratch.query_width;
+        product.accumulate = false;
+        gemm<Order::kPlain>(1, scratch.query_width, product);
     }
 }
 
@@ -166,11 +241,8 @@ inline bool attend(const xquant_plan& plan, const xquant_attention_call& call, c
     const Scratch scratch(plan, rows, memory);
     const Pages pages{plan, call, call.block_table + task.sequence * call.block_table_stride};
     const int64_t width = round_up(plan.value.width, kPad);
+    load_queries(plan, call, task, rows, scratch);
     for (int64_t row = 0; row < rows; ++row) {
-        float* query = scratch.query + row * plan.head_size;
-        load_row(call.dtype, call.query,
-                 row_element(plan, task, row, call.query_token_stride, call.query_head_stride), plan.head_size, query);
-        for (int64_t i = 0; i < plan.head_size; ++i) query[i] *= plan.scale;
         state.max[row] = -INFINITY;
         state.sum[row] = 0.0f;
     }
@@ -181,13 +253,13 @@ inline bool attend(const xquant_plan& plan, const xquant_attention_call& call, c
     const int64_t end = task.end < chunk_end ? task.end : chunk_end;
     // Blocks are checked before any is read: a block is never shorter than a run.
     for (int64_t position = begin / kRun * kRun; position < end; position += kRun) {
-        if (!pages.page(position)) return false;
+        if (!pages.has(position)) return false;
     }
     for (int64_t start = begin / kTile * kTile; start < end; start += kTile) {
         const int64_t first = begin > start ? begin - start : 0;
         const int64_t last = end < start + kTile ? end - start : kTile;
         const int64_t first_column = first / kRun * kRun, last_column = round_up(last, kRun);
-        load_keys(plan, pages, task.kv_head, start, first_column, last_column, scratch);
+        score(plan, pages, task.kv_head, rows, start, first_column, last_column, scratch);
         weigh(plan, task, rows, start, first_column, last_column, state, scratch);
         accumulate_values(plan, pages, task.kv_head, rows, start, first, last, state, scratch);
     }

@@ -145,20 +145,19 @@ const char* xquant_cpu_store(const xquant_plan* plan, const xquant_store_call* c
     const Kernels& kernels = *chosen.load();
     const int64_t floats = kernels.store_scratch(*plan);
     // Waking the other threads takes longer than quantizing some thousand numbers.
-    const int64_t channels = plan->key.num_heads * plan->key.width + plan->value.num_heads * plan->value.width;
-    constexpr int64_t kTokens = 8;  // neighbouring tokens share cache lines of a page
+    int64_t channels = plan->prediction.num_terms * plan->prediction.width;
+    for (int64_t i = 0; i < plan->num_streams; ++i) channels += plan->streams[i].num_heads * plan->streams[i].width;
     std::atomic<const char*> error{nullptr};
-    parallel_for((call->num_tokens + kTokens - 1) / kTokens, call->num_tokens * channels > 8192, [&](int64_t i) {
+    const int64_t units = (call->num_tokens + kStoreTokens - 1) / kStoreTokens;
+    parallel_for(units, call->num_tokens * channels > 8192, [&](int64_t i) {
         thread_local Buffer buffer;
         float* scratch = buffer.get(floats);
         if (!scratch) {
             error = kOutOfMemory;
             return;
         }
-        const int64_t end = std::min((i + 1) * kTokens, call->num_tokens);
-        for (int64_t token = i * kTokens; token < end; ++token) {
-            if (call->slot_mapping[token] >= 0) kernels.store(*plan, *call, token, scratch);
-        }
+        const int64_t first = i * kStoreTokens;
+        kernels.store(*plan, *call, first, std::min(kStoreTokens, call->num_tokens - first), scratch);
     });
     return error.load();
 }

@@ -19,6 +19,9 @@ constexpr int64_t kChunk = 256;
 // Query rows (query tokens times query heads of a kv head) that share rematerialized keys.
 constexpr int64_t kQueryRows = 192;
 
+// Neighbouring tokens that one thread stores: they share cache lines of a page and the weights of a prediction.
+constexpr int64_t kStoreTokens = 8;
+
 // Floats in the widest vector; row lengths are rounded up to it so that no kernel has a scalar tail.
 constexpr int64_t kPad = 16;
 
@@ -45,8 +48,8 @@ struct Kernels {
     // Floats of scratch that one thread needs.
     int64_t (*store_scratch)(const xquant_plan& plan);
     int64_t (*attention_scratch)(const xquant_plan& plan, int64_t rows);
-    // Quantize one token.
-    void (*store)(const xquant_plan& plan, const xquant_store_call& call, int64_t token, float* scratch);
+    // Quantize `count` tokens, at most kStoreTokens.
+    void (*store)(const xquant_plan& plan, const xquant_store_call& call, int64_t first, int64_t count, float* scratch);
     // Fill `state` with chunk `chunk` of a task's context. False when the block table names a block that is not there.
     bool (*attend)(const xquant_plan& plan, const xquant_attention_call& call, const Task& task, int64_t chunk,
                    const State& state, float* scratch);

@@ -25,12 +25,13 @@ namespace {
 #include "softmax.h"
 #include "attention.h"
 #include "quantize.h"
+#include "rotate.h"
 #include "store.h"
 
 }  // namespace
 
 const Kernels XQUANT_KERNELS = {
-    XQUANT_KERNELS_NAME, store_scratch, attention_scratch, store_token, attend, merge, finish,
+    XQUANT_KERNELS_NAME, store_scratch, attention_scratch, store_tokens, attend, merge, finish,
 };
 
 }  // namespace xquant

@@ -27,9 +27,9 @@ struct HeadView {
     }
 };
 
-// The latent head that a kv head reads.
-inline HeadView head_view(const xquant_plan& plan, const xquant_stream& stream, int64_t kv_head) {
-    return HeadView{stream, stream.num_heads == 1 ? 0 : kv_head, plan.block_size};
+// The latent head of a term that a kv head reads.
+inline HeadView head_view(const xquant_plan& plan, const xquant_term& term, int64_t kv_head) {
+    return HeadView{term.stream, term.stream.num_heads == 1 ? 0 : kv_head, plan.block_size};
 }
 
 // Groups that are dequantized before they are multiplied: whole groups, about 256 channels, so that a tile of a joint
@@ -40,7 +40,48 @@ inline int64_t groups_at_once(const xquant_stream& stream) {
 }
 
 // Channels of the largest chunk.
-inline int64_t channels_at_once(const xquant_stream& stream) {
-    const int64_t channels = groups_at_once(stream) * stream.group_size;
-    return channels < stream.width ? channels : stream.width;
+inline int64_t channels_at_once(const xquant_latent& latent) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < latent.num_terms; ++i) {
+        const xquant_stream& stream = latent.terms[i].stream;
+        const int64_t channels = groups_at_once(stream) * stream.group_size;
+        const int64_t here = channels < stream.width ? channels : stream.width;
+        if (here > most) most = here;
+    }
+    return most;
+}
+
+// Bytes of the largest group of codes.
+inline int64_t most_group_bytes(const xquant_latent& latent) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < latent.num_terms; ++i) {
+        const xquant_stream& stream = latent.terms[i].stream;
+        const int64_t bytes = stream.group_size * stream.bits / 8;
+        if (bytes > most) most = bytes;
+    }
+    return most;
+}
+
+// Groups [begin, end) of the terms [first, last), whose channels are added, at `row` of the latent.
+struct Chunk {
+    int64_t first, last;
+    int64_t begin, end;
+    int64_t row;
+    int64_t channels;
+};
+
+// Call visit(chunk) for all channels of a latent, in ascending order.
+template <typename Visit>
+inline void for_chunks(const xquant_latent& latent, const Visit& visit) {
+    int64_t row = 0;
+    for (int64_t first = 0, last; first < latent.num_terms; first = last) {
+        for (last = first + 1; last < latent.num_terms && latent.terms[last].adds;) ++last;
+        const xquant_stream& stream = latent.terms[first].stream;
+        const int64_t groups = stream.width / stream.group_size, step = groups_at_once(stream);
+        for (int64_t begin = 0; begin < groups; begin += step) {
+            const int64_t end = begin + step < groups ? begin + step : groups;
+            visit(Chunk{first, last, begin, end, row + begin * stream.group_size, (end - begin) * stream.group_size});
+        }
+        row += stream.width;
+    }
 }

@@ -58,6 +58,13 @@ inline int64_t rows_of(const xquant_plan& plan, const Task& task) {
     return task.query_count * (plan.num_heads / plan.num_kv_heads);
 }
 
+// Channels that are dequantized for one latent head of a token.
+inline double unpacked(const xquant_latent& latent) {
+    double channels = 0;
+    for (int64_t i = 0; i < latent.num_terms; ++i) channels += double(latent.terms[i].stream.width);
+    return channels;
+}
+
 inline int64_t pad(int64_t floats) { return (floats + kPad - 1) / kPad * kPad; }
 
 // Floats of the state of a task with `rows` rows: a multiple of kPad.
@@ -123,8 +130,11 @@ inline void Schedule::build(const xquant_plan& plan, const xquant_attention_call
     for (size_t index = 0; index < tasks.size(); ++index) {
         const Task& task = tasks[index];
         const double task_rows = double(rows_of(plan, task));
-        const double per_token = double(plan.key.width) * (plan.head_size + 8) + 8.0 * plan.value.width +
-                                 task_rows * (plan.head_size + plan.value.width);
+        const double keys = plan.key_absorbed
+                                ? task_rows * double(plan.key.width)
+                                : double(plan.key.width) * plan.head_size + task_rows * double(plan.head_size);
+        const double unpacking = 8.0 * (unpacked(plan.key) + unpacked(plan.value));
+        const double per_token = keys + unpacking + task_rows * double(plan.value.width);
         const double cost = per_token * double(task.end - task.oldest);
         units.push_back({int64_t(index), task.oldest / kChunk, (task.end - 1) / kChunk, -1, cost});
         total += cost;

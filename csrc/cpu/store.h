@@ -1,49 +1,164 @@
-// The latents of one token into their slot.
+// What new tokens bring into their slots: rotation, prediction, codes.
 #pragma once
 
-inline int64_t store_scratch(const xquant_plan& plan) {
-    const auto floats = [](const xquant_stream& stream) {
-        const int64_t group = round_up(stream.group_size, kPad);
-        return round_up(stream.width, kPad) + group + group / (int64_t)sizeof(float);
-    };
-    const int64_t key = floats(plan.key), value = floats(plan.value);
-    return key > value ? key : value;
+struct StoreScratch {
+    float* rows;       // [kStoreTokens][row_stride], channels of a stream, all heads
+    float* rotated;    // [row_stride]
+    float* group;      // [group_size rounded up to 16]
+    uint8_t* codes;    // likewise
+    float* predicted;  // [kStoreTokens][predicted_stride], one head
+    float* term;       // [kRun][term_stride], of one token
+    int64_t row_stride;
+    int64_t predicted_stride;
+    int64_t term_stride;
+    int64_t floats;
+
+    // Without memory only the size is right.
+    StoreScratch(const xquant_plan& plan, float* memory) {
+        floats = 0;
+        const auto take = [this, memory](int64_t count) {
+            const int64_t at = floats;
+            floats += round_up(count, kPad);
+            return memory ? memory + at : nullptr;
+        };
+        int64_t channels = 0, group_size = 0, width = 0;
+        for (int64_t i = 0; i < plan.num_streams; ++i) {
+            const xquant_stream& stream = plan.streams[i];
+            const int64_t all = stream.num_heads * stream.width;
+            if (all > channels) channels = all;
+            if (stream.group_size > group_size) group_size = stream.group_size;
+        }
+        for (int64_t i = 0; i < plan.prediction.num_terms; ++i) {
+            if (plan.prediction.terms[i].stream.width > width) width = plan.prediction.terms[i].stream.width;
+        }
+        row_stride = round_up(channels, kPad) + kPad;  // a product of the last head ends past its channels
+        predicted_stride = round_up(plan.prediction.width, kPad);
+        term_stride = round_up(width, kPad) + kPad;  // unpack_rows writes past its last group
+        rows = take(kStoreTokens * row_stride);
+        rotated = take(row_stride);
+        group = take(group_size);
+        codes = (uint8_t*)take(group_size);
+        predicted = take(kStoreTokens * predicted_stride);
+        term = take(plan.prediction.num_terms ? kRun * term_stride : 0);
+    }
+};
+
+inline int64_t store_scratch(const xquant_plan& plan) { return StoreScratch(plan, nullptr).floats; }
+
+// Write one token's channels of one latent head.
+inline void store_head(const HeadView& view, const float* row, int64_t slot, uint8_t* page,
+                       const StoreScratch& scratch) {
+    const xquant_stream& stream = view.stream;
+    const int64_t group_size = stream.group_size, padded = round_up(group_size, kPad);
+    if (stream.bits == 16) {
+        uint8_t* to = page + view.codes(slot);
+        for (int64_t i = 0; i < stream.width; ++i) {
+            const uint16_t half = saturating_half(row[i]);
+            memcpy(to + i * 2, &half, 2);
+        }
+        return;
+    }
+    for (int64_t group = 0; group < view.num_groups(); ++group) {
+        const float* values = row + group * group_size;
+        const int64_t outliers = group == 0 ? stream.outlier_channels : 0;
+        // Outliers and padding take the value of a channel that is neither, so they do not widen the range.
+        const float filler = values[group_size - 1];
+        memcpy(scratch.group + outliers, values + outliers, (group_size - outliers) * sizeof(float));
+        for (int64_t i = 0; i < outliers; ++i) scratch.group[i] = filler;
+        for (int64_t i = group_size; i < padded; ++i) scratch.group[i] = filler;
+        const GroupParameters parameters = quantize_group(scratch.group, padded, stream.bits, scratch.codes);
+        memset(scratch.codes, 0, outliers);
+        pack_group(scratch.codes, group_size, stream.bits, page + view.codes(slot) + group * view.group_bytes());
+        memcpy(page + view.scale(group, slot), &parameters.scale, 2);
+        memcpy(page + view.zero(group, slot), &parameters.zero, 2);
+    }
+    for (int64_t channel = 0; channel < stream.outlier_channels; ++channel) {
+        const uint16_t half = saturating_half(row[channel]);
+        memcpy(page + view.outlier(channel, slot), &half, 2);
+    }
 }
 
-inline void store_stream(const xquant_plan& plan, const xquant_stream& stream, const void* x, int64_t dtype,
-                         int64_t at, int64_t slot, uint8_t* page, float* scratch) {
-    const int64_t group_size = stream.group_size, padded = round_up(group_size, kPad);
-    float* row = scratch;
-    float* group_values = row + round_up(stream.width, kPad);
-    uint8_t* codes = (uint8_t*)(group_values + padded);
-    for (int64_t head = 0; head < stream.num_heads; ++head) {
-        const HeadView view{stream, head, plan.block_size};
-        load_row(dtype, x, at + head * stream.width, stream.width, row);
-        for (int64_t group = 0; group < view.num_groups(); ++group) {
-            const float* values = row + group * group_size;
-            const int64_t outliers = group == 0 ? stream.outlier_channels : 0;
-            // Outliers and padding take the value of a channel that is neither, so they do not widen the range.
-            const float filler = values[group_size - 1];
-            memcpy(group_values + outliers, values + outliers, (group_size - outliers) * sizeof(float));
-            for (int64_t i = 0; i < outliers; ++i) group_values[i] = filler;
-            for (int64_t i = group_size; i < padded; ++i) group_values[i] = filler;
-            const GroupParameters parameters = quantize_group(group_values, padded, stream.bits, codes);
-            memset(codes, 0, outliers);
-            pack_group(codes, group_size, stream.bits, page + view.codes(slot) + group * view.group_bytes());
-            memcpy(page + view.scale(group, slot), &parameters.scale, 2);
-            memcpy(page + view.zero(group, slot), &parameters.zero, 2);
-        }
-        for (int64_t channel = 0; channel < stream.outlier_channels; ++channel) {
-            const uint16_t half = saturating_half(row[channel]);
-            memcpy(page + view.outlier(channel, slot), &half, 2);
+// What the pages of earlier layers say of one head of one token, into `to` [prediction.width].
+inline void read_prediction(const xquant_plan& plan, const xquant_store_call& call, int64_t head, int64_t slot,
+                            float* to, const StoreScratch& scratch) {
+    const int64_t block = slot / plan.block_size, offset = slot % plan.block_size;
+    const int64_t run = offset / kRun * kRun, token = offset - run;
+    int64_t row = -1, end = 0;
+    for (int64_t i = 0; i < plan.prediction.num_terms; ++i) {
+        const xquant_term& term = plan.prediction.terms[i];
+        const xquant_pages& pages = call.pages[term.page];
+        const HeadView view = head_view(plan, term, head);
+        unpack_rows(view, pages.data + block * pages.stride, run, 0, view.num_groups(), token, token + 1,
+                    scratch.term, scratch.term_stride);
+        const float* x = scratch.term + token * scratch.term_stride;
+        if (term.adds) {
+            for (int64_t j = 0; j < term.stream.width; ++j) to[row + j] += x[j];
+        } else {
+            row = end;
+            end += term.stream.width;
+            memcpy(to + row, x, term.stream.width * sizeof(float));
         }
     }
 }
 
-inline void store_token(const xquant_plan& plan, const xquant_store_call& call, int64_t token, float* scratch) {
-    const int64_t slot = call.slot_mapping[token];
-    uint8_t* page = call.pages + slot / plan.block_size * call.pages_stride;
-    const int64_t offset = slot % plan.block_size;
-    store_stream(plan, plan.key, call.key, call.key_dtype, token * call.key_stride, offset, page, scratch);
-    store_stream(plan, plan.value, call.value, call.value_dtype, token * call.value_stride, offset, page, scratch);
+// Subtract the prediction from `count` rows of the first stream; slots below 0 are left alone.
+inline void subtract_prediction(const xquant_plan& plan, const xquant_store_call& call, int64_t first, int64_t count,
+                                const StoreScratch& scratch) {
+    const xquant_stream& stream = plan.streams[0];
+    const int64_t padded = round_up(stream.width, kPad);
+    for (int64_t head = 0; head < stream.num_heads; ++head) {
+        float* rows = scratch.rows + head * stream.width;
+        for (int64_t i = 0; i < count; ++i) {
+            float* predicted = scratch.predicted + i * scratch.predicted_stride;
+            const int64_t slot = call.slot_mapping[first + i];
+            if (slot < 0) {
+                memset(predicted, 0, plan.prediction.width * sizeof(float));
+                continue;
+            }
+            read_prediction(plan, call, head, slot, predicted, scratch);
+            if (plan.prediction_matrix) {
+                for (int64_t j = 0; j < plan.prediction.width; ++j) predicted[j] = -predicted[j];
+            } else {
+                float* row = rows + i * scratch.row_stride;
+                for (int64_t j = 0; j < stream.width; ++j) row[j] -= predicted[j];
+            }
+        }
+        if (!plan.prediction_matrix) continue;
+        Product product;
+        product.depth = plan.prediction.width;
+        product.a = scratch.predicted;
+        product.lda = scratch.predicted_stride;
+        product.b = plan.prediction_matrix + head * plan.prediction.width * padded;
+        product.ldb = padded;
+        product.c = rows;
+        product.ldc = scratch.row_stride;
+        product.accumulate = true;  // the matrix' rows end in zeros, so the next head's channels stay what they are
+        gemm<Order::kPlain>(count, padded, product);
+    }
+}
+
+// Store tokens first ... first + count - 1, at most kStoreTokens.
+inline void store_tokens(const xquant_plan& plan, const xquant_store_call& call, int64_t first, int64_t count,
+                         float* memory) {
+    const StoreScratch scratch(plan, memory);
+    for (int64_t index = 0; index < plan.num_streams; ++index) {
+        const xquant_stream& stream = plan.streams[index];
+        const xquant_input& input = call.inputs[index];
+        for (int64_t i = 0; i < count; ++i) {
+            float* row = scratch.rows + i * scratch.row_stride;
+            load_row(input.dtype, input.data, (first + i) * input.stride, stream.num_heads * stream.width, row);
+            if (index == 0 && plan.rotation_signs) rotate_input(plan, stream.width, row, scratch.rotated);
+        }
+        if (index == 0 && plan.prediction.num_terms) subtract_prediction(plan, call, first, count, scratch);
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t slot = call.slot_mapping[first + i];
+            if (slot < 0) continue;
+            uint8_t* page = call.pages[0].data + slot / plan.block_size * call.pages[0].stride;
+            const float* row = scratch.rows + i * scratch.row_stride;
+            for (int64_t head = 0; head < stream.num_heads; ++head) {
+                const HeadView view{stream, head, plan.block_size};
+                store_head(view, row + head * stream.width, slot % plan.block_size, page, scratch);
+            }
+        }
+    }
 }

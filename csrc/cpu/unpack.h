@@ -42,8 +42,15 @@ inline vi field_codes(const uint8_t* row, int64_t field) {
     return load_bytes(row) >> (int32_t)(field * kBits) & ((1 << kBits) - 1);
 }
 
+// Write a vector, or add it to what is there.
+template <bool kAdd>
+inline void put(float* to, vf x) {
+    if constexpr (kAdd) x = load(to) + x;
+    store(to, x);
+}
+
 // One group: transposed bytes [group_bytes][16] to latents [group_size][stride], a run of 16 tokens wide.
-template <int kBits>
+template <int kBits, bool kAdd>
 inline void unpack_group_channels(const uint8_t* bytes, int64_t group_size, const float* scales, const float* zeros,
                                   float* to, int64_t stride) {
     for (int64_t lane = 0; lane < kRun; lane += kLanes) {
@@ -57,7 +64,7 @@ inline void unpack_group_channels(const uint8_t* bytes, int64_t group_size, cons
                 for (int64_t field = 0; field < 8; ++field) {
                     const vi low = field_codes<2>(at + ((field & 1) * size + i) * 16, field >> 1);
                     const vi high = field_codes<1>(at + (2 * size + i) * 16, field);
-                    store(to + (field * size + i) * stride + lane, to_float(low | high << 2) * scale + zero);
+                    put<kAdd>(to + (field * size + i) * stride + lane, to_float(low | high << 2) * scale + zero);
                 }
             }
         } else {
@@ -66,29 +73,51 @@ inline void unpack_group_channels(const uint8_t* bytes, int64_t group_size, cons
 #pragma GCC unroll 4
                 for (int64_t field = 0; field < 8 / kBits; ++field) {
                     const vi codes = field_codes<kBits>(at + i * 16, field);
-                    store(to + (field * size + i) * stride + lane, to_float(codes) * scale + zero);
+                    put<kAdd>(to + (field * size + i) * stride + lane, to_float(codes) * scale + zero);
                 }
             }
         }
     }
 }
 
-// Groups [begin, end) of 16 slots to [channels][stride]; `bytes` is scratch for a group's codes of 16 tokens.
+// The FP16 numbers of one group, likewise; `codes` is the first slot's.
+template <bool kAdd>
+inline void copy_group_channels(const uint8_t* codes, int64_t row_bytes, int64_t group_size, float* to,
+                                int64_t stride) {
+    for (int64_t channel = 0; channel < group_size; ++channel) {
+        float numbers[kRun];
+        for (int64_t token = 0; token < kRun; ++token) {
+            uint16_t half;
+            memcpy(&half, codes + token * row_bytes + channel * 2, 2);
+            numbers[token] = half_to_float(half);
+        }
+        for (int64_t lane = 0; lane < kRun; lane += kLanes) put<kAdd>(to + channel * stride + lane, load(numbers + lane));
+    }
+}
+
+// Groups [begin, end) of 16 slots to [channels][stride]; `bytes` is scratch for a group's codes of 16 tokens. Terms that
+// add have no outlier channels.
+template <bool kAdd>
 inline void unpack_channels(const HeadView& view, const uint8_t* page, int64_t slot, int64_t begin, int64_t end,
                             float* to, int64_t stride, uint8_t* bytes) {
     const int64_t group_size = view.stream.group_size, group_bytes = view.group_bytes();
     for (int64_t group = begin; group < end; ++group, to += group_size * stride) {
+        const uint8_t* codes = page + view.codes(slot) + group * group_bytes;
+        if (view.stream.bits == 16) {
+            copy_group_channels<kAdd>(codes, view.row_bytes(), group_size, to, stride);
+            continue;
+        }
         float scales[kRun], zeros[kRun];
         for (int64_t lane = 0; lane < kRun; lane += kLanes) {
             store(scales + lane, load_half(page + view.scale(group, slot) + lane * 2));
             store(zeros + lane, load_half(page + view.zero(group, slot) + lane * 2));
         }
-        transpose_codes(page + view.codes(slot) + group * group_bytes, view.row_bytes(), group_bytes, bytes);
+        transpose_codes(codes, view.row_bytes(), group_bytes, bytes);
         switch (view.stream.bits) {
-            case 8: unpack_group_channels<8>(bytes, group_size, scales, zeros, to, stride); break;
-            case 4: unpack_group_channels<4>(bytes, group_size, scales, zeros, to, stride); break;
-            case 3: unpack_group_channels<3>(bytes, group_size, scales, zeros, to, stride); break;
-            default: unpack_group_channels<2>(bytes, group_size, scales, zeros, to, stride); break;
+            case 8: unpack_group_channels<8, kAdd>(bytes, group_size, scales, zeros, to, stride); break;
+            case 4: unpack_group_channels<4, kAdd>(bytes, group_size, scales, zeros, to, stride); break;
+            case 3: unpack_group_channels<3, kAdd>(bytes, group_size, scales, zeros, to, stride); break;
+            default: unpack_group_channels<2, kAdd>(bytes, group_size, scales, zeros, to, stride); break;
         }
         if (group == 0) {
             for (int64_t channel = 0; channel < view.stream.outlier_channels; ++channel) {
@@ -137,18 +166,29 @@ inline void unpack_group_rows(const uint8_t* codes, int64_t row_bytes, int64_t g
     }
 }
 
+inline void copy_group_rows(const uint8_t* codes, int64_t row_bytes, int64_t group_size, int64_t first, int64_t last,
+                            float* to, int64_t stride) {
+    for (int64_t token = first; token < last; ++token) {
+        load_row(XQUANT_FP16, codes + token * row_bytes, 0, group_size, to + token * stride);
+    }
+}
+
 // Groups [begin, end) of tokens [first, last) of a run to [16][stride]; rows have room for kLanes more floats.
 inline void unpack_rows(const HeadView& view, const uint8_t* page, int64_t slot, int64_t begin, int64_t end,
                         int64_t first, int64_t last, float* to, int64_t stride) {
     const int64_t group_size = view.stream.group_size, row_bytes = view.row_bytes();
     for (int64_t group = begin; group < end; ++group) {
+        const uint8_t* codes = page + view.codes(slot) + group * view.group_bytes();
+        float* at = to + (group - begin) * group_size;
+        if (view.stream.bits == 16) {
+            copy_group_rows(codes, row_bytes, group_size, first, last, at, stride);
+            continue;
+        }
         float scales[kRun], zeros[kRun];
         for (int64_t lane = 0; lane < kRun; lane += kLanes) {
             store(scales + lane, load_half(page + view.scale(group, slot) + lane * 2));
             store(zeros + lane, load_half(page + view.zero(group, slot) + lane * 2));
         }
-        const uint8_t* codes = page + view.codes(slot) + group * view.group_bytes();
-        float* at = to + (group - begin) * group_size;
         switch (view.stream.bits) {
             case 8: unpack_group_rows<8>(codes, row_bytes, group_size, scales, zeros, first, last, at, stride); break;
             case 4: unpack_group_rows<4>(codes, row_bytes, group_size, scales, zeros, first, last, at, stride); break;

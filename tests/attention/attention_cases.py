@@ -7,7 +7,10 @@ import torch
 
 from xquant_vllm.attention import reference
 from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
+from xquant_vllm.attention.latents import LatentTerm, Prediction
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
+from xquant_vllm.codec.pages import store_latents
+from xquant_vllm.codec.rotation import hadamard_rotation
 from xquant_vllm.projection.rematerialize import HeadNorm, LayerProjection
 from xquant_vllm.projection.rope import RotaryTable
 
@@ -24,6 +27,9 @@ class Spec:
     group: int = 3
     head_size: int = 64
     joint: bool = False
+    kind: str = "latent"  # "latent", "x", "deltas" (of X) or "chain" (of latents)
+    earlier: tuple[int, ...] = ()  # bits of the pages of earlier layers, for "deltas" and "chain"
+    hidden_size: int = 192  # for "x" and "deltas"
     key_bits: int = 4
     value_bits: int = 4
     key_group: int = 64
@@ -49,7 +55,15 @@ def random_spec(seed: int) -> Spec:
     joint = choose.random() < 0.5
     width = kv_heads * head_size if joint else head_size
     groups = [size for size in range(8, width + 1, 8) if width % size == 0]
-    bits = (8, 4, 3, 2)
+    bits = (16, 8, 8, 4, 4, 3, 3, 2, 2)
+    kind = choose.choice(("latent", "latent", "x", "deltas", "chain"))
+    hidden_size = choose.choice((64, 72, 192, 320, 520))
+    if kind in ("x", "deltas"):
+        joint, groups = True, [size for size in range(8, hidden_size + 1, 8) if hidden_size % size == 0]
+    if kind == "chain":
+        head_size = -(-head_size // 16) * 16  # terms that others follow are multiples of 16
+        width = kv_heads * head_size if joint else head_size
+        groups = [size for size in range(8, width + 1, 8) if width % size == 0]
     seqs = []
     for _ in range(choose.randint(1, 4)):
         past, new = (
@@ -63,6 +77,9 @@ def random_spec(seed: int) -> Spec:
         group=choose.choice((1, 2, 3, 4, 7, 9)),
         head_size=head_size,
         joint=joint,
+        kind=kind,
+        earlier=tuple(choose.choice(bits) for _ in range(choose.randint(1, 4))),
+        hidden_size=hidden_size,
         key_bits=choose.choice(bits),
         value_bits=choose.choice(bits),
         key_group=choose.choice(groups),
@@ -85,7 +102,7 @@ def random_spec(seed: int) -> Spec:
 @dataclass(frozen=True)
 class Case:
     plan: AttentionLayerPlan
-    pages: torch.Tensor
+    pages: tuple[torch.Tensor, ...]
     batch: AttentionBatch
     query: torch.Tensor
 
@@ -116,13 +133,33 @@ def make_plan(spec: Spec) -> AttentionLayerPlan:
 
     kv_heads, head_size = spec.kv_heads, spec.head_size
     latent_heads, width = (1, kv_heads * head_size) if spec.joint else (kv_heads, head_size)
-    streams = tuple(
-        StreamFormat(latent_heads, width, bits, group, min(outliers, group - 1))
-        for bits, group, outliers in (
-            (spec.key_bits, spec.key_group, spec.key_outliers),
-            (spec.value_bits, spec.value_group, spec.value_outliers),
-        )
-    )
+    if spec.kind in ("x", "deltas"):
+        latent_heads, width = 1, spec.hidden_size
+
+    def stream(bits: int, group: int, outliers: int) -> StreamFormat:
+        outliers = 0 if bits == 16 or spec.kind == "deltas" else min(outliers, group - 1)
+        return StreamFormat(latent_heads, width, bits, group, outliers)
+
+    streams = [stream(spec.key_bits, spec.key_group, spec.key_outliers)]
+    terms: dict = {}
+    if spec.kind == "latent":
+        streams.append(stream(spec.value_bits, spec.value_group, spec.value_outliers))
+    elif spec.kind == "x":
+        terms = {"key_terms": (LatentTerm(0, 0),), "value_terms": (LatentTerm(0, 0),)}
+        terms["rotation"] = hadamard_rotation(width, spec.seed)
+    layouts = [PageLayout(tuple(streams), spec.block_size)]
+    if spec.kind in ("deltas", "chain"):
+        deltas = spec.kind == "deltas"
+        layouts += [PageLayout((stream(bits, spec.key_group, 1),), spec.block_size) for bits in spec.earlier]
+        read = [LatentTerm(page, 0, adds=deltas and page > 1) for page in range(1, len(layouts))]
+        matrix, own = None, width
+        width = width if deltas else width * len(layouts)
+        if not deltas:
+            matrix = normal(latent_heads, width - own, own) / width**0.5
+        latent = (*read, LatentTerm(0, 0, adds=deltas))
+        terms = {"key_terms": latent, "value_terms": latent, "prediction": Prediction(tuple(read), matrix)}
+        if deltas:
+            terms["rotation"] = hadamard_rotation(width, spec.seed)
     rope = None
     if spec.rope != "none":
         rotary_size = spec.rotary_size or head_size
@@ -138,8 +175,13 @@ def make_plan(spec: Spec) -> AttentionLayerPlan:
         rope=rope,
     )
     heads = kv_heads * spec.group
-    layout = PageLayout(streams, spec.block_size)
-    return AttentionLayerPlan(layout, projection, heads, 2.0 * head_size**-0.5, spec.window, spec.soft_cap)
+    scale = 2.0 * head_size**-0.5
+    return AttentionLayerPlan(tuple(layouts), projection, heads, scale, spec.window, spec.soft_cap, **terms)
+
+
+def random_latents(layout: PageLayout, tokens: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """For every stream ``[tokens, num_heads * width]``."""
+    return tuple(torch.randn(tokens, s.num_heads * s.width, generator=generator) for s in layout.streams)
 
 
 def make_case(spec: Spec) -> Case:
@@ -149,8 +191,10 @@ def make_case(spec: Spec) -> Case:
     generator = torch.Generator().manual_seed(spec.seed + 1)
     blocks = [-(-length // block_size) for length, _ in spec.seqs]
     total = sum(blocks) + 2
-    row = layout.page_bytes + (48 if spec.strided else 0)
-    pages = torch.full((total, row), 0xFF, dtype=torch.uint8)[:, : layout.page_bytes]
+    pages = tuple(
+        torch.full((total, of.page_bytes + (48 if spec.strided else 0)), 0xFF, dtype=torch.uint8)[:, : of.page_bytes]
+        for of in plan.layouts
+    )
     free = torch.randperm(total, generator=generator).tolist()
     table = torch.empty(len(blocks) + 2, max(blocks) + 3, dtype=torch.int32)
     for index in range(table.numel()):
@@ -163,11 +207,9 @@ def make_case(spec: Spec) -> Case:
             table[index, block] = free.pop()
         positions = torch.arange(oldest, length)
         slots = table[index].long()[positions // block_size] * block_size + positions % block_size
-        latents = [
-            torch.randn(len(positions), stream.num_heads * stream.width, generator=generator)
-            for stream in layout.streams
-        ]
-        reference.store(pages, plan, slots, *latents)
+        for of, written in list(zip(plan.layouts, pages, strict=True))[1:]:
+            store_latents(written, of, slots, random_latents(of, len(positions), generator))
+        reference.store(pages, plan, slots, random_latents(layout, len(positions), generator))
     # Two sequences of padding at the end.
     counts = [new for _, new in spec.seqs] + [0, 0]
     starts = torch.tensor([0, *counts]).cumsum(0).int()

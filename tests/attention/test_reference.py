@@ -6,7 +6,10 @@ import torch
 from tests.attention.attention_cases import Spec, make_case, make_plan
 from xquant_vllm.attention import reference
 from xquant_vllm.attention.batch import AttentionBatch
+from xquant_vllm.codec.layout import StreamFormat
+from xquant_vllm.codec.pages import store_latents
 from xquant_vllm.codec.quantizer import dequantize, quantize
+from xquant_vllm.codec.rotation import HadamardRotation
 
 
 def _rotated(x: torch.Tensor, position: int, spec: Spec) -> torch.Tensor:
@@ -23,18 +26,49 @@ def _rotated(x: torch.Tensor, position: int, spec: Spec) -> torch.Tensor:
     return result
 
 
-def _dense(spec: Spec, plan, query: torch.Tensor, latents: list[torch.Tensor]) -> torch.Tensor:
+def _rounded(x: torch.Tensor, stream: StreamFormat) -> torch.Tensor:
+    """What a stream reads back, without pages."""
+    if stream.bits == 16:
+        return x.half().double()
+    return dequantize(*quantize(x, stream.bits, stream.group_size, stream.outlier_channels)).double()
+
+
+def _rotation_matrix(rotation: HadamardRotation) -> torch.Tensor:
+    """``[d, d]``, FP64, for row vectors: by Sylvester's construction, not by the fast transform."""
+    hadamard = torch.ones(1, 1, dtype=torch.float64)
+    while hadamard.shape[0] < rotation.block:
+        hadamard = torch.kron(torch.tensor([[1, 1], [1, -1]], dtype=torch.float64), hadamard)
+    return (torch.kron(rotation.mix.double().contiguous(), hadamard.contiguous()) * rotation.signs.double()).T
+
+
+def _exact(spec: Spec, plan, layers: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Key and value latents, from what every layer (the own one last) is given."""
+    streams = [layout.streams for layout in (*plan.layouts[1:], plan.layout)]
+    if spec.kind == "latent":
+        return [_rounded(x, stream) for x, stream in zip(layers[-1], streams[-1], strict=True)]
+    *earlier, (own,) = layers
+    if plan.rotation is not None:
+        own = own.double() @ _rotation_matrix(plan.rotation)
+    terms = [_rounded(x, stream) for (x,), (stream,) in zip(earlier, streams[:-1], strict=True)]
+    if spec.kind == "x":
+        latent = _rounded(own, streams[-1][0])
+    elif spec.kind == "deltas":
+        latent = sum(terms) + _rounded(own - sum(terms), streams[-1][0])
+    else:
+        before = torch.cat(terms, -1)
+        predicted = torch.stack([before[:, i] @ m.double() for i, m in enumerate(plan.prediction.matrix)], 1)
+        latent = torch.cat([before, _rounded(own - predicted, streams[-1][0])], -1)
+    return [latent, latent]
+
+
+def _dense(spec: Spec, plan, query: torch.Tensor, exact: list[torch.Tensor]) -> torch.Tensor:
     """Attention of the last tokens of one sequence, one query and head at a time."""
-    projection, streams = plan.projection, plan.layout.streams
-    exact = [
-        dequantize(*quantize(x, stream.bits, stream.group_size, stream.outlier_channels)).double()
-        for x, stream in zip(latents, streams, strict=True)
-    ]
+    projection = plan.projection
     length, past = exact[0].shape[0], exact[0].shape[0] - query.shape[0]
     result = torch.empty_like(query, dtype=torch.float64)
     for head in range(plan.num_heads):
         kv_head = head // spec.group
-        latent_head = 0 if spec.joint else kv_head
+        latent_head = 0 if exact[0].shape[1] == 1 else kv_head
         keys = exact[0][:, latent_head] @ projection.up_key[kv_head].double()
         values = exact[1][:, latent_head] @ projection.up_value[kv_head].double()
         if spec.bias:
@@ -62,6 +96,12 @@ SPECS = {
     "no RoPE, soft cap": Spec(rope="none", soft_cap=3.0, key_bits=8, value_bits=8),
     "sliding window": Spec(window=9, block_size=32),
     "window of one": Spec(window=1),
+    "16 bits": Spec(key_bits=16, value_bits=16),
+    "X": Spec(kind="x", hidden_size=72, key_group=24),
+    "X of a power of two": Spec(kind="x", hidden_size=128, key_group=32, key_outliers=2),
+    "deltas of X": Spec(kind="deltas", hidden_size=96, key_group=24, earlier=(4, 8, 16), bias=True),
+    "chain of latents": Spec(kind="chain", earlier=(4, 3), head_size=16, key_group=16),
+    "chain of joint latents": Spec(kind="chain", earlier=(16, 3), joint=True, head_size=24, key_group=24),
 }
 
 
@@ -71,18 +111,23 @@ def test_dense(name: str) -> None:
     plan = make_plan(spec)
     torch.manual_seed(0)
     length, new = 40, 3
-    latents = [torch.randn(length, stream.num_heads, stream.width) for stream in plan.layout.streams]
+    layers = [
+        [torch.randn(length, stream.num_heads, stream.width) for stream in layout.streams]
+        for layout in (*plan.layouts[1:], plan.layout)
+    ]
     block_size = spec.block_size
     blocks = torch.randperm(8)[: -(-length // block_size)].int()
-    pages = torch.zeros(8, plan.layout.page_bytes, dtype=torch.uint8)
+    pages = [torch.zeros(8, layout.page_bytes, dtype=torch.uint8) for layout in plan.layouts]
     positions = torch.arange(length)
     slots = blocks[positions // block_size].long() * block_size + positions % block_size
-    reference.store(pages, plan, slots, *latents)
+    for layout, written, latents in zip(plan.layouts[1:], pages[1:], layers[:-1], strict=True):
+        store_latents(written, layout, slots, tuple(latents))
+    reference.store(pages, plan, slots, layers[-1])
     query = torch.randn(new, plan.num_heads, spec.head_size)
     output = torch.empty_like(query)
     batch = AttentionBatch(torch.tensor([0, new]).int(), torch.tensor([length]).int(), blocks[None])
     reference.paged_attention(query, pages, plan, batch, output)
-    expected = _dense(spec, plan, query, latents)
+    expected = _dense(spec, plan, query, _exact(spec, plan, layers))
     torch.testing.assert_close(output.double(), expected, atol=5e-6, rtol=1e-5)
 
 

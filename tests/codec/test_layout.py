@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
 
 stream_formats = st.builds(
-    StreamFormat,
-    num_heads=st.integers(1, 8),
-    width=st.sampled_from([64, 128, 192]),
-    bits=st.sampled_from([8, 4, 3, 2]),
-    group_size=st.sampled_from([16, 32, 64]),
-    outlier_channels=st.integers(0, 3),
+    lambda num_heads, width, bits, group_size, outliers: StreamFormat(
+        num_heads, width, bits, group_size, 0 if bits == 16 else outliers
+    ),
+    st.integers(1, 8),
+    st.sampled_from([64, 128, 192]),
+    st.sampled_from([16, 8, 4, 3, 2]),
+    st.sampled_from([16, 32, 64]),
+    st.integers(0, 3),
 )
 
 
@@ -25,8 +27,9 @@ def test_sections_fill_the_page_without_gap_or_overlap(streams, blocks):
         heads, block_size = stream.num_heads, layout.block_size
         groups = stream.width // stream.group_size
         spans.append((at.codes, heads * block_size * stream.width * stream.bits // 8))
-        spans.append((at.scales, heads * groups * block_size * 2))
-        spans.append((at.zeros, heads * groups * block_size * 2))
+        scales = 0 if stream.bits == 16 else heads * groups
+        spans.append((at.scales, scales * block_size * 2))
+        spans.append((at.zeros, scales * block_size * 2))
         spans.append((at.outliers, heads * stream.outlier_channels * block_size * 2))
     end = 0
     for start, size in sorted(span for span in spans if span[1]):
@@ -47,6 +50,7 @@ def test_the_example_of_the_drawing():
         ((3, 64, 4, 48), "group_size = 48 does not divide the 64"),
         ((3, 64, 5, 64), "bits = 5"),
         ((3, 64, 4, 64, 64), "outlier_channels = 64"),
+        ((3, 64, 16, 64, 1), "outlier_channels = 1 with 16 bits"),
     ],
 )
 def test_impossible_formats_are_refused_by_name(arguments, named):

@@ -1,11 +1,13 @@
 """Bit packing against a packer written from the docstring's drawing alone."""
 
+import struct
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xquant_vllm.codec.packing import SUPPORTED_BITS, pack, packed_size, unpack
+from xquant_vllm.codec.packing import SUPPORTED_BITS, UNQUANTIZED_BITS, pack, packed_size, unpack
 
 
 def independent_pack(codes: list[int], bits: int) -> bytes:
@@ -24,8 +26,11 @@ def independent_pack(codes: list[int], bits: int) -> bytes:
     return bytes(packed)
 
 
+CODE_BITS = [bits for bits in SUPPORTED_BITS if bits != UNQUANTIZED_BITS]
+
+
 @settings(deadline=None)
-@given(data=st.data(), bits=st.sampled_from(SUPPORTED_BITS), eighths=st.integers(1, 17))
+@given(data=st.data(), bits=st.sampled_from(CODE_BITS), eighths=st.integers(1, 17))
 def test_pack_matches_the_drawing_and_unpack_inverts_it(data, bits, eighths):
     codes = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=8 * eighths, max_size=8 * eighths))
     packed = pack(torch.tensor(codes), bits)
@@ -34,7 +39,7 @@ def test_pack_matches_the_drawing_and_unpack_inverts_it(data, bits, eighths):
     assert unpack(packed, bits, len(codes)).tolist() == codes
 
 
-@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+@pytest.mark.parametrize("bits", CODE_BITS)
 def test_leading_dimensions_are_kept(bits):
     codes = torch.randint(0, 2**bits, (2, 3, 5, 32))
     assert torch.equal(unpack(pack(codes, bits), bits, 32), codes.int())
@@ -51,3 +56,11 @@ def test_what_cannot_be_packed_is_named(group_size, bits, named):
 def test_wrong_byte_count_is_named():
     with pytest.raises(ValueError, match="32 bytes, not 31"):
         unpack(torch.zeros(31, dtype=torch.uint8), 4, 64)
+
+
+def test_sixteen_bits_are_the_fp16_numbers_themselves():
+    numbers = torch.randn(3, 24).half()
+    packed = pack(numbers, 16)
+    assert bytes(packed[1].tolist()) == struct.pack("<24e", *numbers[1].tolist())
+    assert packed.shape[-1] == packed_size(24, 16)
+    assert torch.equal(unpack(packed, 16, 24), numbers)

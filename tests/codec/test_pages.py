@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.codec.test_packing import independent_pack
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
-from xquant_vllm.codec.pages import load_latents, store_latents
+from xquant_vllm.codec.pages import load_latents, load_slots, store_latents
 from xquant_vllm.codec.quantizer import quantize
 
 POISON = 0xFF  # As FP16 this is NaN.
@@ -18,13 +18,18 @@ def independent_slot_bytes(layout: PageLayout, latents: list[torch.Tensor], slot
     """Byte position -> byte, for one token in one slot, written from the drawing alone."""
     expected: dict[int, int] = {}
     at = 0
+    nothing = torch.empty(0, 0)
     quantized = [
-        quantize(x, s.bits, s.group_size, s.outlier_channels) for s, x in zip(layout.streams, latents, strict=True)
+        quantize(x, s.bits, s.group_size, s.outlier_channels) if s.bits < 16 else (x, nothing, nothing, nothing)
+        for s, x in zip(layout.streams, latents, strict=True)
     ]
     for stream, (codes, _, _, _) in zip(layout.streams, quantized, strict=True):
         row = stream.width * stream.bits // 8
         for head in range(stream.num_heads):
-            data = b"".join(independent_pack(group.tolist(), stream.bits) for group in codes[head])
+            if stream.bits == 16:
+                data = struct.pack(f"<{stream.width}e", *codes[head].tolist())
+            else:
+                data = b"".join(independent_pack(group.tolist(), stream.bits) for group in codes[head])
             start = at + (head * layout.block_size + slot) * row
             expected.update(zip(range(start, start + row), data, strict=True))
         at += stream.num_heads * layout.block_size * row
@@ -44,13 +49,14 @@ def layouts(draw) -> PageLayout:
     streams = []
     for _ in range(2):
         group_size = draw(st.sampled_from([8, 24, 64]))
+        bits = draw(st.sampled_from([16, 8, 4, 3, 2]))
         streams.append(
             StreamFormat(
                 num_heads=draw(st.integers(1, 3)),
                 width=group_size * draw(st.integers(1, 3)),
-                bits=draw(st.sampled_from([8, 4, 3, 2])),
+                bits=bits,
                 group_size=group_size,
-                outlier_channels=draw(st.integers(0, 2)),
+                outlier_channels=0 if bits == 16 else draw(st.integers(0, 2)),
             )
         )
     return PageLayout(tuple(streams), draw(st.sampled_from([16, 32, 48])))
@@ -88,6 +94,11 @@ def test_load_returns_what_was_stored_and_reads_only_the_blocks_asked_for(layout
     for index, (stream, x) in enumerate(zip(layout.streams, latents, strict=True)):
         loaded = load_latents(pages, layout, blocks, index)
         assert loaded.shape == x.shape
+        picked = torch.tensor([3, 0, layout.block_size + 1])
+        assert torch.equal(load_slots(pages, layout, slots[picked], index), loaded[picked])
+        if not stream.quantized:
+            assert torch.equal(loaded, x.half().float())
+            continue
         groups = x.unflatten(-1, (-1, stream.group_size))
         groups = groups.clone()
         groups[..., 0, : stream.outlier_channels] = groups[..., 0, stream.outlier_channels :].mean(-1, keepdim=True)

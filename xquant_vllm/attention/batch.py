@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from xquant_vllm.attention.latents import LatentTerm, Prediction, check_terms
 from xquant_vllm.codec.layout import PageLayout
+from xquant_vllm.codec.rotation import HadamardRotation
 from xquant_vllm.projection.rematerialize import LayerProjection
 
 
@@ -29,17 +31,51 @@ class AttentionLayerPlan:
     """Everything about one layer that does not change from call to call.
 
     Attributes:
-        layout: layout of its pages: stream 0 holds key latents, stream 1 value latents.
+        layouts: layouts of the pages handed to a call: the layer's own first, then those of the earlier layers that it
+            reads too (XQuant-CL). All have one block size and go by one block table.
         projection: from latents to keys and values.
         num_heads: query heads; a multiple of the kv heads, which they share in consecutive groups.
         scale: factor on the scores.
         sliding_window: keys a query sees, itself included, or None for all.
         logits_soft_cap: scores become ``cap * tanh(score / cap)``, or None.
+        key_terms: what the key latents are read from.
+        value_terms: what the value latents are read from; the same as ``key_terms`` where pages hold X.
+        rotation: applied to the first stream's input before anything else, or None.
+        prediction: of the first stream, whose pages then hold the difference from it, or None.
     """
 
-    layout: PageLayout
+    layouts: tuple[PageLayout, ...]
     projection: LayerProjection
     num_heads: int
     scale: float
     sliding_window: int | None = None
     logits_soft_cap: float | None = None
+    key_terms: tuple[LatentTerm, ...] = (LatentTerm(0, 0),)
+    value_terms: tuple[LatentTerm, ...] = (LatentTerm(0, 1),)
+    rotation: HadamardRotation | None = None
+    prediction: Prediction | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse terms that do not fit together."""
+        if len({layout.block_size for layout in self.layouts}) != 1:
+            raise ValueError("the pages of a layer and of those it reads too must have one block size")
+        projection = self.projection
+        for what, terms, width in (
+            ("key", self.key_terms, projection.up_key.shape[1]),
+            ("value", self.value_terms, projection.up_value.shape[1]),
+        ):
+            check_terms(what, self.layouts, terms, width, projection.num_kv_heads)
+        if self.prediction is not None:
+            own = self.layout.streams[0]
+            matrix = self.prediction.matrix
+            width = own.width if matrix is None else matrix.shape[1]
+            check_terms("prediction", self.layouts, self.prediction.terms, width, own.num_heads)
+            if matrix is not None and matrix.shape != (own.num_heads, width, own.width):
+                raise ValueError(
+                    f"the prediction's matrix must be [{own.num_heads}, {width}, {own.width}], not {list(matrix.shape)}"
+                )
+
+    @property
+    def layout(self) -> PageLayout:
+        """Layout of the layer's own pages."""
+        return self.layouts[0]

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -24,18 +25,17 @@ class AttentionKernels(Protocol):
 
     def store(
         self,
-        pages: torch.Tensor,
+        pages: Sequence[torch.Tensor],
         plan: AttentionLayerPlan,
         slot_mapping: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        inputs: Sequence[torch.Tensor],
     ) -> None:
-        """Quantize new latents into their slots."""
+        """Quantize what new tokens bring into their slots."""
 
     def paged_attention(
         self,
         query: torch.Tensor,
-        pages: torch.Tensor,
+        pages: Sequence[torch.Tensor],
         plan: AttentionLayerPlan,
         batch: AttentionBatch,
         output: torch.Tensor,

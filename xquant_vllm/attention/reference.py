@@ -4,10 +4,13 @@ Every attended token, also of the chunk being prefilled, is read back from the p
 depend on how its prompt was cut into chunks, on what was found in the prefix cache, or on its neighbours in the batch.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
-from xquant_vllm.codec.pages import load_latents, store_latents
+from xquant_vllm.attention.latents import read_blocks, read_slots
+from xquant_vllm.codec.pages import store_latents
 from xquant_vllm.projection.rematerialize import rematerialize_keys, up_project
 
 # Queries scored at once; bounds the score matrix to this times the context, per head.
@@ -15,28 +18,47 @@ _QUERY_TILE = 256
 
 
 def store(
-    pages: torch.Tensor, plan: AttentionLayerPlan, slot_mapping: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    pages: Sequence[torch.Tensor],
+    plan: AttentionLayerPlan,
+    slot_mapping: torch.Tensor,
+    inputs: Sequence[torch.Tensor],
 ) -> None:
-    """Quantize new latents into their slots.
+    """Quantize what new tokens bring into their slots.
 
     Args:
-        pages: ``[num_blocks, page_bytes]`` uint8.
+        pages: for every layout of the plan ``[num_blocks, page_bytes]`` uint8; the first is written. The others are
+            read where the plan predicts from them: they must hold these tokens already.
         plan: the layer's plan.
         slot_mapping: ``[>= num_tokens]`` int64; negative entries are padding.
-        key: key latents, ``[num_tokens, latent_heads * key_width]`` in any shape with these elements per token.
-        value: value latents, likewise.
+        inputs: for every stream of the layer's own pages its latents (or X), ``[num_tokens, num_heads * width]`` in any
+            shape with these elements per token.
     """
-    store_latents(pages, plan.layout, slot_mapping, (key.flatten(1), value.flatten(1)))
+    slots = slot_mapping[: inputs[0].shape[0]]
+    kept = torch.nonzero(slots >= 0).squeeze(1)
+    slots = slots[kept]
+    rows = [x.flatten(1)[kept] for x in inputs]
+    if plan.rotation is not None:
+        rows[0] = plan.rotation.apply(rows[0])
+    if plan.prediction is not None:
+        predicted = read_slots(pages, plan.layouts, plan.prediction.terms, slots)
+        if plan.prediction.matrix is not None:
+            predicted = torch.einsum("thp,hpw->thw", predicted, plan.prediction.matrix)
+        rows[0] = rows[0].float() - predicted.flatten(1)
+    store_latents(pages[0], plan.layout, slots, tuple(rows))
 
 
 def paged_attention(
-    query: torch.Tensor, pages: torch.Tensor, plan: AttentionLayerPlan, batch: AttentionBatch, output: torch.Tensor
+    query: torch.Tensor,
+    pages: Sequence[torch.Tensor],
+    plan: AttentionLayerPlan,
+    batch: AttentionBatch,
+    output: torch.Tensor,
 ) -> None:
     """Causal attention of query tokens over their sequences' pages.
 
     Args:
         query: ``[num_tokens, num_heads, head_size]``, after RoPE.
-        pages: ``[num_blocks, page_bytes]`` uint8.
+        pages: for every layout of the plan ``[num_blocks, page_bytes]`` uint8.
         plan: the layer's plan.
         batch: the sequences.
         output: ``[num_tokens, num_heads, head_size]``, written.
@@ -49,7 +71,11 @@ def paged_attention(
 
 
 def _attend(
-    query: torch.Tensor, pages: torch.Tensor, plan: AttentionLayerPlan, block_ids: torch.Tensor, seq_len: int
+    query: torch.Tensor,
+    pages: Sequence[torch.Tensor],
+    plan: AttentionLayerPlan,
+    block_ids: torch.Tensor,
+    seq_len: int,
 ) -> torch.Tensor:
     """One sequence; returns ``[query_len, num_heads, head_size]`` in the query's dtype."""
     query_len = query.shape[0]
@@ -60,8 +86,10 @@ def _attend(
     first_block, last_block = oldest // block_size, -(-seq_len // block_size)
     blocks = block_ids[first_block:last_block]
     positions = torch.arange(first_block * block_size, seq_len, device=query.device)
-    key_latents = load_latents(pages, plan.layout, blocks, 0)[: positions.numel()]
-    value_latents = load_latents(pages, plan.layout, blocks, 1)[: positions.numel()]
+    key_latents = read_blocks(pages, plan.layouts, plan.key_terms, blocks)[: positions.numel()]
+    value_latents = key_latents
+    if plan.value_terms != plan.key_terms:
+        value_latents = read_blocks(pages, plan.layouts, plan.value_terms, blocks)[: positions.numel()]
     # Slots older than the window were possibly never written for this sequence: keep them out of 0 * NaN.
     visible = positions >= oldest
     key_latents, value_latents, positions = key_latents[visible], value_latents[visible], positions[visible]

@@ -12,6 +12,7 @@ tokens with contiguous reads::
     outliers   [num_heads, outlier_channels, block_size]                         FP16
 
 ``block_size`` is a multiple of 16, so every section starts at a multiple of 16 bytes and nothing is padding:
+A stream at 16 bits is not quantized: its "codes" are the FP16 numbers, and it has no scales and zeros.
 ``bytes_per_token`` is exactly codes + scales + zeros + outliers, and a page is ``block_size * bytes_per_token`` bytes.
 Example: 3 heads of 64, 4 bits, groups of 64, one outlier channel in the keys:
 ``3*32 + 3*32 + 3*2 + 3*2 + 3*2 + 3*2 + 3*2 = 222`` bytes per token and layer; BF16 keys and values take 768.
@@ -20,7 +21,7 @@ Example: 3 heads of 64, 4 bits, groups of 64, one outlier channel in the keys:
 from dataclasses import dataclass
 from functools import cached_property
 
-from xquant_vllm.codec.packing import packed_size
+from xquant_vllm.codec.packing import UNQUANTIZED_BITS, packed_size
 
 BLOCK_SIZE_MULTIPLE = 16
 _FP16_BYTES = 2
@@ -33,9 +34,9 @@ class StreamFormat:
     Attributes:
         num_heads: latent heads: kv heads with one basis per head, 1 with a joint basis.
         width: channels per latent head.
-        bits: bits per code: 8, 4, 3 or 2.
+        bits: bits per code: 8, 4, 3 or 2; 16 keeps FP16 numbers.
         group_size: channels sharing a scale and a zero point; divides ``width``, a multiple of 8.
-        outlier_channels: leading channels of every latent head kept in FP16; fewer than ``group_size``.
+        outlier_channels: leading channels of every latent head kept in FP16; fewer than ``group_size``, 0 at 16 bits.
     """
 
     num_heads: int
@@ -57,11 +58,23 @@ class StreamFormat:
                 f"outlier_channels = {self.outlier_channels} is out of range: "
                 f"set 0 to {self.group_size - 1} (group_size - 1)"
             )
+        if not self.quantized and self.outlier_channels:
+            raise ValueError(f"outlier_channels = {self.outlier_channels} with 16 bits, which keep all in FP16: set 0")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether there are codes with scales and zeros, not FP16 numbers."""
+        return self.bits != UNQUANTIZED_BITS
 
     @property
     def num_groups(self) -> int:
         """Groups per latent head."""
         return self.width // self.group_size
+
+    @property
+    def num_scales(self) -> int:
+        """Scales (and zeros) per token and latent head."""
+        return self.num_groups if self.quantized else 0
 
     @property
     def row_bytes(self) -> int:
@@ -71,7 +84,7 @@ class StreamFormat:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token, all latent heads: codes, scales, zeros and outliers."""
-        return self.num_heads * (self.row_bytes + _FP16_BYTES * (2 * self.num_groups + self.outlier_channels))
+        return self.num_heads * (self.row_bytes + _FP16_BYTES * (2 * self.num_scales + self.outlier_channels))
 
 
 @dataclass(frozen=True)
@@ -123,7 +136,7 @@ class PageLayout:
             at += stream.num_heads * self.block_size * stream.row_bytes
         result = []
         for stream, code_offset in zip(self.streams, codes, strict=True):
-            group_section = stream.num_heads * stream.num_groups * self.block_size * _FP16_BYTES
+            group_section = stream.num_heads * stream.num_scales * self.block_size * _FP16_BYTES
             outlier_section = stream.num_heads * stream.outlier_channels * self.block_size * _FP16_BYTES
             result.append(StreamOffsets(code_offset, at, at + group_section, at + 2 * group_section))
             at += 2 * group_section + outlier_section

@@ -9,11 +9,14 @@ its lowest bits up::
 
 A vector unit so unpacks a contiguous run of channels with one mask and one shift. 8-, 4- and 2-bit codes are one plane;
 3-bit codes are a plane of their low 2 bits followed by a plane of their high bit.
+
+16 bits are no codes: a channel is its own FP16 number, little-endian, in channel order, without scale and zero point.
 """
 
 import torch
 
-SUPPORTED_BITS = (8, 4, 3, 2)
+SUPPORTED_BITS = (16, 8, 4, 3, 2)
+UNQUANTIZED_BITS = 16
 
 _PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}
 
@@ -24,7 +27,7 @@ def packed_size(group_size: int, bits: int) -> int:
     Raises:
         ValueError: ``bits`` is not supported, or ``group_size`` is not a positive multiple of 8.
     """
-    if bits not in _PLANES:
+    if bits not in SUPPORTED_BITS:
         raise ValueError(f"bits = {bits} is not supported: set one of {', '.join(map(str, SUPPORTED_BITS))}")
     if group_size <= 0 or group_size % 8:
         raise ValueError(f"group_size = {group_size} cannot be packed: set a positive multiple of 8")
@@ -35,14 +38,16 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack codes into bytes.
 
     Args:
-        codes: ``[..., group_size]``, integer dtype, values in ``[0, 2**bits)``.
-        bits: 8, 4, 3 or 2.
+        codes: ``[..., group_size]``, integer dtype, values in ``[0, 2**bits)``; FP16 numbers at 16 bits.
+        bits: 16, 8, 4, 3 or 2.
 
     Returns:
         ``[..., group_size * bits / 8]``, uint8.
     """
     group_size = codes.shape[-1]
     packed_size(group_size, bits)
+    if bits == UNQUANTIZED_BITS:
+        return codes.to(torch.float16).contiguous().view(torch.uint8)
     planes, shift = [], 0
     for plane_bits in _PLANES[bits]:
         plane = (codes.to(torch.int32) >> shift) & ((1 << plane_bits) - 1)
@@ -60,15 +65,17 @@ def unpack(packed: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
 
     Args:
         packed: ``[..., group_size * bits / 8]``, uint8.
-        bits: 8, 4, 3 or 2.
+        bits: 16, 8, 4, 3 or 2.
         group_size: number of codes in the last dimension of the result.
 
     Returns:
-        ``[..., group_size]``, int32.
+        ``[..., group_size]``, int32; FP16 at 16 bits.
     """
     size = packed_size(group_size, bits)
     if packed.shape[-1] != size:
         raise ValueError(f"a group of {group_size} codes at {bits} bits is {size} bytes, not {packed.shape[-1]}")
+    if bits == UNQUANTIZED_BITS:
+        return packed.contiguous().view(torch.float16)
     codes, shift, start = None, 0, 0
     for plane_bits in _PLANES[bits]:
         plane_size = group_size * plane_bits // 8

@@ -4,7 +4,7 @@ import torch
 
 from xquant_vllm.codec.layout import PageLayout, StreamFormat, StreamOffsets
 from xquant_vllm.codec.packing import pack, unpack
-from xquant_vllm.codec.quantizer import dequantize, quantize
+from xquant_vllm.codec.quantizer import dequantize, quantize, to_fp16
 
 
 def _section(pages: torch.Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -12,6 +12,8 @@ def _section(pages: torch.Tensor, start: int, shape: tuple[int, ...], dtype: tor
     count = dtype.itemsize
     for size in shape:
         count *= size
+    if not count:
+        return pages.new_empty((pages.shape[0], *shape), dtype=dtype)
     return pages[:, start : start + count].view(dtype).unflatten(1, shape)
 
 
@@ -19,17 +21,13 @@ def _sections(
     pages: torch.Tensor, stream: StreamFormat, at: StreamOffsets, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes ``[B, H, N, G, bytes]``, scales and zeros ``[B, H, G, N]``, outliers ``[B, H, O, N]`` as views of pages."""
-    heads, groups = stream.num_heads, stream.num_groups
+    heads, groups, scales = stream.num_heads, stream.num_groups, stream.num_scales
     code_shape = (heads, block_size, groups, stream.row_bytes // groups)
-    outliers = pages.new_empty((pages.shape[0], heads, 0, block_size), dtype=torch.float16)
-    if stream.outlier_channels:
-        shape = (heads, stream.outlier_channels, block_size)
-        outliers = _section(pages, at.outliers, shape, torch.float16)
     return (
         _section(pages, at.codes, code_shape, torch.uint8),
-        _section(pages, at.scales, (heads, groups, block_size), torch.float16),
-        _section(pages, at.zeros, (heads, groups, block_size), torch.float16),
-        outliers,
+        _section(pages, at.scales, (heads, scales, block_size), torch.float16),
+        _section(pages, at.zeros, (heads, scales, block_size), torch.float16),
+        _section(pages, at.outliers, (heads, stream.outlier_channels, block_size), torch.float16),
     )
 
 
@@ -51,8 +49,11 @@ def store_latents(
     block, offset = slots // layout.block_size, slots % layout.block_size
     for stream, at, x in zip(layout.streams, layout.offsets, latents, strict=True):
         x = x[kept].reshape(kept.numel(), stream.num_heads, stream.width)
-        codes, scales, zeros, outliers = quantize(x, stream.bits, stream.group_size, stream.outlier_channels)
         code_view, scale_view, zero_view, outlier_view = _sections(pages, stream, at, layout.block_size)
+        if not stream.quantized:
+            code_view[block, :, offset] = pack(to_fp16(x.float()).unflatten(-1, (-1, stream.group_size)), stream.bits)
+            continue
+        codes, scales, zeros, outliers = quantize(x, stream.bits, stream.group_size, stream.outlier_channels)
         code_view[block, :, offset] = pack(codes, stream.bits)
         scale_view[block, :, :, offset] = scales
         zero_view[block, :, :, offset] = zeros
@@ -73,12 +74,38 @@ def load_latents(pages: torch.Tensor, layout: PageLayout, block_ids: torch.Tenso
         ``[n * block_size, num_heads, width]``, FP32.
     """
     stream, at = layout.streams[stream_index], layout.offsets[stream_index]
-    gathered = pages[block_ids.long()]
-    codes, scales, zeros, outliers = _sections(gathered, stream, at, layout.block_size)
-    x = dequantize(
-        unpack(codes, stream.bits, stream.group_size),
-        scales.permute(0, 1, 3, 2),
-        zeros.permute(0, 1, 3, 2),
-        outliers.permute(0, 1, 3, 2),
-    )
+    codes, scales, zeros, outliers = _sections(pages[block_ids.long()], stream, at, layout.block_size)
+    x = _dequantize(stream, codes, scales.permute(0, 1, 3, 2), zeros.permute(0, 1, 3, 2), outliers.permute(0, 1, 3, 2))
     return x.permute(0, 2, 1, 3).flatten(0, 1)
+
+
+def load_slots(pages: torch.Tensor, layout: PageLayout, slots: torch.Tensor, stream_index: int) -> torch.Tensor:
+    """Dequantize single slots.
+
+    Args:
+        pages: ``[num_blocks, page_bytes]`` uint8.
+        layout: layout of the pages.
+        slots: ``[n]`` integer, ``block * block_size + offset``, none negative.
+        stream_index: which stream of the layout.
+
+    Returns:
+        ``[n, num_heads, width]``, FP32.
+    """
+    stream, at = layout.streams[stream_index], layout.offsets[stream_index]
+    block, offset = slots // layout.block_size, slots % layout.block_size
+    codes, scales, zeros, outliers = _sections(pages, stream, at, layout.block_size)
+    return _dequantize(
+        stream,
+        codes[block, :, offset],
+        scales[block, :, :, offset],
+        zeros[block, :, :, offset],
+        outliers[block, :, :, offset],
+    )
+
+
+def _dequantize(
+    stream: StreamFormat, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, outliers: torch.Tensor
+) -> torch.Tensor:
+    """Bytes ``[..., groups, bytes]`` to FP32 latents ``[..., width]``."""
+    unpacked = unpack(codes, stream.bits, stream.group_size)
+    return dequantize(unpacked, scales, zeros, outliers) if stream.quantized else unpacked.float().flatten(-2)

@@ -1,57 +1,156 @@
-"""From settings to the number format of one layer's pages."""
+"""From settings and the shapes of a model's layers to what every layer's pages hold."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from xquant_vllm.codec.layout import StreamFormat
-from xquant_vllm.integration.settings import SettingsError, XQuantSettings
+from xquant_vllm.codec.packing import UNQUANTIZED_BITS
+from xquant_vllm.integration.settings import PerStream, SettingsError, XQuantSettings
 from xquant_vllm.projection.basis import latent_shape
 
 _LARGEST_DEFAULT_GROUP = 128
 
+Holds = Literal["latent", "x", "joint"]
 
-def stream_formats(
-    settings: XQuantSettings, layer_index: int, num_kv_heads: int, head_size: int
-) -> tuple[StreamFormat, StreamFormat]:
-    """Formats of a layer's key and value latents.
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of one attention layer.
+
+    Attributes:
+        index: the layer, counted from the model's first.
+        hidden_size: channels of the layer input.
+        num_kv_heads: kv heads on this rank.
+        head_size: channels of a head.
+    """
+
+    index: int
+    hidden_size: int
+    num_kv_heads: int
+    head_size: int
+
+
+@dataclass(frozen=True)
+class LayerFormat:
+    """What the pages of one layer hold.
+
+    Attributes:
+        shape: the layer's sizes.
+        holds: ``"latent"``: latents of keys and of values, a stream each; ``"x"``: the rotated layer input, one stream
+            for both; ``"joint"``: latents of keys and values together, one stream.
+        streams: number formats.
+        reads: positions (in the sequence of layers) of the earlier layers whose pages this one reads too, in order; they
+            hold its prediction, and this layer's own pages the difference from it. Empty for a layer by itself.
+    """
+
+    shape: LayerShape
+    holds: Holds
+    streams: tuple[StreamFormat, ...]
+    reads: tuple[int, ...] = ()
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of a token's slot, everything counted."""
+        return sum(stream.bytes_per_token for stream in self.streams)
+
+    @property
+    def plain_bytes_per_token(self) -> int:
+        """Bytes that 16-bit keys and values take."""
+        return 4 * self.shape.num_kv_heads * self.shape.head_size
+
+
+def layer_formats(settings: XQuantSettings, shapes: Sequence[LayerShape]) -> tuple[LayerFormat, ...]:
+    """What the pages of a model's layers hold.
 
     Args:
         settings: the user's settings.
-        layer_index: the layer, counted from the model's first.
-        num_kv_heads: kv heads on this rank.
-        head_size: channels of a head.
+        shapes: the layers on this rank, in the order in which they run.
 
     Raises:
         SettingsError: the settings do not fit the model.
     """
-    latent_heads, width = latent_shape(num_kv_heads, head_size, settings.basis)
-    group_size = settings.group_size or _default_group_size(width)
+    formats: list[LayerFormat] = []
+    for position, shape in enumerate(shapes):
+        alone = _alone(settings, shape)
+        before = formats[-1] if formats else None
+        anchor = settings.is_anchor(shape.index) or before is None or before.holds != alone.holds
+        if settings.method == "xquant" or anchor:
+            formats.append(alone)
+        else:
+            assert before is not None
+            formats.append(LayerFormat(shape, alone.holds, alone.streams, (*before.reads, position - 1)))
+    return tuple(formats)
+
+
+def _alone(settings: XQuantSettings, shape: LayerShape) -> LayerFormat:
+    """The format of a layer that reads no other."""
+    bits = settings.bits_of_layer(shape.index)
+    latents: Holds = "latent" if settings.method == "xquant" else "joint"
+    candidates: tuple[Holds, ...] = (latents, "x")
+    if settings.cache is not None:
+        candidates = ("x",) if settings.cache == "x" else (latents,)
+    elif latents == "latent" and bits.key != bits.value:
+        candidates = (latents,)
+    if candidates != ("latent",) and bits.key != bits.value:
+        raise SettingsError(
+            f"xquant: setting 'bits': {bits} cannot work with "
+            f"{_setting_of_one_vector(settings)}, which caches one vector for keys and values: set one number of bits"
+        )
+    formats = [LayerFormat(shape, holds, _streams(settings, shape, bits, holds)) for holds in candidates]
+    # Of two equal ones the one that is read faster: latents; but in a chain X, whose deltas are summed before anything is
+    # multiplied.
+    if settings.method == "xquant-cl":
+        formats.reverse()
+    return min(formats, key=lambda candidate: candidate.bytes_per_token)
+
+
+def _setting_of_one_vector(settings: XQuantSettings) -> str:
+    return "'method': 'xquant-cl'" if settings.method == "xquant-cl" else "'cache': 'x'"
+
+
+def _streams(settings: XQuantSettings, shape: LayerShape, bits: PerStream, holds: Holds) -> tuple[StreamFormat, ...]:
+    outlier = settings.outlier_channels
+    if holds == "x":
+        # The rotation leaves no outliers.
+        return (_stream(settings, "layer input", 1, shape.hidden_size, bits.key, 0),)
+    if holds == "joint":
+        width = 2 * shape.num_kv_heads * shape.head_size
+        return (_stream(settings, "joint latent", 1, width, bits.key, outlier.key),)
+    heads, width = latent_shape(shape.num_kv_heads, shape.head_size, settings.basis)
+    what = f"latent head (basis {settings.basis!r})"
+    return (
+        _stream(settings, what, heads, width, bits.key, outlier.key, "key"),
+        _stream(settings, what, heads, width, bits.value, outlier.value, "value"),
+    )
+
+
+def _stream(
+    settings: XQuantSettings, what: str, heads: int, width: int, bits: int, outliers: int, name: str = "key"
+) -> StreamFormat:
+    group_size = settings.group_size or _default_group_size(what, width)
     if width % group_size:
         raise SettingsError(
             f"xquant: setting 'group_size': {group_size} cannot work: it does not divide the {width} channels of a "
-            f"latent head (basis {settings.basis!r}); set one of {_choices(width)}, or leave it out"
+            f"{what}; set one of {_choices(width)}, or leave it out"
         )
-    for stream in ("key", "value"):
-        outliers = getattr(settings.outlier_channels, stream)
-        if outliers >= group_size:
-            raise SettingsError(
-                f"xquant: setting 'outlier_channels': {outliers} ({stream}) cannot work: a group of {group_size} "
-                f"channels would have nothing left to quantize; set 0 to {group_size - 1}, 1 suits every model tried"
-            )
-    bits = settings.bits_of_layer(layer_index)
-    outlier = settings.outlier_channels
-    return (
-        StreamFormat(latent_heads, width, bits.key, group_size, outlier.key),
-        StreamFormat(latent_heads, width, bits.value, group_size, outlier.value),
-    )
+    if outliers >= group_size:
+        raise SettingsError(
+            f"xquant: setting 'outlier_channels': {outliers} ({name}) cannot work: a group of {group_size} channels "
+            f"would have nothing left to quantize; set 0 to {group_size - 1}, 1 suits every model tried"
+        )
+    return StreamFormat(heads, width, bits, group_size, 0 if bits == UNQUANTIZED_BITS else outliers)
 
 
 def _choices(width: int) -> str:
     return ", ".join(str(size) for size in range(8, width + 1, 8) if width % size == 0)
 
 
-def _default_group_size(width: int) -> int:
+def _default_group_size(what: str, width: int) -> int:
     sizes = [size for size in range(8, min(width, _LARGEST_DEFAULT_GROUP) + 1, 8) if width % size == 0]
     if not sizes:
         raise SettingsError(
-            f"xquant: a latent head of {width} channels cannot be packed into whole bytes: the model's head size must "
-            "be a multiple of 8; choose another --attention-backend for this model"
+            f"xquant: a {what} of {width} channels cannot be packed into whole bytes: it must be a multiple of 8; choose "
+            "another --attention-backend for this model"
         )
     return sizes[-1]

@@ -6,14 +6,20 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from xquant_vllm.codec.packing import SUPPORTED_BITS
+from xquant_vllm.codec.packing import SUPPORTED_BITS, UNQUANTIZED_BITS
 
 CONFIG_KEY = "xquant"
 # Overrides single settings in tests, as JSON. Users set --additional-config.
 OVERRIDE_VARIABLE = "XQUANT_SETTINGS"
+
+# The paper's choice (section 3.3): the first layers change most from one to the next.
+_FIRST_LAYERS_OF_A_CHAIN = 3
+
+
+_BITS_ADVICE = 'set 8, 4, 3 or 2, or {"key": 4, "value": 2}'
 
 
 class SettingsError(ValueError):
@@ -42,7 +48,7 @@ def _check_bits(bits: PerStream | None) -> PerStream | None:
             if value not in SUPPORTED_BITS:
                 raise _refuse(
                     f"no page format has {value}-bit codes ({stream})",
-                    'set 8, 4, 3 or 2, or one for each as {"key": 4, "value": 2}',
+                    'set 8, 4, 3 or 2 (or 16 for no quantization), or one for each as {"key": 4, "value": 2}',
                 )
     return bits
 
@@ -51,11 +57,18 @@ class XQuantSettings(BaseModel):
     """Settings of the quantized cache.
 
     Attributes:
-        bits: bits per cached number: 8, 4, 3 or 2; one for all or ``{"key": ..., "value": ...}``.
+        method: ``"xquant"``, every layer by itself, or ``"xquant-cl"``, a layer as its difference from the one before.
+        bits: bits per cached number: 8, 4, 3 or 2, or 16 for FP16; one for all or ``{"key": ..., "value": ...}``.
+        cache: ``"latent"`` for latents of keys and values, ``"x"`` for the layer input itself, None for whichever takes
+            fewer bytes, layer by layer.
         group_size: channels that share a scale and a zero point; None takes the largest divisor of a latent head's
             width up to 128.
-        first_layers: how many layers from the first on use ``first_layers_bits``.
+        first_layers: how many layers from the first on use ``first_layers_bits``; None takes 3 with ``"xquant-cl"``,
+            else 0. With ``"xquant-cl"`` they are anchors, and the last of them is the base of the first chain.
         first_layers_bits: their bits; None takes ``bits``, but at least 4.
+        anchor_interval: with ``"xquant-cl"``, layers from one anchor to the next; 0 for a single chain to the end.
+        anchor_bits: bits of the anchors after the first layers; None takes ``first_layers_bits``.
+        skip_layers: layers that are not quantized (FP16), counted from 0.
         outlier_channels: leading channels of every key latent head kept in FP16; ``{"key": ..., "value": ...}`` for
             both. A plain number speaks of keys: values have no outlier channel worth its bytes.
         rotate: rotate the other channels by a fixed orthogonal matrix, folded into the weights.
@@ -65,15 +78,20 @@ class XQuantSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    method: Literal["xquant", "xquant-cl"] = "xquant"
     bits: PerStream = PerStream(key=4, value=4)
+    cache: Literal["x", "latent"] | None = None
     group_size: int | None = None
-    first_layers: int = Field(default=0)
+    first_layers: int | None = None
     first_layers_bits: PerStream | None = None
+    anchor_interval: int = 0
+    anchor_bits: PerStream | None = None
+    skip_layers: tuple[int, ...] = ()
     outlier_channels: PerStream = PerStream(key=1, value=0)
     rotate: bool = True
     basis: Literal["head", "joint"] = "head"
 
-    @field_validator("bits", "first_layers_bits", mode="before")
+    @field_validator("bits", "first_layers_bits", "anchor_bits", mode="before")
     @classmethod
     def _one_for_all(cls, value: Any) -> Any:
         return value if value is None or isinstance(value, (Mapping, PerStream)) else {"key": value, "value": value}
@@ -83,7 +101,7 @@ class XQuantSettings(BaseModel):
     def _of_keys(cls, value: Any) -> Any:
         return value if isinstance(value, (Mapping, PerStream)) else {"key": value, "value": 0}
 
-    @field_validator("bits", "first_layers_bits")
+    @field_validator("bits", "first_layers_bits", "anchor_bits")
     @classmethod
     def _supported_bits(cls, value: PerStream | None) -> PerStream | None:
         return _check_bits(value)
@@ -95,12 +113,19 @@ class XQuantSettings(BaseModel):
             raise _refuse("a group is packed into whole bytes", "set a multiple of 8 such as 32, 64 or 128")
         return value
 
-    @field_validator("first_layers")
+    @field_validator("first_layers", "anchor_interval")
     @classmethod
-    def _counts_layers(cls, value: int) -> int:
-        if value < 0:
+    def _counts_layers(cls, value: int | None) -> int | None:
+        if value is not None and value < 0:
             raise _refuse("it counts layers", "set 0 (none) or more")
         return value
+
+    @field_validator("skip_layers")
+    @classmethod
+    def _names_layers(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(index < 0 for index in value):
+            raise _refuse("layers are counted from 0", "set a list of numbers such as [0, 1]")
+        return tuple(sorted(set(value)))
 
     @field_validator("outlier_channels")
     @classmethod
@@ -110,21 +135,56 @@ class XQuantSettings(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _first_layers_together(self) -> "XQuantSettings":
-        if self.first_layers_bits is not None and self.first_layers == 0:
+    def _together(self) -> "XQuantSettings":
+        if self.first_layers_bits is not None and self.num_first_layers == 0:
             raise _refuse(
                 "first_layers_bits is set but first_layers is 0, so no layer would use it",
                 "set first_layers to the number of layers, or leave first_layers_bits out",
             )
+        if self.method == "xquant":
+            for name, value in (("anchor_interval", self.anchor_interval), ("anchor_bits", self.anchor_bits)):
+                if value:
+                    raise _refuse(
+                        f"{name} is set but the method is 'xquant', whose layers do not build on each other",
+                        f'set method to "xquant-cl", or leave {name} out',
+                    )
+        if self.anchor_bits is not None and not self.anchor_interval:
+            raise _refuse(
+                "anchor_bits is set but anchor_interval is 0, so the only anchors are the first layers",
+                "set anchor_interval, or first_layers_bits instead",
+            )
         return self
 
-    def bits_of_layer(self, layer_index: int) -> PerStream:
-        """Bits of a layer, counted from the model's first."""
-        if layer_index >= self.first_layers:
-            return self.bits
+    @property
+    def num_first_layers(self) -> int:
+        """``first_layers``, or its default for the method."""
+        if self.first_layers is not None:
+            return self.first_layers
+        return _FIRST_LAYERS_OF_A_CHAIN if self.method == "xquant-cl" else 0
+
+    @property
+    def bits_of_first_layers(self) -> PerStream:
+        """``first_layers_bits``, or its default."""
         if self.first_layers_bits is not None:
             return self.first_layers_bits
         return PerStream(key=max(4, self.bits.key), value=max(4, self.bits.value))
+
+    def is_anchor(self, layer_index: int) -> bool:
+        """Whether a layer of a chain, counted from the model's first, is stored by itself."""
+        base = max(0, self.num_first_layers - 1)
+        if layer_index <= base or layer_index in self.skip_layers:
+            return True
+        return self.anchor_interval > 0 and (layer_index - base) % self.anchor_interval == 0
+
+    def bits_of_layer(self, layer_index: int) -> PerStream:
+        """Bits of a layer, counted from the model's first."""
+        if layer_index in self.skip_layers:
+            return PerStream(key=UNQUANTIZED_BITS, value=UNQUANTIZED_BITS)
+        if layer_index < self.num_first_layers:
+            return self.bits_of_first_layers
+        if self.method == "xquant-cl" and self.is_anchor(layer_index):
+            return self.anchor_bits or self.bits_of_first_layers
+        return self.bits
 
 
 def parse_settings(raw: Mapping[str, Any] | None) -> XQuantSettings:
@@ -182,8 +242,13 @@ def _explain(problem: Any, raw: Mapping[str, Any]) -> str:
         return f"xquant: {problem['msg']}"
     value: Any = raw.get(names[0])
     advice = {
-        "bits": 'set 8, 4, 3 or 2, or {"key": 4, "value": 2}',
-        "first_layers_bits": 'set 8, 4, 3 or 2, or {"key": 4, "value": 2}',
+        "method": 'set "xquant" or "xquant-cl"',
+        "bits": _BITS_ADVICE,
+        "cache": 'set "x" or "latent", or leave it out',
+        "first_layers_bits": _BITS_ADVICE,
+        "anchor_bits": _BITS_ADVICE,
+        "anchor_interval": "set a number of layers, 0 for a single chain",
+        "skip_layers": "set a list of layers such as [0, 1]",
         "group_size": "set a multiple of 8 such as 64, or leave it out",
         "first_layers": "set a number of layers, 0 for none",
         "outlier_channels": 'set a number of channels, or {"key": 1, "value": 0}',

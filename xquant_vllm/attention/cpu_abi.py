@@ -1,0 +1,120 @@
+"""The C structs of csrc/cpu/api.h, field by field."""
+
+import ctypes
+
+ABI = 2
+"""``XQUANT_CPU_ABI``: a library of another number has other structs."""
+
+_int64, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+class Stream(ctypes.Structure):
+    """``xquant_stream``."""
+
+    _fields_ = [
+        (name, _int64)
+        for name in (
+            "num_heads",
+            "width",
+            "bits",
+            "group_size",
+            "outlier_channels",
+            "codes",
+            "scales",
+            "zeros",
+            "outliers",
+        )
+    ]
+
+
+class Term(ctypes.Structure):
+    """``xquant_term``."""
+
+    _fields_ = [("stream", Stream), ("page", _int64), ("adds", _int64)]
+
+
+class Latent(ctypes.Structure):
+    """``xquant_latent``."""
+
+    _fields_ = [("terms", ctypes.POINTER(Term)), ("num_terms", _int64), ("num_heads", _int64), ("width", _int64)]
+
+
+class Plan(ctypes.Structure):
+    """``xquant_plan``."""
+
+    _fields_ = [
+        ("streams", ctypes.POINTER(Stream)),
+        ("num_streams", _int64),
+        ("key", Latent),
+        ("value", Latent),
+        ("prediction", Latent),
+        ("prediction_matrix", _pointer),
+        ("rotation_signs", _pointer),
+        ("rotation_mix", _pointer),
+        ("rotation_block", _int64),
+        ("block_size", _int64),
+        ("num_heads", _int64),
+        ("num_kv_heads", _int64),
+        ("head_size", _int64),
+        ("key_absorbed", _int64),
+        ("up_key", _pointer),
+        ("up_value", _pointer),
+        ("key_bias", _pointer),
+        ("value_bias", _pointer),
+        ("key_norm", _pointer),
+        ("rope", _pointer),
+        ("rotary_size", _int64),
+        ("rotary_positions", _int64),
+        ("rotary_interleaved", _int64),
+        ("sliding_window", _int64),
+        ("key_norm_eps", _float),
+        ("scale", _float),
+        ("soft_cap", _float),
+    ]
+
+
+class Pages(ctypes.Structure):
+    """``xquant_pages``."""
+
+    _fields_ = [("data", _pointer), ("stride", _int64)]
+
+
+class Input(ctypes.Structure):
+    """``xquant_input``."""
+
+    _fields_ = [("data", _pointer), ("stride", _int64), ("dtype", _int64)]
+
+
+class StoreCall(ctypes.Structure):
+    """``xquant_store_call``."""
+
+    _fields_ = [
+        ("pages", ctypes.POINTER(Pages)),
+        ("num_blocks", _int64),
+        ("slot_mapping", _pointer),
+        ("num_tokens", _int64),
+        ("inputs", ctypes.POINTER(Input)),
+    ]
+
+
+class AttentionCall(ctypes.Structure):
+    """``xquant_attention_call``."""
+
+    _fields_ = [
+        ("pages", ctypes.POINTER(Pages)),
+        ("num_blocks", _int64),
+        ("query", _pointer),
+        ("query_token_stride", _int64),
+        ("query_head_stride", _int64),
+        ("output", _pointer),
+        ("output_token_stride", _int64),
+        ("output_head_stride", _int64),
+        ("dtype", _int64),
+        ("num_tokens", _int64),
+        ("query_start_loc", _pointer),
+        ("seq_lens", _pointer),
+        ("block_table", _pointer),
+        ("block_table_stride", _int64),
+        ("max_blocks", _int64),
+        ("num_seqs", _int64),
+    ]

@@ -1,0 +1,177 @@
+"""A layer's plan as the C++ kernels want it: structs, and tensors in the order in which they are read."""
+
+import ctypes
+import weakref
+
+import torch
+import torch.nn.functional as F
+
+from xquant_vllm.attention.batch import AttentionLayerPlan
+from xquant_vllm.attention.cpu_abi import Latent, Plan, Stream, Term
+from xquant_vllm.attention.latents import LatentTerm
+from xquant_vllm.codec.layout import StreamFormat, StreamOffsets
+from xquant_vllm.projection.rope import RotaryTable
+
+# Rows that vectors run along are padded, and the rotary table is cut, to this (kPad and kRun in csrc/cpu).
+_LANES = 16
+
+
+class PreparedPlan:
+    """The C struct of a plan, and the tensors that it points to.
+
+    Attributes:
+        struct: the struct.
+        pointer: what the library is called with.
+        page_bytes: bytes of a page, for the layer's own pages and for those that it reads too.
+        input_elements: channels of all heads, for every stream of the own pages.
+        heads: query heads and their size.
+    """
+
+    def __init__(self, plan: AttentionLayerPlan) -> None:
+        """Check the plan and rearrange what the kernels read in another order."""
+        layout, projection = plan.layout, plan.projection
+        kv_heads, head_size = projection.num_kv_heads, projection.head_size
+        key_width, value_width = projection.up_key.shape[1], projection.up_value.shape[1]
+        if head_size % 8:
+            raise ValueError(f"head_size = {head_size} is not supported: it must be a multiple of 8")
+        if kv_heads <= 0 or plan.num_heads % kv_heads:
+            raise ValueError(f"num_heads = {plan.num_heads} is not a multiple of the {kv_heads} kv heads")
+        norm, rope = projection.key_norm, projection.rope
+        rotates = rope is not None and rope.rotary_size > 0
+
+        self._kept: list[object] = []
+        # A bias moves all scores of a query alike, which softmax does not see, but a soft cap does.
+        capped_bias = projection.key_bias is not None and plan.logits_soft_cap
+        absorbed = norm is None and not rotates and not capped_bias
+        up_key = fp32("up_key", projection.up_key, (kv_heads, key_width, head_size))
+        up_value = fp32("up_value", projection.up_value, (kv_heads, value_width, head_size))
+        struct = Plan(
+            streams=self._array(Stream, [_stream(s, at) for s, at in zip(layout.streams, layout.offsets, strict=True)]),
+            num_streams=len(layout.streams),
+            key=self._latent(plan, plan.key_terms, key_width),
+            value=self._latent(plan, plan.value_terms, value_width),
+            block_size=layout.block_size,
+            num_heads=plan.num_heads,
+            num_kv_heads=kv_heads,
+            head_size=head_size,
+            key_absorbed=int(absorbed),
+            up_key=self._tensor(_padded(up_key.transpose(1, 2)) if absorbed else up_key),
+            up_value=self._tensor(_padded(up_value)),
+            scale=plan.scale,
+            sliding_window=plan.sliding_window or 0,
+            soft_cap=plan.logits_soft_cap or 0.0,
+        )
+        if projection.key_bias is not None and not absorbed:
+            struct.key_bias = self._tensor(fp32("key_bias", projection.key_bias, (kv_heads, head_size)))
+        if projection.value_bias is not None:
+            struct.value_bias = self._tensor(fp32("value_bias", projection.value_bias, (kv_heads, head_size)))
+        if norm is not None:
+            struct.key_norm = self._tensor(fp32("key_norm.weight", norm.weight, (head_size,)))
+            struct.key_norm_eps = norm.eps
+        if rope is not None and rotates:
+            if rope.rotary_size > head_size:
+                raise ValueError(f"RoPE of {rope.rotary_size} channels does not fit head_size = {head_size}")
+            struct.rope = self._tensor(_tiled_table(rope))
+            struct.rotary_size = rope.rotary_size
+            struct.rotary_positions = rope.cos.shape[0]
+            struct.rotary_interleaved = int(rope.interleaved)
+        self._add_store(struct, plan)
+        self.struct = struct
+        self.pointer = ctypes.byref(struct)
+        self.page_bytes = [pages.page_bytes for pages in plan.layouts]
+        self.input_elements = [stream.num_heads * stream.width for stream in layout.streams]
+        self.heads = (plan.num_heads, head_size)
+
+    def _add_store(self, struct: Plan, plan: AttentionLayerPlan) -> None:
+        """What happens to the first stream's input before it is quantized."""
+        own = plan.layout.streams[0]
+        if plan.rotation is not None:
+            rotation, blocks = plan.rotation, own.width // plan.rotation.block
+            if own.num_heads != 1 or rotation.size != own.width:
+                raise ValueError(
+                    f"a rotation of {rotation.size} channels does not fit {own.num_heads} x {own.width} channels"
+                )
+            struct.rotation_signs = self._tensor(fp32("rotation.signs", rotation.signs, (own.width,)))
+            struct.rotation_mix = self._tensor(fp32("rotation.mix", rotation.mix, (blocks, blocks)))
+            struct.rotation_block = rotation.block
+        if plan.prediction is not None:
+            matrix = plan.prediction.matrix
+            width = own.width if matrix is None else matrix.shape[1]
+            struct.prediction = self._latent(plan, plan.prediction.terms, width)
+            if matrix is not None:
+                exact = fp32("prediction.matrix", matrix, (own.num_heads, width, own.width))
+                struct.prediction_matrix = self._tensor(_padded(exact))
+
+    def _latent(self, plan: AttentionLayerPlan, terms: tuple[LatentTerm, ...], width: int) -> Latent:
+        structs, num_heads = [], 1
+        for term in terms:
+            layout = plan.layouts[term.page]
+            stream = layout.streams[term.stream]
+            structs.append(Term(_stream(stream, layout.offsets[term.stream]), term.page, int(term.adds)))
+            num_heads = stream.num_heads
+        return Latent(self._array(Term, structs), len(structs), num_heads, width)
+
+    def _tensor(self, tensor: torch.Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _array(self, kind: type, elements: list) -> ctypes.Array:
+        array = (kind * len(elements))(*elements)
+        self._kept.append(array)
+        return array
+
+
+def _stream(stream: StreamFormat, at: StreamOffsets) -> Stream:
+    return Stream(
+        stream.num_heads,
+        stream.width,
+        stream.bits,
+        stream.group_size,
+        stream.outlier_channels,
+        at.codes,
+        at.scales,
+        at.zeros,
+        at.outliers,
+    )
+
+
+def _padded(tensor: torch.Tensor) -> torch.Tensor:
+    """Rows lengthened by zeros to a multiple of the lanes."""
+    missing = -tensor.shape[-1] % _LANES
+    return (F.pad(tensor, (0, missing)) if missing else tensor).contiguous()
+
+
+def fp32(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """``tensor``, contiguous; refuses another dtype, device or shape by ``name``."""
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name} must be FP32 {list(shape)} on the CPU, not {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        )
+    return tensor.contiguous()
+
+
+# Layers share a rotary table, so its rearranged copy is shared as well. Keys are ids of live objects.
+tiled_tables: dict[int, torch.Tensor] = {}
+prepared_plans: dict[int, PreparedPlan] = {}
+
+
+def _tiled_table(table: RotaryTable) -> torch.Tensor:
+    """Cosines and sines as ``[positions / 16, rotary_size / 2, 2, 16]``: 16 positions of a pair are contiguous."""
+    tiled = tiled_tables.get(id(table))
+    if tiled is None:
+        shape = (table.cos.shape[0], table.cos.shape[1])
+        halves = torch.stack((fp32("rope.cos", table.cos, shape), fp32("rope.sin", table.sin, shape)), -1)
+        padded = F.pad(halves, (0, 0, 0, 0, 0, -shape[0] % _LANES))
+        tiled = padded.unflatten(0, (-1, _LANES)).permute(0, 2, 3, 1).contiguous()
+        tiled_tables[id(table)] = tiled
+        weakref.finalize(table, tiled_tables.pop, id(table), None)
+    return tiled
+
+
+def prepare(plan: AttentionLayerPlan) -> PreparedPlan:
+    """The prepared plan, made on first use and forgotten together with the plan."""
+    prepared = prepared_plans.get(id(plan))
+    if prepared is None:
+        prepared = prepared_plans[id(plan)] = PreparedPlan(plan)
+        weakref.finalize(plan, prepared_plans.pop, id(plan), None)
+    return prepared
