@@ -2,7 +2,7 @@
 
 import pytest
 
-from xquant_vllm.integration.formats import stream_formats
+from xquant_vllm.integration.formats import LayerShape, layer_formats
 from xquant_vllm.integration.settings import OVERRIDE_VARIABLE, PerStream, SettingsError, parse_settings
 
 
@@ -12,11 +12,12 @@ def test_defaults_are_four_bits_with_one_basis_per_head():
     assert settings.basis == "head"
     assert settings.rotate
     assert settings.outlier_channels == PerStream(key=1, value=0)
-    assert settings.first_layers == 0
+    assert settings.method == "xquant"
+    assert settings.num_first_layers == 0
     assert settings == parse_settings({})
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("bits", [16, 8, 4, 3, 2])
 def test_one_number_of_bits_for_all(bits):
     assert parse_settings({"bits": bits}).bits == PerStream(key=bits, value=bits)
 
@@ -45,9 +46,16 @@ def test_bits_of_keys_and_values_and_of_first_layers():
         ({"outlier_channels": -1}, ["'outlier_channels'", "-1", "set 0"]),
         ({"first_layers": -2}, ["'first_layers'", "-2", "set 0"]),
         ({"first_layers_bits": 4}, ["first_layers_bits", "first_layers is 0", "set first_layers"]),
+        ({"method": "xquant-dl"}, ["'method'", "'xquant-dl'", 'set "xquant" or "xquant-cl"']),
+        ({"cache": "kv"}, ["'cache'", "'kv'", 'set "x" or "latent"']),
+        ({"anchor_interval": 8}, ["anchor_interval", "'xquant'", 'set method to "xquant-cl"']),
+        ({"method": "xquant-cl", "anchor_interval": -1}, ["'anchor_interval'", "-1", "set 0"]),
+        ({"method": "xquant-cl", "anchor_bits": 4}, ["anchor_bits", "anchor_interval is 0", "first_layers_bits"]),
+        ({"skip_layers": [-1]}, ["'skip_layers'", "[-1]", "counted from 0"]),
+        ({"skip_layers": "all"}, ["'skip_layers'", "'all'", "set a list of layers"]),
         ({"rotate": "maybe"}, ["'rotate'", "'maybe'", "set true or false"]),
         ({"basis": "shared"}, ["'basis'", "'shared'", 'set "head" or "joint"']),
-        ({"bit": 4}, ["unknown setting 'bit'", "did you mean 'bits'?", "known are bits, group_size"]),
+        ({"bit": 4}, ["unknown setting 'bit'", "did you mean 'bits'?", "known are method, bits, cache, group_size"]),
         ([4], ["[4]", "not a table of settings"]),
     ],
 )
@@ -85,9 +93,12 @@ def test_environment_override_is_merged_and_checked(monkeypatch):
     ],
 )
 def test_formats_count_every_byte(raw, kv_heads, head_size, group_size, bytes_per_token):
-    formats = stream_formats(parse_settings(raw), 0, kv_heads, head_size)
-    assert {stream.group_size for stream in formats} == {group_size}
-    assert sum(stream.bytes_per_token for stream in formats) == bytes_per_token
+    # So wide that X would take more.
+    shape = LayerShape(0, 64 * kv_heads * head_size, kv_heads, head_size)
+    (form,) = layer_formats(parse_settings(raw), [shape])
+    assert form.holds == "latent"
+    assert {stream.group_size for stream in form.streams} == {group_size}
+    assert form.bytes_per_token == bytes_per_token
 
 
 @pytest.mark.parametrize(
@@ -99,11 +110,11 @@ def test_formats_count_every_byte(raw, kv_heads, head_size, group_size, bytes_pe
 )
 def test_settings_that_do_not_fit_the_model_are_refused(raw, parts):
     with pytest.raises(SettingsError) as error:
-        stream_formats(parse_settings(raw), 0, 3, 64)
+        layer_formats(parse_settings({"cache": "latent", **raw}), [LayerShape(0, 576, 3, 64)])
     for part in parts:
         assert part in str(error.value)
 
 
 def test_a_head_that_cannot_be_packed_is_refused():
     with pytest.raises(SettingsError, match="12 channels cannot be packed"):
-        stream_formats(parse_settings({}), 0, 3, 12)
+        layer_formats(parse_settings({}), [LayerShape(0, 576, 3, 12)])

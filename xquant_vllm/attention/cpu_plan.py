@@ -2,6 +2,7 @@
 
 import ctypes
 import weakref
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -115,7 +116,7 @@ class PreparedPlan:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def _array(self, kind: type, elements: list) -> ctypes.Array:
+    def _array(self, kind: Any, elements: list[Any]) -> Any:
         array = (kind * len(elements))(*elements)
         self._kept.append(array)
         return array

@@ -98,17 +98,26 @@ def read_blocks(
     pages: Sequence[torch.Tensor], layouts: Sequence[PageLayout], terms: Sequence[LatentTerm], block_ids: torch.Tensor
 ) -> torch.Tensor:
     """Latents of whole blocks, ``[n * block_size, num_heads, width]`` FP32; see :func:`load_latents`."""
-    return _combine(terms, [load_latents(pages[t.page], layouts[t.page], block_ids, t.stream) for t in terms])
+    return combine(terms, [load_latents(pages[t.page], layouts[t.page], block_ids, t.stream) for t in terms])
 
 
 def read_slots(
     pages: Sequence[torch.Tensor], layouts: Sequence[PageLayout], terms: Sequence[LatentTerm], slots: torch.Tensor
 ) -> torch.Tensor:
     """Latents of single slots, ``[n, num_heads, width]`` FP32; see :func:`load_slots`."""
-    return _combine(terms, [load_slots(pages[t.page], layouts[t.page], slots, t.stream) for t in terms])
+    return combine(terms, [load_slots(pages[t.page], layouts[t.page], slots, t.stream) for t in terms])
 
 
-def _combine(terms: Sequence[LatentTerm], loaded: list[torch.Tensor]) -> torch.Tensor:
+def combine(terms: Sequence[LatentTerm], loaded: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Put a latent together.
+
+    Args:
+        terms: its terms.
+        loaded: what every term reads, ``[n, num_heads, width]`` FP32.
+
+    Returns:
+        ``[n, num_heads, width of the latent]``, FP32.
+    """
     parts: list[torch.Tensor] = []
     for term, x in zip(terms, loaded, strict=True):
         if term.adds:

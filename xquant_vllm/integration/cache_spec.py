@@ -5,19 +5,16 @@ from typing import Any
 
 import torch
 
-from xquant_vllm.codec.layout import StreamFormat
 
-
-def publish_page_size(attention: Any, formats: tuple[StreamFormat, ...]) -> None:
+def publish_page_size(attention: Any, bytes_per_token: int) -> None:
     """Make a layer report pages of its own size, so that every byte is counted and none is allocated in vain.
 
     Args:
         attention: vLLM's ``Attention``; its ``get_kv_cache_spec`` is replaced on this instance, since the size depends
             on the layer and vLLM's hook for backends is a class method that knows neither layer nor settings.
-        formats: formats of the layer's streams.
+        bytes_per_token: bytes of a token's slot.
     """
     original = type(attention).get_kv_cache_spec.__get__(attention)
-    bytes_per_token = sum(stream.bytes_per_token for stream in formats)
 
     def get_kv_cache_spec(vllm_config: Any) -> Any:
         spec = original(vllm_config)

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from xquant_vllm.integration.checks import UnsupportedError
-from xquant_vllm.integration.modules import DenseLinear
 
 
 class _Reached(Exception):
@@ -28,7 +27,7 @@ def capture_qkv(
     module: nn.Module,
     hidden_states: torch.Tensor,
     positions: torch.Tensor,
-    dense: DenseLinear | None = None,
+    stand_in: nn.Module | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run an attention module up to its ``attn`` call.
 
@@ -37,7 +36,7 @@ def capture_qkv(
         module: an attention module with children ``attn`` and ``qkv_proj``.
         hidden_states: ``[num_tokens, hidden_size]``.
         positions: ``[num_tokens]``.
-        dense: stands in for ``qkv_proj``, whose own forward may not work before its weights are post-processed.
+        stand_in: takes the place of ``qkv_proj``, whose own forward may not work before its weights are post-processed.
 
     Returns:
         The query, key and value arguments, ``[num_tokens, heads * head_size]`` each.
@@ -54,7 +53,7 @@ def capture_qkv(
             f"{who} is not recognized: its forward takes {', '.join(parameters)}; choose another --attention-backend "
             "for this model"
         )
-    children = {"attn": _Recorder()} | ({} if dense is None else {"qkv_proj": dense})
+    children: dict[str, nn.Module] = {"attn": _Recorder()} | ({} if stand_in is None else {"qkv_proj": stand_in})
     saved = {key: module._modules[key] for key in children}
     module._modules.update(children)
     try:

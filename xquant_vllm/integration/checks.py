@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from xquant_vllm.codec.layout import BLOCK_SIZE_MULTIPLE
-from xquant_vllm.integration.formats import stream_formats
+from xquant_vllm.integration.formats import LayerShape, layer_formats
 from xquant_vllm.integration.settings import SettingsError, settings_of
 
 SUPPORTED_CACHE_DTYPES = ("auto", "bfloat16", "float16")
@@ -29,15 +29,39 @@ def check_config(vllm_config: Any) -> None:
         raise UnsupportedError("\n".join(f"xquant: {problem}" for problem in problems))
     model = vllm_config.model_config
     if model is not None:
-        num_kv_heads = model.get_num_kv_heads(vllm_config.parallel_config)
-        for layer_index in {0, settings.first_layers}:
-            stream_formats(settings, layer_index, num_kv_heads, model.get_head_size())
         num_layers = model.get_total_num_hidden_layers()
-        if settings.first_layers > num_layers:
+        num_kv_heads = model.get_num_kv_heads(vllm_config.parallel_config)
+        sizes = (model.get_hidden_size(), num_kv_heads, model.get_head_size())
+        layer_formats(settings, [LayerShape(index, *sizes) for index in range(num_layers)])
+        if (settings.first_layers or 0) > num_layers:
             raise SettingsError(
                 f"xquant: setting 'first_layers': {settings.first_layers} cannot work: the model has {num_layers} "
                 f"layers; set {num_layers} or fewer"
             )
+        if max(settings.skip_layers, default=0) >= num_layers:
+            raise SettingsError(
+                f"xquant: setting 'skip_layers': {list(settings.skip_layers)} cannot work: the model has {num_layers} "
+                f"layers, counted from 0; name layers up to {num_layers - 1}"
+            )
+        if settings.method == "xquant-cl":
+            _check_chain(vllm_config)
+
+
+def _check_chain(vllm_config: Any) -> None:
+    """A layer of a chain reads other layers' pages by its own block table: one table must serve them all."""
+    instead = 'set "method": "xquant"'
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise UnsupportedError(
+            "xquant: setting 'method': 'xquant-cl' cannot work with --pipeline-parallel-size "
+            f"{vllm_config.parallel_config.pipeline_parallel_size}: a layer would need pages of another rank; {instead}"
+        )
+    kinds = getattr(vllm_config.model_config.hf_text_config, "layer_types", None) or ()
+    if len(set(kinds)) > 1 and not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise UnsupportedError(
+            "xquant: setting 'method': 'xquant-cl' cannot work on this model, whose kinds of layers "
+            f"({', '.join(sorted(set(kinds)))}) have block tables of their own: a layer could not read the pages of "
+            f"the one before; {instead}"
+        )
 
 
 def _unsupported(vllm_config: Any) -> Iterator[str]:

@@ -40,8 +40,8 @@ class LayerFormat:
         holds: ``"latent"``: latents of keys and of values, a stream each; ``"x"``: the rotated layer input, one stream
             for both; ``"joint"``: latents of keys and values together, one stream.
         streams: number formats.
-        reads: positions (in the sequence of layers) of the earlier layers whose pages this one reads too, in order; they
-            hold its prediction, and this layer's own pages the difference from it. Empty for a layer by itself.
+        reads: positions (in the sequence of layers) of the earlier layers whose pages this one reads too, in order;
+            they hold its prediction, and this layer's own pages the difference from it. Empty for a layer by itself.
     """
 
     shape: LayerShape
@@ -98,8 +98,8 @@ def _alone(settings: XQuantSettings, shape: LayerShape) -> LayerFormat:
             f"{_setting_of_one_vector(settings)}, which caches one vector for keys and values: set one number of bits"
         )
     formats = [LayerFormat(shape, holds, _streams(settings, shape, bits, holds)) for holds in candidates]
-    # Of two equal ones the one that is read faster: latents; but in a chain X, whose deltas are summed before anything is
-    # multiplied.
+    # Of two equal ones the one that is read faster: latents; but in a chain X, whose deltas are summed before anything
+    # is multiplied.
     if settings.method == "xquant-cl":
         formats.reverse()
     return min(formats, key=lambda candidate: candidate.bytes_per_token)
@@ -150,7 +150,7 @@ def _default_group_size(what: str, width: int) -> int:
     sizes = [size for size in range(8, min(width, _LARGEST_DEFAULT_GROUP) + 1, 8) if width % size == 0]
     if not sizes:
         raise SettingsError(
-            f"xquant: a {what} of {width} channels cannot be packed into whole bytes: it must be a multiple of 8; choose "
-            "another --attention-backend for this model"
+            f"xquant: a {what} of {width} channels cannot be packed into whole bytes: it must be a multiple of 8; "
+            "choose another --attention-backend for this model"
         )
     return sizes[-1]

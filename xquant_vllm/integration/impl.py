@@ -1,5 +1,6 @@
 """Per-layer implementation: vLLM's calls handed to the kernels."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,18 +9,17 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionTy
 
 from xquant_vllm.attention import dispatch
 from xquant_vllm.attention.batch import AttentionLayerPlan
-from xquant_vllm.codec.layout import PageLayout, StreamFormat
 from xquant_vllm.integration.checks import UnsupportedError
+from xquant_vllm.integration.layer_cache import LayerCache
 from xquant_vllm.integration.loader import install_loader_hook
 from xquant_vllm.integration.metadata import XQuantMetadata
 from xquant_vllm.integration.settings import settings_of
-from xquant_vllm.projection.rematerialize import LayerProjection
 
 
 class XQuantImpl(AttentionImpl[XQuantMetadata]):
     """Stores latents as codes and attends over them.
 
-    ``projection`` and ``formats`` are set by the loader hook once the weights are there.
+    ``cache`` is set by the loader hook once the weights are there.
     """
 
     def __init__(
@@ -59,31 +59,39 @@ class XQuantImpl(AttentionImpl[XQuantMetadata]):
         self.logits_soft_cap = logits_soft_cap or None
         self.vllm_config = get_current_vllm_config()
         self.settings = settings_of(self.vllm_config)
-        self.projection: LayerProjection | None = None
-        self.formats: tuple[StreamFormat, StreamFormat] | None = None
+        self.cache: LayerCache | None = None
+        self._earlier: tuple[Any, ...] = ()
         self._plans: dict[int, AttentionLayerPlan] = {}
         install_loader_hook()
 
-    def set_projection(self, projection: LayerProjection, formats: tuple[StreamFormat, StreamFormat]) -> None:
-        """Take the factorized weights of this layer."""
-        self.projection, self.formats = projection, formats
+    def set_cache(self, cache: LayerCache, earlier: Sequence[Any]) -> None:
+        """Take what surgery made of this layer.
+
+        Args:
+            cache: how its cache is written and read.
+            earlier: vLLM's ``Attention`` of the layers whose pages are read too.
+        """
+        self.cache, self._earlier = cache, tuple(earlier)
         self._plans.clear()
 
     def _plan(self, block_size: int) -> AttentionLayerPlan:
         """The layer's plan for pages of a block size; vLLM decides on it after the weights are loaded."""
         plan = self._plans.get(block_size)
         if plan is None:
-            assert self.projection is not None
-            assert self.formats is not None
-            plan = self._plans[block_size] = AttentionLayerPlan(
-                layout=PageLayout(self.formats, block_size),
-                projection=self.projection,
+            assert self.cache is not None
+            plan = self._plans[block_size] = self.cache.plan(
+                block_size,
+                [attention.impl.cache.format for attention in self._earlier],
                 num_heads=self.num_heads,
                 scale=self.scale,
                 sliding_window=self.sliding_window,
                 logits_soft_cap=self.logits_soft_cap,
             )
         return plan
+
+    def _pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The layer's own pages and those that it reads too; all go by one block table."""
+        return (_pages(kv_cache), *(_pages(attention.kv_cache) for attention in self._earlier))
 
     def forward(
         self,
@@ -117,7 +125,7 @@ class XQuantImpl(AttentionImpl[XQuantMetadata]):
         tokens = attn_metadata.num_actual_tokens
         kernels = dispatch.select(query.device.type)
         plan = self._plan(kv_cache.shape[2])
-        kernels.paged_attention(query[:tokens], _pages(kv_cache), plan, attn_metadata.batch, output[:tokens])
+        kernels.paged_attention(query[:tokens], self._pages(kv_cache), plan, attn_metadata.batch, output[:tokens])
         return output
 
     def do_kv_cache_update(
@@ -132,13 +140,15 @@ class XQuantImpl(AttentionImpl[XQuantMetadata]):
 
         Args:
             layer: the calling layer.
-            key: key latents ``[num_tokens, num_kv_heads, head_size]``, possibly a slice.
+            key: key latents (or the layer input, padded) ``[num_tokens, heads, head_size]``, possibly a slice.
             value: value latents, likewise.
             kv_cache: ``[num_blocks, 1, block_size, bytes_per_token]`` uint8.
             slot_mapping: ``[num_tokens]`` int64; negative entries are padding.
         """
         kernels = dispatch.select(key.device.type)
-        kernels.store(_pages(kv_cache), self._plan(kv_cache.shape[2]), slot_mapping, key, value)
+        assert self.cache is not None
+        plan = self._plan(kv_cache.shape[2])
+        kernels.store(self._pages(kv_cache), plan, slot_mapping, self.cache.inputs(key, value))
 
 
 def _pages(kv_cache: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """The hook that factorizes a model's weights once they are loaded."""
 
-import logging
 import time
 from typing import Any
 
@@ -11,18 +10,15 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.model_loader import base_loader
 from vllm.model_executor.models.utils import extract_layer_index
 
-from xquant_vllm.attention import dispatch, reference
 from xquant_vllm.integration.cache_spec import publish_page_size
 from xquant_vllm.integration.checks import UnsupportedError
 from xquant_vllm.integration.effective_weight import effective_linear
-from xquant_vllm.integration.formats import stream_formats
+from xquant_vllm.integration.formats import LayerShape, layer_formats
 from xquant_vllm.integration.modules import DenseLinear
-from xquant_vllm.integration.recognize import recognize
+from xquant_vllm.integration.recognize import AttentionParts, recognize
 from xquant_vllm.integration.registration import BACKEND_NAME
-from xquant_vllm.integration.settings import PerStream
-from xquant_vllm.integration.surgery import operate
-
-logger = logging.getLogger("vllm.xquant_vllm")
+from xquant_vllm.integration.report import report
+from xquant_vllm.integration.surgery import Surgeon
 
 _HOOKED = "_xquant_hooked"
 
@@ -38,15 +34,24 @@ def install_loader_hook() -> None:
 
     def process_weights_after_loading(model: Any, model_config: Any, target_device: torch.device) -> None:
         layers = _xquant_layers(model)
-        start = time.perf_counter()
-        quantized = _factorize(layers, before_processing=True)
-        seconds = time.perf_counter() - start
-        original(model, model_config, target_device)
-        start = time.perf_counter()
-        _factorize(quantized, before_processing=False)
-        if layers:
-            model.load_weights = _refuse_new_weights
-            _report(layers, len(quantized), seconds + time.perf_counter() - start)
+        if not layers:
+            original(model, model_config, target_device)
+            return
+        parts = [recognize(*layer) for layer in layers]
+        # Packed weights cannot be read before they are processed. Layers may build on each other, so all of them wait.
+        quantized = sum(not _is_plain(part.qkv_proj) for part in parts)
+        if quantized:
+            original(model, model_config, target_device)
+            start = time.perf_counter()
+            _operate(layers, parts, processed=True)
+            seconds = time.perf_counter() - start
+        else:
+            start = time.perf_counter()
+            _operate(layers, parts, processed=False)
+            seconds = time.perf_counter() - start
+            original(model, model_config, target_device)
+        model.load_weights = _refuse_new_weights
+        report([attention.impl for _, _, attention in layers], quantized, seconds)
 
     setattr(process_weights_after_loading, _HOOKED, True)
     base_loader.process_weights_after_loading = process_weights_after_loading
@@ -83,61 +88,36 @@ def _refuse_new_weights(*_: Any, **__: Any) -> None:
     )
 
 
-def _factorize(
-    layers: list[tuple[str, nn.Module, Any]], *, before_processing: bool
-) -> list[tuple[str, nn.Module, Any]]:
-    """Operate on the layers whose weights are readable at this moment; return the others."""
-    unreadable = []
-    for name, owner, attention in layers:
-        parts = recognize(name, owner, attention)
-        qkv_proj = parts.qkv_proj
-        plain = isinstance(getattr(qkv_proj, "quant_method", None), UnquantizedLinearMethod)
-        if before_processing and not plain:
-            unreadable.append((name, owner, attention))
-            continue
-        if plain:
-            bias = getattr(qkv_proj, "bias", None)
-            dense = DenseLinear(qkv_proj.weight.data, None if bias is None else bias.data)
+def _is_plain(qkv_proj: Any) -> bool:
+    return isinstance(getattr(qkv_proj, "quant_method", None), UnquantizedLinearMethod)
+
+
+def _operate(layers: list[tuple[str, nn.Module, Any]], parts: list[AttentionParts], *, processed: bool) -> None:
+    """Operate on all layers, in order.
+
+    Args:
+        layers: the layers.
+        parts: their parts.
+        processed: whether vLLM has post-processed the weights; then layers are asked what they multiply by.
+    """
+    shapes = [
+        LayerShape(
+            extract_layer_index(attention.layer_name),
+            part.qkv_proj.input_size,
+            attention.num_kv_heads,
+            attention.head_size,
+        )
+        for part, (_, _, attention) in zip(parts, layers, strict=True)
+    ]
+    settings = layers[0][2].impl.settings
+    formats = layer_formats(settings, shapes)
+    surgeon = Surgeon(settings, formats)
+    for position, (form, part, (name, _, attention)) in enumerate(zip(formats, parts, layers, strict=True)):
+        if processed:
+            dense = effective_linear(f"{name}.qkv_proj", part.qkv_proj)
         else:
-            dense = effective_linear(f"{name}.qkv_proj", qkv_proj)
-        impl = attention.impl
-        formats = stream_formats(
-            impl.settings, extract_layer_index(attention.layer_name), attention.num_kv_heads, attention.head_size
-        )
-        impl.set_projection(operate(parts, impl.settings, dense), formats)
-        publish_page_size(attention, formats)
-    return unreadable
-
-
-def _report(layers: list[tuple[str, nn.Module, Any]], quantized: int, seconds: float) -> None:
-    """Say in the log what is cached, in how many bytes, and by which kernels it is read."""
-    impl = layers[-1][2].impl
-    settings, last = impl.settings, impl.formats
-    bits = PerStream(key=last[0].bits, value=last[1].bits)
-    xquant_bytes = sum(stream.bytes_per_token for _, _, layer in layers for stream in layer.impl.formats)
-    plain_bytes = sum(4 * layer.num_kv_heads * layer.head_size for _, _, layer in layers)
-    first = (
-        f", the first {settings.first_layers} layers at {settings.bits_of_layer(0)}" if settings.first_layers else ""
-    )
-    logger.info(
-        'xquant: cache "latent" at %s bits%s, groups of %d, basis "%s"; %d layers take %d bytes per token, 16-bit keys '
-        "and values take %d (%.2fx); weights factorized in %.1f s",
-        bits,
-        first,
-        last[0].group_size,
-        settings.basis,
-        len(layers),
-        xquant_bytes,
-        plain_bytes,
-        plain_bytes / xquant_bytes,
-        seconds,
-    )
-    if quantized:
-        logger.info(
-            "xquant: %d quantized qkv_proj layers now hold their effective weight in the model's dtype, because packed "
-            "rows cannot be exchanged for down-projections; the other layers stay quantized",
-            quantized,
-        )
-    device = impl.projection.up_key.device.type
-    fast = dispatch.select(device) is not reference
-    logger.log(logging.INFO if fast else logging.WARNING, "xquant: %s", dispatch.describe(device))
+            bias = getattr(part.qkv_proj, "bias", None)
+            dense = DenseLinear(part.qkv_proj.weight.data, None if bias is None else bias.data)
+        cache = surgeon.operate(position, part, dense)
+        attention.impl.set_cache(cache, [layers[index][2] for index in form.reads])
+        publish_page_size(attention, form.bytes_per_token)

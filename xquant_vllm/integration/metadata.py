@@ -34,7 +34,7 @@ class XQuantMetadataBuilder(AttentionMetadataBuilder[XQuantMetadata]):
         """Check that the loader hook saw every layer: latents cannot be attended without their projections."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        missed = [name for name, layer in layers.items() if layer.impl.projection is None]
+        missed = [name for name, layer in layers.items() if layer.impl.cache is None]
         if missed:
             raise RuntimeError(
                 f"xquant: the weights of {missed[0]} (and {len(missed) - 1} more layers) were never factorized: "

@@ -38,3 +38,22 @@ class DenseLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Project ``x`` ``[..., in]``."""
         return nn.functional.linear(x, self.weight, self.bias), None
+
+
+class QueryAndInput(nn.Module):
+    """In place of ``qkv_proj`` where pages hold the layer input: projects queries, passes the input on for the cache.
+
+    The input is padded to whole heads, because the model's code and vLLM's ``Attention`` see heads in it.
+    """
+
+    def __init__(self, query_proj: nn.Module, padding: int) -> None:
+        """Wrap the projection of the queries; ``padding`` channels complete the last head."""
+        super().__init__()
+        self.query_proj = query_proj
+        self.padding = padding
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Queries and twice the input ``x`` ``[num_tokens, hidden_size]``, side by side."""
+        query, _ = self.query_proj(x)
+        padded = nn.functional.pad(x, (0, self.padding)) if self.padding else x
+        return torch.cat((query, padded, padded), -1), None

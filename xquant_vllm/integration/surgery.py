@@ -1,101 +1,77 @@
-"""Replace the key and value rows of an attention module by down-projections, and move the rest behind the cache.
+"""Replace the key and value projections of an attention module, and move what they did behind the cache.
 
-After surgery ``qkv_proj`` yields queries and latents, RoPE turns queries alone, the key norm is gone, and
-:class:`LayerProjection` holds what they did. The result is checked on every layer against what the untouched module
-computes, so that a model which treats its keys in a way not foreseen here is refused instead of served wrongly.
+After surgery ``qkv_proj`` yields queries and latents (or the layer input itself), RoPE turns queries alone, the key
+norm is gone, and :class:`LayerCache` holds what they did. The result is checked on every layer against what the
+untouched module computes: a model that treats its keys in a way not foreseen here is refused instead of served wrongly.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from xquant_vllm.attention.latents import combine
+from xquant_vllm.codec.layout import StreamFormat
 from xquant_vllm.integration.capture import capture_qkv
 from xquant_vllm.integration.checks import UnsupportedError
+from xquant_vllm.integration.formats import LayerFormat
+from xquant_vllm.integration.layer_cache import LayerCache
 from xquant_vllm.integration.modules import DenseLinear, QueryOnlyRotary
+from xquant_vllm.integration.operations import Operation, perform
 from xquant_vllm.integration.recognize import AttentionParts
 from xquant_vllm.integration.settings import XQuantSettings
-from xquant_vllm.projection.basis import factorize
-from xquant_vllm.projection.rematerialize import LayerProjection, rematerialize_keys, rematerialize_values
+from xquant_vllm.projection.rematerialize import rematerialize_keys, rematerialize_values
 
-_KEY_SEED, _VALUE_SEED = 2508, 10395
 _PROBE_TOKENS = 16
 # Relative error of rematerialized against original keys and values, by the dtype they are computed in. An unforeseen
 # treatment of keys is wrong by a large part of their size; quantized activations of a quantized layer are not.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def operate(parts: AttentionParts, settings: XQuantSettings, dense: DenseLinear) -> LayerProjection:
-    """Factorize and replace the projections of one attention module.
+class Surgeon:
+    """Operates on the layers of a model, in the order in which they run: later ones may build on earlier ones."""
 
-    Args:
-        parts: the module's parts, untouched yet.
-        settings: basis, rotation and outlier channels.
-        dense: weight ``[q_size + 2 * kv_size, hidden_size]`` and bias of ``qkv_proj``. Its key and value rows are
-            overwritten by the down-projections, their bias by 0; it shares memory with ``qkv_proj`` or replaces it.
+    def __init__(self, settings: XQuantSettings, formats: Sequence[LayerFormat]) -> None:
+        """Prepare for layers of these formats."""
+        self._settings, self._formats = settings, formats
+        self._lifts: dict[int, torch.Tensor] = {}
 
-    Returns:
-        What rematerializes the layer's keys and values.
+    def operate(self, position: int, parts: AttentionParts, dense: DenseLinear) -> LayerCache:
+        """Replace the projections of one attention module.
 
-    Raises:
-        UnsupportedError: the module's keys or values are not what the factorization says they should be.
-    """
-    weight = dense.weight.data
-    if weight.shape[0] != parts.q_size + 2 * parts.kv_size:
-        raise UnsupportedError(
-            f"xquant: {parts.name}.qkv_proj has {weight.shape[0]} output rows, expected {parts.q_size} for queries and "
-            f"2 x {parts.kv_size} for keys and values; choose another --attention-backend for this model"
+        Args:
+            position: of the layer, in the sequence of formats.
+            parts: the module's parts, untouched yet.
+            dense: weight ``[q_size + 2 * kv_size, hidden_size]`` and bias of ``qkv_proj``; it shares memory with
+                ``qkv_proj`` or replaces it, and is overwritten.
+
+        Returns:
+            How the layer's cache is written and read.
+
+        Raises:
+            UnsupportedError: the module's keys or values are not what they should be.
+        """
+        weight = dense.weight.data
+        if weight.shape[0] != parts.q_size + 2 * parts.kv_size:
+            raise UnsupportedError(
+                f"xquant: {parts.name}.qkv_proj has {weight.shape[0]} output rows, expected {parts.q_size} for queries "
+                f"and 2 x {parts.kv_size} for keys and values; choose another --attention-backend for this model"
+            )
+        hidden, positions = _probe(parts, weight)
+        in_place = getattr(parts.qkv_proj, "weight", None) is not None and (
+            parts.qkv_proj.weight.data_ptr() == weight.data_ptr()
         )
-    hidden, positions = _probe(parts, weight)
-    shares_memory = getattr(parts.qkv_proj, "weight", None) is not None and (
-        parts.qkv_proj.weight.data_ptr() == weight.data_ptr()
-    )
-    # A plain layer cannot run before vLLM has dispatched its GEMM; a quantized one is itself the truth.
-    before = capture_qkv(parts.name, parts.module, hidden, positions, dense if shares_memory else None)
-    projection = _factorize_rows(parts, settings, weight, None if dense.bias is None else dense.bias.data)
-    if not shares_memory:
-        parts.module.qkv_proj = dense
-    _wrap_child(parts.module, "rotary_emb", QueryOnlyRotary)
-    _wrap_child(parts.module, "k_norm", lambda _: nn.Identity())
-    after = capture_qkv(parts.name, parts.module, hidden, positions, dense)
-    _verify(parts, projection, positions, before, after)
-    return projection
-
-
-def _factorize_rows(
-    parts: AttentionParts, settings: XQuantSettings, weight: torch.Tensor, bias: torch.Tensor | None
-) -> LayerProjection:
-    """Overwrite the key and value rows of ``weight`` and ``bias``; return what inverts them."""
-    kv_heads, head_size = parts.attention.num_kv_heads, parts.attention.head_size
-    outliers = settings.outlier_channels
-    ups, biases = [], []
-    for start, outlier_channels, seed in (
-        (parts.q_size, outliers.key, _KEY_SEED),
-        (parts.q_size + parts.kv_size, outliers.value, _VALUE_SEED),
-    ):
-        rows = slice(start, start + parts.kv_size)
-        basis = factorize(
-            weight[rows],
-            kv_heads,
-            settings.basis,
-            outlier_channels=outlier_channels,
-            rotate=settings.rotate,
-            seed=seed,
-            dtype=weight.dtype,
-        )
-        weight[rows] = basis.down.transpose(1, 2).reshape(parts.kv_size, -1)
-        ups.append(basis.up)
-        biases.append(None if bias is None else bias[rows].float().view(kv_heads, head_size).clone())
-        if bias is not None:
-            bias[rows] = 0
-    return LayerProjection(
-        up_key=ups[0],
-        up_value=ups[1],
-        key_bias=biases[0],
-        value_bias=biases[1],
-        key_norm=parts.key_norm,
-        rope=parts.rope,
-    )
+        # A plain layer cannot run before vLLM has dispatched its GEMM; a quantized one is itself the truth.
+        before = capture_qkv(parts.name, parts.module, hidden, positions, dense if in_place else None)
+        form = self._formats[position]
+        cache, stand_in = perform(Operation(parts, form, self._settings, dense, in_place, self._lifts, position))
+        _wrap_child(parts.module, "rotary_emb", QueryOnlyRotary)
+        _wrap_child(parts.module, "k_norm", lambda _: nn.Identity())
+        after = capture_qkv(parts.name, parts.module, hidden, positions, stand_in)
+        earlier = [self._formats[index].streams[0] for index in form.reads]
+        _verify(parts, cache, earlier, positions, before, after)
+        return cache
 
 
 def _wrap_child(module: nn.Module, child: str, wrap: Any) -> None:
@@ -114,22 +90,48 @@ def _probe(parts: AttentionParts, weight: torch.Tensor) -> tuple[torch.Tensor, t
     return hidden.to(weight), positions.to(weight.device)
 
 
+def _exact_latents(
+    cache: LayerCache, earlier: Sequence[StreamFormat], key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value latents ``[num_tokens, heads, width]`` if nothing were quantized.
+
+    What earlier layers of a chain have stored may be anything: the own stream makes good what they do not say.
+    """
+    inputs = [x.flatten(1).float() for x in cache.inputs(key, value)]
+    if cache.rotation is not None:
+        inputs[0] = cache.rotation.apply(inputs[0])
+    own = [
+        x.unflatten(1, (stream.num_heads, stream.width)) for x, stream in zip(inputs, cache.format.streams, strict=True)
+    ]
+    if cache.format.holds == "latent":
+        return own[0], own[1]
+    generator = torch.Generator(device="cpu").manual_seed(1)
+    stored = [
+        torch.randn(own[0].shape[0], stream.num_heads, stream.width, generator=generator, device="cpu").to(own[0])
+        for stream in earlier
+    ]
+    prediction = cache.prediction
+    if prediction is not None:
+        predicted = combine(prediction.terms, stored)
+        own[0] = own[0] - (predicted if prediction.matrix is None else predicted @ prediction.matrix)
+    latent = combine(cache.key_terms, [*stored, own[0]])
+    return latent, latent
+
+
 def _verify(
     parts: AttentionParts,
-    projection: LayerProjection,
+    cache: LayerCache,
+    earlier: Sequence[StreamFormat],
     positions: torch.Tensor,
     before: tuple[torch.Tensor, ...],
     after: tuple[torch.Tensor, ...],
 ) -> None:
-    kv_heads, head_size = parts.attention.num_kv_heads, parts.attention.head_size
-    latents = [
-        x.float().view(_PROBE_TOKENS, -1, up.shape[1])
-        for x, up in zip(after[1:], (projection.up_key, projection.up_value), strict=True)
-    ]
+    shape = cache.format.shape
+    key_latents, value_latents = _exact_latents(cache, earlier, after[1], after[2])
     rebuilt = (
         after[0].float(),
-        rematerialize_keys(latents[0], positions, projection).flatten(1),
-        rematerialize_values(latents[1], projection).flatten(1),
+        rematerialize_keys(key_latents, positions, cache.projection).flatten(1),
+        rematerialize_values(value_latents, cache.projection).flatten(1),
     )
     tolerance = _TOLERANCE[before[0].dtype]
     for what, expected, actual in zip(("queries", "keys", "values"), before, rebuilt, strict=True):
@@ -137,7 +139,7 @@ def _verify(
         if not error <= tolerance:
             raise UnsupportedError(
                 f"xquant: {type(parts.module).__name__} at {parts.name} is not recognized: its rematerialized {what} "
-                f"({kv_heads} kv heads of {head_size}) differ from its own by {error:.1e} (relative, tolerance "
-                f"{tolerance:.0e}), so it treats them in a way that is not supported; choose another "
+                f"({shape.num_kv_heads} kv heads of {shape.head_size}) differ from its own by {error:.1e} (relative, "
+                f"tolerance {tolerance:.0e}), so it treats them in a way that is not supported; choose another "
                 "--attention-backend for this model"
             )

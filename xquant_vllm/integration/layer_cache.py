@@ -1,0 +1,95 @@
+"""How one layer's cache is written and read: what surgery leaves behind and the implementation works with."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from xquant_vllm.attention.batch import AttentionLayerPlan
+from xquant_vllm.attention.latents import LatentTerm, Prediction
+from xquant_vllm.codec.layout import PageLayout
+from xquant_vllm.codec.rotation import HadamardRotation
+from xquant_vllm.integration.formats import LayerFormat
+from xquant_vllm.projection.rematerialize import LayerProjection
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's cache, except for the block size, which vLLM decides on later.
+
+    Attributes:
+        format: what its pages hold.
+        projection: from latents to keys and values.
+        rotation: of the layer input before it is stored, or None.
+        prediction_matrix: ``[1, width of the earlier layers' streams, width of the own]``, FP32, for a chain of
+            latents; None for a chain of X, whose earlier layers add up to the prediction.
+    """
+
+    format: LayerFormat
+    projection: LayerProjection
+    rotation: HadamardRotation | None = None
+    prediction_matrix: torch.Tensor | None = None
+
+    @property
+    def earlier_terms(self) -> tuple[LatentTerm, ...]:
+        """What is read from the pages of earlier layers."""
+        adds = self.format.holds == "x"
+        return tuple(LatentTerm(page + 1, 0, adds=adds and page > 0) for page in range(len(self.format.reads)))
+
+    @property
+    def key_terms(self) -> tuple[LatentTerm, ...]:
+        """What key latents are read from."""
+        earlier = self.earlier_terms
+        return (*earlier, LatentTerm(0, 0, adds=bool(earlier) and self.format.holds == "x"))
+
+    @property
+    def value_terms(self) -> tuple[LatentTerm, ...]:
+        """What value latents are read from."""
+        return (LatentTerm(0, 1),) if self.format.holds == "latent" else self.key_terms
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """What the own stream is expected to be, or None."""
+        return Prediction(self.earlier_terms, self.prediction_matrix) if self.format.reads else None
+
+    def inputs(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What vLLM passes as key and value ``[num_tokens, heads, head_size]``, one tensor for every stream."""
+        if self.format.holds == "latent":
+            return key, value
+        if self.format.holds == "x":
+            # Padded to whole heads on its way through the model's code.
+            return (key.flatten(1)[:, : self.format.shape.hidden_size],)
+        return (torch.cat((key.flatten(1), value.flatten(1)), 1),)
+
+    def plan(
+        self,
+        block_size: int,
+        earlier: Sequence[LayerFormat],
+        *,
+        num_heads: int,
+        scale: float,
+        sliding_window: int | None,
+        logits_soft_cap: float | None,
+    ) -> AttentionLayerPlan:
+        """The plan for pages of a block size.
+
+        Args:
+            block_size: slots per page.
+            earlier: formats of the layers that are read too.
+            num_heads: query heads.
+            scale: factor on the scores.
+            sliding_window: keys a query sees, or None.
+            logits_soft_cap: cap of the scores, or None.
+        """
+        return AttentionLayerPlan(
+            layouts=tuple(PageLayout(form.streams, block_size) for form in (self.format, *earlier)),
+            projection=self.projection,
+            num_heads=num_heads,
+            scale=scale,
+            sliding_window=sliding_window,
+            logits_soft_cap=logits_soft_cap,
+            key_terms=self.key_terms,
+            value_terms=self.value_terms,
+            rotation=self.rotation,
+            prediction=self.prediction,
+        )

@@ -1,0 +1,92 @@
+"""What the log says of the cache at start-up."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from xquant_vllm.attention import dispatch, reference
+from xquant_vllm.integration.formats import LayerFormat
+from xquant_vllm.integration.settings import PerStream, XQuantSettings
+
+logger = logging.getLogger("vllm.xquant_vllm")
+
+_WHAT = {
+    "latent": "latents of keys and values",
+    "x": "the layer input",
+    "joint": "joint latents of keys and values",
+}
+
+
+def report(impls: Sequence[Any], quantized: int, seconds: float) -> None:
+    """Say what is cached, in how many bytes, and by which kernels it is read.
+
+    Args:
+        impls: implementations of the layers, in order.
+        quantized: how many of them had packed weights.
+        seconds: that surgery took.
+    """
+    settings = impls[0].settings
+    formats = [impl.cache.format for impl in impls]
+    config = impls[0].vllm_config
+    for line in _lines(settings, formats, seconds):
+        logger.info("xquant: %s", line)
+    for line in _tensor_parallel(formats, config.parallel_config.tensor_parallel_size):
+        logger.info("xquant: %s", line)
+    if quantized:
+        logger.info(
+            "xquant: %d quantized qkv_proj layers now hold their effective weight in the model's dtype, because packed "
+            "rows cannot be exchanged for down-projections; the other layers stay quantized",
+            quantized,
+        )
+    device = impls[0].cache.projection.up_key.device.type
+    fast = dispatch.select(device) is not reference
+    logger.log(logging.INFO if fast else logging.WARNING, "xquant: %s", dispatch.describe(device))
+
+
+def _lines(settings: XQuantSettings, formats: Sequence[LayerFormat], seconds: float) -> Iterator[str]:
+    taken = sum(form.bytes_per_token for form in formats)
+    plain = sum(form.plain_bytes_per_token for form in formats)
+    kinds = Counter("x" if form.holds == "x" else "latent" for form in formats)
+    groups = sorted({stream.group_size for form in formats for stream in form.streams})
+    yield (
+        f"cache {' and '.join(_quoted(kind) for kind in kinds)} at {settings.bits} bits, method "
+        f"{_quoted(settings.method)}, groups of {', '.join(map(str, groups))}; {len(formats)} layers take {taken} bytes per token, 16-bit keys and "
+        f"values take {plain} ({plain / taken:.2f}x); weights prepared in {seconds:.1f} s"
+    )
+    for (holds, bits, size, deltas), count in Counter(map(_kind, formats)).items():
+        yield (
+            f"{count} layers hold {'differences of ' if deltas else ''}{_WHAT[holds]} at {bits} bits, {size} bytes per "
+            "token each"
+        )
+
+
+def _kind(form: LayerFormat) -> tuple[str, str, int, bool]:
+    bits = [stream.bits for stream in form.streams]
+    text = str(PerStream(key=bits[0], value=bits[1])) if len(bits) > 1 else str(bits[0])
+    return form.holds, text, form.bytes_per_token, bool(form.reads)
+
+
+def _quoted(kind: str) -> str:
+    return f'"{kind}"'
+
+
+def _tensor_parallel(formats: Sequence[LayerFormat], ranks: int) -> Iterator[str]:
+    """What cutting the kv heads over ranks does to pages of X, which every rank keeps whole."""
+    if ranks == 1:
+        return
+    form = formats[-1]
+    shape = form.shape
+    latents = 2 * shape.num_kv_heads * shape.head_size
+    if form.holds == "x":
+        yield (
+            f"with --tensor-parallel-size {ranks} every rank keeps the whole layer input, {shape.hidden_size} channels "
+            f"instead of the {latents} of its own keys and values: the saving over 16 bit is {ranks} times smaller "
+            "than on one rank"
+        )
+    elif shape.hidden_size < latents * ranks:
+        yield (
+            f"with --tensor-parallel-size {ranks} a rank has latents of {latents} channels; the layer input has "
+            f"{shape.hidden_size}, which every rank would keep whole, so latents are cached; on one rank the layer "
+            "input would take fewer bytes"
+        )
