@@ -1,4 +1,4 @@
-"""The parts of tools/prepare_model.py.
+"""The parts of tools/prepare_model.py and tools/repeat_kv_heads.py.
 
-Only checkpoint and gguf_convert import torch, so that a finished folder is checked fast.
+Only checkpoint, gguf_convert and repeat_heads import torch, so that a finished folder is checked fast.
 """
