@@ -27,6 +27,12 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2_mha() -> Path:
+    """The same model with its KV heads repeated: multi-head attention."""
+    return _prepared("smollm2-mha")
+
+
+@pytest.fixture(scope="session")
 def gemma3() -> Path:
     """Gemma 3 270M, a base model: a sliding window in five layers of six, one KV head."""
     return _prepared("gemma3")

@@ -166,3 +166,10 @@ def test_command_line(tmp_path, source):
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 1
     assert again.stderr.splitlines()[-1] == f"repeat_kv_heads: error: {tmp_path / 'target'} exists; name a new folder"
+
+
+def test_real_model_computes_the_same(smollm2, smollm2_mha, documentation):
+    config = json.loads((smollm2_mha / "config.json").read_text())
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (9, 9)
+    expected = _logits(smollm2, documentation[:64])
+    torch.testing.assert_close(_logits(smollm2_mha, documentation[:64]), expected, rtol=1e-4, atol=1e-4)
