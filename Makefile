@@ -18,6 +18,8 @@ READY := $(VENV)/.ready
 KERNELS := xquant_vllm/attention/_cpu_kernels.so
 SETUP_FILES := pyproject.toml setup.py tools/setup_env.py $(wildcard tools/envsetup/*.py) \
 	tools/vllm-metadata/pyproject.toml
+# What the tests read; prepared before them, so that no test's time is spent on downloads.
+TEST_MODELS := smollm2 smollm2-mha gemma3
 LINTED := xquant_vllm tests tools examples setup.py
 
 .PHONY: help venv kernels model demo serve test lint clean
@@ -35,7 +37,7 @@ kernels: $(KERNELS) ## compile csrc/cpu, if it changed (XQUANT_BUILD_KERNELS=1: 
 $(KERNELS): setup.py $(wildcard csrc/cpu/*) | $(READY)
 	$(VENV)/bin/python setup.py --quiet build_kernels --inplace
 
-model: venv ## prepare the checkpoint MODEL (default smollm2); the last line is its folder
+model: venv ## prepare the checkpoint MODEL (default smollm2; or smollm2-mha, gemma3); the last line is its folder
 	@$(VENV)/bin/python tools/prepare_model.py --model $(MODEL)
 
 demo: venv ## serve MODEL with a BITS-bit cache, chat with it, compare its cache with the 16-bit one
@@ -46,7 +48,7 @@ serve: venv ## serve MODEL with a BITS-bit cache on PORT until Ctrl-C
 
 # Engines in the tests use one thread each, so two files of tests run side by side on two cores.
 test: venv ## run the tests
-	$(VENV)/bin/python tools/prepare_model.py
+	$(VENV)/bin/python tools/prepare_model.py $(addprefix --model ,$(TEST_MODELS))
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(TEST_ARGS)
 
 lint: venv ## check style, types and which room imports which

@@ -12,18 +12,35 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "examples")]
 
 
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """The SmolLM2-135M-Instruct checkpoint that ``make model`` prepares; made on first use, checked afterwards."""
-    command = [sys.executable, str(ROOT / "tools" / "prepare_model.py"), "--model", "smollm2"]
+def _prepared(name: str) -> Path:
+    """The checkpoint that ``make model MODEL=name`` prepares; made on first use, checked afterwards."""
+    command = [sys.executable, str(ROOT / "tools" / "prepare_model.py"), "--model", name]
     process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert process.returncode == 0, process.stderr
     return Path(process.stdout.strip().splitlines()[-1])
 
 
 @pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct: grouped-query attention, chat-tuned."""
+    return _prepared("smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2_mha() -> Path:
+    """The same model with its KV heads repeated: multi-head attention."""
+    return _prepared("smollm2-mha")
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> Path:
+    """Gemma 3 270M, a base model: a sliding window in five layers of six, one KV head."""
+    return _prepared("gemma3")
+
+
+@pytest.fixture(scope="session")
 def tokenizer(smollm2):
-    """Its tokenizer."""
+    """The tokenizer of ``smollm2``."""
     import transformers
 
     return transformers.AutoTokenizer.from_pretrained(smollm2)

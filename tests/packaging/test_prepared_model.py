@@ -48,6 +48,16 @@ def test_unknown_model_is_named_with_the_known_ones():
     assert "smollm2" in done.stderr
 
 
+def test_several_models_are_checked_before_any_is_made(tmp_path):
+    command = [sys.executable, str(ROOT / "tools" / "prepare_model.py"), "--models-dir", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--model", "smollm2", "--model", "smollm3"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "'smollm3'" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_untouched_copy_is_whole(copy):
     assert manifest.problem(copy, RECIPE) is None
 

@@ -1,1 +1,4 @@
-"""The parts of tools/prepare_model.py. Only gguf_convert imports torch, so that a finished folder is checked fast."""
+"""The parts of tools/prepare_model.py and tools/repeat_kv_heads.py.
+
+Only checkpoint, gguf_convert and repeat_heads import torch, so that a finished folder is checked fast.
+"""

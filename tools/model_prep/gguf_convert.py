@@ -2,69 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is in the GGUF
-if not sys.stderr.isatty():
-    os.environ.setdefault("TQDM_DISABLE", "1")  # in a log, a progress bar is hundreds of lines
+from .checkpoint import Checkpoint  # first: it sets how transformers is to be imported
 
+# isort: split
 import torch
 import transformers
 
 from .console import say
 from .recipe import PrepareError
-
-
-@dataclass
-class Checkpoint:
-    """A model with its tokenizer."""
-
-    model: Any
-    tokenizer: Any
-
-    def check_chat(self, stop: str) -> None:
-        """Refuse a checkpoint that cannot chat: no template, or one that does not end turns on `stop`.
-
-        A server takes the token to stop at from generation_config.json; a model that ends its turns on another one
-        would ramble on to the length limit.
-        """
-        stop_id = self.tokenizer.convert_tokens_to_ids(stop)
-        turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
-        prompt = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        if f"Hi{stop}" not in prompt:
-            raise PrepareError(f"the chat template does not close a turn with {stop!r}; it renders {prompt!r}")
-        if self.tokenizer.eos_token_id != stop_id:
-            raise PrepareError(f"the tokenizer's end token is {self.tokenizer.eos_token!r} instead of {stop!r}")
-        self.model.generation_config = transformers.GenerationConfig(
-            bos_token_id=self.tokenizer.bos_token_id,
-            eos_token_id=stop_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-
-    def check_continuation(self, prompt: str, expected: str) -> None:
-        """Refuse weights that do not continue a prompt as the real model does, as weights read wrongly would not."""
-        with torch.inference_mode():
-            logits = self.model(**self.tokenizer(prompt, return_tensors="pt")).logits[0, -1]
-        said = self.tokenizer.decode(logits.argmax())
-        if said != expected:
-            raise PrepareError(
-                f"the converted model continues {prompt!r} with {said!r} instead of {expected!r}; "
-                f"transformers {transformers.__version__} may read this GGUF differently"
-            )
-        say(f"check: {prompt!r} goes on with {said!r}")
-
-    def save(self, target: Path) -> None:
-        """Write weights (safetensors), configuration and tokenizer with its chat template."""
-        say(f"writing {target.name}")
-        self.tokenizer.model_max_length = self.model.config.max_position_embeddings
-        self.model.save_pretrained(target)
-        self.tokenizer.save_pretrained(target)
-        for path in target.iterdir():
-            path.chmod(0o644)  # weights are written for their owner only
 
 
 def load(gguf: Path) -> Checkpoint:

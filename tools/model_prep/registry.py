@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import smollm2
+from . import gemma3, smollm2, smollm2_mha
 from .recipe import Recipe
 
-MODELS: dict[str, Recipe] = {recipe.name: recipe for recipe in (smollm2.RECIPE,)}
+MODELS: dict[str, Recipe] = {recipe.name: recipe for recipe in (smollm2.RECIPE, gemma3.RECIPE, smollm2_mha.RECIPE)}

