@@ -47,18 +47,22 @@ def report(impls: Sequence[Any], quantized: int, seconds: float) -> None:
 def _lines(settings: XQuantSettings, formats: Sequence[LayerFormat], seconds: float) -> Iterator[str]:
     taken = sum(form.bytes_per_token for form in formats)
     plain = sum(form.plain_bytes_per_token for form in formats)
-    kinds = Counter("x" if form.holds == "x" else "latent" for form in formats)
-    groups = sorted({stream.group_size for form in formats for stream in form.streams})
+    kinds = " and ".join(_quoted(kind) for kind in dict.fromkeys(_cache_setting(form) for form in formats))
+    groups = ", ".join(map(str, sorted({stream.group_size for form in formats for stream in form.streams})))
     yield (
-        f"cache {' and '.join(_quoted(kind) for kind in kinds)} at {settings.bits} bits, method "
-        f"{_quoted(settings.method)}, groups of {', '.join(map(str, groups))}; {len(formats)} layers take {taken} bytes per token, 16-bit keys and "
-        f"values take {plain} ({plain / taken:.2f}x); weights prepared in {seconds:.1f} s"
+        f"cache {kinds} at {settings.bits} bits, method {_quoted(settings.method)}, groups of {groups}; {len(formats)} "
+        f"layers take {taken} bytes per token, 16-bit keys and values take {plain} ({plain / taken:.2f}x); weights "
+        f"prepared in {seconds:.1f} s"
     )
     for (holds, bits, size, deltas), count in Counter(map(_kind, formats)).items():
         yield (
             f"{count} layers hold {'differences of ' if deltas else ''}{_WHAT[holds]} at {bits} bits, {size} bytes per "
             "token each"
         )
+
+
+def _cache_setting(form: LayerFormat) -> str:
+    return "x" if form.holds == "x" else "latent"
 
 
 def _kind(form: LayerFormat) -> tuple[str, str, int, bool]:
