@@ -71,3 +71,19 @@ def test_quantized_latents_lose_less_than_quantized_keys_of_a_skewed_projection(
     through_latents = (restored @ basis.up[0] - keys).norm()
     direct = (dequantize(*quantize(keys, 3, 64)) - keys).norm()
     assert through_latents < 0.6 * direct
+
+
+@pytest.mark.parametrize(("kind", "smallest"), [("head", -1), ("joint", -1), ("head", -9)], ids=["gram", "joint", "qr"])
+def test_plain_channels_are_the_singular_vectors_whatever_the_conditioning(kind, smallest):
+    torch.manual_seed(0)
+    heads, width = latent_shape(2, 16, kind)
+    left = torch.linalg.qr(torch.randn(heads, 96, width, dtype=torch.float64))[0]
+    right = torch.linalg.qr(torch.randn(heads, width, width, dtype=torch.float64))[0]
+    spectrum = torch.logspace(0, smallest, width, dtype=torch.float64)
+    columns = left * spectrum @ right.mT
+    weight = columns.mT.reshape(32, 96)
+    basis = factorize(weight, 2, kind, outlier_channels=0, rotate=False, seed=0, dtype=torch.float64)
+    scale = (spectrum / spectrum.mean()).sqrt().clamp_min(0.05)
+    cosines = (basis.down * left).sum(1).abs() / scale
+    assert torch.allclose(cosines, torch.ones_like(cosines), atol=1e-6)
+    assert torch.allclose(basis.down.mT @ basis.down, torch.diag_embed(scale**2).expand(heads, -1, -1), atol=1e-8)

@@ -1,4 +1,4 @@
-"""The data-free latent basis: an SVD of Wk or Wv, with channel scales and a rotation folded into the weights.
+"""The latent basis: a factorization of Wk or Wv, with channel scales and a rotation folded into the weights.
 
 XQuant (section 3.2) factorizes ``W = U S B^T`` and caches ``X U``, which rematerializes as ``(X U) (S B^T)``. Two
 changes fold into the same two matrices and so cost nothing at run time:
@@ -9,7 +9,7 @@ changes fold into the same two matrices and so cost nothing at run time:
   carry the outliers of ``X U``; those kept in FP16 stay out of the rotation.
 
 With one basis per kv head the up-projection is block diagonal and the latents shard by head; with a joint basis all kv
-heads share one latent.
+heads share one latent. Statistics of some text make a better basis of the same shapes: see :mod:`.calibration`.
 """
 
 from dataclasses import dataclass
@@ -18,11 +18,15 @@ from typing import Literal
 import torch
 
 from xquant_vllm.codec.rotation import random_rotation
+from xquant_vllm.projection.calibration import ProjectionStatistics
 
 BasisKind = Literal["head", "joint"]
 
 # Channels far below the mean singular value would get an enormous up-projection for nothing.
 _SMALLEST_CHANNEL_SCALE = 0.05
+# Singular values from a Gram matrix are exact to FP64's epsilon over their ratio to the largest; below this ratio they
+# are taken from a QR decomposition, at several times the price.
+_SMALLEST_GRAM_RATIO = 1e-5
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ def factorize(
     rotate: bool,
     seed: int,
     dtype: torch.dtype,
+    statistics: ProjectionStatistics | None = None,
 ) -> LatentBasis:
     """Factorize a key or value projection.
 
@@ -63,41 +68,103 @@ def factorize(
         rotate: whether to rotate the remaining channels.
         seed: seed of the rotation.
         dtype: dtype that the down-projection is served in. Its rounding is made good in the up-projection.
+        statistics: of the weight's heads, for a calibrated basis; None for the data-free one.
 
     Returns:
         The basis, on the weight's device. Lossless up to rounding: no channel is dropped.
     """
     head_size = weight.shape[0] // num_kv_heads
     latent_heads, width = latent_shape(num_kv_heads, head_size, kind)
-    columns = weight.to(torch.float64).reshape(latent_heads, width, -1).transpose(1, 2)
-    rotation = None
-    if rotate and width - outlier_channels > 1:
-        rotation = random_rotation(width - outlier_channels, seed).to(weight.device)
-    down = torch.stack([_down_projection(w, outlier_channels, rotation) for w in columns]).to(dtype)
-    up = torch.stack([_refit(d.to(torch.float64), w) for d, w in zip(down, columns, strict=True)])
+    columns = weight.to(torch.float64).reshape(latent_heads, width, -1).mT
+    down = down_projection(
+        columns, outlier_channels=outlier_channels, rotate=rotate, seed=seed, dtype=dtype, statistics=statistics
+    )
+    up = left_inverse(down, columns)
     if kind == "joint":
         up = up[0].reshape(width, num_kv_heads, head_size).transpose(0, 1)
     return LatentBasis(down=down, up=up.to(torch.float32).contiguous())
 
 
-def _down_projection(w: torch.Tensor, outlier_channels: int, rotation: torch.Tensor | None) -> torch.Tensor:
-    """Scaled and rotated left singular vectors of ``w`` ``[hidden_size, width]``, FP64, same shape."""
-    width = w.shape[1]
-    u, s, _ = torch.linalg.svd(w, full_matrices=False)
-    scale = (s / s.mean().clamp_min(torch.finfo(s.dtype).tiny)).sqrt().clamp_min(_SMALLEST_CHANNEL_SCALE)
-    down = u * scale
-    if down.shape[1] < width:
+def down_projection(
+    columns: torch.Tensor,
+    *,
+    outlier_channels: int,
+    rotate: bool,
+    seed: int,
+    dtype: torch.dtype,
+    statistics: ProjectionStatistics | None,
+) -> torch.Tensor:
+    """Scaled and rotated latent channels.
+
+    Args:
+        columns: ``[latent_heads, hidden_size, width]``, FP64, the projections to factorize.
+        outlier_channels: leading channels that are left out of the rotation.
+        rotate: whether to rotate the remaining channels.
+        seed: seed of the rotation.
+        dtype: of the result.
+        statistics: of the heads in ``columns``, side by side; None for a data-free basis.
+
+    Returns:
+        ``[latent_heads, hidden_size, width]`` in ``dtype``, contiguous.
+    """
+    width = columns.shape[-1]
+    if statistics is None:
+        u, s = _singular(columns)
+    else:
+        u, s = _singular_under(columns, statistics)
+    scale = (s / s.mean(-1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)).sqrt()
+    down = u * scale.clamp_min(_SMALLEST_CHANNEL_SCALE).unsqueeze(-2)
+    if down.shape[-1] < width:
         # Fewer inputs than channels: the surplus channels carry nothing.
-        down = torch.nn.functional.pad(down, (0, width - down.shape[1]))
-    if rotation is not None:
-        down[:, outlier_channels:] = down[:, outlier_channels:] @ rotation
-    return down
+        down = torch.nn.functional.pad(down, (0, width - down.shape[-1]))
+    if rotate and width - outlier_channels > 1:
+        rotation = random_rotation(width - outlier_channels, seed).to(down.device)
+        down[..., outlier_channels:] = down[..., outlier_channels:] @ rotation
+    return down.to(dtype).contiguous()
 
 
-def _refit(down: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """The up-projection that best inverts a rounded down-projection: least squares of ``down @ up = w``, FP64."""
-    gram = down.T @ down
+def left_inverse(down: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """What best inverts a rounded down-projection: the least squares solution of ``down @ up = columns``.
+
+    Args:
+        down: ``[latent_heads, hidden_size, width]``, any dtype.
+        columns: ``[latent_heads, hidden_size, n]``, FP64.
+
+    Returns:
+        ``[latent_heads, width, n]``, FP64.
+    """
+    down = down.to(torch.float64)
+    gram = down.mT @ down
     # A ridge far below rounding keeps surplus (zero) channels from making the system singular.
-    ridge = 1e-13 * torch.diagonal(gram).sum().clamp_min(torch.finfo(gram.dtype).tiny)
-    gram.diagonal().add_(ridge)
-    return torch.linalg.solve(gram, down.T @ w)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal += 1e-13 * diagonal.sum(-1, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
+    return torch.linalg.solve(gram, down.mT @ columns)
+
+
+def _singular(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left singular vectors ``[b, hidden_size, n]`` and singular values ``[b, n]``, descending, of tall matrices."""
+    s, mixing = _roots(columns.mT @ columns)
+    if bool((s[:, -1] > _SMALLEST_GRAM_RATIO * s[:, 0]).all()):
+        return columns @ (mixing / s.unsqueeze(-2)), s
+    # (Nearly) rank deficient, or fewer inputs than channels.
+    q, r = torch.linalg.qr(columns)
+    u, s, _ = torch.linalg.svd(r, full_matrices=False)
+    return q @ u, s
+
+
+def _singular_under(columns: torch.Tensor, statistics: ProjectionStatistics) -> tuple[torch.Tensor, torch.Tensor]:
+    """``C^{-1/2} U`` and S of ``C^{1/2} columns T = U S B^T``, without forming C: ``C^{-1/2} U = columns T B / S``."""
+    latent_heads, _, width = columns.shape
+    per_latent = statistics.importance.shape[0] // latent_heads
+    importance = torch.stack([torch.block_diag(*heads) for heads in statistics.importance.split(per_latent)])
+    blocks = statistics.moment.reshape(latent_heads, width, latent_heads, width).diagonal(dim1=0, dim2=2)
+    s, mixing = _roots(importance.mT @ blocks.permute(2, 0, 1) @ importance)
+    # Not dropped but kept small, where the weights themselves are rank deficient: no basis may lose a direction.
+    smallest = _SMALLEST_GRAM_RATIO**1.5 * s[:, :1].clamp_min(torch.finfo(s.dtype).tiny)
+    return columns @ (importance @ mixing / torch.maximum(s, smallest).unsqueeze(-2)), s
+
+
+def _roots(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Square roots of the eigenvalues, descending, and eigenvectors of symmetric ``[b, n, n]``."""
+    values, vectors = torch.linalg.eigh(gram)
+    return values.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)

@@ -1,0 +1,113 @@
+"""Data-free factors that were computed before, one content-addressed file per layer in the user's cache."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from xquant_vllm.projection.basis import LatentBasis
+from xquant_vllm.projection.factor_file import (
+    FORMAT_VERSION,
+    FactorFileError,
+    TensorWriter,
+    bases_from,
+    layer_shapes,
+    layer_tensors,
+    read_tensors,
+    tensor_bytes,
+)
+from xquant_vllm.projection.layer import BasisSpec
+
+logger = logging.getLogger("vllm.xquant_vllm")
+
+Bases = tuple[LatentBasis, LatentBasis]
+
+
+def cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/xquant_vllm``, or ``~/.cache/xquant_vllm``."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "xquant_vllm"
+
+
+class FactorCache:
+    """Files named after the SHA-256 of what they were computed from; nothing that happens to them is an error."""
+
+    def __init__(self, folder: Path) -> None:
+        """Keep files in ``folder``, made on first use."""
+        self.folder = folder
+        self._complained = False
+
+    def path(self, key_weight: torch.Tensor, value_weight: torch.Tensor, num_kv_heads: int, spec: BasisSpec) -> Path:
+        """Where the bases of these weights are kept.
+
+        Args:
+            key_weight: ``[num_kv_heads * head_size, hidden_size]``, this rank's rows.
+            value_weight: likewise.
+            num_kv_heads: kv heads in them.
+            spec: what is made of them.
+        """
+        digest = hashlib.sha256(
+            f"{FORMAT_VERSION} {spec} {num_kv_heads} {tuple(key_weight.shape)} {key_weight.dtype}".encode()
+        )
+        digest.update(tensor_bytes(key_weight))
+        digest.update(tensor_bytes(value_weight))
+        return self.folder / f"{digest.hexdigest()}.safetensors"
+
+    def load(self, path: Path, hidden_size: int, num_kv_heads: int, head_size: int, spec: BasisSpec) -> Bases | None:
+        """Read an entry; a corrupt one is deleted.
+
+        Returns:
+            Key and value basis on the CPU, or None.
+        """
+        if not path.exists():
+            return None
+        shapes = layer_shapes(0, hidden_size, num_kv_heads, head_size, spec.kind, spec.dtype)
+        try:
+            return bases_from(0, read_tensors(path, shapes, _read_checksums(path)))
+        except FactorFileError as error:
+            logger.warning("xquant: the cached factors %s are computed anew, because the file %s", path, error)
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return None
+
+    def store(self, path: Path, bases: Bases) -> None:
+        """Write an entry under another name and rename it: ranks may do this at the same time."""
+        tensors = layer_tensors(0, *bases)
+        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        temporary = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=self.folder)
+            os.close(handle)
+            temporary = Path(name)
+            checksums = {name: hashlib.sha256(tensor_bytes(tensor)).hexdigest() for name, tensor in tensors.items()}
+            writer = TensorWriter(temporary, shapes, {"sha256": json.dumps(checksums)})
+            writer.write(tensors)
+            writer.close()
+            temporary.replace(path)
+        except OSError as error:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+            if not self._complained:
+                self._complained = True
+                logger.warning(
+                    "xquant: factors cannot be kept in %s (%s), so they are computed at every start; make it "
+                    'writable, set XDG_CACHE_HOME, or set "factor_cache": false',
+                    self.folder,
+                    error,
+                )
+
+
+def _read_checksums(path: Path) -> dict[str, str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return dict(json.loads((file.metadata() or {}).get("sha256", "{}")))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FactorFileError(f"is truncated or no safetensors file ({error})") from None

@@ -1,0 +1,132 @@
+"""The JSON header of a folder's factors: what they are made from, how, and which settings they are for."""
+
+import functools
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from xquant_vllm.projection.basis import BasisKind
+from xquant_vllm.projection.factor_file import (
+    DTYPES,
+    FORMAT_VERSION,
+    HEADER_FILE,
+    FactorFileError,
+    read_json,
+)
+from xquant_vllm.projection.layer import BasisSpec
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Streams(_Model):
+    """A number for key latents and one for value latents."""
+
+    key: int
+    value: int
+
+
+class Source(_Model):
+    """The checkpoint's shape.
+
+    Attributes:
+        architecture: name of its architecture.
+        layers: attention layers.
+        hidden_size: width of a layer's input.
+        kv_heads: kv heads of every layer.
+        head_size: channels of a head.
+        fingerprints: per layer and kv head, see :func:`xquant_vllm.projection.factor_file.head_fingerprints`.
+    """
+
+    architecture: str
+    layers: int
+    hidden_size: int
+    kv_heads: int
+    head_size: int
+    fingerprints: list[list[str]]
+
+
+class Calibration(_Model):
+    """The text that calibrated the bases.
+
+    Attributes:
+        text: its name.
+        tokens: how many tokens of it were read.
+        ridge: see :data:`xquant_vllm.projection.calibration.INPUT_RIDGE`.
+    """
+
+    text: str
+    tokens: int
+    ridge: float
+
+
+class FactorSettings(_Model):
+    """Settings that the factors are for. ``bits`` is a default, the others are built in."""
+
+    bits: Streams | None
+    basis: Literal["head", "joint"]
+    rotate: bool
+    outlier_channels: Streams
+
+
+class FactorHeader(_Model):
+    """The whole header.
+
+    Attributes:
+        format: version of the format.
+        package: version of the package that wrote it.
+        source: what was factorized.
+        settings: how, and the default bits.
+        dtype: dtype of the down-projections, which is the one to serve in.
+        calibration: None for data-free bases.
+        checksums: SHA-256 of every tensor.
+    """
+
+    format: int
+    package: str
+    source: Source
+    settings: FactorSettings
+    dtype: str
+    calibration: Calibration | None
+    checksums: dict[str, str]
+
+    @property
+    def spec(self) -> BasisSpec:
+        """What the bases are."""
+        kind: BasisKind = self.settings.basis
+        outliers = self.settings.outlier_channels
+        return BasisSpec(kind, outliers.key, outliers.value, self.settings.rotate, DTYPES[self.dtype])
+
+
+def read_header(folder: Path) -> FactorHeader | None:
+    """The header of a folder's factors, or None if it has none.
+
+    Raises:
+        FactorFileError: it has one that cannot be used.
+    """
+    path = folder / HEADER_FILE
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return _read(path, state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=4)  # read once per process, not once per layer
+def _read(path: Path, _modified: int, _size: int) -> FactorHeader:
+    content = read_json(path)
+    if content.get("format") != FORMAT_VERSION:
+        raise FactorFileError(
+            f"has format version {content.get('format')!r}, this version of xquant-vllm reads {FORMAT_VERSION}"
+        )
+    try:
+        header = FactorHeader.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise FactorFileError(f"is no header of factors ({where}: {first['msg']})") from None
+    if header.dtype not in DTYPES:
+        raise FactorFileError(f"is no header of factors (dtype: {header.dtype!r})")
+    return header
