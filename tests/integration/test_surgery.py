@@ -8,11 +8,13 @@ from torch import nn
 
 from xquant_vllm.integration.capture import capture_qkv
 from xquant_vllm.integration.checks import UnsupportedError
+from xquant_vllm.integration.factors import FactorProvider
 from xquant_vllm.integration.modules import DenseLinear
 from xquant_vllm.integration.recognize import AttentionParts
 from xquant_vllm.integration.settings import parse_settings
 from xquant_vllm.integration.surgery import operate
 
+FACTORS = FactorProvider(parse_settings({"factor_cache": False}), None, None, None)
 HEADS, KV_HEADS, HEAD_SIZE, HIDDEN = 4, 2, 16, 48
 Q_SIZE, KV_SIZE = HEADS * HEAD_SIZE, KV_HEADS * HEAD_SIZE
 
@@ -65,7 +67,7 @@ def test_a_plain_module_is_operated_on_and_keeps_its_queries():
     module = Plain()
     hidden, positions = torch.randn(5, HIDDEN), torch.arange(5)
     before = capture_qkv("x", module, hidden, positions)
-    projection = operate(parts_of(module), parse_settings({}), module.qkv_proj)
+    projection = operate(parts_of(module), 0, FACTORS, module.qkv_proj)
     after = capture_qkv("x", module, hidden, positions)
     assert torch.equal(after[0], before[0])
     assert not torch.allclose(after[1], before[1])
@@ -76,7 +78,7 @@ def test_a_plain_module_is_operated_on_and_keeps_its_queries():
 def test_keys_treated_in_an_unforeseen_way_are_refused_by_name():
     module = ScalesItsKeys()
     with pytest.raises(UnsupportedError, match=r"ScalesItsKeys at model\.layers\.0\.self_attn .* rematerialized keys"):
-        operate(parts_of(module), parse_settings({}), module.qkv_proj)
+        operate(parts_of(module), 0, FACTORS, module.qkv_proj)
 
 
 @pytest.mark.parametrize(
@@ -85,10 +87,10 @@ def test_keys_treated_in_an_unforeseen_way_are_refused_by_name():
 )
 def test_modules_that_cannot_be_run_are_refused_by_name(module, named):
     with pytest.raises(UnsupportedError, match=named):
-        operate(parts_of(module), parse_settings({}), module.qkv_proj)
+        operate(parts_of(module), 0, FACTORS, module.qkv_proj)
 
 
 def test_a_projection_of_another_shape_is_refused_by_name():
     module = Plain()
     with pytest.raises(UnsupportedError, match="qkv_proj has 120 output rows, expected 64 for queries and 2 x 32"):
-        operate(parts_of(module), parse_settings({}), DenseLinear(module.qkv_proj.weight[:120], None))
+        operate(parts_of(module), 0, FACTORS, DenseLinear(module.qkv_proj.weight[:120], None))

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from xquant_vllm.codec.layout import BLOCK_SIZE_MULTIPLE
+from xquant_vllm.integration.factors import check_factors
 from xquant_vllm.integration.formats import stream_formats
 from xquant_vllm.integration.settings import SettingsError, settings_of
 
@@ -29,6 +30,7 @@ def check_config(vllm_config: Any) -> None:
         raise UnsupportedError("\n".join(f"xquant: {problem}" for problem in problems))
     model = vllm_config.model_config
     if model is not None:
+        check_factors(vllm_config)
         num_kv_heads = model.get_num_kv_heads(vllm_config.parallel_config)
         for layer_index in {0, settings.first_layers}:
             stream_formats(settings, layer_index, num_kv_heads, model.get_head_size())

@@ -15,12 +15,13 @@ from xquant_vllm.attention import dispatch, reference
 from xquant_vllm.integration.cache_spec import publish_page_size
 from xquant_vllm.integration.checks import UnsupportedError
 from xquant_vllm.integration.effective_weight import effective_linear
+from xquant_vllm.integration.factors import FactorProvider, LayerWeights
 from xquant_vllm.integration.formats import stream_formats
 from xquant_vllm.integration.modules import DenseLinear
 from xquant_vllm.integration.recognize import recognize
 from xquant_vllm.integration.registration import BACKEND_NAME
 from xquant_vllm.integration.settings import PerStream
-from xquant_vllm.integration.surgery import operate
+from xquant_vllm.integration.surgery import layer_weights, operate
 
 logger = logging.getLogger("vllm.xquant_vllm")
 
@@ -38,15 +39,21 @@ def install_loader_hook() -> None:
 
     def process_weights_after_loading(model: Any, model_config: Any, target_device: torch.device) -> None:
         layers = _xquant_layers(model)
+        if not layers:
+            original(model, model_config, target_device)
+            return
+        impl = layers[0][2].impl
+        factors = FactorProvider.for_engine(impl.vllm_config, impl.settings)
         start = time.perf_counter()
-        quantized = _factorize(layers, before_processing=True)
+        with factors:
+            factors.announce(_plain_weights(layers))
+            quantized = _factorize(layers, factors, before_processing=True)
         seconds = time.perf_counter() - start
         original(model, model_config, target_device)
         start = time.perf_counter()
-        _factorize(quantized, before_processing=False)
-        if layers:
-            model.load_weights = _refuse_new_weights
-            _report(layers, len(quantized), seconds + time.perf_counter() - start)
+        _factorize(quantized, factors, before_processing=False)
+        model.load_weights = _refuse_new_weights
+        _report(layers, len(quantized), factors.describe(seconds + time.perf_counter() - start))
 
     setattr(process_weights_after_loading, _HOOKED, True)
     base_loader.process_weights_after_loading = process_weights_after_loading
@@ -83,15 +90,30 @@ def _refuse_new_weights(*_: Any, **__: Any) -> None:
     )
 
 
+def _is_plain(qkv_proj: Any) -> bool:
+    return isinstance(getattr(qkv_proj, "quant_method", None), UnquantizedLinearMethod)
+
+
+def _plain_weights(layers: list[tuple[str, nn.Module, Any]]) -> list[LayerWeights]:
+    """The key and value weights that are readable at this moment."""
+    weights = []
+    for name, owner, attention in layers:
+        parts = recognize(name, owner, attention)
+        if _is_plain(parts.qkv_proj):
+            index = extract_layer_index(attention.layer_name)
+            weights.append(layer_weights(parts, index, parts.qkv_proj.weight.data))
+    return weights
+
+
 def _factorize(
-    layers: list[tuple[str, nn.Module, Any]], *, before_processing: bool
+    layers: list[tuple[str, nn.Module, Any]], factors: FactorProvider, *, before_processing: bool
 ) -> list[tuple[str, nn.Module, Any]]:
     """Operate on the layers whose weights are readable at this moment; return the others."""
     unreadable = []
     for name, owner, attention in layers:
         parts = recognize(name, owner, attention)
         qkv_proj = parts.qkv_proj
-        plain = isinstance(getattr(qkv_proj, "quant_method", None), UnquantizedLinearMethod)
+        plain = _is_plain(qkv_proj)
         if before_processing and not plain:
             unreadable.append((name, owner, attention))
             continue
@@ -101,15 +123,14 @@ def _factorize(
         else:
             dense = effective_linear(f"{name}.qkv_proj", qkv_proj)
         impl = attention.impl
-        formats = stream_formats(
-            impl.settings, extract_layer_index(attention.layer_name), attention.num_kv_heads, attention.head_size
-        )
-        impl.set_projection(operate(parts, impl.settings, dense), formats)
+        index = extract_layer_index(attention.layer_name)
+        formats = stream_formats(impl.settings, index, attention.num_kv_heads, attention.head_size)
+        impl.set_projection(operate(parts, index, factors, dense), formats)
         publish_page_size(attention, formats)
     return unreadable
 
 
-def _report(layers: list[tuple[str, nn.Module, Any]], quantized: int, seconds: float) -> None:
+def _report(layers: list[tuple[str, nn.Module, Any]], quantized: int, factors: str) -> None:
     """Say in the log what is cached, in how many bytes, and by which kernels it is read."""
     impl = layers[-1][2].impl
     settings, last = impl.settings, impl.formats
@@ -121,7 +142,7 @@ def _report(layers: list[tuple[str, nn.Module, Any]], quantized: int, seconds: f
     )
     logger.info(
         'xquant: cache "latent" at %s bits%s, groups of %d, basis "%s"; %d layers take %d bytes per token, 16-bit keys '
-        "and values take %d (%.2fx); weights factorized in %.1f s",
+        "and values take %d (%.2fx); %s",
         bits,
         first,
         last[0].group_size,
@@ -130,7 +151,7 @@ def _report(layers: list[tuple[str, nn.Module, Any]], quantized: int, seconds: f
         xquant_bytes,
         plain_bytes,
         plain_bytes / xquant_bytes,
-        seconds,
+        factors,
     )
     if quantized:
         logger.info(

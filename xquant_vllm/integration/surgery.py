@@ -12,25 +12,25 @@ from torch import nn
 
 from xquant_vllm.integration.capture import capture_qkv
 from xquant_vllm.integration.checks import UnsupportedError
+from xquant_vllm.integration.factors import FactorProvider, LayerWeights
 from xquant_vllm.integration.modules import DenseLinear, QueryOnlyRotary
 from xquant_vllm.integration.recognize import AttentionParts
-from xquant_vllm.integration.settings import XQuantSettings
-from xquant_vllm.projection.basis import factorize
+from xquant_vllm.projection.basis import LatentBasis
 from xquant_vllm.projection.rematerialize import LayerProjection, rematerialize_keys, rematerialize_values
 
-_KEY_SEED, _VALUE_SEED = 2508, 10395
 _PROBE_TOKENS = 16
 # Relative error of rematerialized against original keys and values, by the dtype they are computed in. An unforeseen
 # treatment of keys is wrong by a large part of their size; quantized activations of a quantized layer are not.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def operate(parts: AttentionParts, settings: XQuantSettings, dense: DenseLinear) -> LayerProjection:
+def operate(parts: AttentionParts, layer_index: int, factors: FactorProvider, dense: DenseLinear) -> LayerProjection:
     """Factorize and replace the projections of one attention module.
 
     Args:
         parts: the module's parts, untouched yet.
-        settings: basis, rotation and outlier channels.
+        layer_index: the layer, counted from the model's first.
+        factors: gives the layer's bases.
         dense: weight ``[q_size + 2 * kv_size, hidden_size]`` and bias of ``qkv_proj``. Its key and value rows are
             overwritten by the down-projections, their bias by 0; it shares memory with ``qkv_proj`` or replaces it.
 
@@ -52,7 +52,8 @@ def operate(parts: AttentionParts, settings: XQuantSettings, dense: DenseLinear)
     )
     # A plain layer cannot run before vLLM has dispatched its GEMM; a quantized one is itself the truth.
     before = capture_qkv(parts.name, parts.module, hidden, positions, dense if shares_memory else None)
-    projection = _factorize_rows(parts, settings, weight, None if dense.bias is None else dense.bias.data)
+    bases = factors.layer_factors(layer_weights(parts, layer_index, weight))
+    projection = _replace_rows(parts, bases, weight, None if dense.bias is None else dense.bias.data)
     if not shares_memory:
         parts.module.qkv_proj = dense
     _wrap_child(parts.module, "rotary_emb", QueryOnlyRotary)
@@ -62,27 +63,20 @@ def operate(parts: AttentionParts, settings: XQuantSettings, dense: DenseLinear)
     return projection
 
 
-def _factorize_rows(
-    parts: AttentionParts, settings: XQuantSettings, weight: torch.Tensor, bias: torch.Tensor | None
+def layer_weights(parts: AttentionParts, layer_index: int, weight: torch.Tensor) -> LayerWeights:
+    """The key and value rows of ``qkv_proj``'s weight ``[q_size + 2 * kv_size, hidden_size]``, not copied."""
+    key, value = weight[parts.q_size :].split(parts.kv_size)
+    return LayerWeights(layer_index, key, value, parts.attention.num_kv_heads)
+
+
+def _replace_rows(
+    parts: AttentionParts, bases: tuple[LatentBasis, LatentBasis], weight: torch.Tensor, bias: torch.Tensor | None
 ) -> LayerProjection:
     """Overwrite the key and value rows of ``weight`` and ``bias``; return what inverts them."""
     kv_heads, head_size = parts.attention.num_kv_heads, parts.attention.head_size
-    outliers = settings.outlier_channels
     ups, biases = [], []
-    for start, outlier_channels, seed in (
-        (parts.q_size, outliers.key, _KEY_SEED),
-        (parts.q_size + parts.kv_size, outliers.value, _VALUE_SEED),
-    ):
+    for start, basis in zip((parts.q_size, parts.q_size + parts.kv_size), bases, strict=True):
         rows = slice(start, start + parts.kv_size)
-        basis = factorize(
-            weight[rows],
-            kv_heads,
-            settings.basis,
-            outlier_channels=outlier_channels,
-            rotate=settings.rotate,
-            seed=seed,
-            dtype=weight.dtype,
-        )
         weight[rows] = basis.down.transpose(1, 2).reshape(parts.kv_size, -1)
         ups.append(basis.up)
         biases.append(None if bias is None else bias[rows].float().view(kv_heads, head_size).clone())
