@@ -93,7 +93,11 @@ def collect_statistics(checkpoint: Checkpoint, batch: torch.Tensor, device: torc
     """
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModel
     from transformers.masking_utils import sdpa_mask
+    from transformers.utils import logging
 
+    # The head is left out on purpose, and one bar is enough.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     AttentionInterface.register(_ATTENTION, _attend)
     AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
     stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
