@@ -32,6 +32,10 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen3": (transformers.Qwen3Config, {"head_dim": 80}),
     "mha": (transformers.LlamaConfig, {"num_key_value_heads": 4}),
     "mqa": (transformers.LlamaConfig, {"num_key_value_heads": 1}),
+    "phi3": (transformers.Phi3Config, {}),
+    "opt": (transformers.OPTConfig, {"num_key_value_heads": 4, "ffn_dim": 192, "word_embed_proj_dim": 128}),
+    # Partial RoPE whose pairs lie side by side.
+    "glm": (transformers.GlmConfig, {"head_dim": 32}),
 }
 
 

@@ -86,7 +86,8 @@ class Engines:
         request_path.write_text(request)
         process = subprocess.run(
             [sys.executable, str(_SCRIPT), str(request_path), str(result_path)],
-            env={**os.environ, **_ENVIRONMENT, **environment},
+            # What one engine caches, the next one of this session finds; nothing is left in the user's own cache.
+            env={**os.environ, **_ENVIRONMENT, "XDG_CACHE_HOME": str(self._folder / "cache"), **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

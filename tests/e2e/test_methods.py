@@ -1,7 +1,7 @@
-"""Pages of the layer input and chains of deltas (XQuant-CL) on a real multi-head model: SmolLM2 with its kv heads repeated.
+"""Pages of the layer input and chains of deltas (XQuant-CL) on a real multi-head model.
 
-It is the same function as SmolLM2 with keys and values of 9 heads instead of 3, so the layer input has half the channels
-of its keys and values.
+It is SmolLM2 with its kv heads repeated: the same function with keys and values of 9 heads instead of 3, so the layer
+input has half the channels of its keys and values.
 """
 
 import math

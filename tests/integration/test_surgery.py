@@ -8,12 +8,14 @@ from torch import nn
 
 from xquant_vllm.integration.capture import capture_qkv
 from xquant_vllm.integration.checks import UnsupportedError
+from xquant_vllm.integration.factors import FactorProvider
 from xquant_vllm.integration.formats import LayerShape, layer_formats
 from xquant_vllm.integration.modules import DenseLinear
 from xquant_vllm.integration.recognize import AttentionParts
 from xquant_vllm.integration.settings import parse_settings
 from xquant_vllm.integration.surgery import Surgeon
 
+FACTORS = FactorProvider(parse_settings({"factor_cache": False}), None, None, None)
 HEADS, KV_HEADS, HEAD_SIZE, HIDDEN = 4, 2, 16, 48
 LATENTS = {"cache": "latent"}
 Q_SIZE, KV_SIZE = HEADS * HEAD_SIZE, KV_HEADS * HEAD_SIZE
@@ -61,7 +63,7 @@ class Fails(Plain):
 def operate(parts: AttentionParts, settings: dict, dense: DenseLinear):
     """Operate on the only layer of a model."""
     formats = layer_formats(parse_settings(settings), [LayerShape(0, HIDDEN, KV_HEADS, HEAD_SIZE)])
-    return Surgeon(parse_settings(settings), formats).operate(0, parts, dense)
+    return Surgeon(parse_settings(settings), formats, FACTORS).operate(0, parts, dense)
 
 
 def parts_of(module: Plain) -> AttentionParts:

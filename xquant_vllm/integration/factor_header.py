@@ -129,4 +129,6 @@ def _read(path: Path, _modified: int, _size: int) -> FactorHeader:
         raise FactorFileError(f"is no header of factors ({where}: {first['msg']})") from None
     if header.dtype not in DTYPES:
         raise FactorFileError(f"is no header of factors (dtype: {header.dtype!r})")
+    if [len(heads) for heads in header.source.fingerprints] != [header.source.kv_heads] * header.source.layers:
+        raise FactorFileError("is no header of factors (source.fingerprints: not one per layer and kv head)")
     return header

@@ -113,22 +113,25 @@ def _streams(settings: XQuantSettings, shape: LayerShape, bits: PerStream, holds
     outlier = settings.outlier_channels
     if holds == "x":
         # The rotation leaves no outliers.
-        return (_stream(settings, "layer input", 1, shape.hidden_size, bits.key, 0),)
+        group_size = settings.group_size or _default_group_size("layer input", shape.hidden_size)
+        return (_stream("layer input", 1, shape.hidden_size, group_size, bits.key, 0),)
     if holds == "joint":
-        width = 2 * shape.num_kv_heads * shape.head_size
-        return (_stream(settings, "joint latent", 1, width, bits.key, outlier.key),)
+        width = shape.num_kv_heads * shape.head_size
+        # Groups end where the values begin.
+        group_size = settings.group_size or _default_group_size("joint latent", width)
+        return (_stream("joint latent", 1, 2 * width, group_size, bits.key, outlier.key),)
     heads, width = latent_shape(shape.num_kv_heads, shape.head_size, settings.basis)
     what = f"latent head (basis {settings.basis!r})"
+    group_size = settings.group_size or _default_group_size(what, width)
     return (
-        _stream(settings, what, heads, width, bits.key, outlier.key, "key"),
-        _stream(settings, what, heads, width, bits.value, outlier.value, "value"),
+        _stream(what, heads, width, group_size, bits.key, outlier.key, "key"),
+        _stream(what, heads, width, group_size, bits.value, outlier.value, "value"),
     )
 
 
 def _stream(
-    settings: XQuantSettings, what: str, heads: int, width: int, bits: int, outliers: int, name: str = "key"
+    what: str, heads: int, width: int, group_size: int, bits: int, outliers: int, name: str = "key"
 ) -> StreamFormat:
-    group_size = settings.group_size or _default_group_size(what, width)
     if width % group_size:
         raise SettingsError(
             f"xquant: setting 'group_size': {group_size} cannot work: it does not divide the {width} channels of a "

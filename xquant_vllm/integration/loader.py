@@ -13,8 +13,10 @@ from vllm.model_executor.models.utils import extract_layer_index
 from xquant_vllm.integration.cache_spec import publish_page_size
 from xquant_vllm.integration.checks import UnsupportedError
 from xquant_vllm.integration.effective_weight import effective_linear
+from xquant_vllm.integration.factors import FactorProvider
 from xquant_vllm.integration.formats import LayerShape, layer_formats
 from xquant_vllm.integration.modules import DenseLinear
+from xquant_vllm.integration.operations import layer_weights
 from xquant_vllm.integration.recognize import AttentionParts, recognize
 from xquant_vllm.integration.registration import BACKEND_NAME
 from xquant_vllm.integration.report import report
@@ -39,19 +41,21 @@ def install_loader_hook() -> None:
             return
         parts = [recognize(*layer) for layer in layers]
         # Packed weights cannot be read before they are processed. Layers may build on each other, so all of them wait.
+        impl = layers[0][2].impl
+        factors = FactorProvider.for_engine(impl.vllm_config, impl.settings)
         quantized = sum(not _is_plain(part.qkv_proj) for part in parts)
         if quantized:
             original(model, model_config, target_device)
             start = time.perf_counter()
-            _operate(layers, parts, processed=True)
+            _operate(layers, parts, factors, processed=True)
             seconds = time.perf_counter() - start
         else:
             start = time.perf_counter()
-            _operate(layers, parts, processed=False)
+            _operate(layers, parts, factors, processed=False)
             seconds = time.perf_counter() - start
             original(model, model_config, target_device)
         model.load_weights = _refuse_new_weights
-        report([attention.impl for _, _, attention in layers], quantized, seconds)
+        report([attention.impl for _, _, attention in layers], quantized, factors.describe(seconds))
 
     setattr(process_weights_after_loading, _HOOKED, True)
     base_loader.process_weights_after_loading = process_weights_after_loading
@@ -92,32 +96,40 @@ def _is_plain(qkv_proj: Any) -> bool:
     return isinstance(getattr(qkv_proj, "quant_method", None), UnquantizedLinearMethod)
 
 
-def _operate(layers: list[tuple[str, nn.Module, Any]], parts: list[AttentionParts], *, processed: bool) -> None:
+def _operate(
+    layers: list[tuple[str, nn.Module, Any]], parts: list[AttentionParts], factors: FactorProvider, *, processed: bool
+) -> None:
     """Operate on all layers, in order.
 
     Args:
         layers: the layers.
         parts: their parts.
+        factors: gives the bases of latents.
         processed: whether vLLM has post-processed the weights; then layers are asked what they multiply by.
     """
+    indices = [extract_layer_index(attention.layer_name) for _, _, attention in layers]
     shapes = [
-        LayerShape(
-            extract_layer_index(attention.layer_name),
-            part.qkv_proj.input_size,
-            attention.num_kv_heads,
-            attention.head_size,
-        )
-        for part, (_, _, attention) in zip(parts, layers, strict=True)
+        LayerShape(index, part.qkv_proj.input_size, attention.num_kv_heads, attention.head_size)
+        for index, part, (_, _, attention) in zip(indices, parts, layers, strict=True)
     ]
     settings = layers[0][2].impl.settings
     formats = layer_formats(settings, shapes)
-    surgeon = Surgeon(settings, formats)
-    for position, (form, part, (name, _, attention)) in enumerate(zip(formats, parts, layers, strict=True)):
-        if processed:
-            dense = effective_linear(f"{name}.qkv_proj", part.qkv_proj)
-        else:
-            bias = getattr(part.qkv_proj, "bias", None)
-            dense = DenseLinear(part.qkv_proj.weight.data, None if bias is None else bias.data)
-        cache = surgeon.operate(position, part, dense)
-        attention.impl.set_cache(cache, [layers[index][2] for index in form.reads])
-        publish_page_size(attention, form.bytes_per_token)
+    surgeon = Surgeon(settings, formats, factors)
+    with factors:
+        if not processed:
+            factors.announce(
+                [
+                    layer_weights(part, index, part.qkv_proj.weight.data)
+                    for form, index, part in zip(formats, indices, parts, strict=True)
+                    if form.holds == "latent"
+                ]
+            )
+        for position, (form, part, (name, _, attention)) in enumerate(zip(formats, parts, layers, strict=True)):
+            if processed:
+                dense = effective_linear(f"{name}.qkv_proj", part.qkv_proj)
+            else:
+                bias = getattr(part.qkv_proj, "bias", None)
+                dense = DenseLinear(part.qkv_proj.weight.data, None if bias is None else bias.data)
+            cache = surgeon.operate(position, part, dense)
+            attention.impl.set_cache(cache, [layers[index][2] for index in form.reads])
+            publish_page_size(attention, form.bytes_per_token)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from xquant_vllm.codec.rotation import hadamard_rotation
+from xquant_vllm.integration.factors import FactorProvider, LayerWeights
 from xquant_vllm.integration.formats import LayerFormat
 from xquant_vllm.integration.layer_cache import LayerCache
 from xquant_vllm.integration.modules import DenseLinear, QueryAndInput
@@ -15,7 +16,6 @@ from xquant_vllm.integration.settings import XQuantSettings
 from xquant_vllm.projection.basis import LatentBasis
 from xquant_vllm.projection.chain import chain_prediction, chain_up_projection, input_up_projection
 from xquant_vllm.projection.joint_kv import factorize_joint_kv
-from xquant_vllm.projection.layer import BasisSpec, factorize_layer
 from xquant_vllm.projection.rematerialize import LayerProjection
 
 # Of the rotation of X: one for all layers, so that deltas add up, and one of every joint latent.
@@ -30,6 +30,7 @@ class Operation:
         parts: its parts.
         form: what its pages shall hold.
         settings: the user's settings.
+        factors: gives the bases of latents.
         dense: weight ``[q_size + 2 * kv_size, hidden_size]`` and bias of ``qkv_proj``.
         in_place: whether ``dense`` shares its memory with ``qkv_proj``, or shall replace it.
         lifts: of the layers of a chain so far, by position in the model: ``[width, hidden_size]``.
@@ -39,6 +40,7 @@ class Operation:
     parts: AttentionParts
     form: LayerFormat
     settings: XQuantSettings
+    factors: FactorProvider
     dense: DenseLinear
     in_place: bool
     lifts: dict[int, torch.Tensor]
@@ -91,6 +93,12 @@ class Operation:
             self.put(self.dense)
 
 
+def layer_weights(parts: AttentionParts, layer_index: int, weight: torch.Tensor) -> LayerWeights:
+    """The key and value rows of ``qkv_proj``'s weight ``[q_size + 2 * kv_size, hidden_size]``, not copied."""
+    key, value = weight[parts.q_size :].split(parts.kv_size)
+    return LayerWeights(layer_index, key, value, parts.attention.num_kv_heads)
+
+
 def perform(operation: Operation) -> tuple[LayerCache, nn.Module]:
     """Replace the projections.
 
@@ -106,10 +114,8 @@ def perform(operation: Operation) -> tuple[LayerCache, nn.Module]:
 
 def _to_latents(operation: Operation) -> LayerCache:
     """Key and value rows become the down-projections of their own bases."""
-    shape, settings, weight = operation.form.shape, operation.settings, operation.weight
-    outliers = settings.outlier_channels
-    spec = BasisSpec(settings.basis, outliers.key, outliers.value, settings.rotate, weight.dtype)
-    key, value = factorize_layer(weight[operation.key_rows], weight[operation.value_rows], shape.num_kv_heads, spec)
+    weights = layer_weights(operation.parts, operation.form.shape.index, operation.weight)
+    key, value = operation.factors.layer_factors(weights)
     projection = operation.projection(key.up, value.up)
     operation.write_rows(torch.cat([_rows_of(basis) for basis in (key, value)]))
     return LayerCache(operation.form, projection)

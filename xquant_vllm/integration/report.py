@@ -18,18 +18,18 @@ _WHAT = {
 }
 
 
-def report(impls: Sequence[Any], quantized: int, seconds: float) -> None:
+def report(impls: Sequence[Any], quantized: int, factors: str) -> None:
     """Say what is cached, in how many bytes, and by which kernels it is read.
 
     Args:
         impls: implementations of the layers, in order.
         quantized: how many of them had packed weights.
-        seconds: that surgery took.
+        factors: where the bases came from.
     """
     settings = impls[0].settings
     formats = [impl.cache.format for impl in impls]
     config = impls[0].vllm_config
-    for line in _lines(settings, formats, seconds):
+    for line in _lines(settings, formats, factors):
         logger.info("xquant: %s", line)
     for line in _tensor_parallel(formats, config.parallel_config.tensor_parallel_size):
         logger.info("xquant: %s", line)
@@ -44,15 +44,14 @@ def report(impls: Sequence[Any], quantized: int, seconds: float) -> None:
     logger.log(logging.INFO if fast else logging.WARNING, "xquant: %s", dispatch.describe(device))
 
 
-def _lines(settings: XQuantSettings, formats: Sequence[LayerFormat], seconds: float) -> Iterator[str]:
+def _lines(settings: XQuantSettings, formats: Sequence[LayerFormat], factors: str) -> Iterator[str]:
     taken = sum(form.bytes_per_token for form in formats)
     plain = sum(form.plain_bytes_per_token for form in formats)
     kinds = " and ".join(_quoted(kind) for kind in dict.fromkeys(_cache_setting(form) for form in formats))
     groups = ", ".join(map(str, sorted({stream.group_size for form in formats for stream in form.streams})))
     yield (
         f"cache {kinds} at {settings.bits} bits, method {_quoted(settings.method)}, groups of {groups}; {len(formats)} "
-        f"layers take {taken} bytes per token, 16-bit keys and values take {plain} ({plain / taken:.2f}x); weights "
-        f"prepared in {seconds:.1f} s"
+        f"layers take {taken} bytes per token, 16-bit keys and values take {plain} ({plain / taken:.2f}x); {factors}"
     )
     for (holds, bits, size, deltas), count in Counter(map(_kind, formats)).items():
         yield (

@@ -74,6 +74,7 @@ class XQuantSettings(BaseModel):
         rotate: rotate the other channels by a fixed orthogonal matrix, folded into the weights.
         basis: ``"head"`` for one latent basis per kv head (cheapest), ``"joint"`` for one for all (a little more
             accurate, much more arithmetic).
+        factor_cache: keep computed factors in the user's cache, for the next start.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -90,6 +91,7 @@ class XQuantSettings(BaseModel):
     outlier_channels: PerStream = PerStream(key=1, value=0)
     rotate: bool = True
     basis: Literal["head", "joint"] = "head"
+    factor_cache: bool = True
 
     @field_validator("bits", "first_layers_bits", "anchor_bits", mode="before")
     @classmethod
@@ -211,9 +213,16 @@ def parse_settings(raw: Mapping[str, Any] | None) -> XQuantSettings:
 
 
 def settings_of(vllm_config: Any) -> XQuantSettings:
-    """The settings in a vLLM configuration."""
+    """The settings in a vLLM configuration, over those that the model folder's factors were made for.
+
+    Raises:
+        SettingsError: a setting cannot work, the folder's factors cannot be used, or the two contradict each other.
+    """
     additional = getattr(vllm_config, "additional_config", None)
-    return parse_settings(additional.get(CONFIG_KEY) if isinstance(additional, Mapping) else None)
+    settings = parse_settings(additional.get(CONFIG_KEY) if isinstance(additional, Mapping) else None)
+    from xquant_vllm.integration.factor_settings import over_factors  # which needs what is defined here
+
+    return over_factors(settings, vllm_config)
 
 
 def _override() -> Mapping[str, Any]:
@@ -254,6 +263,7 @@ def _explain(problem: Any, raw: Mapping[str, Any]) -> str:
         "outlier_channels": 'set a number of channels, or {"key": 1, "value": 0}',
         "rotate": "set true or false",
         "basis": 'set "head" or "joint"',
+        "factor_cache": "set true or false",
     }
     why = problem["msg"] if problem["type"] == "xquant" else f"{problem['msg']}; {advice[names[0]]}"
     return f"xquant: setting {'.'.join(names)!r}: {value!r} cannot work: {why}"

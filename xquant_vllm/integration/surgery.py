@@ -15,6 +15,7 @@ from xquant_vllm.attention.latents import combine
 from xquant_vllm.codec.layout import StreamFormat
 from xquant_vllm.integration.capture import capture_qkv
 from xquant_vllm.integration.checks import UnsupportedError
+from xquant_vllm.integration.factors import FactorProvider
 from xquant_vllm.integration.formats import LayerFormat
 from xquant_vllm.integration.layer_cache import LayerCache
 from xquant_vllm.integration.modules import DenseLinear, QueryOnlyRotary
@@ -32,9 +33,9 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 class Surgeon:
     """Operates on the layers of a model, in the order in which they run: later ones may build on earlier ones."""
 
-    def __init__(self, settings: XQuantSettings, formats: Sequence[LayerFormat]) -> None:
-        """Prepare for layers of these formats."""
-        self._settings, self._formats = settings, formats
+    def __init__(self, settings: XQuantSettings, formats: Sequence[LayerFormat], factors: FactorProvider) -> None:
+        """Prepare for layers of these formats, whose bases ``factors`` gives."""
+        self._settings, self._formats, self._factors = settings, formats, factors
         self._lifts: dict[int, torch.Tensor] = {}
 
     def operate(self, position: int, parts: AttentionParts, dense: DenseLinear) -> LayerCache:
@@ -65,7 +66,8 @@ class Surgeon:
         # A plain layer cannot run before vLLM has dispatched its GEMM; a quantized one is itself the truth.
         before = capture_qkv(parts.name, parts.module, hidden, positions, dense if in_place else None)
         form = self._formats[position]
-        cache, stand_in = perform(Operation(parts, form, self._settings, dense, in_place, self._lifts, position))
+        operation = Operation(parts, form, self._settings, self._factors, dense, in_place, self._lifts, position)
+        cache, stand_in = perform(operation)
         _wrap_child(parts.module, "rotary_emb", QueryOnlyRotary)
         _wrap_child(parts.module, "k_norm", lambda _: nn.Identity())
         after = capture_qkv(parts.name, parts.module, hidden, positions, stand_in)

@@ -37,7 +37,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes, contiguous, little endian, on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    return flat.numpy().data
 
 
 def head_fingerprints(key_weight: torch.Tensor, value_weight: torch.Tensor, num_kv_heads: int) -> list[str]:

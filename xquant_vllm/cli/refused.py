@@ -1,0 +1,5 @@
+"""The error of the command line."""
+
+
+class RefusedError(ValueError):
+    """Something the user can mend: one line with what, why and what to do instead."""

@@ -1,0 +1,238 @@
+"""Where a layer's bases come from: the model folder's factor file, the user's cache, or a computation."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xquant_vllm.integration.factor_cache import FactorCache, cache_folder
+from xquant_vllm.integration.factor_header import FactorHeader
+from xquant_vllm.integration.factor_settings import factors_of, refuse_factors
+from xquant_vllm.integration.settings import XQuantSettings
+from xquant_vllm.projection.ahead import AheadPool
+from xquant_vllm.projection.basis import LatentBasis
+from xquant_vllm.projection.factor_file import (
+    FACTORS_FILE,
+    HEADER_FILE,
+    FactorFileError,
+    bases_from,
+    dtype_name,
+    head_fingerprints,
+    layer_shapes,
+    read_tensors,
+)
+from xquant_vllm.projection.layer import BasisSpec, factorize_layer
+
+Bases = tuple[LatentBasis, LatentBasis]
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """A layer's projections on this rank. Equal if they are of the same layer.
+
+    Attributes:
+        layer_index: the layer, counted from the model's first.
+        key: ``[num_kv_heads * head_size, hidden_size]`` in the serving dtype; not written before its bases are there.
+        value: likewise.
+        num_kv_heads: kv heads on this rank.
+    """
+
+    layer_index: int
+    key: torch.Tensor = field(compare=False)
+    value: torch.Tensor = field(compare=False)
+    num_kv_heads: int = field(compare=False)
+
+    @property
+    def head_size(self) -> int:
+        """Channels of a head."""
+        return self.key.shape[0] // self.num_kv_heads
+
+
+@dataclass(frozen=True)
+class HeadShard:
+    """Which of the model's kv heads this rank holds: ``first`` and those after it; replicated heads have several."""
+
+    first: int
+    total: int
+
+    @staticmethod
+    def of_rank(rank: int, ranks: int, total: int) -> "HeadShard":
+        """The shard of a tensor parallel rank, as vLLM cuts a fused ``qkv_proj``."""
+        return HeadShard(rank * (total // ranks) if total >= ranks else rank // (ranks // total), total)
+
+
+def spec_of(settings: XQuantSettings, dtype: torch.dtype) -> BasisSpec:
+    """What settings make of weights served in ``dtype``."""
+    outliers = settings.outlier_channels
+    return BasisSpec(settings.basis, outliers.key, outliers.value, settings.rotate, dtype)
+
+
+class FactorProvider:
+    """Gives every layer its bases.
+
+    Use as a context to have announced layers prepared ahead, in threads of their own.
+    """
+
+    def __init__(
+        self, settings: XQuantSettings, folder: Path | None, header: FactorHeader | None, shard: HeadShard | None
+    ) -> None:
+        """Prepare.
+
+        Args:
+            settings: the settings, with the folder's defaults in them.
+            folder: the model's folder if it has factors.
+            header: their header, or None.
+            shard: this rank's kv heads; None if it holds all.
+        """
+        self._settings, self._folder, self._header, self._shard = settings, folder, header, shard
+        self._cache = FactorCache(cache_folder()) if settings.factor_cache else None
+        self._origins: Counter[str] = Counter()
+        self._pool = AheadPool(self._produce)
+
+    @staticmethod
+    def for_engine(vllm_config: Any, settings: XQuantSettings) -> "FactorProvider":
+        """The provider of this rank's model.
+
+        Raises:
+            SettingsError: the model folder has factors that cannot be used.
+        """
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        folder, header = factors_of(vllm_config)
+        if header is None:
+            return FactorProvider(settings, None, None, None)
+        total = vllm_config.model_config.get_total_num_kv_heads()
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        shard = HeadShard.of_rank(get_tensor_model_parallel_rank() if ranks > 1 else 0, ranks, total)
+        return FactorProvider(settings, folder, header, shard)
+
+    def __enter__(self) -> "FactorProvider":
+        """Start the threads. PyTorch computes with one thread until they are stopped."""
+        self._pool.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Stop the threads."""
+        self._pool.__exit__(*exception)
+
+    def announce(self, layers: Iterable[LayerWeights]) -> None:
+        """Name the layers that will be asked for, in order, so that they can be prepared ahead."""
+        self._pool.announce(layers)
+
+    def layer_factors(self, layer: LayerWeights) -> Bases:
+        """Key basis and value basis of a layer, on the device of its weights.
+
+        Raises:
+            SettingsError: the model folder has factors, but not of these weights.
+        """
+        return self._pool.take(layer)
+
+    def describe(self, seconds: float) -> str:
+        """Where the factors came from, for the log."""
+        if self._header is not None and self._folder is not None:
+            calibration = self._header.calibration
+            how = "data-free" if calibration is None else f"calibrated on {calibration.tokens} tokens"
+            return f"factors read from {self._folder / FACTORS_FILE} ({how}) in {seconds:.1f} s"
+        cached, computed = self._origins["cached"], self._origins["computed"]
+        if cached and computed:
+            return f"factors of {cached} layers cached, of {computed} computed in {seconds:.1f} s"
+        return f"factors cached, read in {seconds:.1f} s" if cached else f"factors computed in {seconds:.1f} s"
+
+    def _produce(self, layer: LayerWeights) -> Bases:
+        spec = spec_of(self._settings, layer.key.dtype)
+        with torch.no_grad():
+            bases = self._from_cache(layer, spec) if self._header is None else self._from_file(layer, self._header)
+        key, value = (LatentBasis(basis.down.to(layer.key.device), basis.up.to(layer.key.device)) for basis in bases)
+        return key, value
+
+    def _from_cache(self, layer: LayerWeights, spec: BasisSpec) -> Bases:
+        path = None
+        if self._cache is not None:
+            path = self._cache.path(layer.key, layer.value, layer.num_kv_heads, spec)
+            cached = self._cache.load(path, layer.key.shape[1], layer.num_kv_heads, layer.head_size, spec)
+            if cached is not None:
+                self._origins["cached"] += 1
+                return cached
+        bases = factorize_layer(layer.key, layer.value, layer.num_kv_heads, spec)
+        if self._cache is not None and path is not None:
+            self._cache.store(path, bases)
+        self._origins["computed"] += 1
+        return bases
+
+    def _from_file(self, layer: LayerWeights, header: FactorHeader) -> Bases:
+        assert self._folder is not None
+        index, source = layer.layer_index, header.source
+        shard = self._shard or HeadShard(0, layer.num_kv_heads)
+        here = (shard.total, layer.head_size, layer.key.shape[1])
+        made_of = (source.kv_heads, source.head_size, source.hidden_size)
+        if here != made_of or index >= source.layers:
+            raise refuse_factors(
+                self._folder / HEADER_FILE,
+                f"is of another model: it is made of {source.layers} layers with {made_of[0]} kv heads of {made_of[1]} "
+                f"and hidden size {made_of[2]}, but layer {index} has {here[0]} of {here[1]} and {here[2]}",
+                header,
+            )
+        heads = slice(shard.first, shard.first + layer.num_kv_heads)
+        if head_fingerprints(layer.key, layer.value, layer.num_kv_heads) != source.fingerprints[index][heads]:
+            raise refuse_factors(
+                self._folder / HEADER_FILE,
+                f"is stale: the key and value weights of layer {index} are not those that it is made from",
+                header,
+            )
+        key, value = _read_layer(self._folder, index, header)
+        self._origins["read"] += 1
+        if layer.num_kv_heads == shard.total:
+            return key, value
+        return _of_heads(key, heads), _of_heads(value, heads)
+
+
+def check_factors(vllm_config: Any) -> None:
+    """Refuse a model folder's factors that cannot be served, before a weight is loaded.
+
+    Raises:
+        SettingsError: with the file, what is wrong and the command to run.
+    """
+    folder, header = factors_of(vllm_config)
+    if folder is None or header is None:
+        return
+    for problem, remedy in _problems(vllm_config, header):
+        raise refuse_factors(folder / HEADER_FILE, problem, header, remedy)
+    # Its last layer is the first to be missing if the file is truncated.
+    _read_layer(folder, header.source.layers - 1, header)
+
+
+def _read_layer(folder: Path, index: int, header: FactorHeader) -> Bases:
+    source, spec = header.source, header.spec
+    shapes = layer_shapes(index, source.hidden_size, source.kv_heads, source.head_size, spec.kind, spec.dtype)
+    try:
+        return bases_from(index, read_tensors(folder / FACTORS_FILE, shapes, header.checksums))
+    except FactorFileError as error:
+        raise refuse_factors(folder / FACTORS_FILE, str(error), header) from None
+
+
+def _problems(vllm_config: Any, header: FactorHeader) -> Iterator[tuple[str, str]]:
+    model, source = vllm_config.model_config, header.source
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    if dtype_name(model.dtype) != header.dtype:
+        name = dtype_name(model.dtype)
+        yield f"is for --dtype {header.dtype}, but the model is served in {name}", f"--dtype {name}"
+    if header.settings.basis == "joint" and ranks > 1:
+        yield (
+            f'has the basis "joint", whose latents do not shard, so it serves --tensor-parallel-size 1 and not {ranks}',
+            "--basis head",
+        )
+    shape = (model.get_total_num_hidden_layers(), model.get_total_num_kv_heads(), model.get_head_size())
+    made_of = (source.layers, source.kv_heads, source.head_size)
+    if shape != made_of:
+        yield (
+            f"is of another model: it is made of {made_of[0]} layers with {made_of[1]} kv heads of {made_of[2]}, but "
+            f"this one has {shape[0]} layers with {shape[1]} of {shape[2]}",
+            "",
+        )
+
+
+def _of_heads(basis: LatentBasis, heads: slice) -> LatentBasis:
+    return LatentBasis(basis.down[heads].contiguous(), basis.up[heads].contiguous())
