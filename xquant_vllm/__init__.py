@@ -1,6 +1,6 @@
 """KV cache rematerialization (XQuant, arXiv 2508.10395) as a vLLM attention backend.
 
-Rooms, in the only direction they may import each other: ``codec <- projection <- attention <- integration``.
+Rooms, in the only direction they may import each other: ``codec <- projection <- attention <- integration <- cli``.
 Importing this package imports neither torch nor vLLM.
 """
 

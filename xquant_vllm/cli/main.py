@@ -28,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RefusedError, SettingsError) as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"xquant: {error}; nothing was written to {options.out}", file=sys.stderr)
+        return 2
     return 0
 
 
