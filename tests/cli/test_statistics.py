@@ -37,8 +37,8 @@ def collect(folder):
     collect_statistics(
         open_checkpoint(str(folder)), BATCH, torch.device("cpu"), lambda *arguments: collected.append(arguments)
     )
-    assert [layer for layer, _ in collected] == [0, 1, 2]
-    return [statistics for _, statistics in collected]
+    assert [layer for layer, _, _ in collected] == [0, 1, 2]
+    return [statistics for _, statistics, _ in collected]
 
 
 def inputs_and_queries(folder, layer):
@@ -92,7 +92,7 @@ def test_only_one_layers_statistics_are_alive(tmp_path):
     folder = save_tiny_model(tmp_path, "llama")
     alive = []
 
-    def on_layer(_, statistics):
+    def on_layer(_, statistics, hidden):
         gc.collect()
         assert not any(reference() is not None for reference in alive)
         alive.extend(weakref.ref(one) for one in statistics)

@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,15 @@ from xquant_vllm import __version__
 from xquant_vllm.cli.checkpoint import Checkpoint, open_checkpoint
 from xquant_vllm.cli.output import link_checkpoint, replaced_folder
 from xquant_vllm.cli.refused import RefusedError
-from xquant_vllm.integration.factor_header import Calibration, FactorHeader, FactorSettings, Source, Streams
-from xquant_vllm.integration.formats import LayerShape, layer_formats
+from xquant_vllm.integration.factor_header import (
+    Calibration,
+    ChainSettings,
+    FactorHeader,
+    FactorSettings,
+    Source,
+    Streams,
+)
+from xquant_vllm.integration.formats import LayerFormat, LayerShape, layer_formats
 from xquant_vllm.integration.settings import XQuantSettings, parse_settings
 from xquant_vllm.projection.ahead import AheadPool
 from xquant_vllm.projection.basis import LatentBasis
@@ -32,6 +39,7 @@ from xquant_vllm.projection.factor_file import (
     write_json,
 )
 from xquant_vllm.projection.layer import BasisSpec, factorize_layer
+from xquant_vllm.projection.predicted import LinkFormat, PredictedChain, link_shapes, link_tensors
 
 Statistics = tuple[ProjectionStatistics, ProjectionStatistics]
 Factorized = tuple[tuple[LatentBasis, LatentBasis], list[str]]
@@ -59,12 +67,19 @@ def factorize_checkpoint(options: argparse.Namespace) -> None:
         raise RefusedError("xquant: --device cuda: PyTorch sees no GPU; leave the option out to compute on the CPU")
     checkpoint = open_checkpoint(options.model)
     sizes = (checkpoint.hidden_size, checkpoint.kv_heads, checkpoint.head_size)
-    layer_formats(settings, [LayerShape(layer, *sizes) for layer in range(checkpoint.layers)])
+    formats = layer_formats(settings, [LayerShape(layer, *sizes) for layer in range(checkpoint.layers)])
+    chained = settings.method == "xquant-cl"
+    if chained and options.calibration is None:
+        raise RefusedError(
+            "xquant: --method xquant-cl fits a chain to a text: give --calibration TEXT_FILE (or python-docs); a chain "
+            'from the weights alone needs no file, serve the model itself with the setting "method": "xquant-cl"'
+        )
     outliers = settings.outlier_channels
     dtype = checkpoint.serving_dtype(options.dtype)
     spec = BasisSpec(settings.basis, outliers.key, outliers.value, settings.rotate, dtype)
     with replaced_folder(options.out, checkpoint.folder, options.force) as folder:
-        run = _Run(checkpoint, spec, torch.device(options.device), folder / FACTORS_FILE)
+        chain = _Chain(formats, settings.rotate, dtype) if chained else None
+        run = _Run(checkpoint, spec, torch.device(options.device), folder / FACTORS_FILE, chain)
         if options.calibration is None:
             calibration = None
             run.data_free()
@@ -91,6 +106,7 @@ def factorize_checkpoint(options: argparse.Namespace) -> None:
                 basis=settings.basis,
                 rotate=settings.rotate,
                 outlier_channels=Streams(key=outliers.key, value=outliers.value),
+                chain=_chain_settings(settings, formats) if chained else None,
             ),
             dtype=dtype_name(dtype),
             calibration=calibration,
@@ -101,16 +117,35 @@ def factorize_checkpoint(options: argparse.Namespace) -> None:
     print(f"wrote {options.out}; serve it with: vllm serve {options.out} --attention-backend xquant")
 
 
+class _Chain:
+    """The predicted chain of a model: the format of every layer, and the fit so far."""
+
+    def __init__(self, formats: Sequence[LayerFormat], rotate: bool, dtype: torch.dtype) -> None:
+        self.links = [
+            LinkFormat(stream.bits, stream.group_size, stream.outlier_channels, anchor=not form.reads)
+            for form in formats
+            for stream in form.streams
+        ]
+        self.layers_of_groups = [len(form.reads) + 1 for form in formats]
+        self.fit = PredictedChain(rotate, dtype)
+
+
 class _Run:
     """Factorizes layers and writes them one after another."""
 
-    def __init__(self, checkpoint: Checkpoint, spec: BasisSpec, device: torch.device, path: Path) -> None:
-        self.checkpoint, self.spec, self.device = checkpoint, spec, device
+    def __init__(
+        self, checkpoint: Checkpoint, spec: BasisSpec, device: torch.device, path: Path, chain: _Chain | None
+    ) -> None:
+        self.checkpoint, self.spec, self.device, self.chain = checkpoint, spec, device, chain
         self.fingerprints: list[list[str]] = []
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for layer in range(checkpoint.layers):
             shape = (checkpoint.hidden_size, checkpoint.kv_heads, checkpoint.head_size)
-            shapes |= layer_shapes(layer, *shape, spec.kind, spec.dtype)
+            if chain is None:
+                shapes |= layer_shapes(layer, *shape, spec.kind, spec.dtype)
+            else:
+                link = link_shapes(*shape, chain.layers_of_groups[layer], spec.dtype)
+                shapes |= {_chain_name(layer, name): form for name, form in link.items()}
         self.writer = TensorWriter(path, shapes)
 
     def data_free(self) -> None:
@@ -118,24 +153,41 @@ class _Run:
         with self.progress(), AheadPool(partial(self._factorize, statistics=None)) as pool:
             pool.announce(range(self.checkpoint.layers))
             for layer in range(self.checkpoint.layers):
-                self._write(layer, pool.take(layer))
+                bases, fingerprints = pool.take(layer)
+                self._write(layer_tensors(layer, *bases), fingerprints)
 
-    def calibrated(self, layer: int, statistics: Statistics) -> None:
-        """The next layer."""
-        self._write(layer, self._factorize(layer, statistics))
+    def calibrated(self, layer: int, statistics: Statistics, hidden: torch.Tensor) -> None:
+        """The next layer, from the statistics of a text, or, in a chain, from the layer's inputs ``hidden``."""
+        if self.chain is None:
+            bases, fingerprints = self._factorize(layer, statistics)
+            self._write(layer_tensors(layer, *bases), fingerprints)
+            return
+        key, value, fingerprints = self._weights(layer)
+        link = self.chain.fit.add(
+            hidden,
+            key.to(hidden.device),
+            value.to(hidden.device),
+            (statistics[0].importance, statistics[1].importance),
+            self.chain.links[layer],
+        )
+        tensors = {_chain_name(layer, name): tensor for name, tensor in link_tensors(link).items()}
+        self._write(tensors, fingerprints)
 
-    def _factorize(self, layer: int, statistics: Statistics | None) -> Factorized:
+    def _weights(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+        """Key and value weights as served, and their fingerprints."""
         # Rounded first, because that is what a server has: with or without a file, it serves the same latents.
         key, value = (weight.to(self.spec.dtype) for weight in self.checkpoint.key_value(layer))
+        return key, value, head_fingerprints(key, value, self.checkpoint.kv_heads)
+
+    def _factorize(self, layer: int, statistics: Statistics | None) -> Factorized:
+        key, value, fingerprints = self._weights(layer)
         kv_heads = self.checkpoint.kv_heads
-        fingerprints = head_fingerprints(key, value, kv_heads)
         with torch.no_grad():
             bases = factorize_layer(key.to(self.device), value.to(self.device), kv_heads, self.spec, statistics)
         return bases, fingerprints
 
-    def _write(self, layer: int, factorized: Factorized) -> None:
-        bases, fingerprints = factorized
-        self.writer.write(layer_tensors(layer, *bases))
+    def _write(self, tensors: Mapping[str, torch.Tensor], fingerprints: list[str]) -> None:
+        self.writer.write(tensors)
         self.fingerprints.append(fingerprints)
         self._bar.update()
         seconds = (time.perf_counter() - self._start) / self._bar.n
@@ -158,7 +210,30 @@ def _settings(options: argparse.Namespace) -> XQuantSettings:
     }
     if options.bits is not None:
         raw["bits"] = _streams("--bits", options.bits)
+    if options.method == "xquant-cl":
+        raw |= {
+            "method": "xquant-cl",
+            "cache": "latent",
+            "first_layers": options.first_layers,
+            "anchor_interval": options.anchor_interval,
+        }
     return parse_settings(raw)
+
+
+def _chain_settings(settings: XQuantSettings, formats: Sequence[LayerFormat]) -> ChainSettings:
+    first = settings.bits_of_first_layers.key
+    return ChainSettings(
+        bits=settings.bits.key,
+        group_size=formats[0].streams[0].group_size,
+        first_layers=settings.num_first_layers,
+        first_layers_bits=first,
+        anchor_interval=settings.anchor_interval,
+        anchor_bits=first,
+    )
+
+
+def _chain_name(layer: int, name: str) -> str:
+    return f"layers.{layer}.chain.{name}"
 
 
 def _streams(option: str, numbers: list[int]) -> int | dict[str, int]:

@@ -62,6 +62,28 @@ def _parser() -> argparse.ArgumentParser:
         metavar="BITS",
         help="bits to serve the folder with if none are set; one number, or one for keys and one for values",
     )
+    factorize.add_argument(
+        "--method",
+        choices=["xquant", "xquant-cl"],
+        default="xquant",
+        help="xquant: bases of every layer by itself (default); xquant-cl: a chain that predicts layers from those "
+        "before, for grouped-query attention; needs --calibration, and --bits are built in",
+    )
+    factorize.add_argument(
+        "--anchor-interval",
+        type=int,
+        metavar="N",
+        default=4,
+        help="with --method xquant-cl, layers from one that is stored by itself to the next; 0: only the first is. "
+        "Longer chains take fewer bytes and are slower to read (default %(default)s)",
+    )
+    factorize.add_argument(
+        "--first-layers",
+        type=int,
+        metavar="N",
+        default=1,
+        help="with --method xquant-cl, layers at the start that are stored by themselves (default %(default)s)",
+    )
     factorize.add_argument("--basis", choices=["head", "joint"], default="head", help="default %(default)s")
     factorize.add_argument(
         "--outlier-channels",

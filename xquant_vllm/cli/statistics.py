@@ -23,7 +23,7 @@ _SEQUENCE = 1024
 _CHUNK = 512
 _ATTENTION = "xquant_statistics"
 
-OnLayer = Callable[[int, tuple[ProjectionStatistics, ProjectionStatistics]], None]
+OnLayer = Callable[[int, tuple[ProjectionStatistics, ProjectionStatistics], torch.Tensor], None]
 
 
 def text_name(calibration: str) -> str:
@@ -86,7 +86,8 @@ def collect_statistics(checkpoint: Checkpoint, batch: torch.Tensor, device: torc
         checkpoint: the checkpoint.
         batch: token ids ``[sequences, length]``.
         device: where to run.
-        on_layer: called with the layer and the statistics of its keys and values, in order; nothing is kept after it.
+        on_layer: called with the layer, the statistics of its keys and values, and its inputs ``[num_tokens,
+            hidden_size]``, in order; nothing is kept after it.
 
     Raises:
         RefusedError: the model's attention is not recognized.
@@ -181,7 +182,7 @@ class _Observer:
                 accumulator.add(chunk)
             statistics.append(ProjectionStatistics(accumulator.moment(), importance))
         self._done = True
-        self._on_layer(self._layer, (statistics[0], statistics[1]))
+        self._on_layer(self._layer, (statistics[0], statistics[1]), hidden)
 
     def _probe_partners(self, positions: Any) -> torch.Tensor:
         """Which channels RoPE mixes, asked of the model's own function: how they are paired differs by family."""

@@ -30,7 +30,7 @@ def check_config(vllm_config: Any) -> None:
         raise UnsupportedError("\n".join(f"xquant: {problem}" for problem in problems))
     model = vllm_config.model_config
     if model is not None:
-        check_factors(vllm_config)
+        check_factors(vllm_config, settings)
         num_layers = model.get_total_num_hidden_layers()
         num_kv_heads = model.get_num_kv_heads(vllm_config.parallel_config)
         sizes = (model.get_hidden_size(), num_kv_heads, model.get_head_size())

@@ -62,13 +62,28 @@ class Calibration(_Model):
     ridge: float
 
 
+class ChainSettings(_Model):
+    """Settings that are built into a predicted chain: a layer is fitted to what the layers before it read back."""
+
+    bits: int
+    group_size: int
+    first_layers: int
+    first_layers_bits: int
+    anchor_interval: int
+    anchor_bits: int
+
+
 class FactorSettings(_Model):
-    """Settings that the factors are for. ``bits`` is a default, the others are built in."""
+    """Settings that the factors are for. ``bits`` is a default, the others are built in.
+
+    ``chain`` is None for bases of single layers; a chain (method ``"xquant-cl"``) has no ``basis``.
+    """
 
     bits: Streams | None
     basis: Literal["head", "joint"]
     rotate: bool
     outlier_channels: Streams
+    chain: ChainSettings | None = None
 
 
 class FactorHeader(_Model):

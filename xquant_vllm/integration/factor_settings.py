@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from xquant_vllm.integration.factor_header import FactorHeader, read_header
+from xquant_vllm.integration.factor_header import ChainSettings, FactorHeader, read_header
 from xquant_vllm.integration.settings import PerStream, SettingsError, XQuantSettings
 from xquant_vllm.projection.factor_file import FACTORS_FILE, HEADER_FILE, FactorFileError
 
@@ -59,12 +59,20 @@ def over_factors(settings: XQuantSettings, vllm_config: Any) -> XQuantSettings:
     if folder is None or header is None:
         return settings
     given, made_for = settings.model_fields_set, header.settings
-    built_in = {
-        "basis": made_for.basis,
+    built_in: dict[str, Any] = {
+        "method": "xquant",
         "rotate": made_for.rotate,
         "outlier_channels": PerStream(key=made_for.outlier_channels.key, value=made_for.outlier_channels.value),
     }
+    if made_for.chain is None:
+        built_in["basis"] = made_for.basis
+    else:
+        built_in |= _chain_settings(made_for.chain)
     options = {
+        "method": f"--method {settings.method}",
+        "bits": f"--bits {settings.bits.key}",
+        "anchor_interval": f"--anchor-interval {settings.anchor_interval}",
+        "first_layers": f"--first-layers {settings.first_layers}",
         "basis": f"--basis {settings.basis}",
         "rotate": "--rotate" if settings.rotate else "--no-rotate",
         "outlier_channels": f"--outlier-channels {settings.outlier_channels.key} {settings.outlier_channels.value}",
@@ -76,11 +84,28 @@ def over_factors(settings: XQuantSettings, vllm_config: Any) -> XQuantSettings:
                 f"is made with {name} {_plain(value)}, but the setting {name!r} asks for "
                 f"{_plain(getattr(settings, name))} (leave the setting out to serve it as it is)",
                 header,
-                options[name],
+                options.get(name, ""),
             )
-    if "bits" not in given and made_for.bits is not None:
+    if made_for.chain is None and "bits" not in given and made_for.bits is not None:
         built_in["bits"] = PerStream(key=made_for.bits.key, value=made_for.bits.value)
     return settings.model_copy(update=built_in)
+
+
+def _chain_settings(chain: ChainSettings) -> dict[str, Any]:
+    def both(bits: int) -> PerStream:
+        return PerStream(key=bits, value=bits)
+
+    return {
+        "method": "xquant-cl",
+        "cache": "latent",
+        "bits": both(chain.bits),
+        "group_size": chain.group_size,
+        "first_layers": chain.first_layers,
+        "first_layers_bits": both(chain.first_layers_bits) if chain.first_layers else None,
+        "anchor_interval": chain.anchor_interval,
+        "anchor_bits": both(chain.anchor_bits) if chain.anchor_interval else None,
+        "skip_layers": (),
+    }
 
 
 def _plain(value: Any) -> str:

@@ -15,6 +15,7 @@ from xquant_vllm.integration.settings import XQuantSettings
 from xquant_vllm.projection.ahead import AheadPool
 from xquant_vllm.projection.basis import LatentBasis
 from xquant_vllm.projection.factor_file import (
+    DTYPES,
     FACTORS_FILE,
     HEADER_FILE,
     FactorFileError,
@@ -25,6 +26,7 @@ from xquant_vllm.projection.factor_file import (
     read_tensors,
 )
 from xquant_vllm.projection.layer import BasisSpec, factorize_layer
+from xquant_vllm.projection.predicted import PredictedLink, layers_of_groups, link_shapes
 
 Bases = tuple[LatentBasis, LatentBasis]
 
@@ -130,6 +132,29 @@ class FactorProvider:
         """
         return self._pool.take(layer)
 
+    def layer_link(self, layer: LayerWeights, layers_of_group: int) -> PredictedLink | None:
+        """A layer of the model folder's predicted chain, on the device of its weights; None if it has no such chain.
+
+        Args:
+            layer: the layer's weights.
+            layers_of_group: layers of the chain's group so far, this one included.
+
+        Raises:
+            SettingsError: the model folder has a chain, but not of these weights.
+        """
+        if self._header is None or self._folder is None or self._header.settings.chain is None:
+            return None
+        self._check(layer, self._header)
+        link = _read_link(self._folder, layer.layer_index, layers_of_group, self._header)
+        self._origins["read"] += 1
+        device = layer.key.device
+        return PredictedLink(
+            link.down.to(device),
+            link.up_key.to(device),
+            link.up_value.to(device),
+            None if link.prediction is None else link.prediction.to(device),
+        )
+
     def describe(self, seconds: float) -> str:
         """Where the factors came from, for the log."""
         if self._header is not None and self._folder is not None:
@@ -139,7 +164,7 @@ class FactorProvider:
         cached, computed = self._origins["cached"], self._origins["computed"]
         if cached and computed:
             return f"factors of {cached} layers cached, of {computed} computed in {seconds:.1f} s"
-        return f"factors cached, read in {seconds:.1f} s" if cached else f"factors computed in {seconds:.1f} s"
+        return f"factors cached, read in {seconds:.1f} s" if cached else f"weights prepared in {seconds:.1f} s"
 
     def _produce(self, layer: LayerWeights) -> Bases:
         spec = spec_of(self._settings, layer.key.dtype)
@@ -164,6 +189,16 @@ class FactorProvider:
 
     def _from_file(self, layer: LayerWeights, header: FactorHeader) -> Bases:
         assert self._folder is not None
+        heads = self._check(layer, header)
+        key, value = _read_layer(self._folder, layer.layer_index, header)
+        self._origins["read"] += 1
+        if layer.num_kv_heads == header.source.kv_heads:
+            return key, value
+        return _of_heads(key, heads), _of_heads(value, heads)
+
+    def _check(self, layer: LayerWeights, header: FactorHeader) -> slice:
+        """Refuse weights that the file is not made from; which of its kv heads this rank holds."""
+        assert self._folder is not None
         index, source = layer.layer_index, header.source
         shard = self._shard or HeadShard(0, layer.num_kv_heads)
         here = (shard.total, layer.head_size, layer.key.shape[1])
@@ -182,15 +217,15 @@ class FactorProvider:
                 f"is stale: the key and value weights of layer {index} are not those that it is made from",
                 header,
             )
-        key, value = _read_layer(self._folder, index, header)
-        self._origins["read"] += 1
-        if layer.num_kv_heads == shard.total:
-            return key, value
-        return _of_heads(key, heads), _of_heads(value, heads)
+        return heads
 
 
-def check_factors(vllm_config: Any) -> None:
+def check_factors(vllm_config: Any, settings: XQuantSettings) -> None:
     """Refuse a model folder's factors that cannot be served, before a weight is loaded.
+
+    Args:
+        vllm_config: the configuration.
+        settings: the settings, with the folder's defaults in them.
 
     Raises:
         SettingsError: with the file, what is wrong and the command to run.
@@ -201,7 +236,12 @@ def check_factors(vllm_config: Any) -> None:
     for problem, remedy in _problems(vllm_config, header):
         raise refuse_factors(folder / HEADER_FILE, problem, header, remedy)
     # Its last layer is the first to be missing if the file is truncated.
-    _read_layer(folder, header.source.layers - 1, header)
+    last = header.source.layers - 1
+    if header.settings.chain is None:
+        _read_layer(folder, last, header)
+    else:
+        groups = layers_of_groups([settings.is_anchor(index) for index in range(last + 1)])
+        _read_link(folder, last, groups[last], header)
 
 
 def _read_layer(folder: Path, index: int, header: FactorHeader) -> Bases:
@@ -213,13 +253,35 @@ def _read_layer(folder: Path, index: int, header: FactorHeader) -> Bases:
         raise refuse_factors(folder / FACTORS_FILE, str(error), header) from None
 
 
+def _read_link(folder: Path, index: int, layers_of_group: int, header: FactorHeader) -> PredictedLink:
+    source = header.source
+    prefix = f"layers.{index}.chain."
+    shapes = link_shapes(source.hidden_size, source.kv_heads, source.head_size, layers_of_group, DTYPES[header.dtype])
+    named = {prefix + name: form for name, form in shapes.items()}
+    try:
+        tensors = read_tensors(folder / FACTORS_FILE, named, header.checksums)
+    except FactorFileError as error:
+        raise refuse_factors(folder / FACTORS_FILE, str(error), header) from None
+    return PredictedLink(
+        tensors[prefix + "down"],
+        tensors[prefix + "up_key"],
+        tensors[prefix + "up_value"],
+        tensors.get(prefix + "prediction"),
+    )
+
+
 def _problems(vllm_config: Any, header: FactorHeader) -> Iterator[tuple[str, str]]:
     model, source = vllm_config.model_config, header.source
     ranks = vllm_config.parallel_config.tensor_parallel_size
     if dtype_name(model.dtype) != header.dtype:
         name = dtype_name(model.dtype)
         yield f"is for --dtype {header.dtype}, but the model is served in {name}", f"--dtype {name}"
-    if header.settings.basis == "joint" and ranks > 1:
+    if header.settings.chain is not None and ranks > 1:
+        yield (
+            f"has a chain, whose latents do not shard, so it serves --tensor-parallel-size 1 and not {ranks}",
+            "--method xquant",
+        )
+    elif header.settings.basis == "joint" and ranks > 1:
         yield (
             f'has the basis "joint", whose latents do not shard, so it serves --tensor-parallel-size 1 and not {ranks}',
             "--basis head",

@@ -127,8 +127,17 @@ def _rows_of(basis: LatentBasis) -> torch.Tensor:
 
 
 def _to_joint_latents(operation: Operation) -> LayerCache:
-    """Key and value rows become the down-projection of one basis for both; earlier layers of a chain predict it."""
+    """Key and value rows become the down-projection of one basis for both; earlier layers of a chain predict it.
+
+    The model folder's calibrated chain is taken if it has one, else the paper's, from the weights alone.
+    """
     form, settings, weight = operation.form, operation.settings, operation.weight
+    weights = layer_weights(operation.parts, form.shape.index, weight)
+    link = operation.factors.layer_link(weights, len(form.reads) + 1)
+    if link is not None:
+        cache = LayerCache(form, operation.projection(link.up_key, link.up_value), prediction_matrix=link.prediction)
+        operation.write_rows(link.down.T)
+        return cache
     key, value = weight[operation.key_rows], weight[operation.value_rows]
     basis = factorize_joint_kv(
         key,

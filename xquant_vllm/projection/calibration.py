@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Ridge on C, relative to its mean diagonal: directions that the calibration text never used keep some weight. Of 1e-3 to
-# 3e-1 the best at 2 bits on SmolLM2, per head and joint; at 3 and 4 bits all are alike.
+# Ridge on C, relative to its mean diagonal: directions that the calibration text never used keep some weight. Of 1e-3
+# to 3e-1 the best at 2 bits on SmolLM2, per head and joint; at 3 and 4 bits all are alike.
 INPUT_RIDGE = 0.1
 # Smallest weight of a channel, relative to the root mean square of its head's, for the same reason.
 _IMPORTANCE_FLOOR = 1e-2
