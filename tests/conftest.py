@@ -12,6 +12,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "examples")]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Record what tests of model families cover."""
+    from tests.family_coverage import FamilyCoverage
+
+    config.pluginmanager.register(FamilyCoverage(config))
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The SmolLM2-135M-Instruct checkpoint that ``make model`` prepares; made on first use, checked afterwards."""
