@@ -14,6 +14,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from xquant_vllm.attention import dispatch, reference
 from xquant_vllm.integration.cache_spec import publish_page_size
 from xquant_vllm.integration.checks import UnsupportedError
+from xquant_vllm.integration.coverage import describe_coverage
 from xquant_vllm.integration.effective_weight import effective_linear
 from xquant_vllm.integration.formats import stream_formats
 from xquant_vllm.integration.modules import DenseLinear
@@ -47,6 +48,7 @@ def install_loader_hook() -> None:
         if layers:
             model.load_weights = _refuse_new_weights
             _report(layers, len(quantized), seconds + time.perf_counter() - start)
+            logger.info("xquant: %s", describe_coverage(model))
 
     setattr(process_weights_after_loading, _HOOKED, True)
     base_loader.process_weights_after_loading = process_weights_after_loading
