@@ -22,10 +22,10 @@ SETUP_FILES := pyproject.toml setup.py tools/setup_env.py $(wildcard tools/envse
 TEST_MODELS := smollm2 smollm2-mha gemma3
 LINTED := xquant_vllm tests tools examples setup.py
 
-.PHONY: help venv kernels model demo serve test lint clean
+.PHONY: help venv kernels model demo serve test families families-write lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(READY) $(KERNELS) ## make the environment .venv: vLLM for CPU, this package, its kernels and tools
 
@@ -50,6 +50,12 @@ serve: venv ## serve MODEL with a BITS-bit cache on PORT until Ctrl-C
 test: venv ## run the tests
 	$(VENV)/bin/python tools/prepare_model.py $(addprefix --model ,$(TEST_MODELS))
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(TEST_ARGS)
+
+families: venv ## check that docs/families.md says what the last run of all tests covered
+	$(VENV)/bin/python tools/family_table.py
+
+families-write: venv ## write the table of docs/families.md from the last run of all tests
+	$(VENV)/bin/python tools/family_table.py --write
 
 lint: venv ## check style, types and which room imports which
 	$(VENV)/bin/ruff check $(LINTED)

@@ -12,6 +12,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "examples")]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Record what tests of model families cover."""
+    from tests.family_coverage import FamilyCoverage
+
+    config.pluginmanager.register(FamilyCoverage(config))
+
+
 def _prepared(name: str) -> Path:
     """The checkpoint that ``make model MODEL=name`` prepares; made on first use, checked afterwards."""
     command = [sys.executable, str(ROOT / "tools" / "prepare_model.py"), "--model", name]

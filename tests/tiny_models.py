@@ -24,16 +24,71 @@ _COMMON: dict[str, Any] = {
     "initializer_range": 0.12,
 }
 
+
+def _llama_rope(
+    rope_type: str, positions: int = 1024, model_max_length: int | None = None, **parameters: Any
+) -> tuple[type, dict[str, Any]]:
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, **parameters}
+    lengths = {"max_position_embeddings": positions, "model_max_length": model_max_length or positions}
+    return transformers.LlamaConfig, {"rope_parameters": rope, **lengths}
+
+
+# Models of one shape have the same weights. Scaled RoPE tables have 256 rows (or more) and are made for 64 positions.
 FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, {}),
     "llama-bias": (transformers.LlamaConfig, {"attention_bias": True}),
+    "llama-llama3": _llama_rope(
+        "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+    ),
+    # Its table is longer than max_position_embeddings, as of checkpoints that name the original length there.
+    "llama-yarn": _llama_rope(
+        "yarn", positions=64, model_max_length=256, factor=4.0, original_max_position_embeddings=64
+    ),
+    "llama-linear": _llama_rope("linear", positions=128, factor=2.0),
+    "llama-dynamic": _llama_rope("dynamic", positions=256, factor=2.0, max_trained_positions=64),
+    "llama-partial": _llama_rope("default", partial_rotary_factor=0.5),
+    "llama-mrope": _llama_rope("default", mrope_section=[4, 6, 6]),
     "mistral-window": (transformers.MistralConfig, {"sliding_window": 48, "head_dim": 32}),
     "qwen2": (transformers.Qwen2Config, {}),
     "qwen3": (transformers.Qwen3Config, {"head_dim": 80}),
     "mha": (transformers.LlamaConfig, {"num_key_value_heads": 4}),
     "mqa": (transformers.LlamaConfig, {"num_key_value_heads": 1}),
-    "phi3": (transformers.Phi3Config, {}),
-    "opt": (transformers.OPTConfig, {"num_key_value_heads": 4, "ffn_dim": 192, "word_embed_proj_dim": 128}),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        {
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            "sliding_window": 48,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0},
+            },
+        },
+    ),
+    "phi3": (transformers.Phi3Config, {"num_key_value_heads": 4}),
+    "phi3-longrope": (
+        transformers.Phi3Config,
+        {
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 128,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0 + 0.05 * i for i in range(12)],
+                "long_factor": [1.0 + 0.4 * i for i in range(12)],
+            },
+        },
+    ),
+    "opt": (
+        transformers.OPTConfig,
+        {"num_key_value_heads": 4, "ffn_dim": 192, "word_embed_proj_dim": 128, "init_std": 0.12},
+    ),
+    "gpt-oss": (transformers.GptOssConfig, {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2}),
     # Partial RoPE whose pairs lie side by side.
     "glm": (transformers.GlmConfig, {"head_dim": 32}),
 }
@@ -59,6 +114,8 @@ def save_tiny_model(folder: Path, family: str, **changes: Any) -> Path:
             # Fresh biases are zero and fresh norms one, which would hide that they are forgotten.
             if name.endswith("bias"):
                 parameter.normal_(std=0.5)
+            elif "gemma" in config.model_type and name.endswith("norm.weight"):
+                parameter.uniform_(-0.5, 0.5)  # added to one
             elif name.endswith(("q_norm.weight", "k_norm.weight")):
                 parameter.uniform_(0.5, 1.5)
     model.save_pretrained(folder)

@@ -1,5 +1,7 @@
 """Fixtures of the end-to-end tests."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from tests.e2e.engine import Engines
@@ -31,9 +33,11 @@ _TEXTS = [
 
 
 @pytest.fixture(scope="session")
-def engines(tmp_path_factory) -> Engines:
+def engines(tmp_path_factory) -> Iterator[Engines]:
     """Engines whose answers are shared by the whole session."""
-    return Engines(tmp_path_factory.mktemp("engines"))
+    engines = Engines(tmp_path_factory.mktemp("engines"))
+    yield engines
+    engines.close()
 
 
 @pytest.fixture(scope="session")

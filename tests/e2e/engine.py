@@ -1,8 +1,9 @@
-"""Real vLLM engines for tests, each in a process of its own, with results shared by the tests of a session."""
+"""Real vLLM engines for tests, in processes of their own, with results shared by the tests of a session."""
 
 import hashlib
 import json
 import os
+import select
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+_TIMEOUT_S = 600
 DEFAULTS = {
     "max_model_len": 1024,
     "enforce_eager": True,
@@ -37,8 +39,39 @@ class Result:
     """What an engine process answered."""
 
     cache_tokens: int
+    capacity: int
     tasks: list[dict[str, Any]]
     log: str
+
+
+class _Server:
+    """A process that runs engines one after another, so that vLLM is imported once."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(_SCRIPT), "--serve"],
+            env={**os.environ, **_ENVIRONMENT},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+
+    def run(self, request: Path, result: Path) -> str:
+        """Run an engine; what it printed. Without a result it failed."""
+        log = result.with_suffix(".log")
+        self._process.stdin.write(f"{request}\t{result}\t{log}\n")
+        ready, _, _ = select.select([self._process.stdout], [], [], _TIMEOUT_S)
+        if not ready or self._process.stdout.readline() != "done\n":
+            self.stop()
+        return log.read_text() if log.exists() else ""
+
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.communicate()
 
 
 class Engines:
@@ -48,6 +81,12 @@ class Engines:
         """Keep requests and results in ``folder``."""
         self._folder = folder
         self._results: dict[str, Result] = {}
+        self._server: _Server | None = None
+
+    def close(self) -> None:
+        """End the process that engines share."""
+        if self._server is not None:
+            self._server.stop()
 
     def run(
         self,
@@ -57,6 +96,7 @@ class Engines:
         *,
         xquant: Any = None,
         environment: dict[str, str] | None = None,
+        alone: bool = True,
         **engine: Any,
     ) -> Result:
         """Run tasks on an engine; the same request is answered from memory.
@@ -66,7 +106,9 @@ class Engines:
             backend: value of ``attention_backend``.
             tasks: see ``engine_process.py``.
             xquant: the xquant settings, or None to pass none.
-            environment: further environment variables.
+            environment: further environment variables; the engine then runs alone.
+            alone: run the engine in a process of its own, instead of after others in one that they share: for what
+                vLLM decides once per process (compilation, tensor parallelism). Sharing saves most of the time.
             engine: further arguments of ``vllm.LLM``.
 
         Raises:
@@ -78,12 +120,24 @@ class Engines:
         request = json.dumps({"engine": arguments, "tasks": tasks, "environment": environment}, sort_keys=True)
         key = hashlib.sha256(request.encode()).hexdigest()[:16]
         if key not in self._results:
-            self._results[key] = self._start(key, request, environment or {})
+            self._results[key] = self._start(key, request, environment or {}, alone or environment is not None)
         return self._results[key]
 
-    def _start(self, key: str, request: str, environment: dict[str, str]) -> Result:
+    def _start(self, key: str, request: str, environment: dict[str, str], alone: bool) -> Result:
         request_path, result_path = self._folder / f"{key}.request.json", self._folder / f"{key}.result.json"
         request_path.write_text(request)
+        log = self._alone(request_path, result_path, environment) if alone else self._shared(request_path, result_path)
+        if not result_path.exists():
+            raise EngineFailed(log)
+        answer = json.loads(result_path.read_text())
+        return Result(answer["cache_tokens"], answer["capacity"], answer["tasks"], log)
+
+    def _shared(self, request_path: Path, result_path: Path) -> str:
+        if self._server is None or not self._server.running():
+            self._server = _Server()
+        return self._server.run(request_path, result_path)
+
+    def _alone(self, request_path: Path, result_path: Path, environment: dict[str, str]) -> str:
         process = subprocess.run(
             [sys.executable, str(_SCRIPT), str(request_path), str(result_path)],
             # What one engine caches, the next one of this session finds; nothing is left in the user's own cache.
@@ -91,10 +145,9 @@ class Engines:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=600,
+            timeout=_TIMEOUT_S,
             check=False,
         )
-        if process.returncode or not result_path.exists():
-            raise EngineFailed(process.stdout)
-        answer = json.loads(result_path.read_text())
-        return Result(answer["cache_tokens"], answer["tasks"], process.stdout)
+        if process.returncode:
+            result_path.unlink(missing_ok=True)
+        return process.stdout

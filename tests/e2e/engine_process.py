@@ -1,13 +1,21 @@
-"""Runs one vLLM engine in a process of its own and answers a list of tasks; reads and writes JSON files.
+"""Runs vLLM engines in a process of their own and answers lists of tasks; reads and writes JSON files.
 
 Usage: python engine_process.py REQUEST.json RESULT.json
+       python engine_process.py --serve
 
 The request has ``engine`` (arguments of ``vllm.LLM``) and ``tasks``, each a table with ``kind`` and its arguments.
-A result is written per task, and ``cache_tokens``: the capacity of the KV cache as vLLM allocated it.
+A result is written per task, and the capacity of the KV cache as vLLM allocated it: ``cache_tokens`` in all blocks, and
+``capacity``, how many tokens it holds of sequences of ``max_model_len`` (the same, unless layers have windows).
+
+With ``--serve``, engines run one after another: every line of the standard input names a request, a result and a log
+file, tab separated; everything printed goes to that log, and the standard output gets one line when the engine is gone.
 """
 
+import gc
 import json
+import os
 import sys
+import traceback
 from typing import Any
 
 NUM_LOGITS = 256
@@ -74,8 +82,8 @@ def reload_weights(llm: Any) -> dict[str, Any]:
 KINDS = {f.__name__: f for f in (greedy, prompt_logprobs, next_logits, preemptions, reload_weights)}
 
 
-def main(request_path: str, result_path: str) -> None:
-    """Start the engine and answer."""
+def run(request_path: str, result_path: str) -> None:
+    """Start an engine and answer."""
     from vllm import LLM
 
     with open(request_path) as file:
@@ -84,11 +92,42 @@ def main(request_path: str, result_path: str) -> None:
     cache = llm.llm_engine.vllm_config.cache_config
     result = {
         "cache_tokens": cache.num_gpu_blocks * cache.block_size,
+        "capacity": cache.kv_cache_size_tokens,
         "tasks": [KINDS[task.pop("kind")](llm, **task) for task in request["tasks"]],
     }
     with open(result_path, "w") as file:
         json.dump(result, file)
 
 
+def clean_up() -> None:
+    """Forget the last engine: what vLLM keeps per process must not reach the next one."""
+    from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+    from vllm.model_executor.layers import rotary_embedding
+
+    destroy_model_parallel()
+    destroy_distributed_environment()
+    # LongRoPE decides by the length of the model it was built for.
+    rotary_embedding._ROPE_DICT.clear()
+    gc.collect()
+
+
+def serve() -> None:
+    """Run engines one after another."""
+    with os.fdopen(os.dup(1), "w") as done:
+        for line in sys.stdin:
+            request_path, result_path, log_path = line.rstrip("\n").split("\t")
+            with open(log_path, "w") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            try:
+                run(request_path, result_path)
+            except Exception:
+                traceback.print_exc()
+            clean_up()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            print("done", file=done, flush=True)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve() if sys.argv[1:] == ["--serve"] else run(*sys.argv[1:])

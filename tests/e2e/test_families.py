@@ -1,125 +1,282 @@
-"""Model families, recognized by structure: tiny random checkpoints against vLLM's own 16-bit path."""
+"""Model families, recognized by structure: tiny random checkpoints against vLLM's own 16-bit path.
+
+What a test covers is marked, and makes up the table in docs/families.md: see tests/family_coverage.py.
+"""
 
 import os
 import statistics
 
 import pytest
+from demo import can_compile
 
 from tests.e2e.engine import EngineFailed
+from tests.e2e.engine_process import NUM_LOGITS
+from tests.family_coverage import LATENTS
 from tests.tiny_models import quantize_tiny_model, save_tiny_model
 
 pytestmark = pytest.mark.e2e
 
 PROMPT = [(7 * i * i + 3 * i + 5) % 300 + 3 for i in range(200)]
-TASKS = [{"kind": "prompt_logprobs", "prompts": [PROMPT]}]
 ENGINE = {
     "dtype": "float32",
     "skip_tokenizer_init": True,
     "max_model_len": 256,
     "kv_cache_memory_bytes": 64 << 20,
+    # The prompt takes three chunks, and more than one block: prefix caching hits some of them.
     "max_num_batched_tokens": 96,
     "max_num_seqs": 8,
+    "block_size": 32,
+    "max_logprobs": NUM_LOGITS,
 }
+GEMMA3_KEPT = {"backend_per_kind": {"sliding_window": "CPU_ATTN"}}
+
+
+def tasks_of(length):
+    """Cold, warm, and the log-probabilities of the prompt itself."""
+    logits = {"kind": "next_logits", "prompts": [PROMPT[:length]]}
+    return [logits, logits, {"kind": "prompt_logprobs", "prompts": [PROMPT[:length]]}]
+
+
+TASKS = tasks_of(len(PROMPT))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return lambda family, **changes: save_tiny_model(tmp_path_factory.mktemp(family), family, **changes)
+    folders = {}
+
+    def model(family):
+        if family not in folders:
+            folders[family] = save_tiny_model(tmp_path_factory.mktemp(family), family)
+        return folders[family]
+
+    return model
 
 
 @pytest.fixture(scope="module")
-def logprobs(engines):
-    def logprobs(folder, backend, **settings):
-        result = engines.run(folder, backend, TASKS, **{**ENGINE, **settings})
-        return result.tasks[0]["logprobs"][0]
+def serve(engines, model):
+    """Serve a family in the process that these tests share."""
+
+    def serve(family, backend, tasks=TASKS, **settings):
+        return engines.run(model(family), backend, tasks, alone=False, **{**ENGINE, **settings})
+
+    return serve
+
+
+@pytest.fixture(scope="module")
+def logprobs(serve):
+    def logprobs(family, backend, tasks=TASKS, **settings):
+        return serve(family, backend, tasks, **settings).tasks[-1]["logprobs"][0]
 
     return logprobs
 
 
+def difference(ours, expected):
+    """Mean absolute difference of log-probabilities."""
+    return statistics.mean(abs(p - q) for p, q in zip(ours, expected, strict=True))
+
+
 def assert_close(ours, expected, bound):
-    error = statistics.mean(abs(p - q) for p, q in zip(ours, expected, strict=True))
+    error = difference(ours, expected)
     print(f"mean absolute change of log-probability {error:.4f}")
     assert error <= bound
 
 
-@pytest.mark.parametrize("family", ["llama-bias", "mistral-window", "qwen2", "qwen3", "mqa"])
-def test_eight_bits_match_the_16_bit_cache(logprobs, model, family):
-    folder = model(family)
-    assert_close(logprobs(folder, "xquant", xquant={"bits": 8}), logprobs(folder, "CPU_ATTN"), 0.02)
+def assert_far(one, other):
+    distance = difference(one, other)
+    print(f"mean absolute difference of log-probability to another model {distance:.4f}")
+    assert distance > 0.5
 
 
+def covering(family, name, *features):
+    """A family as a parameter of a test, with what the test then covers."""
+    return pytest.param(family, id=family, marks=pytest.mark.covers(name, *features, *LATENTS, "bits=8"))
+
+
+SERVED = [
+    covering("llama-bias", "Llama", "bias", "rope=default"),
+    covering("mqa", "Llama", "rope=default"),
+    covering("mha", "Llama", "rope=default"),
+    covering("mistral-window", "Mistral", "sliding window", "rope=default"),
+    covering("qwen2", "Qwen2", "bias", "rope=default"),
+    covering("qwen3", "Qwen3", "qk-norm", "rope=default"),
+    covering("gemma3", "Gemma 3", "qk-norm", "sliding window", "rope=default", "rope=linear"),
+    covering("phi3", "Phi-3", "rope=default"),
+    covering("phi3-longrope", "Phi-3", "rope=partial", "rope=longrope"),
+    covering("opt", "OPT", "bias", "rope=none"),
+]
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_eight_bits_match_the_16_bit_cache(logprobs, family):
+    assert_close(logprobs(family, "xquant", xquant={"bits": 8}), logprobs(family, "CPU_ATTN"), 0.03)
+
+
+def also_covering(parameter, *features):
+    (mark,) = parameter.marks
+    return covering(*parameter.values, mark.args[0], *features)
+
+
+@pytest.mark.parametrize("family", [also_covering(p, "prefix caching", "chunked prefill") for p in SERVED])
+def test_a_cached_prefix_gives_the_same_logits(serve, family):
+    """The rest of the prompt, prefilled behind a cached prefix, is another chunk than without one."""
+    cold, warm, _ = serve(family, "xquant", xquant={"bits": 8}).tasks
+    assert cold["cached"] == [0]
+    # Past the sliding window, where there is one: the blocks before it are gone, and not needed.
+    assert warm["cached"] == [192]
+    (cold,), (warm,) = cold["logits"][0], warm["logits"][0]
+    largest = max(abs(cold[token] - warm[token]) for token in cold.keys() & warm.keys())
+    print(f"largest difference of a logit: {largest:.2e}")
+    assert largest <= 0.05
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        covering("llama-llama3", "Llama", "rope=llama3"),
+        covering("llama-yarn", "Llama", "rope=yarn"),
+        covering("llama-linear", "Llama", "rope=linear"),
+        covering("llama-dynamic", "Llama", "rope=dynamic"),
+        covering("llama-partial", "Llama", "rope=partial"),
+    ],
+)
+def test_rope_variants(logprobs, family):
+    ours, expected = logprobs(family, "xquant", xquant={"bits": 8}), logprobs(family, "CPU_ATTN")
+    assert_close(ours, expected, 0.03)
+    # The same weights with plain RoPE are another model, which the bound must tell apart.
+    assert_far(expected, logprobs("llama", "CPU_ATTN"))
+
+
+@pytest.mark.skipif(
+    not can_compile(),
+    reason="torch.compile needs Python.h, which python3-dev installs: vLLM itself cannot compile here",
+)
+@pytest.mark.parametrize(
+    "family", [covering("phi3-longrope", "Phi-3", "torch.compile"), covering("gemma3", "Gemma 3", "torch.compile")]
+)
+def test_compiled_equals_eager(engines, model, logprobs, family):
+    engine = {**ENGINE, "enforce_eager": False}
+    compiled = engines.run(model(family), "xquant", TASKS, xquant={"bits": 8}, **engine).tasks[-1]["logprobs"][0]
+    # Measured 0.00002 and 0.0001: the model rounds differently, and flips a code now and then.
+    assert_close(compiled, logprobs(family, "xquant", xquant={"bits": 8}), 0.002)
+
+
+@pytest.mark.covers("Phi-3", "rope=partial", "rope=longrope", *LATENTS, "bits=8")
+def test_longrope_of_short_contexts(logprobs):
+    """Up to ``original_max_position_embeddings`` the short factors serve, beyond it the long ones."""
+    short = {"tasks": tasks_of(120), "max_model_len": 128}
+    ours, expected = (
+        logprobs("phi3-longrope", "xquant", xquant={"bits": 8}, **short),
+        logprobs("phi3-longrope", "CPU_ATTN", **short),
+    )
+    assert_close(ours, expected, 0.03)
+    assert_far(expected, logprobs("phi3-longrope", "CPU_ATTN")[:119])
+
+
+def test_sequences_longer_than_the_rotary_table_are_refused_by_name(logprobs):
+    with pytest.raises(EngineFailed) as error:
+        logprobs("llama-dynamic", "xquant", xquant={"bits": 8}, max_model_len=512)
+    for part in ("LlamaAttention at model.layers.0", "knows 256 positions", "512", "set --max-model-len 256 or less"):
+        assert part in error.value.log
+
+
+@pytest.mark.covers("GPT-OSS: attention sinks", "refused")
+def test_attention_sinks_are_refused_by_name(logprobs):
+    refused = "GptOssForCausalLM .* attention sinks not supported .* choose another --attention-backend for this model"
+    with pytest.raises(EngineFailed, match=refused):
+        logprobs("gpt-oss", "xquant", xquant={"bits": 8})
+
+
+@pytest.mark.covers("Gemma 3", "sliding window", "mixed with 16 bit", *LATENTS, "bits=8")
+def test_sliding_layers_that_keep_keys_and_values(serve, logprobs):
+    long = {"max_model_len": 1024}
+    all_compressed = serve("gemma3", "xquant", xquant={"bits": 8}, **long)
+    mixed = serve("gemma3", "xquant", xquant={"bits": 8}, attention_config=GEMMA3_KEPT, **long)
+    plain = serve("gemma3", "CPU_ATTN", **long)
+    assert "layers 0-5 are compressed, which is all" in all_compressed.log
+    assert "layers 2, 5 are compressed; layers 0-1, 3-4 keep keys and values (CPU_ATTN)" in mixed.log
+    assert plain.tasks[1]["cached"] == mixed.tasks[1]["cached"] == [192]
+    errors = [difference(run.tasks[2]["logprobs"][0], plain.tasks[2]["logprobs"][0]) for run in (mixed, all_compressed)]
+    print(f"mean absolute change of log-probability: mixed {errors[0]:.4f}, all compressed {errors[1]:.4f}")
+    assert errors[0] < errors[1] <= 0.03
+    # vLLM pads all pages to the largest: if blocks were not made longer to fill them, nothing would be gained.
+    print(f"capacities {plain.capacity}, {mixed.capacity}, {all_compressed.capacity}")
+    assert 1.5 * plain.capacity < mixed.capacity < all_compressed.capacity
+
+
+@pytest.mark.covers("Gemma 3", "sliding window", "mixed with 16 bit", *LATENTS, "bits=8")
+def test_full_layers_that_keep_keys_and_values(serve):
+    kept = {"backend_per_kind": {"full_attention": "CPU_ATTN"}}
+    mixed = serve("gemma3", "xquant", xquant={"bits": 8}, attention_config=kept)
+    assert "layers 0-1, 3-4 are compressed; layers 2, 5 keep keys and values (CPU_ATTN)" in mixed.log
+    assert_close(mixed.tasks[2]["logprobs"][0], serve("gemma3", "CPU_ATTN").tasks[2]["logprobs"][0], 0.03)
+
+
+@pytest.mark.covers("Qwen3", "qk-norm", *LATENTS, "bits=8")
 @pytest.mark.parametrize(
     "settings",
     [{"bits": 8, "basis": "joint"}, {"bits": 8, "rotate": False, "outlier_channels": 0, "group_size": 16}],
     ids=["joint", "plain"],
 )
-def test_settings_on_qwen3(logprobs, model, settings):
-    folder = model("qwen3")
-    assert_close(logprobs(folder, "xquant", xquant=settings), logprobs(folder, "CPU_ATTN"), 0.02)
+def test_settings_on_qwen3(logprobs, settings):
+    assert_close(logprobs("qwen3", "xquant", xquant=settings), logprobs("qwen3", "CPU_ATTN"), 0.02)
 
 
-def test_pages_of_two_sizes_in_one_cache(engines, logprobs, model):
-    folder = model("qwen3")
+@pytest.mark.covers("Qwen3", *LATENTS, "bits=8", "bits=4")
+def test_pages_of_two_sizes_in_one_cache(serve, logprobs):
     settings = {"bits": {"key": 8, "value": 4}, "first_layers": 2, "first_layers_bits": 8}
-    ours = engines.run(folder, "xquant", TASKS, xquant=settings, **ENGINE)
+    ours = serve("qwen3", "xquant", xquant=settings)
     # 2 kv heads of 80 channels, one group each: codes, scales and zeros, and the keys' outlier channel.
     eight, mixed = 2 * (80 + 80 + 8 + 2), 2 * (80 + 40 + 8 + 2)
-    block = 128
+    block = ENGINE["block_size"]
     blocks = ENGINE["kv_cache_memory_bytes"] // (block * (2 * eight + mixed))
     assert ours.cache_tokens == blocks * block
-    assert_close(ours.tasks[0]["logprobs"][0], logprobs(folder, "CPU_ATTN"), 0.1)
+    assert_close(ours.tasks[-1]["logprobs"][0], logprobs("qwen3", "CPU_ATTN"), 0.1)
 
 
 def test_the_reference_serves_where_no_kernels_were_built(engines, logprobs, model):
-    folder = model("qwen3")
     environment = {"XQUANT_ATTENTION_KERNELS": "reference"}
-    slow = engines.run(folder, "xquant", TASKS, xquant={"bits": 8}, environment=environment, **ENGINE)
+    slow = engines.run(model("qwen3"), "xquant", TASKS, xquant={"bits": 8}, environment=environment, **ENGINE)
     assert "attention runs on the PyTorch reference" in slow.log
-    assert_close(slow.tasks[0]["logprobs"][0], logprobs(folder, "xquant", xquant={"bits": 8}), 0.01)
+    assert_close(slow.tasks[-1]["logprobs"][0], logprobs("qwen3", "xquant", xquant={"bits": 8}), 0.01)
 
 
-def test_float16(logprobs, model):
-    folder = model("qwen2")
-    ours = logprobs(folder, "xquant", dtype="float16", xquant={"bits": 8})
-    assert_close(ours, logprobs(folder, "CPU_ATTN"), 0.03)
+def test_float16(logprobs):
+    ours = logprobs("qwen2", "xquant", dtype="float16", xquant={"bits": 8})
+    assert_close(ours, logprobs("qwen2", "CPU_ATTN"), 0.03)
 
 
-def test_multimodal_rope_is_refused_by_name(logprobs, model):
-    folder = model("llama", rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]})
-    with pytest.raises(EngineFailed, match="uses MRotaryEmbedding, a kind of RoPE that is not supported"):
-        logprobs(folder, "xquant", xquant={"bits": 8})
-
-
-def test_a_quantized_checkpoint_is_probed_for_its_effective_weight(engines, logprobs, model):
-    folder = quantize_tiny_model(model("llama-bias"))
-    ours = engines.run(folder, "xquant", TASKS, xquant={"bits": 8}, **{**ENGINE, "dtype": "bfloat16"})
+def test_a_quantized_checkpoint_is_probed_for_its_effective_weight(engines, tmp_path):
+    folder = quantize_tiny_model(save_tiny_model(tmp_path, "llama-bias"))
+    engine = {**ENGINE, "dtype": "bfloat16", "alone": False}
+    ours = engines.run(folder, "xquant", TASKS, xquant={"bits": 8}, **engine)
+    expected = engines.run(folder, "CPU_ATTN", TASKS, **engine)
     assert "3 quantized qkv_proj layers now hold their effective weight" in ours.log
-    assert_close(ours.tasks[0]["logprobs"][0], logprobs(folder, "CPU_ATTN", dtype="bfloat16"), 0.1)
+    assert_close(ours.tasks[-1]["logprobs"][0], expected.tasks[-1]["logprobs"][0], 0.1)
 
 
-def test_tensor_parallel_ranks_factorize_their_own_heads(engines, logprobs, model):
-    folder = model("qwen3")
+@pytest.mark.covers("Qwen3", "tensor parallel", *LATENTS, "bits=8")
+def test_tensor_parallel_ranks_factorize_their_own_heads(engines, serve, logprobs, model):
     cores = sorted(os.sched_getaffinity(0))[:2]
     binding = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
     ours = engines.run(
-        folder, "xquant", TASKS, xquant={"bits": 8}, environment=binding, tensor_parallel_size=2, **ENGINE
+        model("qwen3"), "xquant", TASKS, xquant={"bits": 8}, environment=binding, tensor_parallel_size=2, **ENGINE
     )
-    alone = engines.run(folder, "xquant", TASKS, xquant={"bits": 8}, **ENGINE)
+    alone = serve("qwen3", "xquant", xquant={"bits": 8})
     # Each rank holds one of the two kv heads: half the bytes per token.
     assert ours.cache_tokens == pytest.approx(2 * alone.cache_tokens, rel=0.01)
-    assert_close(ours.tasks[0]["logprobs"][0], logprobs(folder, "CPU_ATTN"), 0.02)
+    assert_close(ours.tasks[-1]["logprobs"][0], logprobs("qwen3", "CPU_ATTN"), 0.02)
 
 
-def test_ngram_speculation_changes_no_token(engines, model):
-    folder = model("qwen2")
+def test_ngram_speculation_changes_no_token(engines, serve, model):
     tasks = [{"kind": "greedy", "prompts": [PROMPT[:40] * 3], "max_tokens": 40}]
     speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    plain = engines.run(folder, "xquant", tasks, xquant={"bits": 8}, **ENGINE)
-    drafted = engines.run(folder, "xquant", tasks, xquant={"bits": 8}, speculative_config=speculative, **ENGINE)
+    plain = serve("qwen2", "xquant", tasks, xquant={"bits": 8})
+    # Alone: what its proposer leaves in the process breaks the next engine of this vLLM.
+    engine = {**ENGINE, "speculative_config": speculative}
+    drafted = engines.run(model("qwen2"), "xquant", tasks, xquant={"bits": 8}, **engine)
     assert drafted.tasks[0]["tokens"] == plain.tasks[0]["tokens"]
 
 
-def test_new_weights_for_a_running_model_are_refused(engines, model):
-    tasks = [{"kind": "reload_weights"}]
-    result = engines.run(model("llama-bias"), "xquant", tasks, **ENGINE)
+def test_new_weights_for_a_running_model_are_refused(serve):
+    result = serve("llama-bias", "xquant", [{"kind": "reload_weights"}])
     assert "new weights cannot be loaded into a running model" in result.tasks[0]["error"]

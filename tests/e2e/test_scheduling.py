@@ -10,6 +10,7 @@ import pytest
 from demo import can_compile
 
 from tests.e2e.engine_process import NUM_LOGITS
+from tests.family_coverage import LATENTS
 
 pytestmark = pytest.mark.e2e
 
@@ -63,6 +64,7 @@ def assert_same(actual, expected, tolerance=TOLERANCE):
     assert largest <= tolerance
 
 
+@pytest.mark.covers("Llama", "prefix caching", "bits=4", *LATENTS)
 def test_warm_equals_cold(unchunked):
     cold, warm = unchunked
     assert cold["cached"] == [0]
@@ -71,6 +73,7 @@ def test_warm_equals_cold(unchunked):
     assert_same(warm["logits"][0], cold["logits"][0])
 
 
+@pytest.mark.covers("Llama", "chunked prefill", "prefix caching", "bits=4", *LATENTS)
 @pytest.mark.parametrize("chunk", [16, 64, 500])
 def test_chunked_equals_whole(logits, unchunked, prompt, chunk):
     tasks = [{"kind": "next_logits", "prompts": [prompt], "max_tokens": TOKENS}] * 2
@@ -99,6 +102,7 @@ def test_a_sequence_of_one_token(logits, prompt):
     assert_same(together["logits"][2], alone["logits"][0])
 
 
+@pytest.mark.covers("Llama", "preemption", "bits=4", *LATENTS)
 def test_preempted_and_resumed_equals_undisturbed(engines, smollm2, documentation):
     prompts = [documentation[start : start + 100] for start in range(0, 800, 100)]
     tasks = [{"kind": "greedy", "prompts": prompts, "max_tokens": 64}, {"kind": "preemptions"}]
@@ -120,6 +124,7 @@ def test_preempted_and_resumed_equals_undisturbed(engines, smollm2, documentatio
     assert same >= len(prompts) - 2
 
 
+@pytest.mark.covers("Llama", "torch.compile", "bits=8", *LATENTS)
 @pytest.mark.skipif(
     not can_compile(),
     reason="torch.compile needs Python.h, which python3-dev installs: vLLM itself cannot compile here",

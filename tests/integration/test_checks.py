@@ -1,10 +1,15 @@
 """Start-up refusals, raised by vLLM's own configuration of a real engine."""
 
+import pickle
+
 import pytest
+import transformers
+from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.tiny_models import save_tiny_model
 from xquant_vllm import __version__
+from xquant_vllm.integration.checks import UnsupportedError, unsupported_model
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +54,65 @@ def test_refusals_name_the_cause_and_the_remedy(tiny, arguments, parts):
         configure(tiny, **arguments)
     for part in parts:
         assert part in str(error.value)
+
+
+_SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 320}
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+_REFUSED = {
+    "DeepSeek-V2: multi-head latent attention": ("DeepseekV2ForCausalLM", transformers.DeepseekV2Config()),
+    "DeepSeek-V3: multi-head latent attention": ("DeepseekV3ForCausalLM", transformers.DeepseekV3Config()),
+    "Whisper: cross attention": ("WhisperForConditionalGeneration", transformers.WhisperConfig(d_model=64)),
+    # vLLM has no BART of its own and would take its stand-in for models of transformers.
+    "BART: cross attention": ("TransformersForCausalLM", transformers.BartConfig(d_model=64)),
+    "Falcon-H1: state-space or linear attention": ("FalconH1ForCausalLM", transformers.FalconH1Config()),
+    "Mamba: state-space or linear attention": ("MambaForCausalLM", transformers.MambaConfig()),
+    "Qwen3-Next: state-space or linear attention": ("Qwen3NextForCausalLM", transformers.Qwen3NextConfig()),
+    "Bloom: ALiBi": ("BloomForCausalLM", transformers.BloomConfig(hidden_size=64)),
+    "Falcon: ALiBi": ("FalconForCausalLM", transformers.FalconConfig(**_SHAPE, alibi=True)),
+    "Qwen2 with `mrope_section` (Qwen2-VL): multimodal RoPE": (
+        "Qwen2ForCausalLM",
+        transformers.Qwen2Config(**_SHAPE, rope_parameters=_MROPE),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("feature", "architecture", "config"),
+    [
+        pytest.param(name.partition(": ")[2], *values, id=name, marks=pytest.mark.covers(name, "refused"))
+        for name, values in _REFUSED.items()
+    ],
+)
+def test_models_are_refused_by_name_and_feature_before_weights_are_loaded(tmp_path, feature, architecture, config):
+    config.architectures = [architecture.replace("Transformers", "Bart")]
+    config.dtype = "float32"
+    config.save_pretrained(tmp_path)
+    refusal = (
+        rf"{architecture} \(.*\) uses .*{feature}.*not supported; choose another --attention-backend for this model"
+    )
+    with pytest.raises(ValueError, match=refusal):
+        configure(str(tmp_path), max_model_len=256)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refusal"),
+    [
+        ({"alibi_slopes": [0.5] * 4}, "uses ALiBi"),
+        ({"kv_sharing_target_layer_name": "model.layers.0"}, "a layer that shares the cache of model.layers.0"),
+        ({"sinks": [0.0] * 4}, "asks its attention for sinks"),
+    ],
+)
+def test_what_only_a_layer_tells_is_refused_when_it_is_built(tiny, arguments, refusal):
+    from xquant_vllm.integration.impl import XQuantImpl
+
+    named = f"LlamaForCausalLM .*{refusal}.* not supported; choose another --attention-backend for this model"
+    with set_current_vllm_config(configure(tiny)), pytest.raises(UnsupportedError, match=named):
+        XQuantImpl(4, 32, 1.0, 2, **arguments)
+
+
+def test_the_error_survives_the_way_between_processes():
+    error = unsupported_model("a model")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 def test_other_backends_are_left_alone(tiny):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xquant_vllm.integration.checks import UnsupportedError
+from xquant_vllm.integration.checks import unsupported_model
 
 
 class _Reached(Exception):
@@ -47,12 +47,9 @@ def capture_qkv(
     known: dict[str, Any] = {"positions": positions, "hidden_states": hidden_states}
     parameters = inspect.signature(module.forward).parameters
     unknown = [p.name for p in parameters.values() if p.name not in known and p.default is p.empty and p.kind < 2]
-    who = f"xquant: {type(module).__name__} at {name}"
+    who = f"{type(module).__name__} at {name}"
     if unknown or "hidden_states" not in parameters:
-        raise UnsupportedError(
-            f"{who} is not recognized: its forward takes {', '.join(parameters)}; choose another --attention-backend "
-            "for this model"
-        )
+        raise unsupported_model(f"{who} is not recognized: its forward takes {', '.join(parameters)}")
     children: dict[str, nn.Module] = {"attn": _Recorder()} | ({} if stand_in is None else {"qkv_proj": stand_in})
     saved = {key: module._modules[key] for key in children}
     module._modules.update(children)
@@ -63,10 +60,9 @@ def capture_qkv(
         query, key, value = (x.flatten(1) for x in reached.qkv)
         return query, key, value
     except Exception as error:
-        raise UnsupportedError(
-            f"{who} is not recognized: it fails before its `attn` ({type(error).__name__}: {error}); choose another "
-            "--attention-backend for this model"
+        raise unsupported_model(
+            f"{who} is not recognized: it fails before its `attn` ({type(error).__name__}: {error})"
         ) from error
     finally:
         module._modules.update(saved)
-    raise UnsupportedError(f"{who} never called its `attn`; choose another --attention-backend for this model")
+    raise unsupported_model(f"{who} is not recognized: it never called its `attn`")

@@ -13,8 +13,23 @@ SUPPORTED_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 SPECULATIVE_WITHOUT_DRAFT_MODEL = ("ngram", "suffix")
 
 
+OTHER_BACKEND = "choose another --attention-backend for this model"
+
+
 class UnsupportedError(ValueError):
     """A vLLM feature that does not work together with this backend."""
+
+
+def unsupported_model(problem: str) -> UnsupportedError:
+    """The error for a model, or one of its modules, that this backend cannot serve; ends with what to do instead.
+
+    A function and not a subclass: an error that changes its own message does not survive pickling, and vLLM sends
+    errors between processes.
+
+    Args:
+        problem: the model or module by name, and what about it is not supported; no full stop.
+    """
+    return UnsupportedError(f"xquant: {problem}; {OTHER_BACKEND}")
 
 
 def check_config(vllm_config: Any) -> None:
@@ -115,10 +130,13 @@ def _unsupported(vllm_config: Any) -> Iterator[str]:
 def _unsupported_model(model: Any) -> Iterator[str]:
     if model is None:
         return
-    other = "choose another --attention-backend for this model"
-    if model.use_mla:
-        yield f"multi-head latent attention (MLA) already caches latents of its own and is not supported; {other}"
-    if model.is_encoder_decoder:
-        yield f"encoder-decoder models (cross attention) are not supported; {other}"
-    if model.is_attention_free or model.is_hybrid:
-        yield f"models with state-space or linear attention layers are not supported; {other}"
+    # What no configuration tells (attention sinks, shared caches) is refused where the layer is built.
+    for present, feature in (
+        (model.use_mla, "multi-head latent attention (MLA), which already caches latents of its own"),
+        (model.is_encoder_decoder, "cross attention between an encoder and a decoder"),
+        (model.is_attention_free or model.is_hybrid, "state-space or linear attention layers"),
+        (model.uses_alibi, "ALiBi, a bias on the scores"),
+        (model.uses_mrope, "multimodal RoPE, several positions per token"),
+    ):
+        if present:
+            yield f"{model.architecture} ({model.model}) uses {feature}: not supported; {OTHER_BACKEND}"

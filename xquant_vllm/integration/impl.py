@@ -9,7 +9,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionTy
 
 from xquant_vllm.attention import dispatch
 from xquant_vllm.attention.batch import AttentionLayerPlan
-from xquant_vllm.integration.checks import UnsupportedError
+from xquant_vllm.integration.checks import unsupported_model
 from xquant_vllm.integration.layer_cache import LayerCache
 from xquant_vllm.integration.loader import install_loader_hook
 from xquant_vllm.integration.metadata import XQuantMetadata
@@ -37,19 +37,17 @@ class XQuantImpl(AttentionImpl[XQuantMetadata]):
         **unsupported: Any,
     ) -> None:
         """Keep the layer's shape; refuse what the kernels do not do."""
+        self.vllm_config = get_current_vllm_config()
+        who = self.vllm_config.model_config.architecture
         if alibi_slopes is not None:
-            raise UnsupportedError("xquant: ALiBi is not supported; choose another --attention-backend for this model")
+            raise unsupported_model(f"{who} uses ALiBi, which is not supported")
         if kv_sharing_target_layer_name is not None:
-            raise UnsupportedError(
-                f"xquant: a layer that shares the cache of {kv_sharing_target_layer_name} is not supported; choose "
-                "another --attention-backend for this model"
+            raise unsupported_model(
+                f"{who} has a layer that shares the cache of {kv_sharing_target_layer_name}, which is not supported"
             )
         for name, value in unsupported.items():
             if value is not None:
-                raise UnsupportedError(
-                    f"xquant: the model's attention asks for {name}, which is not supported; choose another "
-                    "--attention-backend for this model"
-                )
+                raise unsupported_model(f"{who} asks its attention for {name}, which is not supported")
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
@@ -57,7 +55,6 @@ class XQuantImpl(AttentionImpl[XQuantMetadata]):
         self.sliding_window = sliding_window
         self.kv_cache_dtype = kv_cache_dtype
         self.logits_soft_cap = logits_soft_cap or None
-        self.vllm_config = get_current_vllm_config()
         self.settings = settings_of(self.vllm_config)
         self.cache: LayerCache | None = None
         self._earlier: tuple[Any, ...] = ()

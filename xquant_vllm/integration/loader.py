@@ -1,5 +1,6 @@
 """The hook that factorizes a model's weights once they are loaded."""
 
+import logging
 import time
 from typing import Any
 
@@ -12,6 +13,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from xquant_vllm.integration.cache_spec import publish_page_size
 from xquant_vllm.integration.checks import UnsupportedError
+from xquant_vllm.integration.coverage import describe_coverage
 from xquant_vllm.integration.effective_weight import effective_linear
 from xquant_vllm.integration.factors import FactorProvider
 from xquant_vllm.integration.formats import LayerShape, layer_formats
@@ -21,6 +23,8 @@ from xquant_vllm.integration.recognize import AttentionParts, recognize
 from xquant_vllm.integration.registration import BACKEND_NAME
 from xquant_vllm.integration.report import report
 from xquant_vllm.integration.surgery import Surgeon
+
+logger = logging.getLogger("vllm.xquant_vllm")
 
 _HOOKED = "_xquant_hooked"
 
@@ -56,6 +60,7 @@ def install_loader_hook() -> None:
             original(model, model_config, target_device)
         model.load_weights = _refuse_new_weights
         report([attention.impl for _, _, attention in layers], quantized, factors.describe(seconds))
+        logger.info("xquant: %s", describe_coverage(model))
 
     setattr(process_weights_after_loading, _HOOKED, True)
     base_loader.process_weights_after_loading = process_weights_after_loading

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from vllm.model_executor.layers.rotary_embedding import Phi3LongRoPEScaledRotaryEmbedding
 
 
 class QueryOnlyRotary(nn.Module):
@@ -14,12 +15,15 @@ class QueryOnlyRotary(nn.Module):
         """Wrap a rotary embedding."""
         super().__init__()
         self.rotary_emb = rotary_emb
+        # This one insists on a key. Its first query head is given as one and the result dropped.
+        self._needs_key = isinstance(rotary_emb, Phi3LongRoPEScaledRotaryEmbedding)
 
     def forward(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rotate ``query`` ``[num_tokens, num_heads * head_size]``; return ``key`` as it is."""
-        query, _ = self.rotary_emb(positions, query, None)
+        stand_in = query[..., : self.rotary_emb.head_size] if self._needs_key else None
+        query, _ = self.rotary_emb(positions, query, stand_in)
         return query, key
 
 

@@ -62,9 +62,14 @@ def _wrap_cpu_selection(platform: Any) -> None:
             device_capability=None, **attn_selector_config._asdict()
         )
         if reasons:
-            raise ValueError(
-                f"xquant: the attention backend {BACKEND_NAME} cannot serve this model: {'; '.join(reasons)} "
-                f"({attn_selector_config}); choose another --attention-backend for it"
+            from vllm.config import get_current_vllm_config
+
+            from xquant_vllm.integration.checks import unsupported_model
+
+            model = get_current_vllm_config().model_config
+            raise unsupported_model(
+                f"{model.architecture} ({model.model}) has an attention layer that cannot be served: "
+                f"{'; '.join(reasons)} ({attn_selector_config})"
             )
         return selected_backend.get_path()
 
