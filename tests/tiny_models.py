@@ -69,6 +69,7 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
         },
     ),
     "phi3": (transformers.Phi3Config, {"num_key_value_heads": 4}),
+    "phi3-gqa": (transformers.Phi3Config, {}),
     "phi3-longrope": (
         transformers.Phi3Config,
         {

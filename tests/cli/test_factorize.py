@@ -53,7 +53,7 @@ def projections(folder: Path, layer: int, kv_heads: int):
     return weights[f"{stem}.k_proj.weight"], weights[f"{stem}.v_proj.weight"]
 
 
-@pytest.mark.parametrize(("family", "kv_heads"), [("llama", 2), ("qwen3", 2), ("phi3", 2), ("opt", 4), ("mqa", 1)])
+@pytest.mark.parametrize(("family", "kv_heads"), [("llama", 2), ("qwen3", 2), ("phi3-gqa", 2), ("opt", 4), ("mqa", 1)])
 def test_bases_are_those_of_the_weights_as_served(models, tmp_path, family, kv_heads):
     assert factorize(models(family), tmp_path / "out") == 0
     tensors = load_file(tmp_path / "out" / FACTORS_FILE)
@@ -76,6 +76,7 @@ def test_options_are_written_down(models, tmp_path, capsys):
         "basis": "joint",
         "rotate": False,
         "outlier_channels": {"key": 2, "value": 1},
+        "chain": None,
     }
     assert header.dtype == "float16"
     assert header.calibration is None

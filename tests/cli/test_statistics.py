@@ -24,7 +24,7 @@ from xquant_vllm.projection.factor_file import FACTORS_FILE
 
 BATCH = torch.arange(2 * 96).reshape(2, 96) * 7 % 300 + 3
 # Head size, rotating channels, and whether pairs lie side by side.
-ROPE = {"llama": (32, 32, False), "qwen3": (80, 80, False), "phi3": (32, 32, False), "glm": (32, 16, True)}
+ROPE = {"llama": (32, 32, False), "qwen3": (80, 80, False), "phi3-gqa": (32, 32, False), "glm": (32, 16, True)}
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,9 @@ from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.e2e
 
+# Tiny models have few hidden channels, so that most would cache the layer input by themselves.
+LATENT = {"cache": "latent"}
+
 
 def factorize(model, out, *options):
     command = [sys.executable, "-m", "xquant_vllm.cli", "factorize", str(model), "--out", str(out), *options]
@@ -76,8 +79,8 @@ def test_tensor_parallel_ranks_take_their_heads_from_one_file(engines, tiny):
     _, folder = tiny
     cores = sorted(os.sched_getaffinity(0))[:2]
     binding = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
-    ours = engines.run(folder, "xquant", TASKS, environment=binding, tensor_parallel_size=2, **ENGINE)
-    alone = engines.run(folder, "xquant", TASKS, **ENGINE)
+    ours = engines.run(folder, "xquant", TASKS, xquant=LATENT, environment=binding, tensor_parallel_size=2, **ENGINE)
+    alone = engines.run(folder, "xquant", TASKS, xquant=LATENT, **ENGINE)
     assert ours.log.count("factors read from") == 2
     pairs = zip(ours.tasks[0]["logprobs"][0], alone.tasks[0]["logprobs"][0], strict=True)
     assert statistics.mean(abs(p - q) for p, q in pairs) < 1e-3
@@ -89,4 +92,4 @@ def test_weights_that_changed_under_their_factors_are_refused(engines, tiny, tmp
     weights["model.layers.1.self_attn.k_proj.weight"][0, 0] += 0.5
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(EngineFailed, match=r"is stale: the key and value weights of layer 1 are not .*--force"):
-        engines.run(folder, "xquant", TASKS, **ENGINE)
+        engines.run(folder, "xquant", TASKS, xquant=LATENT, **ENGINE)

@@ -28,6 +28,8 @@ ENGINE = {
     "block_size": 32,
     "max_logprobs": NUM_LOGITS,
 }
+# Tiny models have few hidden channels, so that most would cache the layer input by themselves.
+EIGHT = {"bits": 8, "cache": "latent"}
 GEMMA3_KEPT = {"backend_per_kind": {"sliding_window": "CPU_ATTN"}}
 
 
@@ -108,7 +110,50 @@ SERVED = [
 
 @pytest.mark.parametrize("family", SERVED)
 def test_eight_bits_match_the_16_bit_cache(logprobs, family):
-    assert_close(logprobs(family, "xquant", xquant={"bits": 8}), logprobs(family, "CPU_ATTN"), 0.03)
+    assert_close(logprobs(family, "xquant", xquant=EIGHT), logprobs(family, "CPU_ATTN"), 0.03)
+
+
+def caching(method, cache, family, name, *features):
+    marks = pytest.mark.covers(name, *features, f"method={method}", f"cache={cache}", "bits=8")
+    return pytest.param(method, cache, family, id=f"{method}-{cache}-{family}", marks=marks)
+
+
+@pytest.mark.parametrize(
+    ("method", "cache", "family"),
+    [
+        caching("xquant", "x", "mha", "Llama", "rope=default"),
+        caching("xquant", "x", "llama-bias", "Llama", "bias"),
+        caching("xquant", "x", "qwen3", "Qwen3", "qk-norm"),
+        caching("xquant", "x", "gemma3", "Gemma 3", "qk-norm", "sliding window"),
+        caching("xquant", "x", "phi3", "Phi-3", "rope=default"),
+        caching("xquant", "x", "phi3-longrope", "Phi-3", "rope=longrope"),
+        caching("xquant", "x", "opt", "OPT", "bias", "rope=none"),
+        caching("xquant-cl", "x", "mha", "Llama", "rope=default"),
+        caching("xquant-cl", "x", "phi3-longrope", "Phi-3", "rope=longrope"),
+        caching("xquant-cl", "x", "opt", "OPT", "bias", "rope=none"),
+        caching("xquant-cl", "latent", "mistral-window", "Mistral", "sliding window"),
+        caching("xquant-cl", "latent", "qwen2", "Qwen2", "bias"),
+        caching("xquant-cl", "latent", "qwen3", "Qwen3", "qk-norm"),
+    ],
+)
+def test_layer_inputs_and_chains_match_the_16_bit_cache(serve, logprobs, method, cache, family):
+    settings = {"bits": 8, "method": method, "cache": cache}
+    if method == "xquant-cl":
+        settings["first_layers"] = 1
+    ours = serve(family, "xquant", xquant=settings)
+    assert f'cache "{cache}" at key 8 / value 8 bits, method "{method}"' in ours.log
+    assert ("hold differences of" in ours.log) == (method == "xquant-cl")
+    assert_close(ours.tasks[-1]["logprobs"][0], logprobs(family, "CPU_ATTN"), 0.06)
+    cold, warm, _ = ours.tasks
+    assert warm["cached"] == [192]
+    assert warm["logits"] == cold["logits"]
+
+
+@pytest.mark.parametrize(
+    ("family", "cache"), [("mha", "x"), ("phi3", "x"), ("opt", "x"), ("llama-bias", "latent"), ("mqa", "latent")]
+)
+def test_what_is_cached_is_what_has_fewer_channels(serve, family, cache):
+    assert f'cache "{cache}" at key 4 / value 4 bits' in serve(family, "xquant", []).log
 
 
 def also_covering(parameter, *features):
@@ -119,7 +164,7 @@ def also_covering(parameter, *features):
 @pytest.mark.parametrize("family", [also_covering(p, "prefix caching", "chunked prefill") for p in SERVED])
 def test_a_cached_prefix_gives_the_same_logits(serve, family):
     """The rest of the prompt, prefilled behind a cached prefix, is another chunk than without one."""
-    cold, warm, _ = serve(family, "xquant", xquant={"bits": 8}).tasks
+    cold, warm, _ = serve(family, "xquant", xquant=EIGHT).tasks
     assert cold["cached"] == [0]
     # Past the sliding window, where there is one: the blocks before it are gone, and not needed.
     assert warm["cached"] == [192]
@@ -140,7 +185,7 @@ def test_a_cached_prefix_gives_the_same_logits(serve, family):
     ],
 )
 def test_rope_variants(logprobs, family):
-    ours, expected = logprobs(family, "xquant", xquant={"bits": 8}), logprobs(family, "CPU_ATTN")
+    ours, expected = logprobs(family, "xquant", xquant=EIGHT), logprobs(family, "CPU_ATTN")
     assert_close(ours, expected, 0.03)
     # The same weights with plain RoPE are another model, which the bound must tell apart.
     assert_far(expected, logprobs("llama", "CPU_ATTN"))
@@ -155,9 +200,9 @@ def test_rope_variants(logprobs, family):
 )
 def test_compiled_equals_eager(engines, model, logprobs, family):
     engine = {**ENGINE, "enforce_eager": False}
-    compiled = engines.run(model(family), "xquant", TASKS, xquant={"bits": 8}, **engine).tasks[-1]["logprobs"][0]
+    compiled = engines.run(model(family), "xquant", TASKS, xquant=EIGHT, **engine).tasks[-1]["logprobs"][0]
     # Measured 0.00002 and 0.0001: the model rounds differently, and flips a code now and then.
-    assert_close(compiled, logprobs(family, "xquant", xquant={"bits": 8}), 0.002)
+    assert_close(compiled, logprobs(family, "xquant", xquant=EIGHT), 0.002)
 
 
 @pytest.mark.covers("Phi-3", "rope=partial", "rope=longrope", *LATENTS, "bits=8")
@@ -165,7 +210,7 @@ def test_longrope_of_short_contexts(logprobs):
     """Up to ``original_max_position_embeddings`` the short factors serve, beyond it the long ones."""
     short = {"tasks": tasks_of(120), "max_model_len": 128}
     ours, expected = (
-        logprobs("phi3-longrope", "xquant", xquant={"bits": 8}, **short),
+        logprobs("phi3-longrope", "xquant", xquant=EIGHT, **short),
         logprobs("phi3-longrope", "CPU_ATTN", **short),
     )
     assert_close(ours, expected, 0.03)
@@ -174,7 +219,7 @@ def test_longrope_of_short_contexts(logprobs):
 
 def test_sequences_longer_than_the_rotary_table_are_refused_by_name(logprobs):
     with pytest.raises(EngineFailed) as error:
-        logprobs("llama-dynamic", "xquant", xquant={"bits": 8}, max_model_len=512)
+        logprobs("llama-dynamic", "xquant", xquant=EIGHT, max_model_len=512)
     for part in ("LlamaAttention at model.layers.0", "knows 256 positions", "512", "set --max-model-len 256 or less"):
         assert part in error.value.log
 
@@ -183,14 +228,14 @@ def test_sequences_longer_than_the_rotary_table_are_refused_by_name(logprobs):
 def test_attention_sinks_are_refused_by_name(logprobs):
     refused = "GptOssForCausalLM .* attention sinks not supported .* choose another --attention-backend for this model"
     with pytest.raises(EngineFailed, match=refused):
-        logprobs("gpt-oss", "xquant", xquant={"bits": 8})
+        logprobs("gpt-oss", "xquant", xquant=EIGHT)
 
 
 @pytest.mark.covers("Gemma 3", "sliding window", "mixed with 16 bit", *LATENTS, "bits=8")
 def test_sliding_layers_that_keep_keys_and_values(serve, logprobs):
     long = {"max_model_len": 1024}
-    all_compressed = serve("gemma3", "xquant", xquant={"bits": 8}, **long)
-    mixed = serve("gemma3", "xquant", xquant={"bits": 8}, attention_config=GEMMA3_KEPT, **long)
+    all_compressed = serve("gemma3", "xquant", xquant=EIGHT, **long)
+    mixed = serve("gemma3", "xquant", xquant=EIGHT, attention_config=GEMMA3_KEPT, **long)
     plain = serve("gemma3", "CPU_ATTN", **long)
     assert "layers 0-5 are compressed, which is all" in all_compressed.log
     assert "layers 2, 5 are compressed; layers 0-1, 3-4 keep keys and values (CPU_ATTN)" in mixed.log
@@ -206,7 +251,7 @@ def test_sliding_layers_that_keep_keys_and_values(serve, logprobs):
 @pytest.mark.covers("Gemma 3", "sliding window", "mixed with 16 bit", *LATENTS, "bits=8")
 def test_full_layers_that_keep_keys_and_values(serve):
     kept = {"backend_per_kind": {"full_attention": "CPU_ATTN"}}
-    mixed = serve("gemma3", "xquant", xquant={"bits": 8}, attention_config=kept)
+    mixed = serve("gemma3", "xquant", xquant=EIGHT, attention_config=kept)
     assert "layers 0-1, 3-4 are compressed; layers 2, 5 keep keys and values (CPU_ATTN)" in mixed.log
     assert_close(mixed.tasks[2]["logprobs"][0], serve("gemma3", "CPU_ATTN").tasks[2]["logprobs"][0], 0.03)
 
@@ -214,7 +259,7 @@ def test_full_layers_that_keep_keys_and_values(serve):
 @pytest.mark.covers("Qwen3", "qk-norm", *LATENTS, "bits=8")
 @pytest.mark.parametrize(
     "settings",
-    [{"bits": 8, "basis": "joint"}, {"bits": 8, "rotate": False, "outlier_channels": 0, "group_size": 16}],
+    [{**EIGHT, "basis": "joint"}, {**EIGHT, "rotate": False, "outlier_channels": 0, "group_size": 16}],
     ids=["joint", "plain"],
 )
 def test_settings_on_qwen3(logprobs, settings):
@@ -223,7 +268,7 @@ def test_settings_on_qwen3(logprobs, settings):
 
 @pytest.mark.covers("Qwen3", *LATENTS, "bits=8", "bits=4")
 def test_pages_of_two_sizes_in_one_cache(serve, logprobs):
-    settings = {"bits": {"key": 8, "value": 4}, "first_layers": 2, "first_layers_bits": 8}
+    settings = {"cache": "latent", "bits": {"key": 8, "value": 4}, "first_layers": 2, "first_layers_bits": 8}
     ours = serve("qwen3", "xquant", xquant=settings)
     # 2 kv heads of 80 channels, one group each: codes, scales and zeros, and the keys' outlier channel.
     eight, mixed = 2 * (80 + 80 + 8 + 2), 2 * (80 + 40 + 8 + 2)
@@ -235,20 +280,20 @@ def test_pages_of_two_sizes_in_one_cache(serve, logprobs):
 
 def test_the_reference_serves_where_no_kernels_were_built(engines, logprobs, model):
     environment = {"XQUANT_ATTENTION_KERNELS": "reference"}
-    slow = engines.run(model("qwen3"), "xquant", TASKS, xquant={"bits": 8}, environment=environment, **ENGINE)
+    slow = engines.run(model("qwen3"), "xquant", TASKS, xquant=EIGHT, environment=environment, **ENGINE)
     assert "attention runs on the PyTorch reference" in slow.log
-    assert_close(slow.tasks[-1]["logprobs"][0], logprobs("qwen3", "xquant", xquant={"bits": 8}), 0.01)
+    assert_close(slow.tasks[-1]["logprobs"][0], logprobs("qwen3", "xquant", xquant=EIGHT), 0.01)
 
 
 def test_float16(logprobs):
-    ours = logprobs("qwen2", "xquant", dtype="float16", xquant={"bits": 8})
+    ours = logprobs("qwen2", "xquant", dtype="float16", xquant=EIGHT)
     assert_close(ours, logprobs("qwen2", "CPU_ATTN"), 0.03)
 
 
 def test_a_quantized_checkpoint_is_probed_for_its_effective_weight(engines, tmp_path):
     folder = quantize_tiny_model(save_tiny_model(tmp_path, "llama-bias"))
     engine = {**ENGINE, "dtype": "bfloat16", "alone": False}
-    ours = engines.run(folder, "xquant", TASKS, xquant={"bits": 8}, **engine)
+    ours = engines.run(folder, "xquant", TASKS, xquant=EIGHT, **engine)
     expected = engines.run(folder, "CPU_ATTN", TASKS, **engine)
     assert "3 quantized qkv_proj layers now hold their effective weight" in ours.log
     assert_close(ours.tasks[-1]["logprobs"][0], expected.tasks[-1]["logprobs"][0], 0.1)
@@ -259,21 +304,34 @@ def test_tensor_parallel_ranks_factorize_their_own_heads(engines, serve, logprob
     cores = sorted(os.sched_getaffinity(0))[:2]
     binding = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
     ours = engines.run(
-        model("qwen3"), "xquant", TASKS, xquant={"bits": 8}, environment=binding, tensor_parallel_size=2, **ENGINE
+        model("qwen3"), "xquant", TASKS, xquant=EIGHT, environment=binding, tensor_parallel_size=2, **ENGINE
     )
-    alone = serve("qwen3", "xquant", xquant={"bits": 8})
+    alone = serve("qwen3", "xquant", xquant=EIGHT)
     # Each rank holds one of the two kv heads: half the bytes per token.
     assert ours.cache_tokens == pytest.approx(2 * alone.cache_tokens, rel=0.01)
     assert_close(ours.tasks[-1]["logprobs"][0], logprobs("qwen3", "CPU_ATTN"), 0.02)
 
 
+def test_tensor_parallel_ranks_of_a_multi_head_model_cache_latents(engines, serve, logprobs, model):
+    """X is as wide on every rank, latents are shared out: with two ranks both take the same, and latents are faster."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
+    ours = engines.run(
+        model("mha"), "xquant", TASKS, xquant={"bits": 8}, environment=binding, tensor_parallel_size=2, **ENGINE
+    )
+    assert 'cache "latent" at key 8 / value 8 bits' in ours.log
+    assert "with --tensor-parallel-size 2 a rank has latents of 128 channels; the layer input has 128" in ours.log
+    assert 'cache "x" at key 8 / value 8 bits' in serve("mha", "xquant", [], xquant={"bits": 8}).log
+    assert_close(ours.tasks[-1]["logprobs"][0], logprobs("mha", "CPU_ATTN"), 0.03)
+
+
 def test_ngram_speculation_changes_no_token(engines, serve, model):
     tasks = [{"kind": "greedy", "prompts": [PROMPT[:40] * 3], "max_tokens": 40}]
     speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    plain = serve("qwen2", "xquant", tasks, xquant={"bits": 8})
+    plain = serve("qwen2", "xquant", tasks, xquant=EIGHT)
     # Alone: what its proposer leaves in the process breaks the next engine of this vLLM.
     engine = {**ENGINE, "speculative_config": speculative}
-    drafted = engines.run(model("qwen2"), "xquant", tasks, xquant={"bits": 8}, **engine)
+    drafted = engines.run(model("qwen2"), "xquant", tasks, xquant=EIGHT, **engine)
     assert drafted.tasks[0]["tokens"] == plain.tasks[0]["tokens"]
 
 

@@ -166,7 +166,7 @@ def test_another_models_file_is_refused(folder):
     with pytest.raises(SettingsError, match=r"is of another model: .* hidden size 24, but layer 0 has 4 of 8 and 16"):
         provider_of(folder).layer_factors(narrow)
     with pytest.raises(SettingsError, match="is of another model: it is made of 3 layers"):
-        check_factors(config_of(folder, layers=7))
+        check_factors(config_of(folder, layers=7), parse_settings({}))
 
 
 @pytest.mark.parametrize(
@@ -181,14 +181,14 @@ def test_a_damaged_file_is_refused_before_weights_are_loaded(folder, damage, nam
     path = folder / FACTORS_FILE
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(SettingsError, match=f"{FACTORS_FILE} {named}.*xquant factorize"):
-        check_factors(config_of(folder))
+        check_factors(config_of(folder), parse_settings({}))
 
 
 @pytest.mark.parametrize("name", [FACTORS_FILE, HEADER_FILE])
 def test_half_a_pair_is_refused(folder, name):
     (folder / name).unlink()
     with pytest.raises(SettingsError, match=f"{name} is missing"):
-        check_factors(config_of(folder))
+        check_factors(config_of(folder), parse_settings({}))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_another_header_is_refused(folder, change, named):
     path = folder / HEADER_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(SettingsError, match=named or "checksum of layers"):
-        check_factors(config_of(folder))
+        check_factors(config_of(folder), parse_settings({}))
 
 
 def test_a_header_that_is_no_json_is_refused(folder):
@@ -229,14 +229,14 @@ def test_settings_that_contradict_the_file_are_refused(folder, setting, named):
 
 
 def test_a_dtype_or_a_number_of_ranks_that_the_file_does_not_serve_is_refused(folder, tmp_path):
-    check_factors(config_of(folder, ranks=2))
+    check_factors(config_of(folder, ranks=2), parse_settings({}))
     with pytest.raises(SettingsError, match=r"is for --dtype bfloat16, but .* float32; .* --dtype float32 --force"):
-        check_factors(config_of(folder, dtype=torch.float32))
+        check_factors(config_of(folder, dtype=torch.float32), parse_settings({}))
     (tmp_path / "joint").mkdir()
     joint = write_factors(tmp_path / "joint", basis="joint")
-    check_factors(config_of(joint))
+    check_factors(config_of(joint), parse_settings({}))
     with pytest.raises(SettingsError, match=r"--tensor-parallel-size 1 and not 2; .* --basis head --force"):
-        check_factors(config_of(joint, ranks=2))
+        check_factors(config_of(joint, ranks=2), parse_settings({}))
 
 
 def test_the_folders_settings_are_defaults(tmp_path):

@@ -164,7 +164,9 @@ class FactorProvider:
         cached, computed = self._origins["cached"], self._origins["computed"]
         if cached and computed:
             return f"factors of {cached} layers cached, of {computed} computed in {seconds:.1f} s"
-        return f"factors cached, read in {seconds:.1f} s" if cached else f"weights prepared in {seconds:.1f} s"
+        if not cached and not computed:  # pages of X, or the paper's chain
+            return f"weights prepared in {seconds:.1f} s"
+        return f"factors cached, read in {seconds:.1f} s" if cached else f"factors computed in {seconds:.1f} s"
 
     def _produce(self, layer: LayerWeights) -> Bases:
         spec = spec_of(self._settings, layer.key.dtype)

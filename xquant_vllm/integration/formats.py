@@ -55,6 +55,11 @@ class LayerFormat:
         return sum(stream.bytes_per_token for stream in self.streams)
 
     @property
+    def channels(self) -> int:
+        """Numbers cached per token."""
+        return sum(stream.num_heads * stream.width for stream in self.streams)
+
+    @property
     def plain_bytes_per_token(self) -> int:
         """Bytes that 16-bit keys and values take."""
         return 4 * self.shape.num_kv_heads * self.shape.head_size
@@ -98,11 +103,11 @@ def _alone(settings: XQuantSettings, shape: LayerShape) -> LayerFormat:
             f"{_setting_of_one_vector(settings)}, which caches one vector for keys and values: set one number of bits"
         )
     formats = [LayerFormat(shape, holds, _streams(settings, shape, bits, holds)) for holds in candidates]
-    # Of two equal ones the one that is read faster: latents; but in a chain X, whose deltas are summed before anything
-    # is multiplied.
+    # Of two equally wide ones the one that is read faster: latents; but in a chain X, whose deltas are summed before
+    # anything is multiplied.
     if settings.method == "xquant-cl":
         formats.reverse()
-    return min(formats, key=lambda candidate: candidate.bytes_per_token)
+    return min(formats, key=lambda candidate: candidate.channels)
 
 
 def _setting_of_one_vector(settings: XQuantSettings) -> str:

@@ -59,8 +59,8 @@ class XQuantSettings(BaseModel):
     Attributes:
         method: ``"xquant"``, every layer by itself, or ``"xquant-cl"``, a layer as its difference from the one before.
         bits: bits per cached number: 8, 4, 3 or 2, or 16 for FP16; one for all or ``{"key": ..., "value": ...}``.
-        cache: ``"latent"`` for latents of keys and values, ``"x"`` for the layer input itself, None for whichever takes
-            fewer bytes, layer by layer.
+        cache: ``"latent"`` for latents of keys and values, ``"x"`` for the layer input itself, None for whichever has
+            fewer channels, layer by layer.
         group_size: channels that share a scale and a zero point; None takes the largest divisor of a latent head's
             width up to 128.
         first_layers: how many layers from the first on use ``first_layers_bits``; None takes 3 with ``"xquant-cl"``,
