@@ -8,6 +8,7 @@ PYTHON ?= python3
 MODEL ?= smollm2
 PORT ?= 8000
 BITS ?= 4
+METHOD ?= xquant
 # More options for examples/demo.py, e.g. make demo DEMO_ARGS=--enforce-eager
 DEMO_ARGS ?=
 # More options for pytest, e.g. make test TEST_ARGS="-m 'not e2e'"
@@ -40,11 +41,11 @@ $(KERNELS): setup.py $(wildcard csrc/cpu/*) | $(READY)
 model: venv ## prepare the checkpoint MODEL (default smollm2; or smollm2-mha, gemma3); the last line is its folder
 	@$(VENV)/bin/python tools/prepare_model.py --model $(MODEL)
 
-demo: venv ## serve MODEL with a BITS-bit cache, chat with it, compare its cache with the 16-bit one
-	$(VENV)/bin/python examples/demo.py --model $(MODEL) --bits '$(BITS)' $(DEMO_ARGS)
+demo: venv ## serve MODEL with a BITS-bit cache (METHOD xquant or xquant-cl), chat, compare with the 16-bit cache
+	$(VENV)/bin/python examples/demo.py --model $(MODEL) --bits '$(BITS)' --method $(METHOD) $(DEMO_ARGS)
 
 serve: venv ## serve MODEL with a BITS-bit cache on PORT until Ctrl-C
-	$(VENV)/bin/python examples/demo.py --serve --model $(MODEL) --bits '$(BITS)' --port $(PORT) $(DEMO_ARGS)
+	$(VENV)/bin/python examples/demo.py --serve --model $(MODEL) --bits '$(BITS)' --method $(METHOD) --port $(PORT) $(DEMO_ARGS)
 
 # Engines in the tests use one thread each, so two files of tests run side by side on two cores.
 test: venv ## run the tests

@@ -36,8 +36,9 @@ def arguments_of_server(options: argparse.Namespace, checkpoint: Path, backend: 
     arguments += ["--max-model-len", str(MAX_MODEL_LEN), "--kv-cache-memory-bytes", str(CACHE_BYTES)]
     if eager:
         arguments.append("--enforce-eager")
-    if backend == "xquant" and options.bits is not None:
-        arguments += ["--additional-config", json.dumps({"xquant": {"bits": options.bits}})]
+    settings = {name: value for name in ("bits", "method") if (value := getattr(options, name)) is not None}
+    if backend == "xquant" and settings:
+        arguments += ["--additional-config", json.dumps({"xquant": settings})]
     return arguments
 
 
@@ -48,6 +49,18 @@ def prepared_checkpoint(model: str) -> Path:
     if done.returncode:
         raise ServerError(f"the model {model!r} could not be prepared (see above)")
     return Path(done.stdout.strip().splitlines()[-1])
+
+
+def check_chat(checkpoint: Path, model: str) -> None:
+    """Refuse a model that was never taught to chat."""
+    config = checkpoint / "tokenizer_config.json"
+    if (checkpoint / "chat_template.jinja").exists():
+        return
+    if not config.exists() or "chat_template" not in json.loads(config.read_text(encoding="utf-8")):
+        raise ServerError(
+            f"{model} is a base model without a chat template, and this demo chats; take MODEL=smollm2 or smollm2-mha, "
+            f"or serve it with `make serve MODEL={model}` and ask for completions"
+        )
 
 
 def can_compile() -> bool:
@@ -211,6 +224,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2", help="model of tools/prepare_model.py (default: smollm2)")
     parser.add_argument("--checkpoint", type=Path, help="folder of another checkpoint instead")
     parser.add_argument("--bits", type=bits_option, help="bits per cached number (default: the plug-in's)")
+    parser.add_argument("--method", choices=["xquant", "xquant-cl"], help="method (default: the plug-in's)")
     parser.add_argument("--port", type=int, help="port (default: a free one; with --serve 8000)")
     parser.add_argument("--attention-backend", default="xquant", help="vLLM attention backend (default: xquant)")
     parser.add_argument("--enforce-eager", action="store_true", help="no torch.compile: starts faster, runs slower")
@@ -239,6 +253,7 @@ def main() -> int:
         if options.serve:
             serve(options, checkpoint, eager)
             return 0
+        check_chat(checkpoint, options.model)
         result = run_demo(options, checkpoint, eager)
     except ServerError as error:
         print(f"demo: error: {error}", file=sys.stderr)

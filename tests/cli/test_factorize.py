@@ -88,6 +88,27 @@ def test_options_are_written_down(models, tmp_path, capsys):
     assert "vllm serve" in output.out
 
 
+def test_a_chain_is_fitted_and_its_settings_are_built_in(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: FakeTokenizer())
+    options = ("--method", "xquant-cl", "--calibration", "python-docs", "--calibration-tokens", 256, "--bits", 3)
+    assert factorize(models("qwen3"), tmp_path / "out", *options, "--anchor-interval", 2, "--dtype", "float32") == 0
+    header = read_header(tmp_path / "out")
+    assert header.settings.chain.model_dump() == {
+        "bits": 3,
+        "group_size": 80,
+        "first_layers": 1,
+        "first_layers_bits": 4,
+        "anchor_interval": 2,
+        "anchor_bits": 4,
+    }
+    tensors = load_file(tmp_path / "out" / FACTORS_FILE)
+    width = 2 * 2 * 80
+    assert tensors["layers.1.chain.down"].shape == (128, width)
+    assert tensors["layers.1.chain.up_key"].shape == (2, 2 * width, 80)
+    assert tensors["layers.1.chain.prediction"].shape == (1, width, width)
+    assert {name.split(".")[1] for name in tensors if name.endswith("prediction")} == {"1"}
+
+
 def test_the_folder_is_a_whole_checkpoint_of_links(models, tmp_path):
     """As in the Hugging Face cache, whose folders are links to files elsewhere."""
     snapshot = tmp_path / "snapshot"
@@ -188,6 +209,11 @@ def test_what_cannot_be_factorized_is_refused_by_name(models, tmp_path, capsys, 
         (("--outlier-channels", 32), "'outlier_channels': 32 (key) cannot work"),
         (("--calibration", "/nowhere.txt"), "--calibration /nowhere.txt cannot be read"),
         (("--calibration-tokens", 3), "--calibration-tokens 3 is too few"),
+        (("--method", "xquant-cl"), "--method xquant-cl fits a chain to a text: give --calibration"),
+        (
+            ("--method", "xquant-cl", "--calibration", "python-docs", "--bits", 4, 2),
+            "'bits': key 4 / value 2 cannot work with 'method': 'xquant-cl'",
+        ),
     ],
 )
 def test_options_that_cannot_work_are_refused_by_name(models, tmp_path, capsys, monkeypatch, options, named):

@@ -75,6 +75,29 @@ def test_a_calibrated_basis_loses_less_on_other_text_at_the_bits_that_the_folder
     assert perplexities[1] < 0.7 * perplexities[0]
 
 
+def test_a_predicted_chain_loses_less_than_the_papers_at_equal_bytes(engines, serve, smollm2, documentation, tmp_path):
+    evaluated = ("assignment", "compound", "operator-summary")
+    text = tmp_path / "other.txt"
+    text.write_text("\n".join(page for name, page in pydoc_data.topics.topics.items() if name not in evaluated))
+    options = ("--method", "xquant-cl", "--calibration", str(text), "--bits", "2")
+    predicted, log = serve(factorize(smollm2, tmp_path / "chain", *options))
+    assert "22 layers hold differences of joint latents of keys and values at 2 bits, 114 bytes per token each" in log
+    assert "(calibrated on 2048 tokens)" in log
+    paper = {"method": "xquant-cl", "bits": 2, "first_layers": 1, "anchor_interval": 4}
+    tasks = [{"kind": "prompt_logprobs", "prompts": [documentation[:900]]}]
+    unfitted = engines.run(smollm2, "xquant", tasks, xquant=paper, dtype="bfloat16")
+    assert "22 layers hold differences of joint latents of keys and values at 2 bits, 114 bytes" in unfitted.log
+    logprobs = (unfitted.tasks[0]["logprobs"][0], predicted)
+    perplexities = [math.exp(-statistics.mean(values)) for values in logprobs]
+    print(
+        f"perplexity at 2 bits, anchors at 4: the paper's chain {perplexities[0]:.2f}, predicted {perplexities[1]:.2f}"
+    )
+    # Measured 18.3 and 13.7, where the 16-bit cache has 12.6.
+    assert perplexities[1] < 0.85 * perplexities[0]
+    with pytest.raises(EngineFailed, match=r"is made with bits key 2 / value 2, but the setting 'bits' asks for"):
+        serve(tmp_path / "chain", 4)
+
+
 def test_tensor_parallel_ranks_take_their_heads_from_one_file(engines, tiny):
     _, folder = tiny
     cores = sorted(os.sched_getaffinity(0))[:2]
@@ -82,7 +105,7 @@ def test_tensor_parallel_ranks_take_their_heads_from_one_file(engines, tiny):
     ours = engines.run(folder, "xquant", TASKS, xquant=LATENT, environment=binding, tensor_parallel_size=2, **ENGINE)
     alone = engines.run(folder, "xquant", TASKS, xquant=LATENT, **ENGINE)
     assert ours.log.count("factors read from") == 2
-    pairs = zip(ours.tasks[0]["logprobs"][0], alone.tasks[0]["logprobs"][0], strict=True)
+    pairs = zip(ours.tasks[-1]["logprobs"][0], alone.tasks[-1]["logprobs"][0], strict=True)
     assert statistics.mean(abs(p - q) for p, q in pairs) < 1e-3
 
 

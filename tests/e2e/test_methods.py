@@ -13,6 +13,7 @@ from tests.e2e.engine_process import NUM_LOGITS
 
 pytestmark = pytest.mark.e2e
 
+X, CHAIN = ("method=xquant", "cache=x"), ("method=xquant-cl", "cache=x")
 LAYERS, HIDDEN, GROUP = 30, 576, 96
 X_BYTES = {bits: HIDDEN * bits // 8 + 4 * HIDDEN // GROUP for bits in (2, 3, 4)}
 PLAIN_BYTES = 2 * 2 * HIDDEN * LAYERS
@@ -58,6 +59,7 @@ def test_capacity_is_what_the_formula_says(engines, smollm2_mha, perplexity, bit
 
 
 # Measured: 15.13 without quantization; X 15.78, 18.05, 81; chain 15.16, 15.60, 18.8.
+@pytest.mark.covers("Llama", *X, *CHAIN, "bits=4", "bits=3", "bits=2")
 @pytest.mark.parametrize(("bits", "x_most", "chain_most"), [(4, 1.10, 1.03), (3, 1.40, 1.10), (2, 12.0, 1.50)])
 def test_a_chain_is_closer_than_each_layer_by_itself(perplexity, exact, bits, x_most, chain_most):
     x = perplexity("xquant", {"bits": bits})[0]
@@ -73,6 +75,7 @@ def test_more_bits_are_closer(perplexity, exact):
     assert exact * 0.99 <= chains[0] < chains[1] < chains[2]
 
 
+@pytest.mark.covers("Llama", *CHAIN, "bits=3")
 def test_pages_of_three_sizes_in_one_cache(perplexity, exact):
     """First layers, anchors, deltas and layers that are not quantized: the allocator counts each one's bytes."""
     settings = {
@@ -93,6 +96,7 @@ def test_pages_of_three_sizes_in_one_cache(perplexity, exact):
     assert value <= exact * 1.06
 
 
+@pytest.mark.covers("Llama", *CHAIN, "prefix caching", "chunked prefill", "bits=2")
 def test_logits_do_not_depend_on_scheduling(engines, smollm2_mha, documentation):
     """Deltas are taken against what is in the pages: cold, warm and in chunks the same codes are written."""
     tasks = [{"kind": "next_logits", "prompts": [documentation[700:1000]], "max_tokens": 3}] * 2

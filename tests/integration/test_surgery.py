@@ -28,11 +28,12 @@ class Plain(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.attn = nn.Identity()
+        self.kv_size = KV_SIZE
         self.qkv_proj = DenseLinear(torch.randn(Q_SIZE + 2 * KV_SIZE, HIDDEN), torch.randn(Q_SIZE + 2 * KV_SIZE))
 
     def split(self, hidden_states):
         qkv, _ = self.qkv_proj(hidden_states)
-        return qkv.split([Q_SIZE, KV_SIZE, KV_SIZE], -1)
+        return qkv.split([Q_SIZE, self.kv_size, self.kv_size], -1)
 
     def forward(self, positions, hidden_states):
         return self.attn(*self.split(hidden_states))
@@ -81,6 +82,23 @@ def test_a_plain_module_is_operated_on_and_keeps_its_queries():
     assert not torch.allclose(after[1], before[1])
     assert projection.key_bias is not None
     assert torch.count_nonzero(module.qkv_proj.bias[Q_SIZE:]) == 0
+
+
+@pytest.mark.parametrize("hidden_size", [HIDDEN, Q_SIZE])
+def test_a_module_whose_input_is_cached_projects_queries_alone(monkeypatch, hidden_size):
+    """Its input passes through, padded to whole heads; the model's code sees as many heads in it."""
+    monkeypatch.setattr("tests.integration.test_surgery.HIDDEN", hidden_size)
+    module = Plain()
+    parts = parts_of(module)
+    hidden, positions = torch.randn(5, hidden_size), torch.arange(5)
+    before = capture_qkv("x", module, hidden, positions)
+    cache = operate(parts, {"cache": "x"}, module.qkv_proj)
+    after = capture_qkv("x", module, hidden, positions)
+    assert module.qkv_proj.query_proj.weight.shape == (Q_SIZE, hidden_size)
+    assert parts.attention.num_kv_heads * HEAD_SIZE == module.kv_size == -(-hidden_size // HEAD_SIZE) * HEAD_SIZE
+    assert torch.allclose(after[0], before[0])
+    (x,) = cache.inputs(after[1].unflatten(1, (-1, HEAD_SIZE)), after[2])
+    assert torch.equal(x, hidden)
 
 
 def test_keys_treated_in_an_unforeseen_way_are_refused_by_name():

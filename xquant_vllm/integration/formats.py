@@ -55,11 +55,6 @@ class LayerFormat:
         return sum(stream.bytes_per_token for stream in self.streams)
 
     @property
-    def channels(self) -> int:
-        """Numbers cached per token."""
-        return sum(stream.num_heads * stream.width for stream in self.streams)
-
-    @property
     def plain_bytes_per_token(self) -> int:
         """Bytes that 16-bit keys and values take."""
         return 4 * self.shape.num_kv_heads * self.shape.head_size
@@ -102,12 +97,13 @@ def _alone(settings: XQuantSettings, shape: LayerShape) -> LayerFormat:
             f"xquant: setting 'bits': {bits} cannot work with "
             f"{_setting_of_one_vector(settings)}, which caches one vector for keys and values: set one number of bits"
         )
-    formats = [LayerFormat(shape, holds, _streams(settings, shape, bits, holds)) for holds in candidates]
     # Of two equally wide ones the one that is read faster: latents; but in a chain X, whose deltas are summed before
     # anything is multiplied.
     if settings.method == "xquant-cl":
-        formats.reverse()
-    return min(formats, key=lambda candidate: candidate.channels)
+        candidates = candidates[::-1]
+    latent_channels = 2 * shape.num_kv_heads * shape.head_size
+    holds = min(candidates, key=lambda candidate: shape.hidden_size if candidate == "x" else latent_channels)
+    return LayerFormat(shape, holds, _streams(settings, shape, bits, holds))
 
 
 def _setting_of_one_vector(settings: XQuantSettings) -> str:
