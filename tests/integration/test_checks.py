@@ -17,6 +17,9 @@ def tiny(tmp_path_factory):
     return str(save_tiny_model(tmp_path_factory.mktemp("tiny"), "llama"))
 
 
+CHAIN = {"method": "xquant-cl", "first_layers": 1}
+
+
 def configure(model: str, **arguments):
     arguments = {"attention_backend": "xquant", "skip_tokenizer_init": True, "max_model_len": 512, **arguments}
     return EngineArgs(model=model, **arguments).create_engine_config()
@@ -39,6 +42,11 @@ def test_cache_dtypes_that_change_nothing_are_accepted(tiny, dtype):
         ({"additional_config": {"xquant": {"bitz": 4}}}, ["unknown setting 'bitz'", "did you mean 'bits'?"]),
         ({"additional_config": {"xquant": {"group_size": 24}}}, ["'group_size'", "24", "does not divide the 32"]),
         ({"additional_config": {"xquant": {"first_layers": 9}}}, ["'first_layers'", "9", "has 3 layers"]),
+        ({"additional_config": {"xquant": {"skip_layers": [1, 3]}}}, ["'skip_layers'", "[1, 3]", "layers up to 2"]),
+        (
+            {"additional_config": {"xquant": CHAIN}, "pipeline_parallel_size": 2},
+            ["'method': 'xquant-cl'", "--pipeline-parallel-size 2", 'set "method": "xquant"'],
+        ),
         ({"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype fp8", "leave it out", "bits"]),
         ({"block_size": 8}, ["--block-size 8", "multiple of 16"]),
         ({"enable_lora": True}, ["--enable-lora", "merge the adapter"]),
@@ -54,6 +62,13 @@ def test_refusals_name_the_cause_and_the_remedy(tiny, arguments, parts):
         configure(tiny, **arguments)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_a_chain_over_layers_with_block_tables_of_their_own_is_refused(tmp_path):
+    gemma3 = str(save_tiny_model(tmp_path, "gemma3"))
+    with pytest.raises(ValueError, match=r"kinds of layers \(full_attention, sliding_attention\) have block tables of"):
+        configure(gemma3, dtype="bfloat16", additional_config={"xquant": CHAIN})
+    configure(gemma3, dtype="bfloat16", additional_config={"xquant": {"method": "xquant"}})
 
 
 _SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 320}

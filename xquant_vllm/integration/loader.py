@@ -12,7 +12,7 @@ from vllm.model_executor.model_loader import base_loader
 from vllm.model_executor.models.utils import extract_layer_index
 
 from xquant_vllm.integration.cache_spec import publish_page_size
-from xquant_vllm.integration.checks import UnsupportedError
+from xquant_vllm.integration.checks import unsupported_model
 from xquant_vllm.integration.coverage import describe_coverage
 from xquant_vllm.integration.effective_weight import effective_linear
 from xquant_vllm.integration.factors import FactorProvider
@@ -82,9 +82,9 @@ def _xquant_layers(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
         config = layers[0][2].impl.vllm_config.attention_config
         if not config.backend_per_kind:
             name, attention = escaped[0]
-            raise UnsupportedError(
-                f"xquant: {name} was given the backend {attention.attn_backend.get_name()} although {BACKEND_NAME} was "
-                "asked for; choose another --attention-backend for this model"
+            raise unsupported_model(
+                f"{name} was given the backend {attention.attn_backend.get_name()} although {BACKEND_NAME} was asked "
+                "for"
             )
     return layers
 

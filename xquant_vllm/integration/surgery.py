@@ -14,7 +14,7 @@ from torch import nn
 from xquant_vllm.attention.latents import combine
 from xquant_vllm.codec.layout import StreamFormat
 from xquant_vllm.integration.capture import capture_qkv
-from xquant_vllm.integration.checks import UnsupportedError
+from xquant_vllm.integration.checks import unsupported_model
 from xquant_vllm.integration.factors import FactorProvider
 from xquant_vllm.integration.formats import LayerFormat
 from xquant_vllm.integration.layer_cache import LayerCache
@@ -55,9 +55,9 @@ class Surgeon:
         """
         weight = dense.weight.data
         if weight.shape[0] != parts.q_size + 2 * parts.kv_size:
-            raise UnsupportedError(
-                f"xquant: {parts.name}.qkv_proj has {weight.shape[0]} output rows, expected {parts.q_size} for queries "
-                f"and 2 x {parts.kv_size} for keys and values; choose another --attention-backend for this model"
+            raise unsupported_model(
+                f"{parts.name}.qkv_proj has {weight.shape[0]} output rows, expected {parts.q_size} for queries and "
+                f"2 x {parts.kv_size} for keys and values"
             )
         hidden, positions = _probe(parts, weight)
         in_place = getattr(parts.qkv_proj, "weight", None) is not None and (
@@ -139,9 +139,8 @@ def _verify(
     for what, expected, actual in zip(("queries", "keys", "values"), before, rebuilt, strict=True):
         error = ((actual - expected.float()).norm() / expected.float().norm().clamp_min(1e-30)).item()
         if not error <= tolerance:
-            raise UnsupportedError(
-                f"xquant: {type(parts.module).__name__} at {parts.name} is not recognized: its rematerialized {what} "
+            raise unsupported_model(
+                f"{type(parts.module).__name__} at {parts.name} is not recognized: its rematerialized {what} "
                 f"({shape.num_kv_heads} kv heads of {shape.head_size}) differ from its own by {error:.1e} (relative, "
-                f"tolerance {tolerance:.0e}), so it treats them in a way that is not supported; choose another "
-                "--attention-backend for this model"
+                f"tolerance {tolerance:.0e}), so it treats them in a way that is not supported"
             )
