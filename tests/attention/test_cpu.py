@@ -12,8 +12,10 @@ import torch
 from tests.attention.attention_cases import Case, Spec, make_case, make_plan, random_latents, random_spec
 from xquant_vllm.attention import reference
 from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
+from xquant_vllm.attention.latents import Prediction
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
 from xquant_vllm.codec.pages import load_slots, store_latents
+from xquant_vllm.codec.rotation import hadamard_rotation
 from xquant_vllm.projection.rematerialize import LayerProjection
 
 try:
@@ -427,13 +429,32 @@ def test_refuses_wrong_latents(case: Case) -> None:
 
 def test_refuses_wrong_plans(case: Case) -> None:
     plan, projection = case.plan, case.plan.projection
-    for message, bad in {
-        "kv heads": replace(plan, num_heads=7),
-        "up_key must be FP32": replace(plan, projection=replace(projection, up_key=projection.up_key.half())),
-        "up_value must be FP32": replace(plan, projection=replace(projection, up_value=projection.up_value[:, :8])),
+    for message, changes in {
+        "kv heads": {"num_heads": 7},
+        "up_key must be FP32": {"projection": replace(projection, up_key=projection.up_key.half())},
+        "the value terms have 64 channels, expected 8": {
+            "projection": replace(projection, up_value=projection.up_value[:, :8])
+        },
+        "rotation of 32 channels does not fit": {"rotation": hadamard_rotation(32, 0)},
     }.items():
         with pytest.raises(ValueError, match=message):
-            replace(case, plan=bad).run(cpu)
+            replace(case, plan=replace(plan, **changes)).run(cpu)
+
+
+def test_refuses_terms_that_do_not_fit_together() -> None:
+    plan = make_plan(Spec(kind="deltas", earlier=(4, 2)))
+    first, second, own = plan.key_terms
+    narrow = PageLayout((StreamFormat(1, 64, 4, 32),), 16)
+    for message, changes in {
+        "must start with one that does not add": {"key_terms": (second, own)},
+        "name a page or stream that is not there": {"key_terms": (first, replace(second, page=3), own)},
+        "cannot be added": {"layouts": (plan.layout, plan.layouts[1], narrow)},
+        "one block size": {"layouts": (plan.layout, plan.layouts[1], replace(plan.layouts[2], block_size=32))},
+        "have 384 channels, expected 192": {"value_terms": (first, replace(own, adds=False))},
+        "the prediction's matrix must be": {"prediction": Prediction((first,), torch.zeros(1, 192, 24))},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            replace(plan, **changes)
 
 
 def test_forgets_dead_plans() -> None:

@@ -88,6 +88,13 @@ def test_options_are_written_down(models, tmp_path, capsys):
     assert "vllm serve" in output.out
 
 
+def test_a_model_whose_input_is_cached_is_told_that_it_needs_no_factors(models, tmp_path, capsys):
+    assert factorize(models("mha"), tmp_path / "out") == 0
+    assert "note: on one rank the layer input of this model is cached" in capsys.readouterr().out
+    assert factorize(models("mqa"), tmp_path / "other") == 0
+    assert "note:" not in capsys.readouterr().out
+
+
 def test_a_chain_is_fitted_and_its_settings_are_built_in(models, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: FakeTokenizer())
     options = ("--method", "xquant-cl", "--calibration", "python-docs", "--calibration-tokens", 256, "--bits", 3)

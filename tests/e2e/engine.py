@@ -47,10 +47,10 @@ class Result:
 class _Server:
     """A process that runs engines one after another, so that vLLM is imported once."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: dict[str, str]) -> None:
         self._process = subprocess.Popen(
             [sys.executable, str(_SCRIPT), "--serve"],
-            env={**os.environ, **_ENVIRONMENT},
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -80,6 +80,8 @@ class Engines:
     def __init__(self, folder: Path) -> None:
         """Keep requests and results in ``folder``."""
         self._folder = folder
+        # What one engine caches, the next one of this session finds; nothing is left in the user's own cache.
+        self._environment = {**os.environ, **_ENVIRONMENT, "XDG_CACHE_HOME": str(folder / "cache")}
         self._results: dict[str, Result] = {}
         self._server: _Server | None = None
 
@@ -96,7 +98,6 @@ class Engines:
         *,
         xquant: Any = None,
         environment: dict[str, str] | None = None,
-        alone: bool = True,
         **engine: Any,
     ) -> Result:
         """Run tasks on an engine; the same request is answered from memory.
@@ -106,9 +107,7 @@ class Engines:
             backend: value of ``attention_backend``.
             tasks: see ``engine_process.py``.
             xquant: the xquant settings, or None to pass none.
-            environment: further environment variables; the engine then runs alone.
-            alone: run the engine in a process of its own, instead of after others in one that they share: for what
-                vLLM decides once per process (compilation, tensor parallelism). Sharing saves most of the time.
+            environment: further environment variables.
             engine: further arguments of ``vllm.LLM``.
 
         Raises:
@@ -120,7 +119,10 @@ class Engines:
         request = json.dumps({"engine": arguments, "tasks": tasks, "environment": environment}, sort_keys=True)
         key = hashlib.sha256(request.encode()).hexdigest()[:16]
         if key not in self._results:
-            self._results[key] = self._start(key, request, environment or {}, alone or environment is not None)
+            # Engines share a process, which saves most of their time, except for what vLLM decides once per process and
+            # what speculation leaves behind in it.
+            alone = environment is not None or not arguments["enforce_eager"] or "speculative_config" in arguments
+            self._results[key] = self._start(key, request, environment or {}, alone)
         return self._results[key]
 
     def _start(self, key: str, request: str, environment: dict[str, str], alone: bool) -> Result:
@@ -134,14 +136,13 @@ class Engines:
 
     def _shared(self, request_path: Path, result_path: Path) -> str:
         if self._server is None or not self._server.running():
-            self._server = _Server()
+            self._server = _Server(self._environment)
         return self._server.run(request_path, result_path)
 
     def _alone(self, request_path: Path, result_path: Path, environment: dict[str, str]) -> str:
         process = subprocess.run(
             [sys.executable, str(_SCRIPT), str(request_path), str(result_path)],
-            # What one engine caches, the next one of this session finds; nothing is left in the user's own cache.
-            env={**os.environ, **_ENVIRONMENT, "XDG_CACHE_HOME": str(self._folder / "cache"), **environment},
+            env={**self._environment, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -59,7 +59,7 @@ def serve(engines, model):
     """Serve a family in the process that these tests share."""
 
     def serve(family, backend, tasks=TASKS, **settings):
-        return engines.run(model(family), backend, tasks, alone=False, **{**ENGINE, **settings})
+        return engines.run(model(family), backend, tasks, **{**ENGINE, **settings})
 
     return serve
 
@@ -292,7 +292,7 @@ def test_float16(logprobs):
 
 def test_a_quantized_checkpoint_is_probed_for_its_effective_weight(engines, tmp_path):
     folder = quantize_tiny_model(save_tiny_model(tmp_path, "llama-bias"))
-    engine = {**ENGINE, "dtype": "bfloat16", "alone": False}
+    engine = {**ENGINE, "dtype": "bfloat16"}
     ours = engines.run(folder, "xquant", TASKS, xquant=EIGHT, **engine)
     expected = engines.run(folder, "CPU_ATTN", TASKS, **engine)
     assert "3 quantized qkv_proj layers now hold their effective weight" in ours.log
@@ -329,7 +329,6 @@ def test_ngram_speculation_changes_no_token(engines, serve, model):
     tasks = [{"kind": "greedy", "prompts": [PROMPT[:40] * 3], "max_tokens": 40}]
     speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
     plain = serve("qwen2", "xquant", tasks, xquant=EIGHT)
-    # Alone: what its proposer leaves in the process breaks the next engine of this vLLM.
     engine = {**ENGINE, "speculative_config": speculative}
     drafted = engines.run(model("qwen2"), "xquant", tasks, xquant=EIGHT, **engine)
     assert drafted.tasks[0]["tokens"] == plain.tasks[0]["tokens"]

@@ -114,6 +114,11 @@ def factorize_checkpoint(options: argparse.Namespace) -> None:
         )
         write_json(folder / HEADER_FILE, header.model_dump())
         link_checkpoint(checkpoint.folder, folder, checkpoint.files)
+    if any(form.holds == "x" for form in formats):
+        print(
+            "note: on one rank the layer input of this model is cached, which needs no factors; they serve the setting "
+            '"cache": "latent", and several tensor-parallel ranks'
+        )
     print(f"wrote {options.out}; serve it with: vllm serve {options.out} --attention-backend xquant")
 
 
@@ -190,7 +195,8 @@ class _Run:
         self.writer.write(tensors)
         self.fingerprints.append(fingerprints)
         self._bar.update()
-        seconds = (time.perf_counter() - self._start) / self._bar.n
+        # Not the bar's own count: users may have turned it off (TQDM_DISABLE).
+        seconds = (time.perf_counter() - self._start) / len(self.fingerprints)
         self._bar.set_postfix_str(f"{seconds:.2f} s per layer, {seconds * self.checkpoint.layers:.0f} s in all")
 
     @contextmanager

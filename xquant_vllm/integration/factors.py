@@ -157,7 +157,7 @@ class FactorProvider:
 
     def describe(self, seconds: float) -> str:
         """Where the factors came from, for the log."""
-        if self._header is not None and self._folder is not None:
+        if self._header is not None and self._folder is not None and self._origins["read"]:
             calibration = self._header.calibration
             how = "data-free" if calibration is None else f"calibrated on {calibration.tokens} tokens"
             return f"factors read from {self._folder / FACTORS_FILE} ({how}) in {seconds:.1f} s"
