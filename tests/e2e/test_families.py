@@ -196,13 +196,18 @@ def test_rope_variants(logprobs, family):
     reason="torch.compile needs Python.h, which python3-dev installs: vLLM itself cannot compile here",
 )
 @pytest.mark.parametrize(
-    "family", [covering("phi3-longrope", "Phi-3", "torch.compile"), covering("gemma3", "Gemma 3", "torch.compile")]
+    ("method", "cache", "family"),
+    [
+        caching("xquant-cl", "x", "phi3-longrope", "Phi-3", "torch.compile"),
+        caching("xquant", "latent", "gemma3", "Gemma 3", "torch.compile"),
+    ],
 )
-def test_compiled_equals_eager(engines, model, logprobs, family):
+def test_compiled_equals_eager(engines, model, logprobs, method, cache, family):
     engine = {**ENGINE, "enforce_eager": False}
-    compiled = engines.run(model(family), "xquant", TASKS, xquant=EIGHT, **engine).tasks[-1]["logprobs"][0]
-    # Measured 0.00002 and 0.0001: the model rounds differently, and flips a code now and then.
-    assert_close(compiled, logprobs(family, "xquant", xquant=EIGHT), 0.002)
+    settings = {"bits": 8, "method": method, "cache": cache}
+    compiled = engines.run(model(family), "xquant", TASKS, xquant=settings, **engine).tasks[-1]["logprobs"][0]
+    # Measured 0.0001: the model rounds differently, and flips a code now and then.
+    assert_close(compiled, logprobs(family, "xquant", xquant=settings), 0.002)
 
 
 @pytest.mark.covers("Phi-3", "rope=partial", "rope=longrope", *LATENTS, "bits=8")

@@ -5,6 +5,8 @@ import pytest
 from xquant_vllm.integration.formats import LayerShape, layer_formats
 from xquant_vllm.integration.settings import SettingsError, parse_settings
 
+LONG = "- 0 01 012 0123 01234 012345 0123456"
+
 
 def formats(settings, layers=8, hidden_size=576, kv_heads=9, head_size=64):
     shapes = [LayerShape(index, hidden_size, kv_heads, head_size) for index in range(layers)]
@@ -52,6 +54,9 @@ def test_of_two_equally_wide_ones_each_method_takes_the_one_that_it_reads_faster
             "88222322",
         ),
         ({"bits": 3, "first_layers": 1, "skip_layers": [3]}, "- 0 01 - 3 34 345 3456", "433F3333"),
+        ({"bits": 2, "cache": "latent"}, "- 0 01 012 - 4 45 456", "42224222"),
+        ({"bits": 2, "cache": "latent", "anchor_interval": 0, "anchor_bits": None}, LONG, "42222222"),
+        ({"bits": 2, "cache": "latent", "anchor_bits": 3, "first_layers": 2}, "- - 1 12 123 - 5 56", "44222322"),
     ],
 )
 def test_chains_run_from_anchor_to_anchor(settings, reads, bits):
@@ -72,6 +77,7 @@ def test_layers_that_are_skipped_keep_fp16_latents():
         ({"method": "xquant-cl", "bits": {"key": 4, "value": 2}}, "cannot work with 'method': 'xquant-cl'"),
         ({"group_size": 128}, "'group_size': 128 cannot work: it does not divide the 576 channels of a layer input"),
         ({"method": "xquant-cl", "cache": "latent", "group_size": 80}, "1152 channels of a joint latent"),
+        ({"method": "xquant-cl", "anchor_bits": 3}, "'anchor_bits': key 3 / value 3 cannot work: a chain of the layer"),
         ({"cache": "latent", "group_size": 96}, "64 channels of a latent head"),
     ],
 )

@@ -5,6 +5,8 @@ import pytest
 from xquant_vllm.integration.formats import LayerShape, layer_formats
 from xquant_vllm.integration.settings import OVERRIDE_VARIABLE, PerStream, SettingsError, parse_settings
 
+CHAIN = {"method": "xquant-cl"}
+
 
 def test_defaults_are_four_bits_with_one_basis_per_head():
     settings = parse_settings(None)
@@ -13,7 +15,7 @@ def test_defaults_are_four_bits_with_one_basis_per_head():
     assert settings.rotate
     assert settings.outlier_channels == PerStream(key=1, value=0)
     assert settings.method == "xquant"
-    assert settings.num_first_layers == 0
+    assert settings.first_layers is None
     assert settings == parse_settings({})
 
 
@@ -50,7 +52,10 @@ def test_bits_of_keys_and_values_and_of_first_layers():
         ({"cache": "kv"}, ["'cache'", "'kv'", 'set "x" or "latent"']),
         ({"anchor_interval": 8}, ["anchor_interval", "'xquant'", 'set method to "xquant-cl"']),
         ({"method": "xquant-cl", "anchor_interval": -1}, ["'anchor_interval'", "-1", "set 0"]),
-        ({"method": "xquant-cl", "anchor_bits": 4}, ["anchor_bits", "anchor_interval is 0", "first_layers_bits"]),
+        (
+            {**CHAIN, "anchor_interval": 0, "anchor_bits": 4},
+            ["anchor_bits", "anchor_interval is 0", "first_layers_bits"],
+        ),
         ({"skip_layers": [-1]}, ["'skip_layers'", "[-1]", "counted from 0"]),
         ({"skip_layers": "all"}, ["'skip_layers'", "'all'", "set a list of layers"]),
         ({"rotate": "maybe"}, ["'rotate'", "'maybe'", "set true or false"]),

@@ -227,11 +227,14 @@ def _settings(options: argparse.Namespace) -> XQuantSettings:
 
 
 def _chain_settings(settings: XQuantSettings, formats: Sequence[LayerFormat]) -> ChainSettings:
+    settings = settings.for_chain("latent")
+    assert settings.first_layers is not None
+    assert settings.anchor_interval is not None
     first = settings.bits_of_first_layers.key
     return ChainSettings(
         bits=settings.bits.key,
         group_size=formats[0].streams[0].group_size,
-        first_layers=settings.num_first_layers,
+        first_layers=settings.first_layers,
         first_layers_bits=first,
         anchor_interval=settings.anchor_interval,
         anchor_bits=first,

@@ -72,42 +72,38 @@ def layer_formats(settings: XQuantSettings, shapes: Sequence[LayerShape]) -> tup
     """
     formats: list[LayerFormat] = []
     for position, shape in enumerate(shapes):
-        alone = _alone(settings, shape)
+        holds = _holds(settings, shape)
+        filled = settings.for_chain("x" if holds == "x" else "latent")
+        bits = filled.bits_of_layer(shape.index)
+        if holds != "latent" and bits.key != bits.value:
+            which = "'method': 'xquant-cl'" if settings.method == "xquant-cl" else "'cache': 'x'"
+            raise SettingsError(
+                f"xquant: setting 'bits': {bits} cannot work with {which}, which caches one vector for keys and "
+                "values: set one number of bits"
+            )
         before = formats[-1] if formats else None
-        anchor = settings.is_anchor(shape.index) or before is None or before.holds != alone.holds
-        if settings.method == "xquant" or anchor:
-            formats.append(alone)
-        else:
-            assert before is not None
-            formats.append(LayerFormat(shape, alone.holds, alone.streams, (*before.reads, position - 1)))
+        reads: tuple[int, ...] = ()
+        if settings.method == "xquant-cl" and before is not None and before.holds == holds:
+            reads = () if filled.is_anchor(shape.index) else (*before.reads, position - 1)
+        formats.append(LayerFormat(shape, holds, _streams(settings, shape, bits, holds), reads))
     return tuple(formats)
 
 
-def _alone(settings: XQuantSettings, shape: LayerShape) -> LayerFormat:
-    """The format of a layer that reads no other."""
-    bits = settings.bits_of_layer(shape.index)
+def _holds(settings: XQuantSettings, shape: LayerShape) -> Holds:
+    """What has fewer channels, if the user does not say."""
     latents: Holds = "latent" if settings.method == "xquant" else "joint"
-    candidates: tuple[Holds, ...] = (latents, "x")
     if settings.cache is not None:
-        candidates = ("x",) if settings.cache == "x" else (latents,)
-    elif latents == "latent" and bits.key != bits.value:
-        candidates = (latents,)
-    if candidates != ("latent",) and bits.key != bits.value:
-        raise SettingsError(
-            f"xquant: setting 'bits': {bits} cannot work with "
-            f"{_setting_of_one_vector(settings)}, which caches one vector for keys and values: set one number of bits"
-        )
+        return "x" if settings.cache == "x" else latents
+    bits = settings.bits_of_layer(shape.index)
+    if latents == "latent" and bits.key != bits.value:
+        return latents
     # Of two equally wide ones the one that is read faster: latents; but in a chain X, whose deltas are summed before
     # anything is multiplied.
-    if settings.method == "xquant-cl":
-        candidates = candidates[::-1]
     latent_channels = 2 * shape.num_kv_heads * shape.head_size
-    holds = min(candidates, key=lambda candidate: shape.hidden_size if candidate == "x" else latent_channels)
-    return LayerFormat(shape, holds, _streams(settings, shape, bits, holds))
-
-
-def _setting_of_one_vector(settings: XQuantSettings) -> str:
-    return "'method': 'xquant-cl'" if settings.method == "xquant-cl" else "'cache': 'x'"
+    narrower = shape.hidden_size < latent_channels
+    if settings.method == "xquant-cl":
+        narrower = shape.hidden_size <= latent_channels
+    return "x" if narrower else latents
 
 
 def _streams(settings: XQuantSettings, shape: LayerShape, bits: PerStream, holds: Holds) -> tuple[StreamFormat, ...]:

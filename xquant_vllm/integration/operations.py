@@ -147,6 +147,8 @@ def _to_joint_latents(operation: Operation) -> LayerCache:
         seed=_JOINT_SEED,
         dtype=weight.dtype,
     )
+    if not form.reads:
+        operation.lifts.clear()  # nothing later reads what was before an anchor
     earlier = [operation.lifts[position] for position in form.reads]
     operation.lifts[operation.position] = basis.lift
     ups = [chain_up_projection([*earlier, basis.lift], rows, form.shape.num_kv_heads) for rows in (key, value)]

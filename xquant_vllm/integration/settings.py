@@ -15,8 +15,9 @@ CONFIG_KEY = "xquant"
 # Overrides single settings in tests, as JSON. Users set --additional-config.
 OVERRIDE_VARIABLE = "XQUANT_SETTINGS"
 
-# The paper's choice (section 3.3): the first layers change most from one to the next.
-_FIRST_LAYERS_OF_A_CHAIN = 3
+# First layers and anchor interval. For X the paper's choice (section 3.3): the first layers change most from one to the
+# next, and a single base.
+_CHAIN_DEFAULTS = {"x": (3, 0), "latent": (1, 4)}
 
 
 _BITS_ADVICE = 'set 8, 4, 3 or 2, or {"key": 4, "value": 2}'
@@ -63,10 +64,11 @@ class XQuantSettings(BaseModel):
             fewer channels, layer by layer.
         group_size: channels that share a scale and a zero point; None takes the largest divisor of a latent head's
             width up to 128.
-        first_layers: how many layers from the first on use ``first_layers_bits``; None takes 3 with ``"xquant-cl"``,
-            else 0. With ``"xquant-cl"`` they are anchors, and the last of them is the base of the first chain.
+        first_layers: how many layers from the first on use ``first_layers_bits``; None takes 0, but in a chain of X 3
+            and in a chain of latents 1. There they are anchors, and the last of them is the base of the first group.
         first_layers_bits: their bits; None takes ``bits``, but at least 4.
-        anchor_interval: with ``"xquant-cl"``, layers from one anchor to the next; 0 for a single chain to the end.
+        anchor_interval: with ``"xquant-cl"``, layers from one anchor to the next; 0 for a single chain to the end. None
+            takes 0 for X, and 4 for latents, where a layer multiplies what all layers of its group have stored.
         anchor_bits: bits of the anchors after the first layers; None takes ``first_layers_bits``.
         skip_layers: layers that are not quantized (FP16), counted from 0.
         outlier_channels: leading channels of every key latent head kept in FP16; ``{"key": ..., "value": ...}`` for
@@ -85,7 +87,7 @@ class XQuantSettings(BaseModel):
     group_size: int | None = None
     first_layers: int | None = None
     first_layers_bits: PerStream | None = None
-    anchor_interval: int = 0
+    anchor_interval: int | None = None
     anchor_bits: PerStream | None = None
     skip_layers: tuple[int, ...] = ()
     outlier_channels: PerStream = PerStream(key=1, value=0)
@@ -138,7 +140,8 @@ class XQuantSettings(BaseModel):
 
     @model_validator(mode="after")
     def _together(self) -> "XQuantSettings":
-        if self.first_layers_bits is not None and self.num_first_layers == 0:
+        none_first = self.first_layers == 0 or (self.first_layers is None and self.method == "xquant")
+        if self.first_layers_bits is not None and none_first:
             raise _refuse(
                 "first_layers_bits is set but first_layers is 0, so no layer would use it",
                 "set first_layers to the number of layers, or leave first_layers_bits out",
@@ -150,19 +153,33 @@ class XQuantSettings(BaseModel):
                         f"{name} is set but the method is 'xquant', whose layers do not build on each other",
                         f'set method to "xquant-cl", or leave {name} out',
                     )
-        if self.anchor_bits is not None and not self.anchor_interval:
+        if self.anchor_bits is not None and self.anchor_interval == 0:
             raise _refuse(
                 "anchor_bits is set but anchor_interval is 0, so the only anchors are the first layers",
                 "set anchor_interval, or first_layers_bits instead",
             )
         return self
 
-    @property
-    def num_first_layers(self) -> int:
-        """``first_layers``, or its default for the method."""
-        if self.first_layers is not None:
-            return self.first_layers
-        return _FIRST_LAYERS_OF_A_CHAIN if self.method == "xquant-cl" else 0
+    def for_chain(self, of: Literal["x", "latent"]) -> "XQuantSettings":
+        """The settings with the defaults of a chain of X, or of latents, filled in; the same for ``"xquant"``.
+
+        Raises:
+            SettingsError: a setting has no use with these defaults.
+        """
+        if self.method == "xquant":
+            return self
+        first_layers, anchor_interval = _CHAIN_DEFAULTS[of]
+        if self.anchor_bits is not None and self.anchor_interval is None and not anchor_interval:
+            raise SettingsError(
+                f"xquant: setting 'anchor_bits': {self.anchor_bits} cannot work: a chain of the layer input has no "
+                "anchors but the first layers; set anchor_interval, or first_layers_bits instead"
+            )
+        return self.model_copy(
+            update={
+                "first_layers": first_layers if self.first_layers is None else self.first_layers,
+                "anchor_interval": anchor_interval if self.anchor_interval is None else self.anchor_interval,
+            }
+        )
 
     @property
     def bits_of_first_layers(self) -> PerStream:
@@ -173,16 +190,16 @@ class XQuantSettings(BaseModel):
 
     def is_anchor(self, layer_index: int) -> bool:
         """Whether a layer of a chain, counted from the model's first, is stored by itself."""
-        base = max(0, self.num_first_layers - 1)
+        base = max(0, (self.first_layers or 0) - 1)
         if layer_index <= base or layer_index in self.skip_layers:
             return True
-        return self.anchor_interval > 0 and (layer_index - base) % self.anchor_interval == 0
+        return bool(self.anchor_interval) and (layer_index - base) % (self.anchor_interval or 1) == 0
 
     def bits_of_layer(self, layer_index: int) -> PerStream:
         """Bits of a layer, counted from the model's first."""
         if layer_index in self.skip_layers:
             return PerStream(key=UNQUANTIZED_BITS, value=UNQUANTIZED_BITS)
-        if layer_index < self.num_first_layers:
+        if layer_index < (self.first_layers or 0):
             return self.bits_of_first_layers
         if self.method == "xquant-cl" and self.is_anchor(layer_index):
             return self.anchor_bits or self.bits_of_first_layers
@@ -256,7 +273,7 @@ def _explain(problem: Any, raw: Mapping[str, Any]) -> str:
         "cache": 'set "x" or "latent", or leave it out',
         "first_layers_bits": _BITS_ADVICE,
         "anchor_bits": _BITS_ADVICE,
-        "anchor_interval": "set a number of layers, 0 for a single chain",
+        "anchor_interval": "set a number of layers, 0 for a single chain, or leave it out",
         "skip_layers": "set a list of layers such as [0, 1]",
         "group_size": "set a multiple of 8 such as 64, or leave it out",
         "first_layers": "set a number of layers, 0 for none",
