@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -256,6 +257,23 @@ def test_without_a_file_bases_are_computed_once_and_then_cached(cache):
                 assert_same(provider.layer_factors(weights_of(layer)), computed(weights_of(layer)))
         assert f"factors {expected}" in provider.describe(0)
         assert len(list(cache.iterdir())) == LAYERS
+
+
+def test_bases_of_keys_and_values_together_are_cached_beside_the_others(cache):
+    together = [replace(weights_of(layer), together=True) for layer in range(LAYERS)]
+    bases = []
+    for expected in ("computed", "cached"):
+        with FactorProvider(parse_settings({"method": "xquant-cl"}), None, None, None) as provider:
+            provider.announce(together)
+            bases.append([provider.joint_basis(layer) for layer in together])
+        assert f"factors {expected}" in provider.describe(0)
+    for first, second, layer in zip(*bases, together, strict=True):
+        assert torch.equal(first.down, second.down)
+        assert torch.equal(first.lift, second.lift)
+        columns = torch.cat((layer.key, layer.value)).float().T
+        assert torch.allclose(first.down[0].float() @ first.lift @ columns, columns, atol=0.05 * columns.std().item())
+    FactorProvider(parse_settings({}), None, None, None).layer_factors(weights_of(0))
+    assert len(list(cache.iterdir())) == LAYERS + 1
 
 
 @pytest.mark.parametrize(

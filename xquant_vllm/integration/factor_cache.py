@@ -6,26 +6,22 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from xquant_vllm.projection.basis import LatentBasis
 from xquant_vllm.projection.factor_file import (
     FORMAT_VERSION,
     FactorFileError,
     TensorWriter,
-    bases_from,
-    layer_shapes,
-    layer_tensors,
     read_tensors,
     tensor_bytes,
 )
-from xquant_vllm.projection.layer import BasisSpec
 
 logger = logging.getLogger("vllm.xquant_vllm")
 
-Bases = tuple[LatentBasis, LatentBasis]
+Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def cache_folder() -> Path:
@@ -42,42 +38,41 @@ class FactorCache:
         self.folder = folder
         self._complained = False
 
-    def path(self, key_weight: torch.Tensor, value_weight: torch.Tensor, num_kv_heads: int, spec: BasisSpec) -> Path:
-        """Where the bases of these weights are kept.
+    def path(self, recipe: str, key_weight: torch.Tensor, value_weight: torch.Tensor) -> Path:
+        """Where the factors of these weights are kept.
 
         Args:
+            recipe: what is made of them.
             key_weight: ``[num_kv_heads * head_size, hidden_size]``, this rank's rows.
             value_weight: likewise.
-            num_kv_heads: kv heads in them.
-            spec: what is made of them.
         """
-        digest = hashlib.sha256(
-            f"{FORMAT_VERSION} {spec} {num_kv_heads} {tuple(key_weight.shape)} {key_weight.dtype}".encode()
-        )
+        digest = hashlib.sha256(f"{FORMAT_VERSION} {recipe} {tuple(key_weight.shape)} {key_weight.dtype}".encode())
         digest.update(tensor_bytes(key_weight))
         digest.update(tensor_bytes(value_weight))
         return self.folder / f"{digest.hexdigest()}.safetensors"
 
-    def load(self, path: Path, hidden_size: int, num_kv_heads: int, head_size: int, spec: BasisSpec) -> Bases | None:
+    def load(self, path: Path, shapes: Shapes) -> dict[str, torch.Tensor] | None:
         """Read an entry; a corrupt one is deleted.
 
+        Args:
+            path: the entry.
+            shapes: dtypes and shapes of its tensors by name.
+
         Returns:
-            Key and value basis on the CPU, or None.
+            The tensors on the CPU, or None.
         """
         if not path.exists():
             return None
-        shapes = layer_shapes(0, hidden_size, num_kv_heads, head_size, spec.kind, spec.dtype)
         try:
-            return bases_from(0, read_tensors(path, shapes, _read_checksums(path)))
+            return read_tensors(path, shapes, _read_checksums(path))
         except FactorFileError as error:
             logger.warning("xquant: the cached factors %s are computed anew, because the file %s", path, error)
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
 
-    def store(self, path: Path, bases: Bases) -> None:
+    def store(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write an entry under another name and rename it: ranks may do this at the same time."""
-        tensors = layer_tensors(0, *bases)
         shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         temporary = None
         try:

@@ -1,14 +1,14 @@
 """Where a layer's bases come from: the model folder's factor file, the user's cache, or a computation."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from xquant_vllm.integration.factor_cache import FactorCache, cache_folder
+from xquant_vllm.integration.factor_cache import FactorCache, Shapes, cache_folder
 from xquant_vllm.integration.factor_header import FactorHeader
 from xquant_vllm.integration.factor_settings import factors_of, refuse_factors
 from xquant_vllm.integration.settings import XQuantSettings
@@ -23,12 +23,17 @@ from xquant_vllm.projection.factor_file import (
     dtype_name,
     head_fingerprints,
     layer_shapes,
+    layer_tensors,
     read_tensors,
 )
+from xquant_vllm.projection.joint_kv import JointKVBasis, factorize_joint_kv
 from xquant_vllm.projection.layer import BasisSpec, factorize_layer
 from xquant_vllm.projection.predicted import PredictedLink, layers_of_groups, link_shapes
 
 Bases = tuple[LatentBasis, LatentBasis]
+
+# Of the rotation of every joint latent.
+_JOINT_SEED = 10395
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,14 @@ class LayerWeights:
         key: ``[num_kv_heads * head_size, hidden_size]`` in the serving dtype; not written before its bases are there.
         value: likewise.
         num_kv_heads: kv heads on this rank.
+        together: whether one basis for keys and values is wanted.
     """
 
     layer_index: int
     key: torch.Tensor = field(compare=False)
     value: torch.Tensor = field(compare=False)
     num_kv_heads: int = field(compare=False)
+    together: bool = False
 
     @property
     def head_size(self) -> int:
@@ -92,7 +99,7 @@ class FactorProvider:
         self._settings, self._folder, self._header, self._shard = settings, folder, header, shard
         self._cache = FactorCache(cache_folder()) if settings.factor_cache else None
         self._origins: Counter[str] = Counter()
-        self._pool = AheadPool(self._produce)
+        self._pool: AheadPool[LayerWeights, Bases | JointKVBasis] = AheadPool(self._produce)
 
     @staticmethod
     def for_engine(vllm_config: Any, settings: XQuantSettings) -> "FactorProvider":
@@ -122,7 +129,7 @@ class FactorProvider:
 
     def announce(self, layers: Iterable[LayerWeights]) -> None:
         """Name the layers that will be asked for, in order, so that they can be prepared ahead."""
-        self._pool.announce(layers)
+        self._pool.announce(layer for layer in layers if not (layer.together and self._has_chain))
 
     def layer_factors(self, layer: LayerWeights) -> Bases:
         """Key basis and value basis of a layer, on the device of its weights.
@@ -130,7 +137,19 @@ class FactorProvider:
         Raises:
             SettingsError: the model folder has factors, but not of these weights.
         """
-        return self._pool.take(layer)
+        bases = self._pool.take(layer)
+        assert isinstance(bases, tuple)
+        return bases
+
+    def joint_basis(self, layer: LayerWeights) -> JointKVBasis:
+        """The data-free basis of a layer's keys and values together, on the device of its weights."""
+        basis = self._pool.take(layer)
+        assert isinstance(basis, JointKVBasis)
+        return basis
+
+    @property
+    def _has_chain(self) -> bool:
+        return self._header is not None and self._header.settings.chain is not None
 
     def layer_link(self, layer: LayerWeights, layers_of_group: int) -> PredictedLink | None:
         """A layer of the model folder's predicted chain, on the device of its weights; None if it has no such chain.
@@ -164,30 +183,61 @@ class FactorProvider:
         cached, computed = self._origins["cached"], self._origins["computed"]
         if cached and computed:
             return f"factors of {cached} layers cached, of {computed} computed in {seconds:.1f} s"
-        if not cached and not computed:  # pages of X, or the paper's chain
+        if not cached and not computed:  # pages of X
             return f"weights prepared in {seconds:.1f} s"
         return f"factors cached, read in {seconds:.1f} s" if cached else f"factors computed in {seconds:.1f} s"
 
-    def _produce(self, layer: LayerWeights) -> Bases:
-        spec = spec_of(self._settings, layer.key.dtype)
+    def _produce(self, layer: LayerWeights) -> Bases | JointKVBasis:
+        device = layer.key.device
         with torch.no_grad():
-            bases = self._from_cache(layer, spec) if self._header is None else self._from_file(layer, self._header)
-        key, value = (LatentBasis(basis.down.to(layer.key.device), basis.up.to(layer.key.device)) for basis in bases)
+            if layer.together:
+                joint = self._joint(layer)
+                return JointKVBasis(joint.down.to(device), joint.lift.to(device))
+            bases = self._data_free(layer) if self._header is None else self._from_file(layer, self._header)
+        key, value = (LatentBasis(basis.down.to(device), basis.up.to(device)) for basis in bases)
         return key, value
 
-    def _from_cache(self, layer: LayerWeights, spec: BasisSpec) -> Bases:
+    def _data_free(self, layer: LayerWeights) -> Bases:
+        spec, heads = spec_of(self._settings, layer.key.dtype), layer.num_kv_heads
+        shapes = layer_shapes(0, layer.key.shape[1], heads, layer.head_size, spec.kind, spec.dtype)
+        tensors = self._cached(
+            layer,
+            f"{spec} {heads}",
+            shapes,
+            lambda: layer_tensors(0, *factorize_layer(layer.key, layer.value, heads, spec)),
+        )
+        return bases_from(0, tensors)
+
+    def _joint(self, layer: LayerWeights) -> JointKVBasis:
+        outliers, rotate = self._settings.outlier_channels.key, self._settings.rotate
+        hidden_size, width, dtype = layer.key.shape[1], 2 * layer.key.shape[0], layer.key.dtype
+        shapes = {"down": (dtype, (1, hidden_size, width)), "lift": (torch.float32, (width, hidden_size))}
+
+        def compute() -> dict[str, torch.Tensor]:
+            basis = factorize_joint_kv(
+                layer.key, layer.value, outlier_channels=outliers, rotate=rotate, seed=_JOINT_SEED, dtype=dtype
+            )
+            return {"down": basis.down, "lift": basis.lift}
+
+        tensors = self._cached(layer, f"joint {outliers} {rotate}", shapes, compute)
+        return JointKVBasis(tensors["down"], tensors["lift"])
+
+    def _cached(
+        self, layer: LayerWeights, recipe: str, shapes: Shapes, compute: Callable[[], dict[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        """Tensors from the cache, or computed and kept there."""
         path = None
         if self._cache is not None:
-            path = self._cache.path(layer.key, layer.value, layer.num_kv_heads, spec)
-            cached = self._cache.load(path, layer.key.shape[1], layer.num_kv_heads, layer.head_size, spec)
+            path = self._cache.path(recipe, layer.key, layer.value)
+            cached = self._cache.load(path, shapes)
             if cached is not None:
                 self._origins["cached"] += 1
                 return cached
-        bases = factorize_layer(layer.key, layer.value, layer.num_kv_heads, spec)
+        tensors = compute()
         if self._cache is not None and path is not None:
-            self._cache.store(path, bases)
+            self._cache.store(path, tensors)
         self._origins["computed"] += 1
-        return bases
+        return tensors
 
     def _from_file(self, layer: LayerWeights, header: FactorHeader) -> Bases:
         assert self._folder is not None

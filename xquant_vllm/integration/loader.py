@@ -124,9 +124,9 @@ def _operate(
         if not processed:
             factors.announce(
                 [
-                    layer_weights(part, index, part.qkv_proj.weight.data)
-                    for form, index, part in zip(formats, indices, parts, strict=True)
-                    if form.holds == "latent"
+                    layer_weights(part, form, part.qkv_proj.weight.data)
+                    for form, part in zip(formats, parts, strict=True)
+                    if form.holds != "x"
                 ]
             )
         for position, (form, part, (name, _, attention)) in enumerate(zip(formats, parts, layers, strict=True)):

@@ -15,11 +15,10 @@ from xquant_vllm.integration.recognize import AttentionParts
 from xquant_vllm.integration.settings import XQuantSettings
 from xquant_vllm.projection.basis import LatentBasis
 from xquant_vllm.projection.chain import chain_prediction, chain_up_projection, input_up_projection
-from xquant_vllm.projection.joint_kv import factorize_joint_kv
 from xquant_vllm.projection.rematerialize import LayerProjection
 
-# Of the rotation of X: one for all layers, so that deltas add up, and one of every joint latent.
-_INPUT_SEED, _JOINT_SEED = 2508, 10395
+# Of the rotation of X: one for all layers, so that deltas add up.
+_INPUT_SEED = 2508
 
 
 @dataclass
@@ -93,10 +92,10 @@ class Operation:
             self.put(self.dense)
 
 
-def layer_weights(parts: AttentionParts, layer_index: int, weight: torch.Tensor) -> LayerWeights:
+def layer_weights(parts: AttentionParts, form: LayerFormat, weight: torch.Tensor) -> LayerWeights:
     """The key and value rows of ``qkv_proj``'s weight ``[q_size + 2 * kv_size, hidden_size]``, not copied."""
     key, value = weight[parts.q_size :].split(parts.kv_size)
-    return LayerWeights(layer_index, key, value, parts.attention.num_kv_heads)
+    return LayerWeights(form.shape.index, key, value, form.shape.num_kv_heads, together=form.holds == "joint")
 
 
 def perform(operation: Operation) -> tuple[LayerCache, nn.Module]:
@@ -114,7 +113,7 @@ def perform(operation: Operation) -> tuple[LayerCache, nn.Module]:
 
 def _to_latents(operation: Operation) -> LayerCache:
     """Key and value rows become the down-projections of their own bases."""
-    weights = layer_weights(operation.parts, operation.form.shape.index, operation.weight)
+    weights = layer_weights(operation.parts, operation.form, operation.weight)
     key, value = operation.factors.layer_factors(weights)
     projection = operation.projection(key.up, value.up)
     operation.write_rows(torch.cat([_rows_of(basis) for basis in (key, value)]))
@@ -131,22 +130,15 @@ def _to_joint_latents(operation: Operation) -> LayerCache:
 
     The model folder's calibrated chain is taken if it has one, else the paper's, from the weights alone.
     """
-    form, settings, weight = operation.form, operation.settings, operation.weight
-    weights = layer_weights(operation.parts, form.shape.index, weight)
+    form, weight = operation.form, operation.weight
+    weights = layer_weights(operation.parts, form, weight)
     link = operation.factors.layer_link(weights, len(form.reads) + 1)
     if link is not None:
         cache = LayerCache(form, operation.projection(link.up_key, link.up_value), prediction_matrix=link.prediction)
         operation.write_rows(link.down.T)
         return cache
     key, value = weight[operation.key_rows], weight[operation.value_rows]
-    basis = factorize_joint_kv(
-        key,
-        value,
-        outlier_channels=settings.outlier_channels.key,
-        rotate=settings.rotate,
-        seed=_JOINT_SEED,
-        dtype=weight.dtype,
-    )
+    basis = operation.factors.joint_basis(weights)
     if not form.reads:
         operation.lifts.clear()  # nothing later reads what was before an anchor
     earlier = [operation.lifts[position] for position in form.reads]
