@@ -48,6 +48,15 @@ def serve(engines, documentation):
     return serve
 
 
+@pytest.fixture(scope="module")
+def other_text(tmp_path_factory) -> str:
+    """A file of pages of the same documentation, but not those that are evaluated."""
+    evaluated = ("assignment", "compound", "operator-summary")
+    text = tmp_path_factory.mktemp("text") / "other.txt"
+    text.write_text("\n".join(page for name, page in pydoc_data.topics.topics.items() if name not in evaluated))
+    return str(text)
+
+
 def test_factors_serve_what_the_model_alone_serves(serve, smollm2, tmp_path):
     folder = factorize(smollm2, tmp_path / "smollm2")
     alone, log = serve(smollm2, 8)
@@ -57,11 +66,10 @@ def test_factors_serve_what_the_model_alone_serves(serve, smollm2, tmp_path):
     assert max(abs(p - q) for p, q in zip(ours, alone, strict=True)) < 1e-3
 
 
-def test_a_calibrated_basis_loses_less_on_other_text_at_the_bits_that_the_folder_was_made_for(serve, smollm2, tmp_path):
-    evaluated = ("assignment", "compound", "operator-summary")
-    text = tmp_path / "other.txt"
-    text.write_text("\n".join(page for name, page in pydoc_data.topics.topics.items() if name not in evaluated))
-    folder = factorize(smollm2, tmp_path / "calibrated", "--calibration", str(text), "--bits", "2")
+def test_a_calibrated_basis_loses_less_on_other_text_at_the_bits_that_the_folder_was_made_for(
+    serve, smollm2, other_text, tmp_path
+):
+    folder = factorize(smollm2, tmp_path / "calibrated", "--calibration", other_text, "--bits", "2")
     calibrated, log = serve(folder)
     assert "(calibrated on 2048 tokens)" in log
     assert "key 2 / value 2 bits" in log
@@ -75,11 +83,10 @@ def test_a_calibrated_basis_loses_less_on_other_text_at_the_bits_that_the_folder
     assert perplexities[1] < 0.7 * perplexities[0]
 
 
-def test_a_predicted_chain_loses_less_than_the_papers_at_equal_bytes(engines, serve, smollm2, documentation, tmp_path):
-    evaluated = ("assignment", "compound", "operator-summary")
-    text = tmp_path / "other.txt"
-    text.write_text("\n".join(page for name, page in pydoc_data.topics.topics.items() if name not in evaluated))
-    options = ("--method", "xquant-cl", "--calibration", str(text), "--bits", "2")
+def test_a_predicted_chain_loses_less_than_the_papers_at_equal_bytes(
+    engines, serve, smollm2, documentation, other_text, tmp_path
+):
+    options = ("--method", "xquant-cl", "--calibration", other_text, "--bits", "2")
     predicted, log = serve(factorize(smollm2, tmp_path / "chain", *options))
     assert "22 layers hold differences of joint latents of keys and values at 2 bits, 114 bytes per token each" in log
     assert "(calibrated on 2048 tokens)" in log

@@ -3,12 +3,21 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from xquant_vllm.integration.factor_header import FactorHeader, FactorSettings, Source, Streams, read_header
+from xquant_vllm.integration.factor_header import (
+    ChainSettings,
+    FactorHeader,
+    FactorSettings,
+    Source,
+    Streams,
+    read_header,
+)
+from xquant_vllm.integration.factor_settings import refuse_factors
 from xquant_vllm.integration.factors import FactorProvider, HeadShard, LayerWeights, check_factors, spec_of
 from xquant_vllm.integration.settings import SettingsError, parse_settings, settings_of
 from xquant_vllm.projection.factor_file import (
@@ -320,3 +329,16 @@ def test_a_folder_that_cannot_be_written_costs_one_line(cache, warnings):
 def test_the_cache_can_be_turned_off(cache):
     FactorProvider(parse_settings({"factor_cache": False}), None, None, None).layer_factors(weights_of(0))
     assert not cache.exists()
+
+
+def test_the_command_that_makes_a_chain_anew_makes_a_chain():
+    chain = ChainSettings(bits=2, group_size=64, first_layers=1, first_layers_bits=4, anchor_interval=8, anchor_bits=4)
+    made_for = SimpleNamespace(settings=SimpleNamespace(chain=chain), calibration=SimpleNamespace(text="t", tokens=9))
+    common = "--calibration t --calibration-tokens 9 --force`"
+    for asked, options in (
+        ("", "--method xquant-cl --bits 2 --anchor-interval 8 --first-layers 1"),
+        ("--bits 4", "--method xquant-cl --anchor-interval 8 --first-layers 1 --bits 4"),
+        ("--method xquant", "--method xquant"),
+    ):
+        error = str(refuse_factors(Path("/m/xquant_factors.json"), "is stale", made_for, asked))
+        assert f"`xquant factorize /m --out /m {options} {common}" in error

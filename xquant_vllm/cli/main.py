@@ -73,16 +73,14 @@ def _parser() -> argparse.ArgumentParser:
         "--anchor-interval",
         type=int,
         metavar="N",
-        default=4,
         help="with --method xquant-cl, layers from one that is stored by itself to the next; 0: only the first is. "
-        "Longer chains take fewer bytes and are slower to read (default %(default)s)",
+        "Longer chains take fewer bytes and are slower to read (default: the server's for chains of latents, 4)",
     )
     factorize.add_argument(
         "--first-layers",
         type=int,
         metavar="N",
-        default=1,
-        help="with --method xquant-cl, layers at the start that are stored by themselves (default %(default)s)",
+        help="with --method xquant-cl, layers at the start that are stored by themselves (default: likewise, 1)",
     )
     factorize.add_argument("--basis", choices=["head", "joint"], default="head", help="default %(default)s")
     factorize.add_argument(

@@ -39,6 +39,17 @@ def refuse_factors(path: Path, problem: str, header: FactorHeader | None, option
         options: of the command that makes it anew.
     """
     options = f" {options}" if options else ""
+    chain = None if header is None else header.settings.chain
+    if chain is not None and "--method" not in options:
+        # What makes the same chain, but for the option that is to be another.
+        for option, value in (
+            ("--first-layers", chain.first_layers),
+            ("--anchor-interval", chain.anchor_interval),
+            ("--bits", chain.bits),
+        ):
+            if option not in options:
+                options = f" {option} {value}{options}"
+        options = f" --method xquant-cl{options}"
     if header is not None and header.calibration is not None:
         text = header.calibration.text
         options += f" --calibration {shlex.quote(text)} --calibration-tokens {header.calibration.tokens}"

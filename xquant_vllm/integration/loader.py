@@ -44,19 +44,16 @@ def install_loader_hook() -> None:
             original(model, model_config, target_device)
             return
         parts = [recognize(*layer) for layer in layers]
-        # Packed weights cannot be read before they are processed. Layers may build on each other, so all of them wait.
         impl = layers[0][2].impl
         factors = FactorProvider.for_engine(impl.vllm_config, impl.settings)
+        # Packed weights cannot be read before they are processed. Layers may build on each other, so all of them wait.
         quantized = sum(not _is_plain(part.qkv_proj) for part in parts)
         if quantized:
             original(model, model_config, target_device)
-            start = time.perf_counter()
-            _operate(layers, parts, factors, processed=True)
-            seconds = time.perf_counter() - start
-        else:
-            start = time.perf_counter()
-            _operate(layers, parts, factors, processed=False)
-            seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        _operate(layers, parts, factors, processed=quantized > 0)
+        seconds = time.perf_counter() - start
+        if not quantized:
             original(model, model_config, target_device)
         model.load_weights = _refuse_new_weights
         report([attention.impl for _, _, attention in layers], quantized, factors.describe(seconds))
