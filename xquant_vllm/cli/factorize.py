@@ -11,9 +11,7 @@ import torch
 from tqdm import tqdm
 
 from xquant_vllm import __version__
-from xquant_vllm.cli.checkpoint import Checkpoint, open_checkpoint
 from xquant_vllm.cli.output import link_checkpoint, replaced_folder
-from xquant_vllm.cli.refused import RefusedError
 from xquant_vllm.integration.factor_header import (
     Calibration,
     ChainSettings,
@@ -24,6 +22,8 @@ from xquant_vllm.integration.factor_header import (
 )
 from xquant_vllm.integration.formats import LayerFormat, LayerShape, layer_formats
 from xquant_vllm.integration.settings import XQuantSettings, parse_settings
+from xquant_vllm.offline.checkpoint import Checkpoint, open_checkpoint
+from xquant_vllm.offline.refused import RefusedError
 from xquant_vllm.projection.ahead import AheadPool
 from xquant_vllm.projection.basis import LatentBasis
 from xquant_vllm.projection.calibration import INPUT_RIDGE, ProjectionStatistics
@@ -84,7 +84,8 @@ def factorize_checkpoint(options: argparse.Namespace) -> None:
             calibration = None
             run.data_free()
         else:
-            from xquant_vllm.cli.statistics import collect_statistics, text_name, tokenize
+            from xquant_vllm.offline.statistics import collect_statistics, tokenize
+            from xquant_vllm.offline.texts import text_name
 
             batch = tokenize(checkpoint, options.calibration, options.calibration_tokens, _FEWEST_TOKENS)
             calibration = Calibration(text=text_name(options.calibration), tokens=batch.numel(), ridge=INPUT_RIDGE)

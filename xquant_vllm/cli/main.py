@@ -20,8 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     # torch takes seconds to import: not for --help.
     from xquant_vllm.cli.factorize import factorize_checkpoint
-    from xquant_vllm.cli.refused import RefusedError
     from xquant_vllm.integration.settings import SettingsError
+    from xquant_vllm.offline.refused import RefusedError
 
     try:
         factorize_checkpoint(options)

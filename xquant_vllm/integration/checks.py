@@ -1,18 +1,19 @@
 """What is refused at start-up, by name, before a weight is loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from xquant_vllm.codec.layout import BLOCK_SIZE_MULTIPLE
 from xquant_vllm.integration.factors import check_factors
 from xquant_vllm.integration.formats import LayerShape, layer_formats
-from xquant_vllm.integration.settings import SettingsError, settings_of
+from xquant_vllm.integration.settings import SettingsError, XQuantSettings, settings_of
 
 SUPPORTED_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 # Methods that propose tokens without a model of their own, so without attention layers that would need a cache.
 SPECULATIVE_WITHOUT_DRAFT_MODEL = ("ngram", "suffix")
 
 
+_NO_CHAIN = 'set "method": "xquant"'
 OTHER_BACKEND = "choose another --attention-backend for this model"
 
 
@@ -50,34 +51,52 @@ def check_config(vllm_config: Any) -> None:
         num_kv_heads = model.get_num_kv_heads(vllm_config.parallel_config)
         sizes = (model.get_hidden_size(), num_kv_heads, model.get_head_size())
         layer_formats(settings, [LayerShape(index, *sizes) for index in range(num_layers)])
-        if (settings.first_layers or 0) > num_layers:
-            raise SettingsError(
-                f"xquant: setting 'first_layers': {settings.first_layers} cannot work: the model has {num_layers} "
-                f"layers; set {num_layers} or fewer"
-            )
-        if max(settings.skip_layers, default=0) >= num_layers:
-            raise SettingsError(
-                f"xquant: setting 'skip_layers': {list(settings.skip_layers)} cannot work: the model has {num_layers} "
-                f"layers, counted from 0; name layers up to {num_layers - 1}"
-            )
+        check_layers(settings, num_layers)
         if settings.method == "xquant-cl":
             _check_chain(vllm_config)
 
 
 def _check_chain(vllm_config: Any) -> None:
     """A layer of a chain reads other layers' pages by its own block table: one table must serve them all."""
-    instead = 'set "method": "xquant"'
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise UnsupportedError(
             "xquant: setting 'method': 'xquant-cl' cannot work with --pipeline-parallel-size "
-            f"{vllm_config.parallel_config.pipeline_parallel_size}: a layer would need pages of another rank; {instead}"
+            f"{vllm_config.parallel_config.pipeline_parallel_size}: a layer would need pages of another rank; "
+            f"{_NO_CHAIN}"
         )
-    kinds = getattr(vllm_config.model_config.hf_text_config, "layer_types", None) or ()
-    if len(set(kinds)) > 1 and not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+    if not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        check_layer_kinds(getattr(vllm_config.model_config.hf_text_config, "layer_types", None) or ())
+
+
+def check_layers(settings: XQuantSettings, num_layers: int) -> None:
+    """Refuse settings that name layers which the model does not have.
+
+    Raises:
+        SettingsError: it names the setting.
+    """
+    if (settings.first_layers or 0) > num_layers:
+        raise SettingsError(
+            f"xquant: setting 'first_layers': {settings.first_layers} cannot work: the model has {num_layers} "
+            f"layers; set {num_layers} or fewer"
+        )
+    if max(settings.skip_layers, default=0) >= num_layers:
+        raise SettingsError(
+            f"xquant: setting 'skip_layers': {list(settings.skip_layers)} cannot work: the model has {num_layers} "
+            f"layers, counted from 0; name layers up to {num_layers - 1}"
+        )
+
+
+def check_layer_kinds(kinds: Sequence[str]) -> None:
+    """Refuse a chain over layers of different kinds (``layer_types`` of a configuration).
+
+    Raises:
+        UnsupportedError: there are several kinds.
+    """
+    if len(set(kinds)) > 1:
         raise UnsupportedError(
             "xquant: setting 'method': 'xquant-cl' cannot work on this model, whose kinds of layers "
             f"({', '.join(sorted(set(kinds)))}) have block tables of their own: a layer could not read the pages of "
-            f"the one before; {instead}"
+            f"the one before; {_NO_CHAIN}"
         )
 
 

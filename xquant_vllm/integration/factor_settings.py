@@ -19,12 +19,20 @@ def factors_of(vllm_config: Any) -> tuple[Path | None, FactorHeader | None]:
     model = getattr(getattr(vllm_config, "model_config", None), "model", None)
     if not isinstance(model, str) or not Path(model).is_dir():
         return None, None
-    folder = Path(model)
+    return Path(model), factors_in(Path(model))
+
+
+def factors_in(folder: Path) -> FactorHeader | None:
+    """The header of a folder's factors; None for a folder without.
+
+    Raises:
+        SettingsError: the header cannot be used.
+    """
     try:
         header = read_header(folder)
         if header is None and (folder / FACTORS_FILE).exists():
             raise FactorFileError("is missing")
-        return folder, header
+        return header
     except FactorFileError as error:
         raise refuse_factors(folder / HEADER_FILE, str(error), None) from None
 
@@ -60,13 +68,17 @@ def refuse_factors(path: Path, problem: str, header: FactorHeader | None, option
     )
 
 
-def over_factors(settings: XQuantSettings, vllm_config: Any) -> XQuantSettings:
+def over_factors(settings: XQuantSettings, folder: Path | None, header: FactorHeader | None) -> XQuantSettings:
     """The user's settings over those that the model folder's factors were made for, if it has any.
 
+    Args:
+        settings: the user's.
+        folder: the model's folder.
+        header: of its factors.
+
     Raises:
-        SettingsError: the factors cannot be used, or a setting contradicts what is built into them.
+        SettingsError: a setting contradicts what is built into the factors.
     """
-    folder, header = factors_of(vllm_config)
     if folder is None or header is None:
         return settings
     given, made_for = settings.model_fields_set, header.settings

@@ -11,6 +11,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.model_loader import base_loader
 from vllm.model_executor.models.utils import extract_layer_index
 
+from xquant_vllm.integration.cache_builder import layer_weights
 from xquant_vllm.integration.cache_spec import publish_page_size
 from xquant_vllm.integration.checks import unsupported_model
 from xquant_vllm.integration.coverage import describe_coverage
@@ -18,7 +19,7 @@ from xquant_vllm.integration.effective_weight import effective_linear
 from xquant_vllm.integration.factors import FactorProvider
 from xquant_vllm.integration.formats import LayerShape, layer_formats
 from xquant_vllm.integration.modules import DenseLinear
-from xquant_vllm.integration.operations import layer_weights
+from xquant_vllm.integration.operations import key_value_rows
 from xquant_vllm.integration.recognize import AttentionParts, recognize
 from xquant_vllm.integration.registration import BACKEND_NAME
 from xquant_vllm.integration.report import report
@@ -121,7 +122,7 @@ def _operate(
         if not processed:
             factors.announce(
                 [
-                    layer_weights(part, form, part.qkv_proj.weight.data)
+                    layer_weights(form, *key_value_rows(part, part.qkv_proj.weight.data))
                     for form, part in zip(formats, parts, strict=True)
                     if form.holds != "x"
                 ]

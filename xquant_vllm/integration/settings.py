@@ -237,9 +237,9 @@ def settings_of(vllm_config: Any) -> XQuantSettings:
     """
     additional = getattr(vllm_config, "additional_config", None)
     settings = parse_settings(additional.get(CONFIG_KEY) if isinstance(additional, Mapping) else None)
-    from xquant_vllm.integration.factor_settings import over_factors  # which needs what is defined here
+    from xquant_vllm.integration.factor_settings import factors_of, over_factors  # which need what is defined here
 
-    return over_factors(settings, vllm_config)
+    return over_factors(settings, *factors_of(vllm_config))
 
 
 def _override() -> Mapping[str, Any]:

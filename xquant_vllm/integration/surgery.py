@@ -13,13 +13,13 @@ from torch import nn
 
 from xquant_vllm.attention.latents import combine
 from xquant_vllm.codec.layout import StreamFormat
+from xquant_vllm.integration.cache_builder import CacheBuilder, Factors
 from xquant_vllm.integration.capture import capture_qkv
 from xquant_vllm.integration.checks import unsupported_model
-from xquant_vllm.integration.factors import FactorProvider
 from xquant_vllm.integration.formats import LayerFormat
 from xquant_vllm.integration.layer_cache import LayerCache
 from xquant_vllm.integration.modules import DenseLinear, QueryOnlyRotary
-from xquant_vllm.integration.operations import Operation, perform
+from xquant_vllm.integration.operations import Operation
 from xquant_vllm.integration.recognize import AttentionParts
 from xquant_vllm.integration.settings import XQuantSettings
 from xquant_vllm.projection.rematerialize import rematerialize_keys, rematerialize_values
@@ -33,10 +33,9 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 class Surgeon:
     """Operates on the layers of a model, in the order in which they run: later ones may build on earlier ones."""
 
-    def __init__(self, settings: XQuantSettings, formats: Sequence[LayerFormat], factors: FactorProvider) -> None:
+    def __init__(self, settings: XQuantSettings, formats: Sequence[LayerFormat], factors: Factors) -> None:
         """Prepare for layers of these formats, whose bases ``factors`` gives."""
-        self._settings, self._formats, self._factors = settings, formats, factors
-        self._lifts: dict[int, torch.Tensor] = {}
+        self._formats, self._builder = formats, CacheBuilder(settings, formats, factors)
 
     def operate(self, position: int, parts: AttentionParts, dense: DenseLinear) -> LayerCache:
         """Replace the projections of one attention module.
@@ -66,8 +65,9 @@ class Surgeon:
         # A plain layer cannot run before vLLM has dispatched its GEMM; a quantized one is itself the truth.
         before = capture_qkv(parts.name, parts.module, hidden, positions, dense if in_place else None)
         form = self._formats[position]
-        operation = Operation(parts, form, self._settings, self._factors, dense, in_place, self._lifts, position)
-        cache, stand_in = perform(operation)
+        operation = Operation(parts, form, dense, in_place)
+        cache, down = self._builder.build(position, operation.parameters)
+        stand_in = operation.perform(down)
         _wrap_child(parts.module, "rotary_emb", QueryOnlyRotary)
         _wrap_child(parts.module, "k_norm", lambda _: nn.Identity())
         after = capture_qkv(parts.name, parts.module, hidden, positions, stand_in)

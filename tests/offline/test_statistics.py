@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 from tests.cli.test_factorize import FakeTokenizer, factorize
 from tests.tiny_models import save_tiny_model
-from xquant_vllm.cli.checkpoint import open_checkpoint
-from xquant_vllm.cli.refused import RefusedError
-from xquant_vllm.cli.statistics import collect_statistics, tokenize
 from xquant_vllm.integration.factor_header import read_header
+from xquant_vllm.offline.checkpoint import open_checkpoint
+from xquant_vllm.offline.refused import RefusedError
+from xquant_vllm.offline.statistics import collect_statistics, tokenize
 from xquant_vllm.projection.calibration import (
     INPUT_RIDGE,
     key_importance,

@@ -1,4 +1,4 @@
-"""The error of the command line."""
+"""The error of the tools."""
 
 
 class RefusedError(ValueError):

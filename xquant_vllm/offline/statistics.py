@@ -2,14 +2,15 @@
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from xquant_vllm.cli.checkpoint import Checkpoint
-from xquant_vllm.cli.refused import RefusedError
+from xquant_vllm.offline.attention_modules import attention_modules
+from xquant_vllm.offline.checkpoint import Checkpoint
+from xquant_vllm.offline.refused import RefusedError
+from xquant_vllm.offline.texts import calibration_text, opening_tokens
 from xquant_vllm.projection.calibration import (
     MomentAccumulator,
     ProjectionStatistics,
@@ -17,18 +18,11 @@ from xquant_vllm.projection.calibration import (
     value_importance,
 )
 
-PYTHON_DOCS = "python-docs"
-
 _SEQUENCE = 1024
 _CHUNK = 512
 _ATTENTION = "xquant_statistics"
 
 OnLayer = Callable[[int, tuple[ProjectionStatistics, ProjectionStatistics], torch.Tensor], None]
-
-
-def text_name(calibration: str) -> str:
-    """What the header calls the text: no path of this machine."""
-    return calibration if calibration == PYTHON_DOCS else Path(calibration).name
 
 
 def tokenize(checkpoint: Checkpoint, calibration: str, tokens: int, fewest: int) -> torch.Tensor:
@@ -49,8 +43,8 @@ def tokenize(checkpoint: Checkpoint, calibration: str, tokens: int, fewest: int)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    ids = tokenizer.encode(_read_text(calibration), add_special_tokens=False, verbose=False)
-    opening = [tokenizer.bos_token_id] if tokenizer.encode("a")[0] == tokenizer.bos_token_id else []
+    ids = tokenizer.encode(calibration_text(calibration), add_special_tokens=False, verbose=False)
+    opening = opening_tokens(tokenizer)
     if len(ids) < fewest:
         raise RefusedError(
             f"xquant: --calibration {calibration} has {len(ids)} tokens, too few to say anything about a model; give "
@@ -63,20 +57,6 @@ def tokenize(checkpoint: Checkpoint, calibration: str, tokens: int, fewest: int)
     count = max(1, min(tokens // length, available))
     starts = [step * (available * i // count) for i in range(count)]
     return torch.tensor([opening + ids[start : start + step] for start in starts])
-
-
-def _read_text(calibration: str) -> str:
-    if calibration == PYTHON_DOCS:
-        import pydoc_data.topics
-
-        return "\n".join(pydoc_data.topics.topics.values())
-    try:
-        return Path(calibration).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RefusedError(
-            f"xquant: --calibration {calibration} cannot be read as UTF-8 text ({error}); give a text file, or "
-            f"{PYTHON_DOCS}"
-        ) from None
 
 
 def collect_statistics(checkpoint: Checkpoint, batch: torch.Tensor, device: torch.device, on_layer: OnLayer) -> None:
@@ -107,26 +87,13 @@ def collect_statistics(checkpoint: Checkpoint, batch: torch.Tensor, device: torc
     model = AutoModel.from_pretrained(checkpoint.folder, dtype=dtype, attn_implementation=_ATTENTION)
     model = model.to(device).eval()
     observers = [
-        _Observer(checkpoint, layer, module, on_layer) for layer, module in enumerate(_attentions(model, checkpoint))
+        _Observer(checkpoint, layer, module, on_layer)
+        for layer, module in enumerate(attention_modules(model, checkpoint))
     ]
     with torch.no_grad():
         model(input_ids=batch.to(device), use_cache=False)
     for observer in observers:
         observer.check()
-
-
-def _attentions(model: nn.Module, checkpoint: Checkpoint) -> list[Any]:
-    """The attention modules by layer."""
-    modules = {}
-    for name, module in model.named_modules():
-        if name.endswith(".self_attn") and (hasattr(module, "k_proj") or hasattr(module, "qkv_proj")):
-            modules[int(name.split(".")[-2])] = module
-    if sorted(modules) != list(range(checkpoint.layers)):
-        raise RefusedError(
-            f"xquant: {checkpoint.architecture} cannot be calibrated: {len(modules)} attention modules were recognized "
-            f"in {checkpoint.layers} layers; leave --calibration out for bases from the weights alone"
-        )
-    return [modules[layer] for layer in range(checkpoint.layers)]
 
 
 def _attend(module: Any, query: torch.Tensor, *arguments: Any, **options: Any) -> Any:

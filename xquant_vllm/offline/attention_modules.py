@@ -1,0 +1,26 @@
+"""The attention modules of a transformers model."""
+
+from typing import Any
+
+from torch import nn
+
+from xquant_vllm.offline.checkpoint import Checkpoint
+from xquant_vllm.offline.refused import RefusedError
+
+
+def attention_modules(model: nn.Module, checkpoint: Checkpoint) -> list[Any]:
+    """The attention modules by layer: they have ``k_proj`` and ``v_proj``, or a fused ``qkv_proj``.
+
+    Raises:
+        RefusedError: there is not one for every layer.
+    """
+    modules = {}
+    for name, module in model.named_modules():
+        if name.endswith(".self_attn") and (hasattr(module, "k_proj") or hasattr(module, "qkv_proj")):
+            modules[int(name.split(".")[-2])] = module
+    if sorted(modules) != list(range(checkpoint.layers)):
+        raise RefusedError(
+            f"xquant: {checkpoint.architecture} cannot be run here: {len(modules)} attention modules were recognized "
+            f"in {checkpoint.layers} layers; serve the checkpoint itself, with bases from the weights alone"
+        )
+    return [modules[layer] for layer in range(checkpoint.layers)]
