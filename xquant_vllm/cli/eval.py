@@ -1,7 +1,6 @@
 """``xquant eval``: from options to a result."""
 
 import argparse
-import functools
 import json
 import math
 from pathlib import Path
@@ -10,14 +9,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from xquant_vllm.evaluation.cache_method import CacheMethod
 from xquant_vllm.evaluation.datasets import dataset_text
 from xquant_vllm.evaluation.files import replace_json
-from xquant_vllm.evaluation.hooked_model import HookedModel
 from xquant_vllm.evaluation.kept_scores import KeptScores, model_fingerprint
 from xquant_vllm.evaluation.method_options import MethodOptions
 from xquant_vllm.evaluation.methods import bytes_16bit, prepare_method
+from xquant_vllm.evaluation.offline_engine import OfflineEngine
 from xquant_vllm.evaluation.perplexity import evaluate_windows
+from xquant_vllm.evaluation.prepared_method import PreparedMethod
 from xquant_vllm.evaluation.result import perplexity_result, summary, versions
 from xquant_vllm.evaluation.windows import cut_windows
 from xquant_vllm.offline.checkpoint import Checkpoint, open_checkpoint
@@ -45,37 +44,19 @@ def evaluate_perplexity(options: argparse.Namespace) -> None:
     windows = _windows(options, checkpoint, text, name)
     method = prepare_method(options.method, _method_options(options), checkpoint, dtype, options.window)
 
-    @functools.cache
-    def model() -> HookedModel:
-        return HookedModel(checkpoint, dtype, torch.device(options.device))
-
-    @functools.cache
-    def candidate() -> CacheMethod:
-        return method.build(model())
-
-    kept = None
-    if options.resume is not None:
-        about = {"model": model_fingerprint(checkpoint), "dtype": options.dtype, "device": options.device}
-        described = {"name": method.name, "bits": method.bits, "settings": method.settings}
-        kept = KeptScores(options.resume, about | {"versions": versions()}, described)
+    engine = OfflineEngine(checkpoint, method, dtype, torch.device(options.device))
+    candidate = None if method.name == "16bit" else engine.candidate
+    kept = _kept_scores(options, checkpoint, method)
     scores = []
-    exact = CacheMethod()
-    for score in tqdm(
-        evaluate_windows(
-            windows,
-            lambda tokens: model().logits(tokens, exact),
-            None if method.name == "16bit" else lambda tokens: model().logits(tokens, candidate()),
-            kept,
-        ),
-        desc=method.name,
-        total=len(windows),
-        unit="window",
-    ):
+    bar = tqdm(desc=method.name, total=len(windows), unit="window")
+    for score in evaluate_windows(windows, engine.reference, candidate, kept):
+        bar.update()
         if not math.isfinite(score.kl + score.nll + score.nll_16bit):
             raise RefusedError(
                 f"xquant: --dtype {options.dtype}: the model yields numbers that are not finite; set --dtype float32"
             )
         scores.append(score)
+    bar.close()
     about = {
         "model": options.model if not Path(options.model).is_dir() else Path(options.model).resolve().name,
         "text": name,
@@ -94,6 +75,15 @@ def report(result: dict[str, Any], options: argparse.Namespace) -> None:
     if options.out is not None:
         replace_json(options.out, result)
     print(json.dumps(result) if options.json else summary(result))
+
+
+def _kept_scores(options: argparse.Namespace, checkpoint: Checkpoint, method: PreparedMethod) -> KeptScores | None:
+    """Of ``--resume``."""
+    if options.resume is None:
+        return None
+    model = {"model": model_fingerprint(checkpoint), "dtype": options.dtype, "device": options.device}
+    described = {"name": method.name, "bits": method.bits, "settings": method.settings}
+    return KeptScores(options.resume, model | {"versions": versions()}, described)
 
 
 def _text(options: argparse.Namespace) -> tuple[str, str]:

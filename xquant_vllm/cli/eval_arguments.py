@@ -5,9 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-# Not from the evaluation room, whose imports take seconds: --help must not wait for torch.
-METHODS = ("16bit", "kivi", "kivi-pre-rope", "paper-xquant", "paper-xquant-cl", "turboquant", "xquant", "xquant-cl")
-DATASETS = ("wikitext-2", "c4", "gsm8k", "longbench")
+# What imports torch, which takes seconds, is imported when a command runs: not for --help.
+from xquant_vllm.evaluation.method_options import DATASETS, METHODS
 
 
 def add_eval(commands: Any) -> None:
