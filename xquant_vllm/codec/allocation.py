@@ -1,7 +1,7 @@
-"""How many bits every channel of a latent gets: reverse water-filling on the error that its quantization would cause.
+"""How many bits every channel of a latent gets: reverse water-filling on the error that its quantization causes.
 
-An error in channel c costs ``v_c * e^2``, with e relative to the channel's own root mean square and ``v_c`` its weighted
-variance. Bits go where they save most, until the budget is spent; a channel that saves least gets none and is not
+An error in channel c costs ``v_c * e^2``, with e relative to the channel's own root mean square and ``v_c`` its
+weighted variance. Bits go where they save most, until the budget is spent; a channel that saves least gets none and is not
 stored (T. M. Cover, J. A. Thomas, *Elements of Information Theory*, section 10.3.3).
 """
 
@@ -39,6 +39,9 @@ def allocate(variances: Sequence[torch.Tensor], budget: int) -> list[Runs]:
 
     Returns:
         The bits of every head's channels; they take at most ``budget`` bytes.
+
+    Raises:
+        ValueError: the budget is not even enough for one unit of every head.
     """
     ladder = sorted(DISTORTION)
     sizes = [_UNIT if v.numel() <= _NARROW else _WIDE_UNIT for v in variances]
@@ -53,10 +56,15 @@ def allocate(variances: Sequence[torch.Tensor], budget: int) -> list[Runs]:
             saved = (DISTORTION[low] - DISTORTION[high]) / (high - low)
             heapq.heappush(heap, (-gains[head][at] * saved, head, at))
 
+    left = budget * 8
     for head, of_head in enumerate(gains):
+        # No head is without any channel, however little it matters.
+        steps[head][0] = 1
+        left -= ladder[1] * sizes[head]
         for at in range(len(of_head)):
             offer(head, at)
-    left = budget * 8
+    if left < 0:
+        raise ValueError(f"{budget} bytes are too few for {len(gains)} latent heads")
     while heap:
         _, head, at = heapq.heappop(heap)
         step = steps[head][at]
