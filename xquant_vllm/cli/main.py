@@ -57,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     factorize.add_argument(
         "--calibration",
         metavar="TEXT_FILE",
-        help="plain text like what will be served, or python-docs for the text that ships with Python "
-        "(default: none, bases from the weights alone)",
+        help="plain text like what will be served, or python-docs for half of the text that ships with "
+        "Python (default: none, bases from the weights alone)",
     )
     factorize.add_argument(
         "--calibration-tokens", metavar="N", type=int, default=2048, help="tokens of it to read (default %(default)s)"
