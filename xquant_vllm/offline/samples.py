@@ -75,10 +75,9 @@ def collect_samples(checkpoint: Checkpoint, batch: torch.Tensor, device: torch.d
     # What it says of weights and generation is not about this, and one bar is enough.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    # float16 overflows on CPUs in some models, and statistics need no more than bfloat16.
-    dtype = torch.bfloat16 if stored == "bfloat16" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, attn_implementation="sdpa")
+    # Statistics need no more than bfloat16, but many CPUs are much slower at it.
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, attn_implementation="sdpa")
     model = model.to(device).eval().requires_grad_(False)
     generator = torch.Generator(device=device).manual_seed(_SEED)
     observers = [_Observer(module) for module in attention_modules(model, checkpoint)]

@@ -50,4 +50,3 @@ def factorize_joint_kv(
     down = down_projection(columns, outlier_channels=outlier_channels, rotate=rotate, seed=seed, dtype=dtype)
     identity = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device).unsqueeze(0)
     return JointKVBasis(down=down, lift=left_inverse(down, identity)[0].to(torch.float32))
-
