@@ -1,8 +1,8 @@
 """How many bits every channel of a latent gets: reverse water-filling on the error that its quantization would cause.
 
-An error in channel c costs ``v_c * e^2``, with e relative to the channel's own root mean square and ``v_c`` its weighted
-variance. Bits go where they save most, until the budget is spent; a channel that saves least gets none and is not
-stored (T. M. Cover, J. A. Thomas, *Elements of Information Theory*, section 10.3.3).
+An error in channel c costs ``v_c * e^2``, with e relative to the channel's own root mean square and ``v_c`` its
+weighted variance. Bits go where they save most, until the budget is spent; a channel that saves least gets none and is
+not stored (T. M. Cover, J. A. Thomas, *Elements of Information Theory*, section 10.3.3).
 """
 
 import heapq
