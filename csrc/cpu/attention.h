@@ -17,7 +17,7 @@ struct Scratch {
     float* weights;  // [rows][kTile]
     float* values;   // [kTile][value_stride]
     float* added;    // [kRun][value_stride], of a term that is added to them
-    uint8_t* bytes;  // [bytes of a chunk of key codes, rounded up to 16][16]
+    RunScratch run;  // for a chunk of keys or of values
     float* head;     // [head_size], of a query to be absorbed
     int64_t query_width;
     int64_t value_stride;
@@ -41,7 +41,9 @@ struct Scratch {
         weights = take(rows * kTile);
         values = take(kTile * value_stride);
         added = take(kRun * value_stride);
-        bytes = (uint8_t*)take(round_up(keys_at_once.bytes, 16) * 16 / sizeof(float));
+        const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
+        run.bytes = (uint8_t*)take(round_up(larger(keys_at_once.bytes, values_at_once.bytes), 16) * 4 + kPad);
+        run.codes = (uint8_t*)take(round_up(values_at_once.channels, 16) * 4 + kPad);
         head = take(plan.head_size);
     }
 };
@@ -90,7 +92,7 @@ inline void load_key_latents(const xquant_plan& plan, const Pages& pages, int64_
             const int64_t position = start + run;
             const uint8_t* page = pages.page(term, position);
             const auto unpack = i == chunk.first ? unpack_channels<false> : unpack_channels<true>;
-            unpack(view, page, pages.slot(position), chunk.index, scratch.latents + run, kTile, scratch.bytes);
+            unpack(view, page, pages.slot(position), chunk.index, scratch.latents + run, kTile, scratch.run.bytes);
         }
     }
 }
@@ -181,6 +183,10 @@ inline void load_value_latents(const xquant_plan& plan, const Pages& pages, int6
             const int64_t position = start + run;
             const uint8_t* page = pages.page(term, position);
             float* rows = scratch.values + run * stride;
+            if (term.stream.allocated) {  // never added
+                unpack_allocated_rows(view, page, pages.slot(position), chunk.index, rows, stride, scratch.run);
+                continue;
+            }
             float* target = i == chunk.first ? rows : scratch.added;
             unpack_rows(view, page, pages.slot(position), chunk.index, from, to, target, stride);
             if (i == chunk.first) continue;

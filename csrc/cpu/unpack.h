@@ -249,3 +249,84 @@ inline void unpack_rows(const HeadView& view, const uint8_t* page, int64_t slot,
         for (int64_t token = first; token < last; ++token) to[token * stride + channel] = outliers[token];
     }
 }
+
+// Runs of an allocated stream are short: their fields would leave most lanes of a vector idle. So codes become bytes in
+// channel-major order, where a field of a piece is one stretch of memory, and are then transposed back.
+
+// Bytes, two in a lane: there are no vectors of bytes that shift.
+typedef uint16_t byte_pairs __attribute__((vector_size(kLanes * 4)));
+
+template <int kBits>
+inline byte_pairs field_bytes(const uint8_t* from, int64_t field) {
+    byte_pairs x;
+    memcpy(&x, from, sizeof x);
+    return x >> (uint16_t)(field * kBits) & (uint16_t)(0x101 * ((1 << kBits) - 1));
+}
+
+// One piece: transposed bytes [bytes][16] to codes [channels][16]. Reads and writes up to a vector too much; fields are
+// written in ascending order, so the excess of one is overwritten by the next.
+template <int kBits>
+inline void unpack_piece_codes(const uint8_t* bytes, int64_t channels, uint8_t* to) {
+    if constexpr (kTwoPlanes<kBits>) {
+        constexpr int kHigh = kHighBits<kBits>;
+        const int64_t size = channels * kHigh / 8 * 16;
+#pragma GCC unroll 8
+        for (int64_t field = 0; field < 8 / kHigh; ++field, to += size) {
+            for (int64_t i = 0; i < size; i += sizeof(byte_pairs)) {
+                const byte_pairs low = field_bytes<2 * kHigh>(bytes + (field & 1) * size + i, field >> 1);
+                const byte_pairs codes = low | field_bytes<kHigh>(bytes + 2 * size + i, field) << (2 * kHigh);
+                memcpy(to + i, &codes, sizeof codes);
+            }
+        }
+    } else {
+        const int64_t size = channels * kBits / 8 * 16;
+#pragma GCC unroll 4
+        for (int64_t field = 0; field < 8 / kBits; ++field, to += size) {
+            for (int64_t i = 0; i < size; i += sizeof(byte_pairs)) {
+                const byte_pairs codes = field_bytes<kBits>(bytes + i, field);
+                memcpy(to + i, &codes, sizeof codes);
+            }
+        }
+    }
+}
+
+// Codes of 16 channels [16][16] to numbers of 16 tokens [16][stride].
+inline void dequantize_rows(const uint8_t* codes, const float* step, const float* middle, const float* tokens, float* to,
+                            int64_t stride) {
+    uint8_t rows[16 * kRun];
+    transpose_codes(codes, kRun, kRun, rows);
+    for (int64_t lane = 0; lane < 16; lane += kLanes) {
+        const vf steps = load(step + lane), middles = load(middle + lane);
+#pragma GCC unroll 16
+        for (int64_t token = 0; token < kRun; ++token) {
+            const vf code = to_float(load_bytes(rows + token * 16 + lane));
+            store(to + token * stride + lane, (code - middles) * (steps * tokens[token]));
+        }
+    }
+}
+
+struct RunScratch {
+    uint8_t* bytes;  // [bytes of a chunk, rounded up to 16][16], and a vector more
+    uint8_t* codes;  // [channels of a chunk, rounded up to 16][16], and a vector more
+};
+
+// A chunk of an allocated stream's head, all 16 tokens of a run, to [16][stride]; rows are rounded up to 16 channels.
+inline void unpack_allocated_rows(const HeadView& view, const uint8_t* page, int64_t slot, int64_t index, float* to,
+                                  int64_t stride, const RunScratch& scratch) {
+    const xquant_chunk& chunk = view.head.chunks[index];
+    const int64_t first_byte = view.head.pieces[chunk.begin].byte;
+    transpose_codes(page + view.codes(slot) + first_byte, view.head.row_bytes, chunk_bytes(view.head, chunk),
+                    scratch.bytes);
+    for (int64_t i = chunk.begin; i < chunk.end; ++i) {
+        const xquant_piece& piece = view.head.pieces[i];
+        with_bits(piece.bits, [&](auto bits) {
+            unpack_piece_codes<bits.value>(scratch.bytes + (piece.byte - first_byte) * 16, piece.channels,
+                                           scratch.codes + (piece.channel - chunk.channel) * 16);
+        });
+    }
+    const PieceScales scales(view, page, slot);
+    for (int64_t channel = 0; channel < chunk.channels; channel += 16) {
+        dequantize_rows(scratch.codes + channel * 16, view.head.step + chunk.channel + channel,
+                        view.head.middle + chunk.channel + channel, scales.tokens, to + channel, stride);
+    }
+}
