@@ -77,9 +77,12 @@ class AllocatedFormat:
         return 8 * self.bytes_per_token / (self.num_heads * self.width)
 
 
-def channel_bits(runs: Runs) -> torch.Tensor:
-    """Bits of every stored channel, int64."""
-    return torch.cat([torch.full((channels,), bits) for bits, channels in runs])
+def channel_tables(runs: Runs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of every stored channel the step, the largest code and what an error is worth; FP32 on the CPU."""
+    channels = torch.tensor([count for _, count in runs], device="cpu")
+    of_runs = [(STEP[bits], float((1 << bits) - 1), 1 / DISTORTION[bits]) for bits, _ in runs]
+    step, largest, worth = torch.tensor(of_runs, device="cpu").repeat_interleave(channels, 0).T.contiguous()
+    return step, largest, worth
 
 
 def quantize_allocated(x: torch.Tensor, runs: Runs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,9 +95,8 @@ def quantize_allocated(x: torch.Tensor, runs: Runs) -> tuple[torch.Tensor, torch
     Returns:
         ``codes [..., stored channels]`` int32 and ``scales [...]`` uint8.
     """
-    bits = channel_bits(runs).to(x.device)
-    x = x[..., : bits.numel()].float().nan_to_num(0.0, 3e38, -3e38)
-    step, largest, worth = _tables(bits)
+    step, largest, worth = (table.to(x.device) for table in channel_tables(runs))
+    x = x[..., : step.numel()].float().nan_to_num(0.0, 3e38, -3e38)
     mean_square = (x.square() * worth).sum(-1) / worth.sum()
     octaves = mean_square.double().clamp(1e-30, 1e30).log2() / 2
     middle = (octaves * SCALES_PER_OCTAVE).round() + SCALE_BIAS
@@ -126,16 +128,9 @@ def dequantize_allocated(codes: torch.Tensor, scales: torch.Tensor, runs: Runs, 
     Returns:
         ``[..., width]``, FP32.
     """
-    step, largest, _ = _tables(channel_bits(runs).to(codes.device))
+    step, largest, _ = (table.to(codes.device) for table in channel_tables(runs))
     x = (codes.float() - largest / 2) * (_scale_value(scales).unsqueeze(-1) * step)
     return torch.nn.functional.pad(x, (0, width - x.shape[-1]))
-
-
-def _tables(bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Step, largest code and worth of an error in every channel, FP32."""
-    step = torch.tensor([STEP[b] for b in bits.tolist()], device=bits.device)
-    worth = torch.tensor([1 / DISTORTION[b] for b in bits.tolist()], device=bits.device)
-    return step, ((1 << bits) - 1).float(), worth
 
 
 def _scale_value(scale: torch.Tensor) -> torch.Tensor:
