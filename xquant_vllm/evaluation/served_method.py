@@ -64,7 +64,7 @@ def prepare_served(method: str, options: MethodOptions, checkpoint: Checkpoint, 
     described["factors"] = _describe(options, header, batch, dtype) if needs_factors else None
 
     def build(model: HookedModel) -> CacheMethod:
-        parameters = [layer_parameters(layer, dtype) for layer in model.layers]
+        parameters = [layer_parameters(model, layer, dtype) for layer in range(checkpoint.layers)]
         if batch is not None:
             calibrated = calibrate(checkpoint, settings, formats, batch, dtype, model.device)
             return ServedCache(settings, formats, calibrated, parameters)
