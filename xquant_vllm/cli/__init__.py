@@ -1,1 +1,1 @@
-"""The command line. Imports no vLLM: it needs torch, safetensors and, to calibrate or evaluate, transformers."""
+"""The command line. Imports no vLLM: it needs torch, safetensors and, to calibrate and to evaluate, transformers."""

@@ -15,6 +15,7 @@ from xquant_vllm.evaluation.cache_method import AttendedMethod, CacheMethod, Inp
 from xquant_vllm.evaluation.projections import Projections
 from xquant_vllm.offline.attention_modules import attention_modules
 from xquant_vllm.offline.checkpoint import Checkpoint
+from xquant_vllm.offline.refused import RefusedError
 
 _ATTENTION = "xquant_evaluation"
 _READER = "xquant_reader"
@@ -32,7 +33,7 @@ class HookedModel:
             device: where to run.
 
         Raises:
-            RefusedError: the model's attention is not recognized.
+            RefusedError: transformers cannot run the model, or its attention is not recognized.
         """
         from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
         from transformers.utils import logging
@@ -42,9 +43,15 @@ class HookedModel:
         AttentionInterface.register(_ATTENTION, _attend)
         AttentionMaskInterface.register(_ATTENTION, _mask)
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, dtype=dtype, attn_implementation=_ATTENTION
-        )
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder, dtype=dtype, attn_implementation=_ATTENTION
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise RefusedError(
+                f"xquant: transformers cannot run the {checkpoint.architecture} in {checkpoint.folder} "
+                f"({str(error).splitlines()[0]}), so it cannot be evaluated here"
+            ) from None
         self._model = model.to(device).eval()
         self.layers = [
             Projections(checkpoint, layer, module)

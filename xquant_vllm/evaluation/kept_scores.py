@@ -49,10 +49,11 @@ class KeptScores:
 
     def save(self, tokens: torch.Tensor, score: WindowScore) -> None:
         """Keep the score of a window, and with it that of the 16-bit cache."""
-        replace_json(self._folder / _name(tokens), dataclasses.asdict(score))
+        # That one first: where there is a score, there are both.
         if self._folder != self._reference:
             exact = WindowScore(score.predicted, score.nll_16bit, score.nll_16bit, 0.0, score.predicted)
             replace_json(self._reference / _name(tokens), dataclasses.asdict(exact))
+        replace_json(self._folder / _name(tokens), dataclasses.asdict(score))
 
 
 def model_fingerprint(checkpoint: Checkpoint) -> str:

@@ -85,7 +85,7 @@ def prepare_served(
     described["factors"] = _describe(options, header, batch, dtype) if needs_factors else None
 
     def build(model: HookedModel) -> CacheMethod:
-        parameters = [layer_parameters(layer, dtype) for layer in model.layers]
+        parameters = [layer_parameters(model, layer, dtype) for layer in range(checkpoint.layers)]
         if batch is not None:
             return ServedCache(settings, formats, calibrated, parameters)
         provider = FactorProvider(settings, None if header is None else checkpoint.folder, header, None)
