@@ -4,7 +4,6 @@ import argparse
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,13 +19,14 @@ from xquant_vllm.integration.factor_header import (
     Source,
     Streams,
 )
+from xquant_vllm.integration.factors import Bases
 from xquant_vllm.integration.formats import LayerFormat, LayerShape, layer_formats
 from xquant_vllm.integration.settings import XQuantSettings, parse_settings
 from xquant_vllm.offline.checkpoint import Checkpoint, open_checkpoint
+from xquant_vllm.offline.factorizer import ChainFactorizer, Factorizer, Statistics
 from xquant_vllm.offline.refused import RefusedError
 from xquant_vllm.projection.ahead import AheadPool
-from xquant_vllm.projection.basis import LatentBasis
-from xquant_vllm.projection.calibration import INPUT_RIDGE, ProjectionStatistics
+from xquant_vllm.projection.calibration import INPUT_RIDGE
 from xquant_vllm.projection.factor_file import (
     FACTORS_FILE,
     FORMAT_VERSION,
@@ -38,11 +38,8 @@ from xquant_vllm.projection.factor_file import (
     layer_tensors,
     write_json,
 )
-from xquant_vllm.projection.layer import BasisSpec, factorize_layer
-from xquant_vllm.projection.predicted import LinkFormat, PredictedChain, link_shapes, link_tensors
-
-Statistics = tuple[ProjectionStatistics, ProjectionStatistics]
-Factorized = tuple[tuple[LatentBasis, LatentBasis], list[str]]
+from xquant_vllm.projection.layer import BasisSpec
+from xquant_vllm.projection.predicted import link_shapes, link_tensors
 
 _FEWEST_TOKENS = 64
 
@@ -78,8 +75,7 @@ def factorize_checkpoint(options: argparse.Namespace) -> None:
     dtype = checkpoint.serving_dtype(options.dtype)
     spec = BasisSpec(settings.basis, outliers.key, outliers.value, settings.rotate, dtype)
     with replaced_folder(options.out, checkpoint.folder, options.force) as folder:
-        chain = _Chain(formats, settings.rotate, dtype) if chained else None
-        run = _Run(checkpoint, spec, torch.device(options.device), folder / FACTORS_FILE, chain)
+        run = _Run(checkpoint, spec, torch.device(options.device), folder / FACTORS_FILE, formats if chained else None)
         if options.calibration is None:
             calibration = None
             run.data_free()
@@ -123,40 +119,35 @@ def factorize_checkpoint(options: argparse.Namespace) -> None:
     print(f"wrote {options.out}; serve it with: vllm serve {options.out} --attention-backend xquant")
 
 
-class _Chain:
-    """The predicted chain of a model: the format of every layer, and the fit so far."""
-
-    def __init__(self, formats: Sequence[LayerFormat], rotate: bool, dtype: torch.dtype) -> None:
-        self.links = [
-            LinkFormat(stream.bits, stream.group_size, stream.outlier_channels, anchor=not form.reads)
-            for form in formats
-            for stream in form.streams
-        ]
-        self.layers_of_groups = [len(form.reads) + 1 for form in formats]
-        self.fit = PredictedChain(rotate, dtype)
-
-
 class _Run:
     """Factorizes layers and writes them one after another."""
 
     def __init__(
-        self, checkpoint: Checkpoint, spec: BasisSpec, device: torch.device, path: Path, chain: _Chain | None
+        self,
+        checkpoint: Checkpoint,
+        spec: BasisSpec,
+        device: torch.device,
+        path: Path,
+        chain: Sequence[LayerFormat] | None,
     ) -> None:
-        self.checkpoint, self.spec, self.device, self.chain = checkpoint, spec, device, chain
+        """Start a file; ``chain`` are the formats of a chain's layers, None for layers by themselves."""
+        self.checkpoint, self.device = checkpoint, device
         self.fingerprints: list[list[str]] = []
+        self._factorizer = Factorizer(checkpoint, spec, device)
+        self._chain = None if chain is None else ChainFactorizer(self._factorizer, chain, spec)
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for layer in range(checkpoint.layers):
             shape = (checkpoint.hidden_size, checkpoint.kv_heads, checkpoint.head_size)
             if chain is None:
                 shapes |= layer_shapes(layer, *shape, spec.kind, spec.dtype)
             else:
-                link = link_shapes(*shape, chain.layers_of_groups[layer], spec.dtype)
+                link = link_shapes(*shape, len(chain[layer].reads) + 1, spec.dtype)
                 shapes |= {_chain_name(layer, name): form for name, form in link.items()}
         self.writer = TensorWriter(path, shapes)
 
     def data_free(self) -> None:
         """All layers, side by side."""
-        with self.progress(), AheadPool(partial(self._factorize, statistics=None)) as pool:
+        with self.progress(), AheadPool(self._data_free_layer) as pool:
             pool.announce(range(self.checkpoint.layers))
             for layer in range(self.checkpoint.layers):
                 bases, fingerprints = pool.take(layer)
@@ -164,33 +155,18 @@ class _Run:
 
     def calibrated(self, layer: int, statistics: Statistics, hidden: torch.Tensor) -> None:
         """The next layer, from the statistics of a text, or, in a chain, from the layer's inputs ``hidden``."""
-        if self.chain is None:
-            bases, fingerprints = self._factorize(layer, statistics)
-            self._write(layer_tensors(layer, *bases), fingerprints)
-            return
-        key, value, fingerprints = self._weights(layer)
-        link = self.chain.fit.add(
-            hidden,
-            key.to(hidden.device),
-            value.to(hidden.device),
-            (statistics[0].importance, statistics[1].importance),
-            self.chain.links[layer],
-        )
-        tensors = {_chain_name(layer, name): tensor for name, tensor in link_tensors(link).items()}
-        self._write(tensors, fingerprints)
+        if self._chain is None:
+            tensors = layer_tensors(layer, *self._factorizer.bases(layer, statistics))
+        else:
+            link = self._chain.link(layer, statistics, hidden)
+            tensors = {_chain_name(layer, name): tensor for name, tensor in link_tensors(link).items()}
+        self._write(tensors, self._fingerprints(layer))
 
-    def _weights(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-        """Key and value weights as served, and their fingerprints."""
-        # Rounded first, because that is what a server has: with or without a file, it serves the same latents.
-        key, value = (weight.to(self.spec.dtype) for weight in self.checkpoint.key_value(layer))
-        return key, value, head_fingerprints(key, value, self.checkpoint.kv_heads)
+    def _data_free_layer(self, layer: int) -> tuple[Bases, list[str]]:
+        return self._factorizer.bases(layer, None), self._fingerprints(layer)
 
-    def _factorize(self, layer: int, statistics: Statistics | None) -> Factorized:
-        key, value, fingerprints = self._weights(layer)
-        kv_heads = self.checkpoint.kv_heads
-        with torch.no_grad():
-            bases = factorize_layer(key.to(self.device), value.to(self.device), kv_heads, self.spec, statistics)
-        return bases, fingerprints
+    def _fingerprints(self, layer: int) -> list[str]:
+        return head_fingerprints(*self._factorizer.weights(layer), self.checkpoint.kv_heads)
 
     def _write(self, tensors: Mapping[str, torch.Tensor], fingerprints: list[str]) -> None:
         self.writer.write(tensors)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xquant_vllm import __version__
+from xquant_vllm.cli.eval_arguments import add_eval
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,19 +20,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     # torch takes seconds to import: not for --help.
-    from xquant_vllm.cli.factorize import factorize_checkpoint
+    from xquant_vllm.integration.checks import UnsupportedError
     from xquant_vllm.integration.settings import SettingsError
     from xquant_vllm.offline.refused import RefusedError
 
     try:
-        factorize_checkpoint(options)
-    except (RefusedError, SettingsError) as error:
+        options.command(options)
+    except (RefusedError, SettingsError, UnsupportedError) as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"xquant: {error}; nothing was written to {options.out}", file=sys.stderr)
+        print(f"xquant: {error}; nothing was written{f' to {options.out}' if options.out else ''}", file=sys.stderr)
         return 2
     return 0
+
+
+def _factorize(options: argparse.Namespace) -> None:
+    from xquant_vllm.cli.factorize import factorize_checkpoint
+
+    factorize_checkpoint(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Write a copy of a checkpoint with its key and value projections factorized, calibrated on a text "
         "if one is given. Serve it with: vllm serve DIR --attention-backend xquant",
     )
+    factorize.set_defaults(command=_factorize)
     factorize.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or its name on the Hugging Face hub")
     factorize.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write, not there yet")
     factorize.add_argument(
@@ -102,4 +110,5 @@ def _parser() -> argparse.ArgumentParser:
     )
     factorize.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute (default cpu)")
     factorize.add_argument("--force", action="store_true", help="replace DIR if it was written by this command")
+    add_eval(commands)
     return parser

@@ -46,6 +46,14 @@ class Checkpoint:
         """Its first architecture."""
         return str((self.config.get("architectures") or ["unknown"])[0])
 
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of every layer (sliding, full attention), as transformers tells it; empty if all are alike."""
+        from transformers import AutoConfig
+
+        text = AutoConfig.from_pretrained(self.folder).get_text_config()
+        return tuple(getattr(text, "layer_types", None) or ())
+
     def serving_dtype(self, name: str) -> torch.dtype:
         """The dtype that vLLM serves in; ``auto`` is float16 for float16 checkpoints, else bfloat16."""
         if name == "auto":

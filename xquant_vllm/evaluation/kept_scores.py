@@ -1,0 +1,74 @@
+"""Scores of windows kept in a folder, so that an evaluation goes on where it was interrupted.
+
+A file per window, named after what was evaluated and the window's tokens: another number of windows takes those that
+are there, and whatever changes a score changes its name. Scores of the 16-bit cache are kept beside, for all methods.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xquant_vllm.evaluation.files import replace_json
+from xquant_vllm.evaluation.scores import WindowScore
+from xquant_vllm.offline.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+class KeptScores:
+    """Scores of one method on one model."""
+
+    def __init__(self, folder: Path, model: Mapping[str, Any], method: Mapping[str, Any]) -> None:
+        """Name them.
+
+        Args:
+            folder: where all scores are kept.
+            model: all that determines the 16-bit cache's scores but the tokens.
+            method: all that further determines the method's; ``name`` is in it.
+        """
+        self._reference = folder / f"16bit-{_digest(model)}"
+        is_reference = method["name"] == "16bit"
+        self._folder = self._reference if is_reference else folder / f"{method['name']}-{_digest([model, method])}"
+
+    def load(self, tokens: torch.Tensor) -> WindowScore | None:
+        """The score of a window ``[num_tokens]``, or None."""
+        path = self._folder / _name(tokens)
+        try:
+            return WindowScore(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            logger.warning("xquant: %s is evaluated anew, because it cannot be read (%s)", path, error)
+            return None
+
+    def save(self, tokens: torch.Tensor, score: WindowScore) -> None:
+        """Keep the score of a window, and with it that of the 16-bit cache."""
+        replace_json(self._folder / _name(tokens), dataclasses.asdict(score))
+        if self._folder != self._reference:
+            exact = WindowScore(score.predicted, score.nll_16bit, score.nll_16bit, 0.0, score.predicted)
+            replace_json(self._reference / _name(tokens), dataclasses.asdict(exact))
+
+
+def model_fingerprint(checkpoint: Checkpoint) -> str:
+    """SHA-256 of a checkpoint's configuration and weight files."""
+    digest = hashlib.sha256()
+    for path in sorted({checkpoint.folder / "config.json", *checkpoint.files.values()}):
+        digest.update(path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _name(tokens: torch.Tensor) -> str:
+    return f"window-{hashlib.sha256(tokens.to(torch.int64).numpy().tobytes()).hexdigest()[:32]}.json"
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,43 @@
+"""Windows scored one after another, whatever yields the logits: a transformers model, or an engine."""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+
+from xquant_vllm.evaluation.scores import WindowScore, score_window
+
+# Given a window [num_tokens], yields its logits or log-probabilities [num_tokens, vocabulary], on any device.
+Logits = Callable[[torch.Tensor], torch.Tensor]
+
+
+class KeptScores(Protocol):
+    """Scores of windows that were evaluated before."""
+
+    def load(self, tokens: torch.Tensor) -> WindowScore | None:
+        """The score of a window, or None."""
+
+    def save(self, tokens: torch.Tensor, score: WindowScore) -> None:
+        """Keep the score of a window."""
+
+
+def evaluate_windows(
+    windows: torch.Tensor, reference: Logits, candidate: Logits | None, kept: KeptScores | None = None
+) -> Iterator[WindowScore]:
+    """Score windows, yielding each as soon as it is done. Logits of no more than one window are held.
+
+    Args:
+        windows: ``[windows, num_tokens]``, int64.
+        reference: with the 16-bit cache.
+        candidate: with the quantized cache; None to score the 16-bit cache itself.
+        kept: scores to take and to add to, or None.
+    """
+    for tokens in windows:
+        score = kept.load(tokens) if kept is not None else None
+        if score is None:
+            exact = reference(tokens)
+            score = score_window(tokens, exact, exact if candidate is None else candidate(tokens))
+            del exact
+            if kept is not None:
+                kept.save(tokens, score)
+        yield score

@@ -1,0 +1,42 @@
+"""Windows of a text: what a model reads at once, from its first token."""
+
+from typing import Any
+
+import torch
+
+from xquant_vllm.offline.refused import RefusedError
+from xquant_vllm.offline.texts import opening_tokens
+
+
+def cut_windows(tokenizer: Any, text: str, name: str, window: int, windows: int, stride: int) -> torch.Tensor:
+    """The first windows of a text.
+
+    Args:
+        tokenizer: of the model.
+        text: the text.
+        name: what it is called, for the error.
+        window: tokens per window. Where the tokenizer begins texts with a BOS token, so does every window.
+        windows: how many.
+        stride: tokens of the text from the start of one window to the start of the next.
+
+    Returns:
+        ``[windows, window]``, int64.
+
+    Raises:
+        RefusedError: the text is too short, or a number makes no sense.
+    """
+    for option, value, least in (("--window", window, 2), ("--windows", windows, 1), ("--stride", stride, 1)):
+        if value < least:
+            raise RefusedError(f"xquant: {option} {value} cannot work; set {least} or more")
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    opening = opening_tokens(tokenizer)
+    taken = window - len(opening)
+    needed = (windows - 1) * stride + taken
+    if len(ids) < needed:
+        fit = (len(ids) - taken) // stride + 1
+        instead = f"set --windows {fit}" if fit >= 1 else f"set --window {len(ids) + len(opening)} --windows 1"
+        raise RefusedError(
+            f"xquant: the text {name} has {len(ids)} tokens, but {windows} windows of {window} every {stride} need "
+            f"{needed}; {instead}, a smaller --stride, or give a longer text"
+        )
+    return torch.tensor([opening + ids[k * stride : k * stride + taken] for k in range(windows)])
