@@ -51,19 +51,21 @@ class HookedModel:
             for layer, module in enumerate(attention_modules(self._model, checkpoint))
         ]
 
-    def logits(self, tokens: torch.Tensor, method: CacheMethod) -> torch.Tensor:
+    def logits(self, tokens: torch.Tensor, method: CacheMethod, last: int | None = None) -> torch.Tensor:
         """Run a sequence by itself.
 
         Args:
             tokens: ``[num_tokens]``, int64.
             method: what is cached.
+            last: of how many positions to return logits, counted from the end; None for all.
 
         Returns:
-            ``[num_tokens, vocabulary]`` in the model's dtype, on its device.
+            ``[num_positions, vocabulary]`` in the model's dtype, on its device.
         """
         with torch.no_grad(), self._hooked(method):
             method.start(len(tokens))
-            result: torch.Tensor = self._model(input_ids=tokens.to(self.device).unsqueeze(0), use_cache=False).logits[0]
+            batch = tokens.to(self.device).unsqueeze(0)
+            result: torch.Tensor = self._model(input_ids=batch, use_cache=False, logits_to_keep=last or 0).logits[0]
         return result
 
     @contextmanager

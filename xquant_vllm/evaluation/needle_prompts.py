@@ -1,6 +1,5 @@
 """Prompts that hide a number in a long text and ask for it at the end."""
 
-import os.path
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,10 @@ class NeedlePrompt:
     """One prompt and its only right answer.
 
     Attributes:
-        length: tokens of the prompt.
+        length: tokens of prompt and answer.
         depth: where the number stands: 0 at the beginning of the text, 1 at its end.
-        prompt: ``[length]``, int64.
-        answer: tokens of the number, int64.
+        prompt: its tokens, int64.
+        answer: those of the number.
     """
 
     length: int
@@ -33,19 +32,29 @@ class NeedlePrompt:
     answer: torch.Tensor
 
     @property
+    def tokens(self) -> torch.Tensor:
+        """Prompt and answer, ``[length]``."""
+        return torch.cat((self.prompt, self.answer))
+
+    @property
     def window(self) -> torch.Tensor:
         """What a model reads to predict every token of the answer from those before it."""
-        return torch.cat((self.prompt, self.answer[:-1]))
+        return self.tokens[:-1]
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """Tokens around the text, up to the number."""
+    """All tokens but the text's."""
 
     before: list[int]
     needle: list[int]
     after: list[int]
     answer: list[int]
+
+    @property
+    def size(self) -> int:
+        """Tokens in all."""
+        return len(self.before) + len(self.needle) + len(self.after) + len(self.answer)
 
 
 def needle_prompts(
@@ -60,7 +69,7 @@ def needle_prompts(
         tokenizer: of the model.
         text: to hide the number in.
         name: what it is called, for the error.
-        lengths: tokens of the prompts.
+        lengths: tokens of prompts and answers.
         depths: from 0 to 1.
         trials: prompts for each length and depth, with other numbers and other parts of the text.
 
@@ -83,7 +92,7 @@ def needle_prompts(
             chance = random.Random(f"{_SEED} {length} {depth:g}")
             for _ in range(trials):
                 frame = _frame(tokenizer, chance.choice(_CITIES), chance.randrange(1000, 10000))
-                hay = length - len(frame.before) - len(frame.needle) - len(frame.after)
+                hay = length - frame.size
                 if hay < 0:
                     raise RefusedError(
                         f"xquant: --lengths {length} is too short for the question alone; set {length - hay} or more"
@@ -114,6 +123,6 @@ def _frame(tokenizer: Any, city: str, number: int) -> _Frame:
         # The template brings its own BOS token.
         before, after = encode(head), tail + stem
     # Tokenized together, because a number is not the same tokens at the start of a text.
-    answered = encode(f"{after} {number}")
-    asked: list[int] = os.path.commonprefix([encode(after), answered])
-    return _Frame(before, encode(f"\n\n{stem} {number}.\n\n"), asked, answered[len(asked) :])
+    asked, answered = encode(after), encode(f"{after} {number}")
+    shared = next((i for i, (a, b) in enumerate(zip(asked, answered, strict=False)) if a != b), len(asked))
+    return _Frame(before, encode(f"\n\n{stem} {number}.\n\n"), answered[:shared], answered[shared:])

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from xquant_vllm.offline.checkpoint import Checkpoint
+from xquant_vllm.offline.refused import RefusedError
 
 Rematerialize = Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 ReadBack = Callable[[torch.Tensor], torch.Tensor]
@@ -100,6 +101,11 @@ class Projections:
     def _read_heads(self, output: torch.Tensor, read: ReadBack) -> torch.Tensor:
         """Read back what a norm yields: ``[1, tokens, heads, size]``, ``[1, heads, tokens, size]`` or flat."""
         heads = output[0].float()
+        if heads.shape[:2] == (self._heads, self._heads):
+            raise RefusedError(
+                f"xquant: --window {self._heads} is also the number of kv heads, so that keys could not be told from "
+                "tokens; set another"
+            )
         heads_first = heads.dim() == 3 and heads.shape[1] != self._heads
         if heads_first:
             heads = heads.transpose(0, 1)

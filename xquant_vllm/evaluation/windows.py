@@ -34,9 +34,10 @@ def cut_windows(tokenizer: Any, text: str, name: str, window: int, windows: int,
     needed = (windows - 1) * stride + taken
     if len(ids) < needed:
         fit = (len(ids) - taken) // stride + 1
-        instead = f"set --windows {fit}" if fit >= 1 else f"set --window {len(ids) + len(opening)} --windows 1"
+        fewer = f"--windows {fit}" if fit >= 1 else f"--windows 1 and --window {len(ids) + len(opening)}"
+        instead = f"set {fewer}, or give a longer text" if len(ids) > 1 else "give a longer text"
         raise RefusedError(
-            f"xquant: the text {name} has {len(ids)} tokens, but {windows} windows of {window} every {stride} need "
-            f"{needed}; {instead}, a smaller --stride, or give a longer text"
+            f"xquant: the text {name} has {len(ids)} tokens, but {windows} windows of {window} tokens every {stride} "
+            f"need {needed}; {instead}"
         )
     return torch.tensor([opening + ids[k * stride : k * stride + taken] for k in range(windows)])

@@ -123,11 +123,11 @@ def _send_tensor(connection: Connection, tensor: torch.Tensor) -> None:
     """Send a tensor as bytes: PyTorch's own way takes shared memory, of which containers have little."""
     tensor = tensor.cpu().contiguous()
     connection.send((tensor.dtype, tensor.shape))
-    connection.send_bytes(memoryview(tensor.view(torch.uint8).numpy()).cast("B"))
+    connection.send_bytes(tensor.view(torch.uint8).numpy().data.cast("B"))
 
 
 def _receive_tensor(connection: Connection) -> torch.Tensor:
     dtype, shape = connection.recv()
     tensor = torch.empty(shape, dtype=dtype)
-    connection.recv_bytes_into(memoryview(tensor.view(torch.uint8).numpy()).cast("B"))
+    connection.recv_bytes_into(tensor.view(torch.uint8).numpy().data.cast("B"))
     return tensor

@@ -46,11 +46,11 @@ def lloyd_max(bits: int) -> torch.Tensor:
     # Quantiles of N(0, 3), which is how such levels are distributed where there are many.
     levels = math.sqrt(3) * torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
     infinite = torch.tensor([math.inf], dtype=torch.float64)
-    for _ in range(20_000):
+    for _ in range(4000):
         edges = torch.cat((-infinite, (levels[1:] + levels[:-1]) / 2, infinite))
         density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
         moved = (density[:-1] - density[1:]) / torch.special.ndtr(edges).diff()
-        done = bool((moved - levels).abs().max() < 1e-9)
+        done = bool((moved - levels).abs().max() < 1e-8)
         levels = moved
         if done:
             break
