@@ -53,6 +53,11 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen3": (transformers.Qwen3Config, {"head_dim": 80}),
     "mha": (transformers.LlamaConfig, {"num_key_value_heads": 4}),
     "mqa": (transformers.LlamaConfig, {"num_key_value_heads": 1}),
+    # Caps on scores and on logits.
+    "gemma2": (
+        transformers.Gemma2Config,
+        {"sliding_window": 48, "head_dim": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
+    ),
     "gemma3": (
         transformers.Gemma3TextConfig,
         {

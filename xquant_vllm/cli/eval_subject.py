@@ -124,7 +124,7 @@ class Subject:
             return None
         model = {**self.about, "model": model_fingerprint(self.checkpoint), "task": task, "versions": versions()}
         described = {"name": self.method.name, "bits": self.method.bits, "settings": self.method.settings}
-        return KeptScores(self._options.resume, kind, model, described)
+        return KeptScores(self._options.resume, model, described, kind)
 
     @contextmanager
     def engine(self, windows: Sequence[torch.Tensor]) -> Iterator[Engine]:

@@ -35,14 +35,14 @@ Score = TypeVar("Score", bound=_Dataclass)
 class KeptScores(Generic[Score]):
     """Scores of one method on one model."""
 
-    def __init__(self, folder: Path, kind: type[Score], model: Mapping[str, Any], method: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, model: Mapping[str, Any], method: Mapping[str, Any], kind: type[Score]) -> None:
         """Name them.
 
         Args:
             folder: where all scores are kept.
-            kind: their class.
             model: all that determines the 16-bit cache's scores but the tokens.
             method: all that further determines the method's; ``name`` is in it.
+            kind: class of the scores.
         """
         self._kind = kind
         self._reference = folder / f"16bit-{_digest(model)}"
