@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
@@ -24,11 +24,14 @@ class EngineProcess:
         bytes_per_token: bytes of a token in all layers' pages.
     """
 
-    def __init__(self, request: EngineRequest) -> None:
+    def __init__(
+        self, request: EngineRequest, start: Callable[[EngineRequest], EvaluationEngine] = EvaluationEngine
+    ) -> None:
         """Start the engine and wait for it.
 
         Args:
             request: which engine.
+            start: starts it, in the process.
 
         Raises:
             SettingsError: this package refuses the model or a setting.
@@ -36,7 +39,7 @@ class EngineProcess:
         """
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(request, theirs), name="xquant-evaluation")
+        self._process = context.Process(target=_main, args=(theirs, request, start), name="xquant-evaluation")
         self._process.start()
         theirs.close()
         try:
@@ -95,13 +98,13 @@ class EngineProcess:
         return content
 
 
-def _serve(request: EngineRequest, connection: Connection) -> None:
+def _main(connection: Connection, request: EngineRequest, start: Callable[[EngineRequest], EvaluationEngine]) -> None:
     """The engine's process: answer until the other end is closed."""
     # What vLLM prints is no result of the command.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
-        engine = EvaluationEngine(request)
+        engine = start(request)
         connection.send((_STARTED, engine.bytes_per_token))
         while True:
             method, window = connection.recv()
