@@ -64,13 +64,15 @@ def test_a_chain_of_the_input_adds_up_differences():
 def test_a_chain_of_latents_adds_up_differences_in_the_space_of_both_projections():
     model, xs = layers(64), inputs()
     method = PaperXQuantCL(model, 2)
+    for index in range(2):
+        alone = PaperXQuant(model, 4).rematerialize(index, xs[index])
+        for read, expected in zip(method.rematerialize(index, xs[index]), alone, strict=True):
+            assert torch.equal(read, expected)
     estimate = torch.zeros(TOKENS, HIDDEN)
-    for index, (layer, x) in enumerate(zip(model, xs, strict=True)):
-        if index < 3:
-            estimate = per_token(x, 4, 128)
-        else:
-            u, _, _ = svd(torch.cat((layer.key, layer.value), 1))
-            estimate = estimate + per_token((x - estimate) @ u, 2, 128) @ u.T
+    for index in range(2, LAYERS):
+        layer, x = model[index], xs[index]
+        u, _, _ = svd(torch.cat((layer.key, layer.value), 1))
+        estimate = estimate + per_token((x - estimate) @ u, 4 if index == 2 else 2, 128) @ u.T
         keys, values = method.rematerialize(index, x)
         assert torch.allclose(keys, estimate @ layer.key + layer.key_bias, atol=1e-3)
         assert torch.allclose(values, estimate @ layer.value + layer.value_bias, atol=1e-3)
@@ -79,7 +81,12 @@ def test_a_chain_of_latents_adds_up_differences_in_the_space_of_both_projections
 @pytest.mark.parametrize("channels", [64, HIDDEN])
 def test_a_chain_is_lossless_without_quantization(monkeypatch, channels):
     """Although the latents of grouped queries do not say what the input was."""
-    monkeypatch.setattr("xquant_vllm.evaluation.baselines.paper_xquant_cl.per_token", lambda x, *_: x)
+    for module, name in (
+        ("paper_xquant", "per_token"),
+        ("paper_xquant", "per_channel"),
+        ("paper_xquant_cl", "per_token"),
+    ):
+        monkeypatch.setattr(f"xquant_vllm.evaluation.baselines.{module}.{name}", lambda x, *_: x)
     model = layers(channels)
     method = PaperXQuantCL(model, 2)
     for index, (layer, x) in enumerate(zip(model, inputs(), strict=True)):
@@ -95,4 +102,5 @@ def test_bytes():
     assert xquant_bytes(576, 576, 3) == of_input
     first = 576 / 8 * 4 + 5 * 4
     assert xquant_cl_bytes(576, 576, 3, 30) == 3 * first + 27 * of_input
-    assert xquant_cl_bytes(576, 192, 3, 30) == 3 * first + 27 * (384 * 3 / 8 + 3 * 4)
+    first = 192 * 4 / 8 + 192 * 4 / 128 + 192 * 4 / 8 + 2 * 4
+    assert xquant_cl_bytes(576, 192, 3, 30) == 2 * first + (384 * 4 / 8 + 3 * 4) + 27 * (384 * 3 / 8 + 3 * 4)
