@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,13 +54,14 @@ def evaluate(url: str, options: argparse.Namespace) -> dict[str, Any]:
         "num_concurrent": 2,
         "max_length": MAX_MODEL_LEN,
     }
+    # The tasks name their data relative to the working directory.
     with tempfile.TemporaryDirectory() as folder:
-        command = [str(options.lm_eval), "run", "--model", "local-completions"]
+        make_dataset.main(Path(folder, "data"))
+        command = [options.lm_eval, "run", "--model", "local-completions"]
         command += ["--model_args", ",".join(f"{key}={value}" for key, value in model.items())]
-        command += ["--tasks", ",".join(TASKS), "--include_path", str(HERE / "tasks"), "--output_path", folder]
-        # The tasks name their data relative to the working directory.
-        subprocess.run(command, cwd=HERE, check=True, stdout=sys.stderr)
-        (path,) = Path(folder).rglob("results_*.json")
+        command += ["--tasks", ",".join(TASKS), "--include_path", str(HERE / "tasks"), "--output_path", "results"]
+        subprocess.run(command, cwd=folder, check=True, stdout=sys.stderr)
+        (path,) = Path(folder, "results").rglob("results_*.json")
         results = json.loads(path.read_text(encoding="utf-8"))["results"]
     return {
         task: {key.removesuffix(",none"): value for key, value in metrics.items() if isinstance(value, float)}
@@ -71,14 +73,17 @@ def main() -> int:
     """Run the whole; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", type=Path, help="folder of a checkpoint")
-    parser.add_argument("--lm-eval", metavar="COMMAND", default="lm_eval", help="default: lm_eval, as on the PATH")
-    parser.add_argument("--backend", default="xquant", help="attention backend (default xquant; CPU_ATTN for 16 bit)")
+    parser.add_argument("--lm-eval", metavar="COMMAND", default="lm_eval", help="default: lm_eval on the PATH")
+    parser.add_argument("--backend", default="xquant", help="attention backend (default xquant; CPU_ATTN: 16 bit)")
     parser.add_argument("--bits", type=int, help="bits per cached number")
     parser.add_argument("--settings", metavar="JSON", help="further settings of the cache")
     parser.add_argument("--dtype", default="auto", help="as of vllm serve (default auto)")
     options = parser.parse_args()
-    make_dataset.main(HERE / "data")
-    log = HERE / "data" / f"server-{options.backend}.log"
+    command = shutil.which(options.lm_eval)
+    if command is None:
+        raise ServerError(f"there is no command {options.lm_eval}; install lm-eval, or name it with --lm-eval")
+    options.lm_eval = str(Path(command).absolute())
+    log = HERE.parent.parent / "logs" / f"lm-eval-{options.backend}.log"
     with VllmServer(server_arguments(options), log, free_port()) as server:
         server.wait(server.is_healthy, "it answered", STARTUP_SECONDS, Progress("starting"))
         results = evaluate(server.url, options)

@@ -15,7 +15,9 @@ from xquant_vllm.offline.texts import python_docs_to_evaluate
 
 pytestmark = pytest.mark.e2e
 
-WINDOW, WINDOWS = 150, 2
+# More tokens than are computed in one step.
+WINDOW, WINDOWS = 600, 2
+SERVER = {**ENGINE, "max_model_len": WINDOW + 1}
 BUILT_IN = ("--bits", "8", "--calibration", "python-docs", "--calibration-tokens", "256")
 
 
@@ -46,8 +48,8 @@ def test_a_calibrated_cache_is_evaluated_as_it_is_served(engines, tiny, tmp_path
     assert factorize(tiny, tmp_path / "folder", *BUILT_IN, "--dtype", "float32") == 0
     windows = cut_windows(FakeTokenizer(), python_docs_to_evaluate(), "docs", WINDOW, WINDOWS, WINDOW)
     tasks = [{"kind": "prompt_logprobs", "prompts": windows.tolist()}]
-    served = engines.run(tmp_path / "folder", "xquant", tasks, **ENGINE)
-    plain = engines.run(tiny, "CPU_ATTN", tasks, **ENGINE)
+    served = engines.run(tmp_path / "folder", "xquant", tasks, **SERVER)
+    plain = engines.run(tiny, "CPU_ATTN", tasks, **SERVER)
     for result, name in ((served, "window_perplexities"), (plain, "window_perplexities_16bit")):
         expected = [math.exp(-statistics.mean(logprobs)) for logprobs in result.tasks[0]["logprobs"]]
         assert through_vllm[name] == pytest.approx(expected, rel=1e-5)

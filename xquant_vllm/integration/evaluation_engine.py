@@ -11,7 +11,7 @@ from xquant_vllm.integration.settings import CONFIG_KEY
 
 # Prompt tokens that are computed in one step; longer windows take several. It bounds the memory of activations, and
 # changes no logits: attention reads every token back from the pages, fresh or not.
-_STEP_TOKENS = 2048
+_STEP_TOKENS = 512
 
 
 @dataclass(frozen=True)
