@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from xquant_vllm.evaluation.offline_engine import OfflineEngine
 from xquant_vllm.evaluation.perplexity import evaluate_windows
 from xquant_vllm.evaluation.prepared_method import PreparedMethod
 from xquant_vllm.evaluation.result import perplexity_result, summary, versions
+from xquant_vllm.evaluation.scores import WindowScore
 from xquant_vllm.evaluation.windows import cut_windows
 from xquant_vllm.offline.checkpoint import Checkpoint, open_checkpoint
 from xquant_vllm.offline.refused import RefusedError
@@ -47,27 +49,37 @@ def evaluate_perplexity(options: argparse.Namespace) -> None:
     engine = OfflineEngine(checkpoint, method, dtype, torch.device(options.device))
     candidate = None if method.name == "16bit" else engine.candidate
     kept = _kept_scores(options, checkpoint, method)
-    scores = []
-    bar = tqdm(desc=method.name, total=len(windows), unit="window")
-    for score in evaluate_windows(windows, engine.reference, candidate, kept):
-        bar.update()
-        if not math.isfinite(score.kl + score.nll + score.nll_16bit):
-            raise RefusedError(
-                f"xquant: --dtype {options.dtype}: the model yields numbers that are not finite; set --dtype float32"
-            )
-        scores.append(score)
-    bar.close()
+    scores = scores_with_progress(evaluate_windows(windows, engine.reference, candidate, kept), method, len(windows))
     about = {
         "model": options.model if not Path(options.model).is_dir() else Path(options.model).resolve().name,
         "text": name,
         "window": options.window,
         "windows": options.windows,
-        "stride": options.stride or options.window,
+        "stride": options.window if options.stride is None else options.stride,
         "dtype": options.dtype,
         "device": options.device,
     }
     result = perplexity_result(method, bytes_16bit(checkpoint), scores, about)
     report(result, options)
+
+
+def scores_with_progress(scores: Iterator[WindowScore], method: PreparedMethod, windows: int) -> list[WindowScore]:
+    """Collect scores behind a bar.
+
+    Raises:
+        RefusedError: the model yields no numbers.
+    """
+    collected = []
+    with tqdm(desc=method.name, total=windows, unit="window") as bar:
+        for score in scores:
+            bar.update()
+            if not math.isfinite(score.kl + score.nll + score.nll_16bit):
+                raise RefusedError(
+                    "xquant: the model yields numbers that are not finite; set --dtype float32, and if it is set, look "
+                    "at the checkpoint"
+                )
+            collected.append(score)
+    return collected
 
 
 def report(result: dict[str, Any], options: argparse.Namespace) -> None:

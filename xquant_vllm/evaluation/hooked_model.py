@@ -15,7 +15,6 @@ from xquant_vllm.evaluation.cache_method import AttendedMethod, CacheMethod, Inp
 from xquant_vllm.evaluation.projections import Projections
 from xquant_vllm.offline.attention_modules import attention_modules
 from xquant_vllm.offline.checkpoint import Checkpoint
-from xquant_vllm.offline.refused import RefusedError
 
 _ATTENTION = "xquant_evaluation"
 _READER = "xquant_reader"
@@ -48,10 +47,7 @@ class HookedModel:
                 checkpoint.folder, dtype=dtype, attn_implementation=_ATTENTION
             )
         except (OSError, ValueError, ImportError) as error:
-            raise RefusedError(
-                f"xquant: transformers cannot run the {checkpoint.architecture} in {checkpoint.folder} "
-                f"({str(error).splitlines()[0]}), so it cannot be evaluated here"
-            ) from None
+            raise checkpoint.cannot_run(error) from None
         self._model = model.to(device).eval()
         self.layers = [
             Projections(checkpoint, layer, module)
