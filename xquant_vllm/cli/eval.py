@@ -44,9 +44,10 @@ def evaluate_perplexity(options: argparse.Namespace) -> None:
     checkpoint, dtype = open_checkpoint(options.model), DTYPES[options.dtype]
     text, name = _text(options)
     windows = _windows(options, checkpoint, text, name)
-    method = prepare_method(options.method, _method_options(options), checkpoint, dtype, options.window)
+    device = torch.device(options.device)
+    method = prepare_method(options.method, _method_options(options), checkpoint, dtype, options.window, device)
 
-    engine = OfflineEngine(checkpoint, method, dtype, torch.device(options.device))
+    engine = OfflineEngine(checkpoint, method, dtype, device)
     candidate = None if method.name == "16bit" else engine.candidate
     kept = _kept_scores(options, checkpoint, method)
     scores = scores_with_progress(evaluate_windows(windows, engine.reference, candidate, kept), method, len(windows))
