@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define XQUANT_CPU_ABI 2
+#define XQUANT_CPU_ABI 3
 
 #if defined(__GNUC__)
 #define XQUANT_EXPORT __attribute__((visibility("default")))
@@ -23,15 +23,44 @@ extern "C" {
 // Element types of query, key, value and output.
 enum { XQUANT_FP32 = 0, XQUANT_FP16 = 1, XQUANT_BF16 = 2 };
 
-// One stream of latents and where its sections start in a page; see xquant_vllm/codec/layout.py for their shapes.
+// Neighbouring channels with the same bits, packed by themselves: a group of a uniform stream, a run of an allocated one.
+typedef struct {
+    int64_t bits;      // 16 (FP16 numbers), 8, 6, 4, 3 or 2
+    int64_t channels;  // a multiple of 8 at 3 bits, else of 4
+    int64_t channel;   // the first
+    int64_t byte;      // where its codes start in a token's row
+} xquant_piece;
+
+// Pieces that are dequantized before they are multiplied. A chunk that is not the last has a multiple of 16 channels.
+typedef struct {
+    int64_t begin, end;  // pieces
+    int64_t channel;     // the first
+    int64_t channels;
+} xquant_chunk;
+
+// One latent head of a stream.
+typedef struct {
+    int64_t codes;      // offset in bytes from the start of a page: [block_size][row_bytes]
+    int64_t row_bytes;  // a token's codes
+    int64_t channels;   // those that are stored; the rest of the width reads as 0
+    int64_t num_pieces;
+    int64_t num_chunks;
+    const xquant_piece* pieces;
+    const xquant_chunk* chunks;
+    // Of an allocated stream, for every stored channel, rounded up to 16; NULL of a uniform one.
+    const float* step;    // of its codes, before the token's scale; the rest 1
+    const float* middle;  // half its largest code; the rest 0
+    const float* worth;   // of a squared error; the rest 0
+} xquant_head;
+
+// One stream of latents; see xquant_vllm/codec/layout.py for the shapes of its sections.
 typedef struct {
     int64_t num_heads;         // latent heads: the kv heads, or 1, which all kv heads read
-    int64_t width;             // channels per latent head; a multiple of group_size
-    int64_t bits;              // 16 (FP16 numbers, no scales and zeros), 8, 4, 3 or 2
-    int64_t group_size;        // channels per scale; a multiple of 8
-    int64_t outlier_channels;  // leading channels kept in FP16; fewer than group_size
-    int64_t codes;             // section offsets in bytes from the start of a page
-    int64_t scales;
+    int64_t width;             // channels per latent head
+    int64_t allocated;         // 0: every piece has an FP16 scale and zero (16 bits: none); 1: a head has an 8-bit scale
+    int64_t outlier_channels;  // leading channels kept in FP16; fewer than those of a piece; allocated: none
+    const xquant_head* heads;  // [num_heads]
+    int64_t scales;            // section offsets in bytes from the start of a page
     int64_t zeros;
     int64_t outliers;
 } xquant_stream;

@@ -12,12 +12,12 @@
 
 struct Scratch {
     float* query;    // [rows][query_width], times the scale
-    float* latents;  // [channels_at_once][kTile]
+    float* latents;  // [channels of a chunk][kTile]
     float* keys;     // [head_size][kTile]
     float* weights;  // [rows][kTile]
     float* values;   // [kTile][value_stride]
     float* added;    // [kRun][value_stride], of a term that is added to them
-    uint8_t* bytes;  // [bytes of a group of key codes, rounded up to 16][16]
+    RunScratch run;  // for a chunk of keys or of values
     float* head;     // [head_size], of a query to be absorbed
     int64_t query_width;
     int64_t value_stride;
@@ -31,16 +31,19 @@ struct Scratch {
             floats += round_up(count, kPad);
             return memory ? memory + at : nullptr;
         };
-        // A row of values has room for unpack_rows to write past its last group.
-        value_stride = round_up(channels_at_once(plan.value), kPad) + kPad;
+        const ChunkSize keys_at_once(plan.key), values_at_once(plan.value);
+        // A row of values has room for unpack_rows to write past its last piece.
+        value_stride = round_up(values_at_once.channels, kPad) + kPad;
         query_width = plan.key_absorbed ? round_up(plan.key.width, kPad) : plan.head_size;
         query = take(rows * query_width);
-        latents = take(channels_at_once(plan.key) * kTile);
+        latents = take(keys_at_once.channels * kTile);
         keys = take(plan.head_size * kTile);
         weights = take(rows * kTile);
         values = take(kTile * value_stride);
         added = take(kRun * value_stride);
-        bytes = (uint8_t*)take(round_up(most_group_bytes(plan.key), 16) * 16 / sizeof(float));
+        const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
+        run.bytes = (uint8_t*)take(round_up(larger(keys_at_once.bytes, values_at_once.bytes), 16) * 4 + kPad);
+        run.codes = (uint8_t*)take(round_up(values_at_once.channels, 16) * 4 + kPad);
         head = take(plan.head_size);
     }
 };
@@ -89,8 +92,7 @@ inline void load_key_latents(const xquant_plan& plan, const Pages& pages, int64_
             const int64_t position = start + run;
             const uint8_t* page = pages.page(term, position);
             const auto unpack = i == chunk.first ? unpack_channels<false> : unpack_channels<true>;
-            unpack(view, page, pages.slot(position), chunk.begin, chunk.end, scratch.latents + run, kTile,
-                   scratch.bytes);
+            unpack(view, page, pages.slot(position), chunk.index, scratch.latents + run, kTile, scratch.run.bytes);
         }
     }
 }
@@ -100,7 +102,7 @@ inline void load_keys(const xquant_plan& plan, const Pages& pages, int64_t kv_he
                       int64_t last, const Scratch& scratch) {
     const float* up = plan.up_key + kv_head * plan.key.width * plan.head_size;
     float* keys = scratch.keys + first;
-    for_chunks(plan.key, [&](const Chunk& chunk) {
+    for_chunks(plan.key, kv_head, [&](const Chunk& chunk) {
         load_key_latents(plan, pages, kv_head, start, first, last, chunk, scratch);
         Product product;
         product.depth = chunk.channels;
@@ -131,7 +133,7 @@ inline void score(const xquant_plan& plan, const Pages& pages, int64_t kv_head, 
     product.c = scratch.weights + first;
     product.ldc = kTile;
     if (plan.key_absorbed) {
-        for_chunks(plan.key, [&](const Chunk& chunk) {
+        for_chunks(plan.key, kv_head, [&](const Chunk& chunk) {
             load_key_latents(plan, pages, kv_head, start, first, last, chunk, scratch);
             product.depth = chunk.channels;
             product.a = scratch.query + chunk.row;
@@ -181,8 +183,12 @@ inline void load_value_latents(const xquant_plan& plan, const Pages& pages, int6
             const int64_t position = start + run;
             const uint8_t* page = pages.page(term, position);
             float* rows = scratch.values + run * stride;
+            if (term.stream.allocated) {  // never added
+                unpack_allocated_rows(view, page, pages.slot(position), chunk.index, rows, stride, scratch.run);
+                continue;
+            }
             float* target = i == chunk.first ? rows : scratch.added;
-            unpack_rows(view, page, pages.slot(position), chunk.begin, chunk.end, from, to, target, stride);
+            unpack_rows(view, page, pages.slot(position), chunk.index, from, to, target, stride);
             if (i == chunk.first) continue;
             for (int64_t token = from; token < to; ++token) {
                 float* row = rows + token * stride;
@@ -197,7 +203,7 @@ inline void load_value_latents(const xquant_plan& plan, const Pages& pages, int6
 inline void accumulate_values(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t rows,
                               int64_t start, int64_t first, int64_t last, const State& state,
                               const Scratch& scratch) {
-    for_chunks(plan.value, [&](const Chunk& chunk) {
+    for_chunks(plan.value, kv_head, [&](const Chunk& chunk) {
         load_value_latents(plan, pages, kv_head, start, first, last, chunk, scratch);
         Product product;
         product.depth = last - first;
@@ -287,16 +293,20 @@ inline void finish(const xquant_plan& plan, const xquant_attention_call& call, c
                    float* memory) {
     const int64_t rows = task.query_count * group_of(plan), head_size = plan.head_size;
     const int64_t width = round_up(plan.value.width, kPad), padded_head = round_up(head_size, kPad);
-    Product product;
-    product.depth = plan.value.width;
-    product.a = state.accumulator;
-    product.lda = width;
-    product.b = plan.up_value + task.kv_head * plan.value.width * padded_head;
-    product.ldb = padded_head;
-    product.c = memory;
-    product.ldc = padded_head;
-    product.accumulate = false;
-    gemm<Order::kPlain>(rows, padded_head, product);
+    const float* up = plan.up_value + task.kv_head * plan.value.width * padded_head;
+    // Not all channels at once: what lies behind those of a chunk is padding or was not stored.
+    for_chunks(plan.value, task.kv_head, [&](const Chunk& chunk) {
+        Product product;
+        product.depth = chunk.channels;
+        product.a = state.accumulator + chunk.row;
+        product.lda = width;
+        product.b = up + chunk.row * padded_head;
+        product.ldb = padded_head;
+        product.c = memory;
+        product.ldc = padded_head;
+        product.accumulate = chunk.row > 0;
+        gemm<Order::kPlain>(rows, padded_head, product);
+    });
     for (int64_t row = 0; row < rows; ++row) {
         float* head = memory + row * padded_head;
         const float factor = 1.0f / state.sum[row];

@@ -58,12 +58,20 @@ inline int64_t rows_of(const xquant_plan& plan, const Task& task) {
     return task.query_count * (plan.num_heads / plan.num_kv_heads);
 }
 
-// Channels that are dequantized for one latent head of a token.
-inline double unpacked(const xquant_latent& latent) {
-    double channels = 0;
-    for (int64_t i = 0; i < latent.num_terms; ++i) channels += double(latent.terms[i].stream.width);
-    return channels;
-}
+// Channels that are dequantized for one kv head of a token, and channels that they make up.
+struct Channels {
+    double unpacked = 0;
+    double multiplied = 0;
+
+    Channels(const xquant_latent& latent, int64_t kv_head) {
+        for (int64_t i = 0; i < latent.num_terms; ++i) {
+            const xquant_stream& stream = latent.terms[i].stream;
+            const double stored = double(stream.heads[stream.num_heads == 1 ? 0 : kv_head].channels);
+            unpacked += stored;
+            if (!latent.terms[i].adds) multiplied += stored;
+        }
+    }
+};
 
 inline int64_t pad(int64_t floats) { return (floats + kPad - 1) / kPad * kPad; }
 
@@ -130,11 +138,11 @@ inline void Schedule::build(const xquant_plan& plan, const xquant_attention_call
     for (size_t index = 0; index < tasks.size(); ++index) {
         const Task& task = tasks[index];
         const double task_rows = double(rows_of(plan, task));
+        const Channels key(plan.key, task.kv_head), value(plan.value, task.kv_head);
         const double keys = plan.key_absorbed
-                                ? task_rows * double(plan.key.width)
-                                : double(plan.key.width) * plan.head_size + task_rows * double(plan.head_size);
-        const double unpacking = 8.0 * (unpacked(plan.key) + unpacked(plan.value));
-        const double per_token = keys + unpacking + task_rows * double(plan.value.width);
+                                ? task_rows * key.multiplied
+                                : key.multiplied * plan.head_size + task_rows * double(plan.head_size);
+        const double per_token = keys + 8.0 * (key.unpacked + value.unpacked) + task_rows * value.multiplied;
         const double cost = per_token * double(task.end - task.oldest);
         units.push_back({int64_t(index), task.oldest / kChunk, (task.end - 1) / kChunk, -1, cost});
         total += cost;

@@ -4,7 +4,7 @@
 struct StoreScratch {
     float* rows;       // [kStoreTokens][row_stride], channels of a stream, all heads
     float* rotated;    // [row_stride]
-    float* group;      // [group_size rounded up to 16]
+    float* piece;      // [channels that are quantized at once, rounded up to 16]
     uint8_t* codes;    // likewise
     float* predicted;  // [kStoreTokens][predicted_stride], one head
     float* term;       // [kRun][term_stride], of one token
@@ -21,23 +21,27 @@ struct StoreScratch {
             floats += round_up(count, kPad);
             return memory ? memory + at : nullptr;
         };
-        int64_t channels = 0, group_size = 0, width = 0;
+        int64_t channels = 0, at_once = 0, width = 0;
         for (int64_t i = 0; i < plan.num_streams; ++i) {
             const xquant_stream& stream = plan.streams[i];
             const int64_t all = stream.num_heads * stream.width;
             if (all > channels) channels = all;
-            if (stream.group_size > group_size) group_size = stream.group_size;
+            for (int64_t j = 0; j < stream.num_heads; ++j) {
+                const xquant_head& head = stream.heads[j];
+                const int64_t here = stream.allocated ? head.channels : head.pieces[0].channels;
+                if (here > at_once) at_once = here;
+            }
         }
         for (int64_t i = 0; i < plan.prediction.num_terms; ++i) {
             if (plan.prediction.terms[i].stream.width > width) width = plan.prediction.terms[i].stream.width;
         }
         row_stride = round_up(channels, kPad) + kPad;  // a product of the last head ends past its channels
         predicted_stride = round_up(plan.prediction.width, kPad);
-        term_stride = round_up(width, kPad) + kPad;  // unpack_rows writes past its last group
+        term_stride = round_up(width, kPad) + kPad;  // unpack_rows writes past its last piece
         rows = take(kStoreTokens * row_stride);
         rotated = take(row_stride);
-        group = take(group_size);
-        codes = (uint8_t*)take(group_size);
+        piece = take(at_once);
+        codes = (uint8_t*)take(at_once);
         predicted = take(kStoreTokens * predicted_stride);
         term = take(plan.prediction.num_terms ? kRun * term_stride : 0);
     }
@@ -45,32 +49,47 @@ struct StoreScratch {
 
 inline int64_t store_scratch(const xquant_plan& plan) { return StoreScratch(plan, nullptr).floats; }
 
-// Write one token's channels of one latent head.
-inline void store_head(const HeadView& view, const float* row, int64_t slot, uint8_t* page,
-                       const StoreScratch& scratch) {
-    const xquant_stream& stream = view.stream;
-    const int64_t group_size = stream.group_size, padded = round_up(group_size, kPad);
-    if (stream.bits == 16) {
-        uint8_t* to = page + view.codes(slot);
-        for (int64_t i = 0; i < stream.width; ++i) {
-            const uint16_t half = saturating_half(row[i]);
-            memcpy(to + i * 2, &half, 2);
-        }
-        return;
+// Write one token's channels of one latent head of an allocated stream.
+inline void store_allocated(const HeadView& view, const float* row, int64_t slot, uint8_t* page,
+                            const StoreScratch& scratch) {
+    const xquant_head& head = view.head;
+    const int64_t padded = round_up(head.channels, kPad);
+    memcpy(scratch.piece, row, head.channels * sizeof(float));
+    for (int64_t i = head.channels; i < padded; ++i) scratch.piece[i] = 0.0f;
+    make_finite(scratch.piece, padded);
+    page[view.token_scale(slot)] = quantize_allocated(head, scratch.piece, padded, scratch.codes);
+    for (int64_t i = 0; i < head.num_pieces; ++i) {
+        const xquant_piece& piece = head.pieces[i];
+        pack_piece(scratch.codes + piece.channel, piece.channels, piece.bits, page + view.codes(slot) + piece.byte);
     }
-    for (int64_t group = 0; group < view.num_groups(); ++group) {
-        const float* values = row + group * group_size;
-        const int64_t outliers = group == 0 ? stream.outlier_channels : 0;
+}
+
+// Write one token's channels of one latent head of a uniform stream.
+inline void store_uniform(const HeadView& view, const float* row, int64_t slot, uint8_t* page,
+                          const StoreScratch& scratch) {
+    const xquant_stream& stream = view.stream;
+    for (int64_t index = 0; index < view.head.num_pieces; ++index) {
+        const xquant_piece& piece = view.head.pieces[index];
+        const float* values = row + piece.channel;
+        uint8_t* to = page + view.codes(slot) + piece.byte;
+        if (piece.bits == 16) {
+            for (int64_t i = 0; i < piece.channels; ++i) {
+                const uint16_t half = saturating_half(values[i]);
+                memcpy(to + i * 2, &half, 2);
+            }
+            continue;
+        }
+        const int64_t outliers = index == 0 ? stream.outlier_channels : 0, padded = round_up(piece.channels, kPad);
         // Outliers and padding take the value of a channel that is neither, so they do not widen the range.
-        const float filler = values[group_size - 1];
-        memcpy(scratch.group + outliers, values + outliers, (group_size - outliers) * sizeof(float));
-        for (int64_t i = 0; i < outliers; ++i) scratch.group[i] = filler;
-        for (int64_t i = group_size; i < padded; ++i) scratch.group[i] = filler;
-        const GroupParameters parameters = quantize_group(scratch.group, padded, stream.bits, scratch.codes);
+        const float filler = values[piece.channels - 1];
+        memcpy(scratch.piece + outliers, values + outliers, (piece.channels - outliers) * sizeof(float));
+        for (int64_t i = 0; i < outliers; ++i) scratch.piece[i] = filler;
+        for (int64_t i = piece.channels; i < padded; ++i) scratch.piece[i] = filler;
+        const GroupParameters parameters = quantize_group(scratch.piece, padded, piece.bits, scratch.codes);
         memset(scratch.codes, 0, outliers);
-        pack_group(scratch.codes, group_size, stream.bits, page + view.codes(slot) + group * view.group_bytes());
-        memcpy(page + view.scale(group, slot), &parameters.scale, 2);
-        memcpy(page + view.zero(group, slot), &parameters.zero, 2);
+        pack_piece(scratch.codes, piece.channels, piece.bits, to);
+        memcpy(page + view.scale(index, slot), &parameters.scale, 2);
+        memcpy(page + view.zero(index, slot), &parameters.zero, 2);
     }
     for (int64_t channel = 0; channel < stream.outlier_channels; ++channel) {
         const uint16_t half = saturating_half(row[channel]);
@@ -78,7 +97,7 @@ inline void store_head(const HeadView& view, const float* row, int64_t slot, uin
     }
 }
 
-// What the pages of earlier layers say of one head of one token, into `to` [prediction.width].
+// What the pages of earlier layers say of one head of one token, into `to` [prediction.width]; 0 where they store nothing.
 inline void read_prediction(const xquant_plan& plan, const xquant_store_call& call, int64_t head, int64_t slot,
                             float* to, const StoreScratch& scratch) {
     const int64_t block = slot / plan.block_size, offset = slot % plan.block_size;
@@ -88,9 +107,12 @@ inline void read_prediction(const xquant_plan& plan, const xquant_store_call& ca
         const xquant_term& term = plan.prediction.terms[i];
         const xquant_pages& pages = call.pages[term.page];
         const HeadView view = head_view(plan, term, head);
-        unpack_rows(view, pages.data + block * pages.stride, run, 0, view.num_groups(), token, token + 1,
-                    scratch.term, scratch.term_stride);
-        const float* x = scratch.term + token * scratch.term_stride;
+        float* x = scratch.term + token * scratch.term_stride;
+        for (int64_t j = 0; j < view.head.num_chunks; ++j) {
+            unpack_rows(view, pages.data + block * pages.stride, run, j, token, token + 1,
+                        scratch.term + view.head.chunks[j].channel, scratch.term_stride);
+        }
+        memset(x + view.head.channels, 0, (term.stream.width - view.head.channels) * sizeof(float));
         if (term.adds) {
             for (int64_t j = 0; j < term.stream.width; ++j) to[row + j] += x[j];
         } else {
@@ -124,16 +146,19 @@ inline void subtract_prediction(const xquant_plan& plan, const xquant_store_call
             }
         }
         if (!plan.prediction_matrix) continue;
-        Product product;
-        product.depth = plan.prediction.width;
-        product.a = scratch.predicted;
-        product.lda = scratch.predicted_stride;
-        product.b = plan.prediction_matrix + head * plan.prediction.width * padded;
-        product.ldb = padded;
-        product.c = rows;
-        product.ldc = scratch.row_stride;
-        product.accumulate = true;  // the matrix' rows end in zeros, so the next head's channels stay what they are
-        gemm<Order::kPlain>(count, padded, product);
+        const float* matrix = plan.prediction_matrix + head * plan.prediction.width * padded;
+        for_chunks(plan.prediction, head, [&](const Chunk& chunk) {
+            Product product;
+            product.depth = chunk.channels;
+            product.a = scratch.predicted + chunk.row;
+            product.lda = scratch.predicted_stride;
+            product.b = matrix + chunk.row * padded;
+            product.ldb = padded;
+            product.c = rows;
+            product.ldc = scratch.row_stride;
+            product.accumulate = true;  // the matrix' rows end in zeros, so the next head's channels stay what they are
+            gemm<Order::kPlain>(count, padded, product);
+        });
     }
 }
 
@@ -156,8 +181,9 @@ inline void store_tokens(const xquant_plan& plan, const xquant_store_call& call,
             uint8_t* page = call.pages[0].data + slot / plan.block_size * call.pages[0].stride;
             const float* row = scratch.rows + i * scratch.row_stride;
             for (int64_t head = 0; head < stream.num_heads; ++head) {
-                const HeadView view{stream, head, plan.block_size};
-                store_head(view, row + head * stream.width, slot % plan.block_size, page, scratch);
+                const HeadView view(stream, head, plan.block_size);
+                const auto store = stream.allocated ? store_allocated : store_uniform;
+                store(view, row + head * stream.width, slot % plan.block_size, page, scratch);
             }
         }
     }

@@ -4,6 +4,12 @@
 // they read is never used.
 #pragma once
 
+// A number of bits as a type.
+template <int kBits>
+struct Bits {
+    static constexpr int value = kBits;
+};
+
 // --- Channel-major: [channels][tokens], for keys -------------------------------------------------------------------
 
 typedef uint8_t bytes16 __attribute__((vector_size(16)));
@@ -49,26 +55,33 @@ inline void put(float* to, vf x) {
     store(to, x);
 }
 
-// One group: transposed bytes [group_bytes][16] to latents [group_size][stride], a run of 16 tokens wide.
+// 3 and 6 bits are two planes: a high one, and a low one of twice as many bits and bytes. So field f of the high plane
+// meets byte i of it with byte i, or i + size, of the low plane.
+template <int kBits>
+constexpr int kHighBits = kBits / 3;
+template <int kBits>
+constexpr bool kTwoPlanes = kBits % 3 == 0;
+
+// One piece: transposed bytes [bytes][16] to latents [channels][stride], a run of 16 tokens wide.
 template <int kBits, bool kAdd>
-inline void unpack_group_channels(const uint8_t* bytes, int64_t group_size, const float* scales, const float* zeros,
+inline void unpack_piece_channels(const uint8_t* bytes, int64_t channels, const float* scales, const float* zeros,
                                   float* to, int64_t stride) {
     for (int64_t lane = 0; lane < kRun; lane += kLanes) {
         const vf scale = load(scales + lane), zero = load(zeros + lane);
         const uint8_t* at = bytes + lane;
-        if constexpr (kBits == 3) {
-            // Twice as many bytes of low planes as of high planes: field f of the high plane meets byte i of it with
-            // byte i or i + size of the low plane.
-            const int64_t size = group_size / 8;
+        if constexpr (kTwoPlanes<kBits>) {
+            constexpr int kHigh = kHighBits<kBits>;
+            const int64_t size = channels * kHigh / 8;
             for (int64_t i = 0; i < size; ++i) {
-                for (int64_t field = 0; field < 8; ++field) {
-                    const vi low = field_codes<2>(at + ((field & 1) * size + i) * 16, field >> 1);
-                    const vi high = field_codes<1>(at + (2 * size + i) * 16, field);
-                    put<kAdd>(to + (field * size + i) * stride + lane, to_float(low | high << 2) * scale + zero);
+                for (int64_t field = 0; field < 8 / kHigh; ++field) {
+                    const vi low = field_codes<2 * kHigh>(at + ((field & 1) * size + i) * 16, field >> 1);
+                    const vi high = field_codes<kHigh>(at + (2 * size + i) * 16, field);
+                    const vi codes = low | high << (2 * kHigh);
+                    put<kAdd>(to + (field * size + i) * stride + lane, to_float(codes) * scale + zero);
                 }
             }
         } else {
-            const int64_t size = group_size * kBits / 8;
+            const int64_t size = channels * kBits / 8;
             for (int64_t i = 0; i < size; ++i) {
 #pragma GCC unroll 4
                 for (int64_t field = 0; field < 8 / kBits; ++field) {
@@ -80,11 +93,10 @@ inline void unpack_group_channels(const uint8_t* bytes, int64_t group_size, cons
     }
 }
 
-// The FP16 numbers of one group, likewise; `codes` is the first slot's.
+// The FP16 numbers of one piece, likewise; `codes` is the first slot's.
 template <bool kAdd>
-inline void copy_group_channels(const uint8_t* codes, int64_t row_bytes, int64_t group_size, float* to,
-                                int64_t stride) {
-    for (int64_t channel = 0; channel < group_size; ++channel) {
+inline void copy_piece_channels(const uint8_t* codes, int64_t row_bytes, int64_t channels, float* to, int64_t stride) {
+    for (int64_t channel = 0; channel < channels; ++channel) {
         float numbers[kRun];
         for (int64_t token = 0; token < kRun; ++token) {
             uint16_t half;
@@ -95,59 +107,106 @@ inline void copy_group_channels(const uint8_t* codes, int64_t row_bytes, int64_t
     }
 }
 
-// Groups [begin, end) of 16 slots to [channels][stride]; `bytes` is scratch for a group's codes of 16 tokens. Terms that
-// add have no outlier channels.
+// The 8-bit scale of an allocated stream's token: 2 ** ((code - 128) / 8), rounded once.
+inline float token_scale(uint8_t code) {
+    const float eighths[8] = {1.0f,        1.09050775f, 1.18920708f, 1.29683959f,
+                              1.41421354f, 1.54221082f, 1.68179286f, 1.8340081f};
+    return bits_float(float_bits(eighths[code % 8]) + ((uint32_t)(code / 8) << 23) - (16u << 23));
+}
+
+// Numbers are code * scale + zero, in both kinds of streams: scales and zeros of a piece, for 16 slots.
+struct PieceScales {
+    float scales[kRun], zeros[kRun];
+    float tokens[kRun];  // of an allocated stream
+
+    PieceScales(const HeadView& view, const uint8_t* page, int64_t slot) {
+        if (!view.stream.allocated) return;
+        for (int64_t i = 0; i < kRun; ++i) tokens[i] = token_scale(page[view.token_scale(slot) + i]);
+    }
+
+    void set(const HeadView& view, const uint8_t* page, int64_t slot, int64_t piece) {
+        if (view.stream.allocated) {
+            const int64_t channel = view.head.pieces[piece].channel;
+            const float step = view.head.step[channel], middle = view.head.middle[channel];
+            for (int64_t lane = 0; lane < kRun; lane += kLanes) {
+                const vf scale = load(tokens + lane) * step;
+                store(scales + lane, scale);
+                store(zeros + lane, scale * -middle);
+            }
+            return;
+        }
+        for (int64_t lane = 0; lane < kRun; lane += kLanes) {
+            store(scales + lane, load_half(page + view.scale(piece, slot) + lane * 2));
+            store(zeros + lane, load_half(page + view.zero(piece, slot) + lane * 2));
+        }
+    }
+};
+
+// Call unpack with the bits, which are none of FP16 numbers, as a constant.
+template <typename Unpack>
+inline void with_bits(int64_t bits, const Unpack& unpack) {
+    switch (bits) {
+        case 8: unpack(Bits<8>{}); break;
+        case 6: unpack(Bits<6>{}); break;
+        case 4: unpack(Bits<4>{}); break;
+        case 3: unpack(Bits<3>{}); break;
+        default: unpack(Bits<2>{}); break;
+    }
+}
+
+// A chunk of 16 slots to [channels][stride]; `bytes` is scratch for the codes. Terms that add have no outlier channels.
 template <bool kAdd>
-inline void unpack_channels(const HeadView& view, const uint8_t* page, int64_t slot, int64_t begin, int64_t end,
-                            float* to, int64_t stride, uint8_t* bytes) {
-    const int64_t group_size = view.stream.group_size, group_bytes = view.group_bytes();
-    for (int64_t group = begin; group < end; ++group, to += group_size * stride) {
-        const uint8_t* codes = page + view.codes(slot) + group * group_bytes;
-        if (view.stream.bits == 16) {
-            copy_group_channels<kAdd>(codes, view.row_bytes(), group_size, to, stride);
+inline void unpack_channels(const HeadView& view, const uint8_t* page, int64_t slot, int64_t index, float* to,
+                            int64_t stride, uint8_t* bytes) {
+    const xquant_chunk& chunk = view.head.chunks[index];
+    const int64_t first_byte = view.head.pieces[chunk.begin].byte;
+    const uint8_t* codes = page + view.codes(slot);
+    if (view.head.pieces[chunk.begin].bits != 16) {
+        transpose_codes(codes + first_byte, view.head.row_bytes, chunk_bytes(view.head, chunk), bytes);
+    }
+    PieceScales scales(view, page, slot);
+    for (int64_t i = chunk.begin; i < chunk.end; ++i) {
+        const xquant_piece& piece = view.head.pieces[i];
+        float* at = to + (piece.channel - chunk.channel) * stride;
+        if (piece.bits == 16) {
+            copy_piece_channels<kAdd>(codes + piece.byte, view.head.row_bytes, piece.channels, at, stride);
             continue;
         }
-        float scales[kRun], zeros[kRun];
+        scales.set(view, page, slot, i);
+        with_bits(piece.bits, [&](auto bits) {
+            unpack_piece_channels<bits.value, kAdd>(bytes + (piece.byte - first_byte) * 16, piece.channels,
+                                                    scales.scales, scales.zeros, at, stride);
+        });
+    }
+    if (index > 0) return;
+    for (int64_t channel = 0; channel < view.stream.outlier_channels; ++channel) {
         for (int64_t lane = 0; lane < kRun; lane += kLanes) {
-            store(scales + lane, load_half(page + view.scale(group, slot) + lane * 2));
-            store(zeros + lane, load_half(page + view.zero(group, slot) + lane * 2));
-        }
-        transpose_codes(codes, view.row_bytes(), group_bytes, bytes);
-        switch (view.stream.bits) {
-            case 8: unpack_group_channels<8, kAdd>(bytes, group_size, scales, zeros, to, stride); break;
-            case 4: unpack_group_channels<4, kAdd>(bytes, group_size, scales, zeros, to, stride); break;
-            case 3: unpack_group_channels<3, kAdd>(bytes, group_size, scales, zeros, to, stride); break;
-            default: unpack_group_channels<2, kAdd>(bytes, group_size, scales, zeros, to, stride); break;
-        }
-        if (group == 0) {
-            for (int64_t channel = 0; channel < view.stream.outlier_channels; ++channel) {
-                for (int64_t lane = 0; lane < kRun; lane += kLanes) {
-                    store(to + channel * stride + lane, load_half(page + view.outlier(channel, slot) + lane * 2));
-                }
-            }
+            store(to + channel * stride + lane, load_half(page + view.outlier(channel, slot) + lane * 2));
         }
     }
 }
 
 // --- Token-major: [tokens][channels], for values -------------------------------------------------------------------
 
-// One group of one token. Writes up to kLanes - 1 floats past the group: fields are written in ascending order, so the
-// excess of one is overwritten by the next.
+// One piece of one token. Writes up to kLanes - 1 floats past it: fields are written in ascending order, so the excess
+// of one is overwritten by the next.
 template <int kBits>
-inline void unpack_group_row(const uint8_t* bytes, int64_t group_size, float scale, float zero, float* to) {
+inline void unpack_piece_row(const uint8_t* bytes, int64_t channels, float scale, float zero, float* to) {
     const vf scales = broadcast(scale), zeros = broadcast(zero);
-    if constexpr (kBits == 3) {
-        const int64_t size = group_size / 8;
-        for (int64_t field = 0; field < 8; ++field, to += size) {
+    if constexpr (kTwoPlanes<kBits>) {
+        constexpr int kHigh = kHighBits<kBits>;
+        const int64_t size = channels * kHigh / 8;
+        for (int64_t field = 0; field < 8 / kHigh; ++field, to += size) {
             const uint8_t* low = bytes + (field & 1) * size;
             const uint8_t* high = bytes + 2 * size;
             for (int64_t i = 0; i < size; i += kLanes) {
-                const vi codes = field_codes<2>(low + i, field >> 1) | field_codes<1>(high + i, field) << 2;
+                const vi low_codes = field_codes<2 * kHigh>(low + i, field >> 1);
+                const vi codes = low_codes | field_codes<kHigh>(high + i, field) << (2 * kHigh);
                 store(to + i, to_float(codes) * scales + zeros);
             }
         }
     } else {
-        const int64_t size = group_size * kBits / 8;
+        const int64_t size = channels * kBits / 8;
 #pragma GCC unroll 4
         for (int64_t field = 0; field < 8 / kBits; ++field, to += size) {
             for (int64_t i = 0; i < size; i += kLanes) {
@@ -157,52 +216,117 @@ inline void unpack_group_row(const uint8_t* bytes, int64_t group_size, float sca
     }
 }
 
-template <int kBits>
-inline void unpack_group_rows(const uint8_t* codes, int64_t row_bytes, int64_t group_size, const float* scales,
-                              const float* zeros, int64_t first, int64_t last, float* to, int64_t stride) {
-    for (int64_t token = first; token < last; ++token) {
-        unpack_group_row<kBits>(codes + token * row_bytes, group_size, scales[token], zeros[token],
-                                to + token * stride);
-    }
-}
-
-inline void copy_group_rows(const uint8_t* codes, int64_t row_bytes, int64_t group_size, int64_t first, int64_t last,
-                            float* to, int64_t stride) {
-    for (int64_t token = first; token < last; ++token) {
-        load_row(XQUANT_FP16, codes + token * row_bytes, 0, group_size, to + token * stride);
-    }
-}
-
-// Groups [begin, end) of tokens [first, last) of a run to [16][stride]; rows have room for kLanes more floats.
-inline void unpack_rows(const HeadView& view, const uint8_t* page, int64_t slot, int64_t begin, int64_t end,
-                        int64_t first, int64_t last, float* to, int64_t stride) {
-    const int64_t group_size = view.stream.group_size, row_bytes = view.row_bytes();
-    for (int64_t group = begin; group < end; ++group) {
-        const uint8_t* codes = page + view.codes(slot) + group * view.group_bytes();
-        float* at = to + (group - begin) * group_size;
-        if (view.stream.bits == 16) {
-            copy_group_rows(codes, row_bytes, group_size, first, last, at, stride);
+// A chunk of tokens [first, last) of a run to [16][stride]; rows have room for kLanes more floats.
+inline void unpack_rows(const HeadView& view, const uint8_t* page, int64_t slot, int64_t index, int64_t first,
+                        int64_t last, float* to, int64_t stride) {
+    const xquant_chunk& chunk = view.head.chunks[index];
+    const int64_t row_bytes = view.head.row_bytes;
+    PieceScales scales(view, page, slot);
+    for (int64_t i = chunk.begin; i < chunk.end; ++i) {
+        const xquant_piece& piece = view.head.pieces[i];
+        const uint8_t* codes = page + view.codes(slot) + piece.byte;
+        float* at = to + (piece.channel - chunk.channel);
+        if (piece.bits == 16) {
+            for (int64_t token = first; token < last; ++token) {
+                load_row(XQUANT_FP16, codes + token * row_bytes, 0, piece.channels, at + token * stride);
+            }
             continue;
         }
-        float scales[kRun], zeros[kRun];
+        scales.set(view, page, slot, i);
+        with_bits(piece.bits, [&](auto bits) {
+            for (int64_t token = first; token < last; ++token) {
+                unpack_piece_row<bits.value>(codes + token * row_bytes, piece.channels, scales.scales[token],
+                                             scales.zeros[token], at + token * stride);
+            }
+        });
+    }
+    if (index > 0) return;
+    for (int64_t channel = 0; channel < view.stream.outlier_channels; ++channel) {
+        float outliers[kRun];
         for (int64_t lane = 0; lane < kRun; lane += kLanes) {
-            store(scales + lane, load_half(page + view.scale(group, slot) + lane * 2));
-            store(zeros + lane, load_half(page + view.zero(group, slot) + lane * 2));
+            store(outliers + lane, load_half(page + view.outlier(channel, slot) + lane * 2));
         }
-        switch (view.stream.bits) {
-            case 8: unpack_group_rows<8>(codes, row_bytes, group_size, scales, zeros, first, last, at, stride); break;
-            case 4: unpack_group_rows<4>(codes, row_bytes, group_size, scales, zeros, first, last, at, stride); break;
-            case 3: unpack_group_rows<3>(codes, row_bytes, group_size, scales, zeros, first, last, at, stride); break;
-            default: unpack_group_rows<2>(codes, row_bytes, group_size, scales, zeros, first, last, at, stride); break;
+        for (int64_t token = first; token < last; ++token) to[token * stride + channel] = outliers[token];
+    }
+}
+
+// Runs of an allocated stream are short: their fields would leave most lanes of a vector idle. So codes become bytes in
+// channel-major order, where a field of a piece is one stretch of memory, and are then transposed back.
+
+// Bytes, two in a lane: there are no vectors of bytes that shift.
+typedef uint16_t byte_pairs __attribute__((vector_size(kLanes * 4)));
+
+template <int kBits>
+inline byte_pairs field_bytes(const uint8_t* from, int64_t field) {
+    byte_pairs x;
+    memcpy(&x, from, sizeof x);
+    return x >> (uint16_t)(field * kBits) & (uint16_t)(0x101 * ((1 << kBits) - 1));
+}
+
+// One piece: transposed bytes [bytes][16] to codes [channels][16]. Reads and writes up to a vector too much; fields are
+// written in ascending order, so the excess of one is overwritten by the next.
+template <int kBits>
+inline void unpack_piece_codes(const uint8_t* bytes, int64_t channels, uint8_t* to) {
+    if constexpr (kTwoPlanes<kBits>) {
+        constexpr int kHigh = kHighBits<kBits>;
+        const int64_t size = channels * kHigh / 8 * 16;
+#pragma GCC unroll 8
+        for (int64_t field = 0; field < 8 / kHigh; ++field, to += size) {
+            for (int64_t i = 0; i < size; i += sizeof(byte_pairs)) {
+                const byte_pairs low = field_bytes<2 * kHigh>(bytes + (field & 1) * size + i, field >> 1);
+                const byte_pairs codes = low | field_bytes<kHigh>(bytes + 2 * size + i, field) << (2 * kHigh);
+                memcpy(to + i, &codes, sizeof codes);
+            }
+        }
+    } else {
+        const int64_t size = channels * kBits / 8 * 16;
+#pragma GCC unroll 4
+        for (int64_t field = 0; field < 8 / kBits; ++field, to += size) {
+            for (int64_t i = 0; i < size; i += sizeof(byte_pairs)) {
+                const byte_pairs codes = field_bytes<kBits>(bytes + i, field);
+                memcpy(to + i, &codes, sizeof codes);
+            }
         }
     }
-    if (begin == 0) {
-        for (int64_t channel = 0; channel < view.stream.outlier_channels; ++channel) {
-            float outliers[kRun];
-            for (int64_t lane = 0; lane < kRun; lane += kLanes) {
-                store(outliers + lane, load_half(page + view.outlier(channel, slot) + lane * 2));
-            }
-            for (int64_t token = first; token < last; ++token) to[token * stride + channel] = outliers[token];
+}
+
+// Codes of 16 channels [16][16] to numbers of 16 tokens [16][stride].
+inline void dequantize_rows(const uint8_t* codes, const float* step, const float* middle, const float* tokens, float* to,
+                            int64_t stride) {
+    uint8_t rows[16 * kRun];
+    transpose_codes(codes, kRun, kRun, rows);
+    for (int64_t lane = 0; lane < 16; lane += kLanes) {
+        const vf steps = load(step + lane), middles = load(middle + lane);
+#pragma GCC unroll 16
+        for (int64_t token = 0; token < kRun; ++token) {
+            const vf code = to_float(load_bytes(rows + token * 16 + lane));
+            store(to + token * stride + lane, (code - middles) * (steps * tokens[token]));
         }
+    }
+}
+
+struct RunScratch {
+    uint8_t* bytes;  // [bytes of a chunk, rounded up to 16][16], and a vector more
+    uint8_t* codes;  // [channels of a chunk, rounded up to 16][16], and a vector more
+};
+
+// A chunk of an allocated stream's head, all 16 tokens of a run, to [16][stride]; rows are rounded up to 16 channels.
+inline void unpack_allocated_rows(const HeadView& view, const uint8_t* page, int64_t slot, int64_t index, float* to,
+                                  int64_t stride, const RunScratch& scratch) {
+    const xquant_chunk& chunk = view.head.chunks[index];
+    const int64_t first_byte = view.head.pieces[chunk.begin].byte;
+    transpose_codes(page + view.codes(slot) + first_byte, view.head.row_bytes, chunk_bytes(view.head, chunk),
+                    scratch.bytes);
+    for (int64_t i = chunk.begin; i < chunk.end; ++i) {
+        const xquant_piece& piece = view.head.pieces[i];
+        with_bits(piece.bits, [&](auto bits) {
+            unpack_piece_codes<bits.value>(scratch.bytes + (piece.byte - first_byte) * 16, piece.channels,
+                                           scratch.codes + (piece.channel - chunk.channel) * 16);
+        });
+    }
+    const PieceScales scales(view, page, slot);
+    for (int64_t channel = 0; channel < chunk.channels; channel += 16) {
+        dequantize_rows(scratch.codes + channel * 16, view.head.step + chunk.channel + channel,
+                        view.head.middle + chunk.channel + channel, scales.tokens, to + channel, stride);
     }
 }

@@ -8,7 +8,9 @@ import torch
 from xquant_vllm.attention import reference
 from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
 from xquant_vllm.attention.latents import LatentTerm, Prediction
-from xquant_vllm.codec.layout import PageLayout, StreamFormat
+from xquant_vllm.codec.allocated import AllocatedFormat
+from xquant_vllm.codec.allocation import Runs
+from xquant_vllm.codec.layout import PageLayout, Stream, StreamFormat
 from xquant_vllm.codec.pages import store_latents
 from xquant_vllm.codec.rotation import hadamard_rotation
 from xquant_vllm.projection.rematerialize import HeadNorm, LayerProjection
@@ -36,6 +38,7 @@ class Spec:
     value_group: int = 64
     key_outliers: int = 1
     value_outliers: int = 0
+    allocated: float = 0.0  # share of the streams whose channels have different bits; of "deltas" none
     block_size: int = 16
     dtype: torch.dtype = torch.float32
     bias: bool = False
@@ -96,7 +99,21 @@ def random_spec(seed: int) -> Spec:
         soft_cap=choose.choice((None, None, 5.0, 30.0)),
         strided=choose.random() < 0.5,
         seed=seed,
+        allocated=choose.choice((0.0, 0.0, 0.6, 1.0)),
     )
+
+
+def random_runs(choose: random.Random, width: int) -> Runs:
+    """Some channels of some numbers of bits, in runs as an allocation makes them."""
+    unit = 4 if width <= 256 else 16
+    left = width // unit * unit
+    runs: list[tuple[int, int]] = []
+    for bits in (8, 6, 4, 3, 2):
+        channels = choose.choice((0, unit, choose.randint(0, left // unit) * unit, left))
+        channels = min(channels, left) // (8 if bits == 3 else 4) * (8 if bits == 3 else 4)
+        left -= channels
+        runs += [(bits, min(256, channels - start)) for start in range(0, channels, 256)]
+    return tuple(runs) or ((4, unit),)
 
 
 @dataclass(frozen=True)
@@ -136,7 +153,11 @@ def make_plan(spec: Spec) -> AttentionLayerPlan:
     if spec.kind in ("x", "deltas"):
         latent_heads, width = 1, spec.hidden_size
 
-    def stream(bits: int, group: int, outliers: int) -> StreamFormat:
+    choose = random.Random(spec.seed)
+
+    def stream(bits: int, group: int, outliers: int) -> Stream:
+        if spec.kind != "deltas" and choose.random() < spec.allocated:
+            return AllocatedFormat(width, tuple(random_runs(choose, width) for _ in range(latent_heads)))
         outliers = 0 if bits == 16 or spec.kind == "deltas" else min(outliers, group - 1)
         return StreamFormat(latent_heads, width, bits, group, outliers)
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.attention.attention_cases import Case, Spec, make_case, make_plan, random_latents, random_spec
 from xquant_vllm.attention import reference
 from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
 from xquant_vllm.attention.latents import Prediction
+from xquant_vllm.codec.allocated import AllocatedFormat, channel_tables
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
 from xquant_vllm.codec.pages import load_slots, store_latents
 from xquant_vllm.codec.rotation import hadamard_rotation
@@ -92,6 +94,17 @@ LARGE = {
     ),
     "absorbed keys": Spec(seqs=((300, 2), (64, 64)), kv_heads=9, group=1, kind="x", hidden_size=576, key_group=192,
                           rope="none", bias=True),
+    "runs": Spec(seqs=((700, 1), (65, 64)), kv_heads=3, allocated=1.0, seed=1),
+    "runs, wide head": Spec(seqs=((300, 20),), head_size=256, allocated=1.0, norm=True, seed=2),
+    "runs, joint": Spec(seqs=((300, 3), (64, 64)), kv_heads=8, head_size=128, joint=True, allocated=1.0, seed=3),
+    "runs, X": Spec(seqs=((100, 3),), kv_heads=9, group=1, kind="x", hidden_size=576, allocated=1.0, seed=4),
+    "chain of runs": Spec(
+        seqs=((300, 2), (64, 64)), kv_heads=3, kind="chain", earlier=(4, 16, 2, 2), allocated=0.8, seed=5,
+    ),
+    "chain of joint runs": Spec(
+        seqs=((100, 2), (64, 64)), kv_heads=4, head_size=80, joint=True, kind="chain", earlier=(4, 2), allocated=1.0,
+        key_group=40, rope="none", seed=6,
+    ),
     "long window": Spec(seqs=((1500, 1), (1000, 300)), window=600, soft_cap=20.0, block_size=128),
 }  # fmt: skip
 
@@ -191,6 +204,7 @@ INVARIANT = {
     "window": Spec(seqs=((900, 1), (600, 100)), window=300, soft_cap=10.0, dtype=torch.bfloat16),
     "deltas": Spec(seqs=((600, 1), (270, 90)), kind="deltas", earlier=(4, 2), hidden_size=72, key_group=24),
     "absorbed chain": Spec(seqs=((600, 1), (270, 90)), kind="chain", earlier=(4, 2), joint=True, rope="none"),
+    "runs": Spec(seqs=((600, 1), (270, 90)), allocated=1.0, window=300, seed=7),
 }
 
 
@@ -260,32 +274,85 @@ def _latents(spec: Spec, tokens: int, kind: str, width: int, generator: torch.Ge
     return x.to(spec.dtype)
 
 
-def assert_same_pages(actual: torch.Tensor, expected: torch.Tensor, plan) -> None:
+def assert_same_bytes(actual: torch.Tensor, expected: torch.Tensor, plan, index: int) -> None:
     """Codes byte for byte; FP16 sections by value: a NaN is a NaN, and torch's minimum picks either zero."""
-    layout = plan.layout
-    codes = layout.offsets[0].scales
-    assert torch.equal(actual[:, :codes], expected[:, :codes])
-    halves = [pages[:, codes:].contiguous().view(torch.float16) for pages in (actual, expected)]
-    torch.testing.assert_close(halves[0], halves[1], atol=0, rtol=0, equal_nan=True)
+    stream, at, slots = plan.layout.streams[index], plan.layout.offsets[index], plan.layout.block_size
+    codes = slice(at.codes, at.codes + slots * stream.code_bytes)
+    assert torch.equal(actual[:, codes], expected[:, codes])
+    halves = slice(at.scales, at.scales + slots * sum(stream.parameter_bytes))
+    x, y = (pages[:, halves].contiguous().view(torch.float16) for pages in (actual, expected))
+    torch.testing.assert_close(x, y, atol=0, rtol=0, equal_nan=True)
+
+
+def _read(pages: torch.Tensor, plan, slots: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers ``[n, heads, width]`` and scales ``[n, heads]`` of an allocated stream."""
+    stream, layout = plan.layout.streams[index], plan.layout
+    start = layout.offsets[index].scales
+    scales = pages[:, start : start + layout.block_size * stream.num_heads].unflatten(1, (-1, layout.block_size))
+    return load_slots(pages, layout, slots, index), scales[slots // layout.block_size, :, slots % layout.block_size]
+
+
+def assert_as_good(actual: torch.Tensor, expected: torch.Tensor, plan, index: int, slots, x: torch.Tensor) -> None:
+    """Scales that leave the same error of ``x``; numbers that are equal under the same one, but for ties of rounding."""
+    stream = plan.layout.streams[index]
+    x = x.float().reshape(len(slots), stream.num_heads, stream.width).nan_to_num(0, 3e38, -3e38)
+    (read, scales), (wanted, wanted_scales) = (_read(pages, plan, slots, index) for pages in (actual, expected))
+    for head, runs in enumerate(stream.runs):
+        step, largest, worth = channel_tables(runs)
+        stored = step.numel()
+        errors = [
+            ((y[:, head, :stored].double() - x[:, head, :stored].double()).square() * worth).sum(-1)
+            for y in (read, wanted)
+        ]
+        torch.testing.assert_close(errors[0], errors[1], atol=0, rtol=1e-5)
+        same = scales[:, head] == wanted_scales[:, head]
+        unit = torch.exp2((scales[same, head].double() - 128) / 8).unsqueeze(-1) * step
+        y, y_wanted, exact = (v[same, head, :stored].double() for v in (read, wanted, x))
+        between = exact / unit + largest / 2
+        tie = ((between - between.floor() - 0.5).abs() < 1e-4) & ((y - y_wanted).abs() < 1.01 * unit)
+        assert ((y == y_wanted) | tie).all()
+        assert tie.logical_and(y != y_wanted).sum() <= 2
+    assert (read[..., :1].isfinite()).all()
+
+
+def assert_same_pages(actual: torch.Tensor, expected: torch.Tensor, plan, slots: torch.Tensor, inputs) -> None:
+    """What ``inputs`` without padding became: the same bytes, and of allocated streams what reads back as well."""
+    for index, stream in enumerate(plan.layout.streams):
+        if isinstance(stream, AllocatedFormat):
+            assert_as_good(actual, expected, plan, index, slots, inputs[index])
+        else:
+            assert_same_bytes(actual, expected, plan, index)
+    assert_same_elsewhere(actual, expected, plan, slots)
+
+
+def assert_same_elsewhere(actual: torch.Tensor, expected: torch.Tensor, plan, slots: torch.Tensor) -> None:
+    """All bytes but those of the slots are the same: overwrites the slots in both, then compares."""
+    zeros = tuple(torch.zeros(len(slots), s.num_heads, s.width) for s in plan.layout.streams)
+    for pages in (actual, expected):
+        store_latents(pages, plan.layout, slots, zeros)
+    assert torch.equal(actual, expected)
 
 
 def assert_nearly_same_pages(actual: torch.Tensor, expected: torch.Tensor, plan, slots: torch.Tensor) -> None:
     """What is computed before it is quantized differs in its last bits: now and then a code is another by one."""
-    layout = plan.layout
-    x, y = (load_slots(pages, layout, slots, 0) for pages in (actual, expected))
-    groups = y.unflatten(-1, (-1, layout.streams[0].group_size))
-    bits = layout.streams[0].bits
-    step = (groups.amax(-1) - groups.amin(-1)) / (2**bits - 1) if bits < 16 else groups.abs().amax(-1) * 2**-10
-    error = (x - y).abs().unflatten(-1, groups.shape[-2:])
-    assert (error <= 1.1 * step.unsqueeze(-1) + 1e-6).all()
+    stream = plan.layout.streams[0]
+    if isinstance(stream, AllocatedFormat):
+        (x, scales), (y, wanted_scales) = (_read(pages, plan, slots, 0) for pages in (actual, expected))
+        assert torch.equal(scales, wanted_scales)
+        unit = torch.exp2((scales.double() - 128) / 8).float().unsqueeze(-1)
+        step = torch.stack([F.pad(channel_tables(runs)[0], (0, stream.width))[: stream.width] for runs in stream.runs])
+        step = step * unit
+    else:
+        x, y = (load_slots(pages, plan.layout, slots, 0) for pages in (actual, expected))
+        groups = y.unflatten(-1, (-1, stream.group_size))
+        step = (groups.amax(-1) - groups.amin(-1)) / (2**stream.bits - 1)
+        step = step if stream.quantized else groups.abs().amax(-1) * 2**-10
+        step = step.repeat_interleave(stream.group_size, -1)
+    error = (x - y).abs()
+    assert (error <= 1.1 * step + 1e-6).all()
     # At 8 bits a step is 1/255 of the range: differences of 1e-6 of it rarely decide.
-    assert (error > 0.1 * step.unsqueeze(-1)).sum() <= 0.01 * error.numel()
-    # All other bytes are the same: overwrite the slots in both, then compare.
-    for pages in (actual, expected):
-        store_latents(
-            pages, layout, slots, tuple(torch.zeros(len(slots), s.num_heads, s.width) for s in layout.streams)
-        )
-    assert torch.equal(actual, expected)
+    assert (error > 0.1 * step).sum() <= 0.01 * error.numel()
+    assert_same_elsewhere(actual, expected, plan, slots)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -322,7 +389,8 @@ def test_store(isa: str, seed: int) -> None:
     cpu.store((pages, *earlier), plan, slots, inputs)
     reference.store((expected, *earlier), plan, slots, inputs)
     if exact:
-        assert_same_pages(pages, expected, plan)
+        stored = [x[slots[:tokens] >= 0] for x in inputs]
+        assert_same_pages(pages, expected, plan, kept, stored)
     else:
         assert_nearly_same_pages(pages, expected, plan, kept)
     assert torch.equal(memory[:, plan.layout.page_bytes :], expected_memory[:, plan.layout.page_bytes :])
@@ -338,7 +406,7 @@ def test_store_many_tokens(isa: str) -> None:
     torch.set_num_threads(4)
     cpu.store((pages,), plan, slots, (key, value))
     reference.store((expected,), plan, slots, (key, value))
-    assert_same_pages(pages, expected, plan)
+    assert_same_pages(pages, expected, plan, slots, (key, value))
 
 
 def test_store_ties(isa: str) -> None:
@@ -349,7 +417,7 @@ def test_store_ties(isa: str) -> None:
     pages, expected = torch.zeros(2, 4096, plan.layout.page_bytes, dtype=torch.uint8)
     cpu.store((pages,), plan, torch.arange(65536), (key, -key))
     reference.store((expected,), plan, torch.arange(65536), (key, -key))
-    assert_same_pages(pages, expected, plan)
+    assert_same_pages(pages, expected, plan, torch.arange(65536), (key, -key))
 
 
 # --- Wrong input ---

@@ -3,8 +3,13 @@
 import statistics
 
 import pytest
+import torch
 
 from tests.family_coverage import LATENTS
+from xquant_vllm.evaluation.hooked_model import HookedModel
+from xquant_vllm.evaluation.method_options import MethodOptions
+from xquant_vllm.evaluation.methods import prepare_method
+from xquant_vllm.offline.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.e2e
 
@@ -77,3 +82,19 @@ def test_more_bits_are_closer(run):
         _, ours = run("xquant", "float32", bits)
         spreads.append(statistics.mean(abs(p - q) for p, q in zip(exact, ours, strict=True)))
     assert spreads == sorted(spreads)
+
+
+@pytest.mark.parametrize("bits", [8, 3])
+def test_the_offline_evaluation_loses_what_serving_loses(run, smollm2, documentation, bits):
+    """On the whole. Token by token they differ: a sum in another order makes another code, and then all after it."""
+    _, exact = run("CPU_ATTN", "float32")
+    _, served = run("xquant", "float32", bits)
+    checkpoint, tokens = open_checkpoint(str(smollm2)), torch.tensor(documentation[:500])
+    options = MethodOptions(bits=(bits,), calibration="none")
+    method = prepare_method("xquant", options, checkpoint, torch.float32, len(tokens))
+    model = HookedModel(checkpoint, torch.float32, torch.device("cpu"))
+    logits = model.logits(tokens, method.build(model))
+    offline = logits[:-1].log_softmax(-1).gather(1, tokens[1:, None]).flatten().tolist()
+    spread = [statistics.mean(abs(p - q) for p, q in zip(exact, ours, strict=True)) for ours in (served, offline)]
+    print(f"{bits} bits: mean absolute change served {spread[0]:.4f}, offline {spread[1]:.4f}")
+    assert spread[1] == pytest.approx(spread[0], rel=0.2)

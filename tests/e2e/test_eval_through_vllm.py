@@ -56,9 +56,9 @@ def test_a_calibrated_cache_is_evaluated_as_it_is_served(engines, tiny, tmp_path
     assert through_vllm["perplexity"] != pytest.approx(through_vllm["perplexity_16bit"], rel=1e-5)
 
     offline = evaluate("--through", "offline")
-    assert through_vllm["settings"] == offline["settings"]
-    assert through_vllm["settings"]["factors"]["calibration"] == {"text": "python-docs", "tokens": 256}
-    assert through_vllm["bytes_per_token"] == offline["bytes_per_token"] == 3 * 2 * (2 * (32 + 4) + 1 * 2)
+    for result in (through_vllm, offline):
+        assert result["settings"]["factors"]["calibration"] == {"text": "python-docs", "tokens": 256}
+    assert through_vllm["bytes_per_token"] == offline["bytes_per_token"] < offline["bytes_per_token_16bit"]
     for name, relative in (("perplexity_16bit", 1e-5), ("perplexity", 1e-4), ("kl", 0.05)):
         assert through_vllm[name] == pytest.approx(offline[name], rel=relative)
 

@@ -2,28 +2,53 @@
 
 import ctypes
 
-ABI = 2
+ABI = 3
 """``XQUANT_CPU_ABI``: a library of another number has other structs."""
 
 _int64, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+class Piece(ctypes.Structure):
+    """``xquant_piece``."""
+
+    _fields_ = [(name, _int64) for name in ("bits", "channels", "channel", "byte")]
+
+
+class Chunk(ctypes.Structure):
+    """``xquant_chunk``."""
+
+    _fields_ = [(name, _int64) for name in ("begin", "end", "channel", "channels")]
+
+
+class Head(ctypes.Structure):
+    """``xquant_head``."""
+
+    _fields_ = [
+        ("codes", _int64),
+        ("row_bytes", _int64),
+        ("channels", _int64),
+        ("num_pieces", _int64),
+        ("num_chunks", _int64),
+        ("pieces", ctypes.POINTER(Piece)),
+        ("chunks", ctypes.POINTER(Chunk)),
+        ("step", _pointer),
+        ("middle", _pointer),
+        ("worth", _pointer),
+    ]
 
 
 class Stream(ctypes.Structure):
     """``xquant_stream``."""
 
     _fields_ = [
-        (name, _int64)
-        for name in (
-            "num_heads",
-            "width",
-            "bits",
-            "group_size",
-            "outlier_channels",
-            "codes",
-            "scales",
-            "zeros",
-            "outliers",
-        )
+        ("num_heads", _int64),
+        ("width", _int64),
+        ("allocated", _int64),
+        ("outlier_channels", _int64),
+        ("heads", ctypes.POINTER(Head)),
+        ("scales", _int64),
+        ("zeros", _int64),
+        ("outliers", _int64),
     ]
 
 

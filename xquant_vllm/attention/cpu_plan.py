@@ -9,12 +9,9 @@ import torch.nn.functional as F
 
 from xquant_vllm.attention.batch import AttentionLayerPlan
 from xquant_vllm.attention.cpu_abi import Latent, Plan, Stream, Term
+from xquant_vllm.attention.cpu_streams import LANES, CpuStream, cpu_stream
 from xquant_vllm.attention.latents import LatentTerm
-from xquant_vllm.codec.layout import StreamFormat, StreamOffsets
 from xquant_vllm.projection.rope import RotaryTable
-
-# Rows that vectors run along are padded, and the rotary table is cut, to this (kPad and kRun in csrc/cpu).
-_LANES = 16
 
 
 class PreparedPlan:
@@ -41,13 +38,14 @@ class PreparedPlan:
         rotates = rope is not None and rope.rotary_size > 0
 
         self._kept: list[object] = []
+        self._streams: dict[tuple[int, int], CpuStream] = {}
         # A bias moves all scores of a query alike, which softmax does not see, but a soft cap does.
         capped_bias = projection.key_bias is not None and plan.logits_soft_cap
         absorbed = norm is None and not rotates and not capped_bias
         up_key = fp32("up_key", projection.up_key, (kv_heads, key_width, head_size))
         up_value = fp32("up_value", projection.up_value, (kv_heads, value_width, head_size))
         struct = Plan(
-            streams=self._array(Stream, [_stream(s, at) for s, at in zip(layout.streams, layout.offsets, strict=True)]),
+            streams=self._array(Stream, [self._stream(plan, 0, index) for index in range(len(layout.streams))]),
             num_streams=len(layout.streams),
             key=self._latent(plan, plan.key_terms, key_width),
             value=self._latent(plan, plan.value_terms, value_width),
@@ -106,11 +104,16 @@ class PreparedPlan:
     def _latent(self, plan: AttentionLayerPlan, terms: tuple[LatentTerm, ...], width: int) -> Latent:
         structs, num_heads = [], 1
         for term in terms:
-            layout = plan.layouts[term.page]
-            stream = layout.streams[term.stream]
-            structs.append(Term(_stream(stream, layout.offsets[term.stream]), term.page, int(term.adds)))
+            stream = self._stream(plan, term.page, term.stream)
+            structs.append(Term(stream, term.page, int(term.adds)))
             num_heads = stream.num_heads
         return Latent(self._array(Term, structs), len(structs), num_heads, width)
+
+    def _stream(self, plan: AttentionLayerPlan, page: int, index: int) -> Stream:
+        stream = self._streams.get((page, index))
+        if stream is None:
+            stream = self._streams[page, index] = cpu_stream(plan.layouts[page], index)
+        return stream.struct
 
     def _tensor(self, tensor: torch.Tensor) -> int:
         self._kept.append(tensor)
@@ -122,23 +125,9 @@ class PreparedPlan:
         return array
 
 
-def _stream(stream: StreamFormat, at: StreamOffsets) -> Stream:
-    return Stream(
-        stream.num_heads,
-        stream.width,
-        stream.bits,
-        stream.group_size,
-        stream.outlier_channels,
-        at.codes,
-        at.scales,
-        at.zeros,
-        at.outliers,
-    )
-
-
 def _padded(tensor: torch.Tensor) -> torch.Tensor:
     """Rows lengthened by zeros to a multiple of the lanes."""
-    missing = -tensor.shape[-1] % _LANES
+    missing = -tensor.shape[-1] % LANES
     return (F.pad(tensor, (0, missing)) if missing else tensor).contiguous()
 
 
@@ -162,8 +151,8 @@ def _tiled_table(table: RotaryTable) -> torch.Tensor:
     if tiled is None:
         shape = (table.cos.shape[0], table.cos.shape[1])
         halves = torch.stack((fp32("rope.cos", table.cos, shape), fp32("rope.sin", table.sin, shape)), -1)
-        padded = F.pad(halves, (0, 0, 0, 0, 0, -shape[0] % _LANES))
-        tiled = padded.unflatten(0, (-1, _LANES)).permute(0, 2, 3, 1).contiguous()
+        padded = F.pad(halves, (0, 0, 0, 0, 0, -shape[0] % LANES))
+        tiled = padded.unflatten(0, (-1, LANES)).permute(0, 2, 3, 1).contiguous()
         tiled_tables[id(table)] = tiled
         weakref.finalize(table, tiled_tables.pop, id(table), None)
     return tiled

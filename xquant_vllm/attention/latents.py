@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from xquant_vllm.codec.layout import PageLayout
+from xquant_vllm.codec.layout import PageLayout, StreamFormat
 from xquant_vllm.codec.pages import load_latents, load_slots
 
 # Kernels go through channels in vectors: terms that others follow must end at a multiple of this.
@@ -79,6 +79,8 @@ def check_terms(
             raise ValueError(f"{stream.num_heads} {what} latent heads do not fit {num_heads} kv heads")
         if term.adds:
             before = streams[index - 1]
+            if not isinstance(before, StreamFormat) or not isinstance(stream, StreamFormat):
+                raise ValueError(f"{what} terms whose channels have different bits cannot be added")
             if before.outlier_channels or stream.outlier_channels:
                 raise ValueError(f"{what} terms with outlier channels cannot be added")
             if (stream.width, stream.group_size) != (before.width, before.group_size):

@@ -1,1 +1,1 @@
-"""The command line. Imports no vLLM: factorizing needs torch, safetensors and, to calibrate, transformers."""
+"""The command line. Imports no vLLM: it needs torch, safetensors and, to calibrate and to evaluate, transformers."""

@@ -24,20 +24,20 @@ def evaluate_perplexity(options: argparse.Namespace) -> None:
         UnsupportedError: the server would refuse the method for this model.
         OSError: a result cannot be written.
     """
-    subject = Subject(options)
-    text, name = text_of(options)
-    subject.check_length("--window", options.window)
-    stride = options.window if options.stride is None else options.stride
-    windows = cut_windows(subject.tokenizer(), text, name, options.window, options.windows, stride)
-    subject.prepare(options.window)
-    kept = subject.kept_scores("perplexity", WindowScore)
-    missing = [window for window in windows if kept is None or kept.load(window) is None]
-    scores = []
-    with subject.engine(missing) as engine, tqdm(desc=subject.method.name, total=len(windows), unit="window") as bar:
-        for score in evaluate_windows(windows, engine.reference, subject.candidate(engine), kept):
-            bar.update()
-            refuse_infinite(score.kl + score.nll + score.nll_16bit, options)
-            scores.append(score)
-    about = {"text": name, "window": options.window, "windows": options.windows, "stride": stride, **subject.about}
-    result = perplexity_result(subject.method, subject.bytes_16bit, scores, about)
+    with Subject(options) as subject:
+        text, name = text_of(options)
+        subject.check_length("--window", options.window)
+        stride = options.window if options.stride is None else options.stride
+        windows = cut_windows(subject.tokenizer(), text, name, options.window, options.windows, stride)
+        subject.prepare(options.window)
+        kept = subject.kept_scores("perplexity", WindowScore)
+        missing = [window for window in windows if kept is None or kept.load(window) is None]
+        scores = []
+        with subject.engine(missing) as engine, tqdm(desc=options.method, total=len(windows), unit="window") as bar:
+            for score in evaluate_windows(windows, engine.reference, subject.candidate(engine), kept):
+                bar.update()
+                refuse_infinite(score.kl + score.nll + score.nll_16bit)
+                scores.append(score)
+        about = {"text": name, "window": options.window, "windows": options.windows, "stride": stride, **subject.about}
+        result = perplexity_result(subject.method, subject.bytes_16bit, scores, about)
     report(result, summary(result), options)

@@ -23,19 +23,19 @@ def evaluate_needle(options: argparse.Namespace) -> None:
         UnsupportedError: the server would refuse the method for this model.
         OSError: a result cannot be written.
     """
-    subject = Subject(options)
-    text, name = text_of(options)
-    subject.check_length("--lengths", max(options.lengths))
-    prompts = list(needle_prompts(subject.tokenizer(), text, name, options.lengths, options.depths, options.trials))
-    subject.prepare(max(options.lengths))
-    kept = subject.kept_scores("needle", NeedleScore)
-    missing = [prompt.window for prompt in prompts if kept is None or kept.load(prompt.tokens) is None]
-    scores = []
-    with subject.engine(missing) as engine, tqdm(desc=subject.method.name, total=len(prompts), unit="prompt") as bar:
-        for score in evaluate_needles(prompts, engine.reference, subject.candidate(engine), kept):
-            bar.update()
-            refuse_infinite(score.nll + score.nll_16bit, options)
-            scores.append(score)
-    about = {**subject.about, "text": name, "trials": options.trials}
-    result = needle_result(subject.method, subject.bytes_16bit, prompts, scores, about)
+    with Subject(options) as subject:
+        text, name = text_of(options)
+        subject.check_length("--lengths", max(options.lengths))
+        prompts = list(needle_prompts(subject.tokenizer(), text, name, options.lengths, options.depths, options.trials))
+        subject.prepare(max(options.lengths))
+        kept = subject.kept_scores("needle", NeedleScore)
+        missing = [prompt.window for prompt in prompts if kept is None or kept.load(prompt.tokens) is None]
+        scores = []
+        with subject.engine(missing) as engine, tqdm(desc=options.method, total=len(prompts), unit="prompt") as bar:
+            for score in evaluate_needles(prompts, engine.reference, subject.candidate(engine), kept):
+                bar.update()
+                refuse_infinite(score.nll + score.nll_16bit)
+                scores.append(score)
+        about = {"text": name, "trials": options.trials, **subject.about}
+        result = needle_result(subject.method, subject.bytes_16bit, prompts, scores, about)
     report(result, needle_summary(result), options)

@@ -25,11 +25,12 @@ def text_of(options: argparse.Namespace) -> tuple[str, str]:
     return read_file("--text", options.text), text_name(options.text)
 
 
-def refuse_infinite(score: float, options: argparse.Namespace) -> None:
-    """Refuse a dtype in which the model overflows."""
+def refuse_infinite(score: float) -> None:
+    """Refuse a model that yields no numbers."""
     if not math.isfinite(score):
         raise RefusedError(
-            f"xquant: --dtype {options.dtype}: the model yields numbers that are not finite; set --dtype float32"
+            "xquant: the model yields numbers that are not finite; set --dtype float32, and if it is set, look at the "
+            "checkpoint"
         )
 
 

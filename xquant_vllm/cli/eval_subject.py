@@ -3,8 +3,9 @@
 import argparse
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -46,11 +47,24 @@ class Subject:
         """
         if options.device == "cuda" and not torch.cuda.is_available():
             raise RefusedError("xquant: --device cuda: PyTorch sees no GPU; leave the option out to compute on the CPU")
-        self._options = options
+        self._options, self._device = options, torch.device(options.device)
         self.through_vllm: bool = options.through == "vllm"
         self.checkpoint: Checkpoint = open_checkpoint(options.model)
         if self.through_vllm:
             _check_servable(options, self.checkpoint)
+        self._folder = self.checkpoint.folder
+        self._server_settings: dict[str, Any] | None = None
+        self._open = ExitStack()
+
+    def __enter__(self) -> "Subject":
+        """For use in ``with``: what was made for the evaluation is removed at its end."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove it."""
+        self._open.close()
 
     def check_length(self, option: str, num_tokens: int) -> None:
         """Refuse windows that are longer than the model has positions.
@@ -75,7 +89,7 @@ class Subject:
             )
 
     def prepare(self, num_tokens: int) -> None:
-        """Settle the method.
+        """Settle the method, and calibrate it if it is to be.
 
         Args:
             num_tokens: tokens of the longest window.
@@ -85,9 +99,16 @@ class Subject:
             SettingsError: a setting of the server cannot work.
             UnsupportedError: the server would refuse the method for this model.
         """
-        options, dtype = self._method_options(), DTYPES[self._options.dtype]
-        self.method = prepare_method(self._options.method, options, self.checkpoint, dtype, num_tokens)
-        self._server_settings = None if self.method.name == "16bit" else options.served_settings(self.method.name)
+        name, dtype, options = self._options.method, self._options.dtype, self._method_options()
+        checkpoint = self.checkpoint
+        if self.through_vllm and name != "16bit":
+            self._server_settings = options.served_settings(name)
+            self._folder = self._open.enter_context(served_folder(checkpoint, name, options, dtype))
+            if self._folder != checkpoint.folder:
+                # There it is calibrated already.
+                checkpoint = open_checkpoint(str(self._folder))
+                options = dataclasses.replace(options, calibration=None, calibration_tokens=None)
+        self.method = prepare_method(name, options, checkpoint, DTYPES[dtype], num_tokens, self._device)
 
     @property
     def about(self) -> dict[str, Any]:
@@ -138,13 +159,9 @@ class Subject:
         """
         options = self._options
         if not self.through_vllm or not windows:
-            dtype = DTYPES[options.dtype]
-            yield OfflineEngine(self.checkpoint, self.method, dtype, torch.device(options.device))
+            yield OfflineEngine(self.checkpoint, self.method, DTYPES[options.dtype], self._device)
             return
-        with (
-            served_folder(self.checkpoint, self.method, options) as folder,
-            serve(folder, self._server_settings, options.dtype, windows) as engine,
-        ):
+        with serve(self._folder, self._server_settings, options.dtype, windows) as engine:
             self.method = dataclasses.replace(self.method, bytes_per_token=engine.bytes_per_token)
             yield engine
 

@@ -57,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     factorize.add_argument(
         "--calibration",
         metavar="TEXT_FILE",
-        help="plain text like what will be served, or python-docs for the text that ships with Python "
-        "(default: none, bases from the weights alone)",
+        help="plain text like what will be served, or python-docs for half of the text that ships with "
+        "Python (default: none, bases from the weights alone)",
     )
     factorize.add_argument(
         "--calibration-tokens", metavar="N", type=int, default=2048, help="tokens of it to read (default %(default)s)"
@@ -68,14 +68,15 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         type=int,
         metavar="BITS",
-        help="bits to serve the folder with if none are set; one number, or one for keys and one for values",
+        help="bits to serve the folder with if none are set: one number, or one for keys and one for values. With "
+        "--calibration one number, the mean over all channels, is built in (default 4)",
     )
     factorize.add_argument(
         "--method",
         choices=["xquant", "xquant-cl"],
         default="xquant",
         help="xquant: bases of every layer by itself (default); xquant-cl: a chain that predicts layers from those "
-        "before, for grouped-query attention; needs --calibration, and --bits are built in",
+        "before; needs --calibration",
     )
     factorize.add_argument(
         "--anchor-interval",
@@ -90,17 +91,23 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="with --method xquant-cl, layers at the start that are stored by themselves (default: likewise, 1)",
     )
-    factorize.add_argument("--basis", choices=["head", "joint"], default="head", help="default %(default)s")
+    factorize.add_argument(
+        "--basis",
+        choices=["head", "joint"],
+        help="one basis per kv head (default), or joint: one for all of them; with --calibration a joint latent is of "
+        "keys and values together, the default where the layer input is narrower than these (multi-head attention)",
+    )
     factorize.add_argument(
         "--outlier-channels",
         nargs="+",
         type=int,
         metavar="N",
-        default=[1],
-        help="channels kept in FP16: of keys, or of keys and values (default 1)",
+        help="channels kept in FP16: of keys, or of keys and values (default 1; not with --calibration)",
     )
     factorize.add_argument(
-        "--rotate", action=argparse.BooleanOptionalAction, default=True, help="rotate the other channels"
+        "--rotate",
+        action=argparse.BooleanOptionalAction,
+        help="rotate the other channels (default; not with --calibration)",
     )
     factorize.add_argument(
         "--dtype",

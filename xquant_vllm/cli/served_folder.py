@@ -1,4 +1,4 @@
-"""The folder that vLLM serves in an evaluation: the model's, or one with calibrated factors beside it."""
+"""The folder that vLLM serves in an evaluation: the model's, or one with factors that are calibrated for it."""
 
 import argparse
 import contextlib
@@ -8,45 +8,51 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xquant_vllm.cli.factorize import factorize_checkpoint
-from xquant_vllm.evaluation.method_options import DEFAULT_CALIBRATION, DEFAULT_CALIBRATION_TOKENS
-from xquant_vllm.evaluation.prepared_method import PreparedMethod
+from xquant_vllm.evaluation.method_options import DEFAULT_CALIBRATION_TOKENS, MethodOptions
+from xquant_vllm.evaluation.served_method import calibration_source
+from xquant_vllm.integration.factor_settings import factors_in, over_factors
+from xquant_vllm.integration.settings import parse_settings
 from xquant_vllm.offline.checkpoint import Checkpoint
 
 
 @contextlib.contextmanager
-def served_folder(checkpoint: Checkpoint, method: PreparedMethod, options: argparse.Namespace) -> Iterator[Path]:
+def served_folder(checkpoint: Checkpoint, method: str, options: MethodOptions, dtype: str) -> Iterator[Path]:
     """A folder as ``xquant factorize`` writes it if the method is calibrated, for as long as it is served.
 
     Args:
         checkpoint: the model.
-        method: what is served.
-        options: of the command.
+        method: ``"xquant"`` or ``"xquant-cl"``.
+        options: what the user says about it.
+        dtype: in which it is served.
 
     Raises:
-        RefusedError: the model cannot be factorized.
+        RefusedError: an option cannot work, or the model cannot be calibrated.
+        SettingsError: a setting cannot work.
     """
-    factors = method.settings.get("factors")
-    if factors is None or factors["from"] != "calibration":
-        yield checkpoint.folder
+    folder, header = checkpoint.folder, factors_in(checkpoint.folder)
+    settings = over_factors(parse_settings(options.served_settings(method)), folder, header)
+    source = calibration_source(options, folder, settings, header)
+    if source is None:
+        yield folder
         return
-    settings = method.settings
-    with tempfile.TemporaryDirectory(prefix="xquant-eval-") as folder:
-        out = Path(folder) / checkpoint.folder.resolve().name
+    with tempfile.TemporaryDirectory(prefix="xquant-eval-") as temporary:
+        out = Path(temporary) / folder.resolve().name
+        tokens = options.calibration_tokens
         arguments = argparse.Namespace(
-            model=str(checkpoint.folder),
+            model=str(folder),
             out=out,
             force=False,
-            calibration=options.calibration or DEFAULT_CALIBRATION,
-            calibration_tokens=options.calibration_tokens or DEFAULT_CALIBRATION_TOKENS,
-            method=method.name,
-            bits=[settings["bits"]["key"], settings["bits"]["value"]],
-            basis=settings["basis"],
-            outlier_channels=[settings["outlier_channels"]["key"], settings["outlier_channels"]["value"]],
-            rotate=settings["rotate"],
-            first_layers=settings["first_layers"],
-            anchor_interval=settings["anchor_interval"],
-            dtype=options.dtype,
-            device=options.device,
+            calibration=source,
+            calibration_tokens=DEFAULT_CALIBRATION_TOKENS if tokens is None else tokens,
+            method=method,
+            bits=[settings.bits.key],
+            basis=settings.basis if "basis" in settings.model_fields_set else None,
+            outlier_channels=None,
+            rotate=None,
+            first_layers=settings.first_layers,
+            anchor_interval=settings.anchor_interval,
+            dtype=dtype,
+            device="cpu",
         )
         # What it says of the folder is of no use here.
         with contextlib.redirect_stdout(sys.stderr):

@@ -6,13 +6,20 @@ tokens with contiguous reads::
 
     | codes of stream 0 | codes of stream 1 | scales 0 | zeros 0 | outliers 0 | scales 1 | zeros 1 | outliers 1 |
 
+A *uniform* stream has the same bits in all channels (quantizer.py)::
+
     codes      [num_heads, block_size, groups, packed_size(group_size, bits)]    uint8, see packing.py
     scales     [num_heads, groups, block_size]                                   FP16
     zeros      [num_heads, groups, block_size]                                   FP16
     outliers   [num_heads, outlier_channels, block_size]                         FP16
 
+At 16 bits it is not quantized: its "codes" are the FP16 numbers, and it has no scales and zeros. An *allocated* stream
+has runs of channels with different bits, the most first, and one scale for a token's latent head (allocated.py)::
+
+    codes      per head [block_size, bytes of its runs, one after another]       uint8, a run packed like a group
+    scales     [num_heads, block_size]                                           uint8
+
 ``block_size`` is a multiple of 16, so every section starts at a multiple of 16 bytes and nothing is padding:
-A stream at 16 bits is not quantized: its "codes" are the FP16 numbers, and it has no scales and zeros.
 ``bytes_per_token`` is exactly codes + scales + zeros + outliers, and a page is ``block_size * bytes_per_token`` bytes.
 Example: 3 heads of 64, 4 bits, groups of 64, one outlier channel in the keys:
 ``3*32 + 3*32 + 3*2 + 3*2 + 3*2 + 3*2 + 3*2 = 222`` bytes per token and layer; BF16 keys and values take 768.
@@ -21,9 +28,12 @@ Example: 3 heads of 64, 4 bits, groups of 64, one outlier channel in the keys:
 from dataclasses import dataclass
 from functools import cached_property
 
+from xquant_vllm.codec.allocated import AllocatedFormat
 from xquant_vllm.codec.packing import UNQUANTIZED_BITS, packed_size
 
 BLOCK_SIZE_MULTIPLE = 16
+# Of a stream with the same bits in all channels.
+UNIFORM_BITS = (16, 8, 4, 3, 2)
 _FP16_BYTES = 2
 
 
@@ -47,7 +57,10 @@ class StreamFormat:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be packed."""
-        packed_size(self.group_size, self.bits)
+        if self.bits not in UNIFORM_BITS:
+            raise ValueError(f"bits = {self.bits} is not supported: set one of {', '.join(map(str, UNIFORM_BITS))}")
+        if self.group_size <= 0 or self.group_size % 8:
+            raise ValueError(f"group_size = {self.group_size} cannot be packed: set a positive multiple of 8")
         if self.width % self.group_size:
             raise ValueError(
                 f"group_size = {self.group_size} does not divide the {self.width} channels of a latent head: "
@@ -82,9 +95,23 @@ class StreamFormat:
         return self.num_groups * packed_size(self.group_size, self.bits)
 
     @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes of one token, all latent heads."""
+        return self.num_heads * self.row_bytes
+
+    @property
+    def parameter_bytes(self) -> tuple[int, int, int]:
+        """Bytes of the scales, the zeros and the outliers of one token, all latent heads."""
+        scales = self.num_heads * self.num_scales * _FP16_BYTES
+        return scales, scales, self.num_heads * self.outlier_channels * _FP16_BYTES
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes of one token, all latent heads: codes, scales, zeros and outliers."""
-        return self.num_heads * (self.row_bytes + _FP16_BYTES * (2 * self.num_scales + self.outlier_channels))
+        return self.code_bytes + sum(self.parameter_bytes)
+
+
+Stream = StreamFormat | AllocatedFormat
 
 
 @dataclass(frozen=True)
@@ -106,7 +133,7 @@ class PageLayout:
         block_size: slots per page, a multiple of 16.
     """
 
-    streams: tuple[StreamFormat, ...]
+    streams: tuple[Stream, ...]
     block_size: int
 
     def __post_init__(self) -> None:
@@ -133,12 +160,11 @@ class PageLayout:
         codes, at = [], 0
         for stream in self.streams:
             codes.append(at)
-            at += stream.num_heads * self.block_size * stream.row_bytes
+            at += self.block_size * stream.code_bytes
         result = []
         for stream, code_offset in zip(self.streams, codes, strict=True):
-            group_section = stream.num_heads * stream.num_scales * self.block_size * _FP16_BYTES
-            outlier_section = stream.num_heads * stream.outlier_channels * self.block_size * _FP16_BYTES
-            result.append(StreamOffsets(code_offset, at, at + group_section, at + 2 * group_section))
-            at += 2 * group_section + outlier_section
+            scales, zeros, outliers = (self.block_size * size for size in stream.parameter_bytes)
+            result.append(StreamOffsets(code_offset, at, at + scales, at + scales + zeros))
+            at += scales + zeros + outliers
         assert at == self.page_bytes
         return tuple(result)

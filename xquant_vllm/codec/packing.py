@@ -8,29 +8,31 @@ its lowest bits up::
                      c4 | c0     c5 | c1     c6 | c2     c7 | c3        (high | low nibble)
 
 A vector unit so unpacks a contiguous run of channels with one mask and one shift. 8-, 4- and 2-bit codes are one plane;
-3-bit codes are a plane of their low 2 bits followed by a plane of their high bit.
+3-bit codes are a plane of their low 2 bits followed by a plane of their high bit, 6-bit codes one of their low 4 bits
+followed by one of their high 2. All take whole bytes for a multiple of 8 channels, and for one of 4 all but 3 bits.
 
 16 bits are no codes: a channel is its own FP16 number, little-endian, in channel order, without scale and zero point.
 """
 
 import torch
 
-SUPPORTED_BITS = (16, 8, 4, 3, 2)
+SUPPORTED_BITS = (16, 8, 6, 4, 3, 2)
 UNQUANTIZED_BITS = 16
 
-_PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}
+_PLANES = {8: (8,), 6: (4, 2), 4: (4,), 3: (2, 1), 2: (2,)}
 
 
 def packed_size(group_size: int, bits: int) -> int:
     """Bytes that a group of ``group_size`` codes of ``bits`` bits takes.
 
     Raises:
-        ValueError: ``bits`` is not supported, or ``group_size`` is not a positive multiple of 8.
+        ValueError: ``bits`` is not supported, or the codes do not take whole bytes in every plane.
     """
     if bits not in SUPPORTED_BITS:
         raise ValueError(f"bits = {bits} is not supported: set one of {', '.join(map(str, SUPPORTED_BITS))}")
-    if group_size <= 0 or group_size % 8:
-        raise ValueError(f"group_size = {group_size} cannot be packed: set a positive multiple of 8")
+    multiple = 8 if bits == 3 else 4
+    if group_size <= 0 or group_size % multiple:
+        raise ValueError(f"{group_size} codes of {bits} bits cannot be packed: set a positive multiple of {multiple}")
     return group_size * bits // 8
 
 
@@ -39,7 +41,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
     Args:
         codes: ``[..., group_size]``, integer dtype, values in ``[0, 2**bits)``; FP16 numbers at 16 bits.
-        bits: 16, 8, 4, 3 or 2.
+        bits: 16, 8, 6, 4, 3 or 2.
 
     Returns:
         ``[..., group_size * bits / 8]``, uint8.
@@ -65,7 +67,7 @@ def unpack(packed: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
 
     Args:
         packed: ``[..., group_size * bits / 8]``, uint8.
-        bits: 16, 8, 4, 3 or 2.
+        bits: 16, 8, 6, 4, 3 or 2.
         group_size: number of codes in the last dimension of the result.
 
     Returns:

@@ -2,8 +2,10 @@
 
 import torch
 
+from xquant_vllm.codec.allocated import AllocatedFormat, dequantize_allocated, quantize_allocated
+from xquant_vllm.codec.allocation import run_bytes
 from xquant_vllm.codec.layout import PageLayout, StreamFormat, StreamOffsets
-from xquant_vllm.codec.packing import pack, unpack
+from xquant_vllm.codec.packing import pack, packed_size, unpack
 from xquant_vllm.codec.quantizer import dequantize, quantize, to_fp16
 
 
@@ -49,6 +51,9 @@ def store_latents(
     block, offset = slots // layout.block_size, slots % layout.block_size
     for stream, at, x in zip(layout.streams, layout.offsets, latents, strict=True):
         x = x[kept].reshape(kept.numel(), stream.num_heads, stream.width)
+        if isinstance(stream, AllocatedFormat):
+            _store_allocated(pages, stream, at, layout.block_size, slots, x)
+            continue
         code_view, scale_view, zero_view, outlier_view = _sections(pages, stream, at, layout.block_size)
         if not stream.quantized:
             code_view[block, :, offset] = pack(to_fp16(x.float()).unflatten(-1, (-1, stream.group_size)), stream.bits)
@@ -74,6 +79,10 @@ def load_latents(pages: torch.Tensor, layout: PageLayout, block_ids: torch.Tenso
         ``[n * block_size, num_heads, width]``, FP32.
     """
     stream, at = layout.streams[stream_index], layout.offsets[stream_index]
+    if isinstance(stream, AllocatedFormat):
+        within = torch.arange(layout.block_size, device=pages.device)
+        slots = (block_ids.long().unsqueeze(1) * layout.block_size + within).flatten()
+        return _load_allocated(pages, stream, at, layout.block_size, slots)
     codes, scales, zeros, outliers = _sections(pages[block_ids.long()], stream, at, layout.block_size)
     x = _dequantize(stream, codes, scales.permute(0, 1, 3, 2), zeros.permute(0, 1, 3, 2), outliers.permute(0, 1, 3, 2))
     return x.permute(0, 2, 1, 3).flatten(0, 1)
@@ -92,6 +101,8 @@ def load_slots(pages: torch.Tensor, layout: PageLayout, slots: torch.Tensor, str
         ``[n, num_heads, width]``, FP32.
     """
     stream, at = layout.streams[stream_index], layout.offsets[stream_index]
+    if isinstance(stream, AllocatedFormat):
+        return _load_allocated(pages, stream, at, layout.block_size, slots)
     block, offset = slots // layout.block_size, slots % layout.block_size
     codes, scales, zeros, outliers = _sections(pages, stream, at, layout.block_size)
     return _dequantize(
@@ -109,3 +120,47 @@ def _dequantize(
     """Bytes ``[..., groups, bytes]`` to FP32 latents ``[..., width]``."""
     unpacked = unpack(codes, stream.bits, stream.group_size)
     return dequantize(unpacked, scales, zeros, outliers) if stream.quantized else unpacked.float().flatten(-2)
+
+
+def _allocated_sections(
+    pages: torch.Tensor, stream: AllocatedFormat, at: StreamOffsets, block_size: int
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Per head codes ``[B, N, bytes]``, and scales ``[B, H, N]``, as views of pages."""
+    codes, start = [], at.codes
+    for runs in stream.runs:
+        codes.append(_section(pages, start, (block_size, run_bytes(runs)), torch.uint8))
+        start += block_size * run_bytes(runs)
+    return codes, _section(pages, at.scales, (stream.num_heads, block_size), torch.uint8)
+
+
+def _store_allocated(
+    pages: torch.Tensor,
+    stream: AllocatedFormat,
+    at: StreamOffsets,
+    block_size: int,
+    slots: torch.Tensor,
+    x: torch.Tensor,
+) -> None:
+    """Quantize ``[n, num_heads, width]`` into slots."""
+    block, offset = slots // block_size, slots % block_size
+    code_views, scale_view = _allocated_sections(pages, stream, at, block_size)
+    for head, runs in enumerate(stream.runs):
+        codes, scales = quantize_allocated(x[:, head], runs)
+        parts = codes.split([channels for _, channels in runs], -1)
+        packed = [pack(part, bits) for part, (bits, _) in zip(parts, runs, strict=True)]
+        code_views[head][block, offset] = torch.cat(packed, -1)
+        scale_view[block, head, offset] = scales
+
+
+def _load_allocated(
+    pages: torch.Tensor, stream: AllocatedFormat, at: StreamOffsets, block_size: int, slots: torch.Tensor
+) -> torch.Tensor:
+    """Slots ``[n]`` to ``[n, num_heads, width]``, FP32."""
+    block, offset = slots // block_size, slots % block_size
+    code_views, scale_view = _allocated_sections(pages, stream, at, block_size)
+    heads = []
+    for head, runs in enumerate(stream.runs):
+        parts = code_views[head][block, offset].split([packed_size(channels, bits) for bits, channels in runs], -1)
+        codes = [unpack(part, bits, channels) for part, (bits, channels) in zip(parts, runs, strict=True)]
+        heads.append(dequantize_allocated(torch.cat(codes, -1), scale_view[block, head, offset], runs, stream.width))
+    return torch.stack(heads, 1)

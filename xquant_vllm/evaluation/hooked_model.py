@@ -32,7 +32,7 @@ class HookedModel:
             device: where to run.
 
         Raises:
-            RefusedError: the model's attention is not recognized.
+            RefusedError: transformers cannot run the model, or its attention is not recognized.
         """
         from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
         from transformers.utils import logging
@@ -42,9 +42,12 @@ class HookedModel:
         AttentionInterface.register(_ATTENTION, _attend)
         AttentionMaskInterface.register(_ATTENTION, _mask)
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, dtype=dtype, attn_implementation=_ATTENTION
-        )
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder, dtype=dtype, attn_implementation=_ATTENTION
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise checkpoint.cannot_run(error) from None
         self._model = model.to(device).eval()
         self.layers = [
             Projections(checkpoint, layer, module)

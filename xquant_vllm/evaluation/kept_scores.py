@@ -62,9 +62,10 @@ class KeptScores(Generic[Score]):
 
     def save(self, tokens: torch.Tensor, score: Score) -> None:
         """Keep the score of a window, and with it that of the 16-bit cache."""
-        replace_json(self._folder / _name(tokens), dataclasses.asdict(score))
+        # That one first: where there is a score, there are both.
         if self._folder != self._reference:
             replace_json(self._reference / _name(tokens), dataclasses.asdict(score.of_16bit()))
+        replace_json(self._folder / _name(tokens), dataclasses.asdict(score))
 
 
 def model_fingerprint(checkpoint: Checkpoint) -> str:

@@ -22,7 +22,12 @@ from xquant_vllm.offline.refused import RefusedError
 
 
 def prepare_method(
-    method: str, options: MethodOptions, checkpoint: Checkpoint, dtype: torch.dtype, num_tokens: int
+    method: str,
+    options: MethodOptions,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    num_tokens: int,
+    device: torch.device | None = None,
 ) -> PreparedMethod:
     """Settle a method for a model.
 
@@ -32,6 +37,7 @@ def prepare_method(
         checkpoint: the model.
         dtype: in which it runs.
         num_tokens: tokens of a window, at whose end bytes are counted.
+        device: where to calibrate; None for the CPU.
 
     Raises:
         RefusedError: an option cannot work.
@@ -40,7 +46,7 @@ def prepare_method(
     """
     options.check(method)
     if method in SERVED_METHODS:
-        return prepare_served(method, options, checkpoint, dtype)
+        return prepare_served(method, options, checkpoint, dtype, device or torch.device("cpu"))
     if method == "16bit":
         if options.bits not in (None, (16,)):
             raise RefusedError("xquant: --bits has no use with --method 16bit; leave it out")

@@ -7,7 +7,7 @@ import torch
 from xquant_vllm.attention.latents import read_blocks
 from xquant_vllm.attention.reference import store
 from xquant_vllm.evaluation.cache_method import InputMethod
-from xquant_vllm.evaluation.projections import Projections
+from xquant_vllm.evaluation.hooked_model import HookedModel
 from xquant_vllm.integration.cache_builder import CacheBuilder, Factors, LayerParameters
 from xquant_vllm.integration.formats import LayerFormat
 from xquant_vllm.integration.settings import XQuantSettings
@@ -83,8 +83,9 @@ class ServedCache(InputMethod):
         return keys.flatten(1), values.flatten(1)
 
 
-def layer_parameters(layer: Projections, dtype: torch.dtype) -> LayerParameters:
+def layer_parameters(model: HookedModel, layer: int, dtype: torch.dtype) -> LayerParameters:
     """A layer's weights in the dtype to serve in, and biases. No norm and no RoPE: the model applies them itself."""
-    key, value = (weight.to(dtype) for weight in layer.weights)
-    key_bias, value_bias = layer.biases
+    # As they are stored, not as the model runs: a folder's factors know the weights that they were made from.
+    key, value = (weight.to(model.device, dtype) for weight in model.checkpoint.key_value(layer))
+    key_bias, value_bias = model.layers[layer].biases
     return LayerParameters(key, value, key_bias, value_bias)

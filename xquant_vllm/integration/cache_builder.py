@@ -36,7 +36,7 @@ class Factors(Protocol):
         """The data-free basis of a layer's keys and values together."""
 
     def layer_link(self, layer: LayerWeights, layers_of_group: int) -> PredictedLink | None:
-        """A layer of a fitted chain, or None if there is none."""
+        """A layer's calibrated joint latent, or None if there is none."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,15 @@ class CacheBuilder:
     ) -> tuple[LayerCache, torch.Tensor]:
         """One basis for keys and values; earlier layers of a chain predict it.
 
-        A fitted chain is taken if there is one, else the paper's, from the weights alone.
+        Calibrated ones are taken if there are any, else those of the paper's chain, from the weights alone.
         """
         weights = parameters.weights(form)
         link = self._factors.layer_link(weights, len(form.reads) + 1)
         if link is not None:
             projection = parameters.projection(link.up_key, link.up_value)
-            return LayerCache(form, projection, prediction_matrix=link.prediction), link.down.T
+            rows = 2 * form.shape.num_kv_heads * form.shape.head_size
+            down = torch.nn.functional.pad(link.down, (0, rows - link.down.shape[1]))
+            return LayerCache(form, projection, prediction_matrix=link.prediction), down.T
         basis = self._factors.joint_basis(weights)
         if not form.reads:
             self._lifts.clear()  # nothing later reads what was before an anchor

@@ -105,7 +105,9 @@ class EvaluationEngine:
         Returns:
             ``[num_tokens, vocabulary]``, FP32.
         """
-        (logits,) = self._llm.apply_model(lambda model: model.compute_logits(hidden.to(next(model.parameters()).device)))
+        (logits,) = self._llm.apply_model(
+            lambda model: model.compute_logits(hidden.to(next(model.parameters()).device))
+        )
         return logits.float()
 
     def _watch(self, model: torch.nn.Module) -> None:

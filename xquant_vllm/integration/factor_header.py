@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from xquant_vllm.integration.formats import LayerAllocation
 from xquant_vllm.projection.basis import BasisKind
 from xquant_vllm.projection.factor_file import (
     DTYPES,
@@ -55,34 +56,39 @@ class Calibration(_Model):
         text: its name.
         tokens: how many tokens of it were read.
         ridge: see :data:`xquant_vllm.projection.calibration.INPUT_RIDGE`.
+        gradient_ridge: see :data:`xquant_vllm.projection.calibration.GRADIENT_RIDGE`.
     """
 
     text: str
     tokens: int
     ridge: float
+    gradient_ridge: float
 
 
 class ChainSettings(_Model):
     """Settings that are built into a predicted chain: a layer is fitted to what the layers before it read back."""
 
-    bits: int
-    group_size: int
     first_layers: int
-    first_layers_bits: int
     anchor_interval: int
-    anchor_bits: int
 
 
 class FactorSettings(_Model):
-    """Settings that the factors are for. ``bits`` is a default, the others are built in.
+    """Settings that the factors are for.
 
-    ``chain`` is None for bases of single layers; a chain (method ``"xquant-cl"``) has no ``basis``.
+    Attributes:
+        bits: a default; built in where the factors are calibrated.
+        basis: of latents.
+        rotate: of data-free factors.
+        outlier_channels: of data-free factors.
+        allocation: of calibrated factors, per layer, stream and latent head, bits and number of channels.
+        chain: of calibrated factors for method ``"xquant-cl"``; None for layers by themselves.
     """
 
     bits: Streams | None
     basis: Literal["head", "joint"]
     rotate: bool
     outlier_channels: Streams
+    allocation: list[list[list[list[tuple[int, int]]]]] | None = None
     chain: ChainSettings | None = None
 
 
@@ -109,10 +115,24 @@ class FactorHeader(_Model):
 
     @property
     def spec(self) -> BasisSpec:
-        """What the bases are."""
+        """What the bases are of which a layer has two."""
         kind: BasisKind = self.settings.basis
         outliers = self.settings.outlier_channels
         return BasisSpec(kind, outliers.key, outliers.value, self.settings.rotate, DTYPES[self.dtype])
+
+    @property
+    def joint_latents(self) -> bool:
+        """Whether every layer has one calibrated latent for keys and values (and not a basis for each)."""
+        return self.settings.allocation is not None and self.settings.basis == "joint"
+
+    def allocation_of(self, layer: int, heads: slice) -> LayerAllocation | None:
+        """Bits of a layer's channels for some kv heads; None where all channels have the same."""
+        if self.settings.allocation is None:
+            return None
+        streams = self.settings.allocation[layer]
+        # A latent for all kv heads is never cut.
+        of_rank = streams if self.joint_latents else [stream[heads] for stream in streams]
+        return tuple(tuple(tuple((bits, channels) for bits, channels in runs) for runs in stream) for stream in of_rank)
 
 
 def read_header(folder: Path) -> FactorHeader | None:
@@ -146,4 +166,9 @@ def _read(path: Path, _modified: int, _size: int) -> FactorHeader:
         raise FactorFileError(f"is no header of factors (dtype: {header.dtype!r})")
     if [len(heads) for heads in header.source.fingerprints] != [header.source.kv_heads] * header.source.layers:
         raise FactorFileError("is no header of factors (source.fingerprints: not one per layer and kv head)")
+    allocation = header.settings.allocation
+    if allocation is not None:
+        latents = [1] if header.joint_latents else [header.source.kv_heads] * 2
+        if [[len(stream) for stream in streams] for streams in allocation] != [latents] * header.source.layers:
+            raise FactorFileError("is no header of factors (settings.allocation: not one per layer and latent head)")
     return header

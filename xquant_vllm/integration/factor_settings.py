@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from xquant_vllm.integration.factor_header import ChainSettings, FactorHeader, read_header
+from xquant_vllm.integration.factor_header import FactorHeader, FactorSettings, read_header
 from xquant_vllm.integration.settings import PerStream, SettingsError, XQuantSettings
 from xquant_vllm.projection.factor_file import FACTORS_FILE, HEADER_FILE, FactorFileError
 
@@ -46,21 +46,12 @@ def refuse_factors(path: Path, problem: str, header: FactorHeader | None, option
         header: what it says about itself, if that can be read.
         options: of the command that makes it anew.
     """
-    options = f" {options}" if options else ""
-    chain = None if header is None else header.settings.chain
-    if chain is not None and "--method" not in options:
-        # What makes the same chain, but for the option that is to be another.
-        for option, value in (
-            ("--first-layers", chain.first_layers),
-            ("--anchor-interval", chain.anchor_interval),
-            ("--bits", chain.bits),
-        ):
-            if option not in options:
-                options = f" {option} {value}{options}"
-        options = f" --method xquant-cl{options}"
-    if header is not None and header.calibration is not None:
-        text = header.calibration.text
-        options += f" --calibration {shlex.quote(text)} --calibration-tokens {header.calibration.tokens}"
+    remake = {} if header is None else _remake(header)
+    given = shlex.split(options)
+    for option, value in remake.items():
+        if option not in given:
+            given += [option, value]
+    options = "".join(f" {shlex.quote(word)}" for word in given)
     folder = shlex.quote(str(path.parent))
     return SettingsError(
         f"xquant: {path} {problem}; make it anew with `xquant factorize {folder} --out {folder}{options} --force`, or "
@@ -82,15 +73,15 @@ def over_factors(settings: XQuantSettings, folder: Path | None, header: FactorHe
     if folder is None or header is None:
         return settings
     given, made_for = settings.model_fields_set, header.settings
-    built_in: dict[str, Any] = {
-        "method": "xquant",
-        "rotate": made_for.rotate,
-        "outlier_channels": PerStream(key=made_for.outlier_channels.key, value=made_for.outlier_channels.value),
-    }
-    if made_for.chain is None:
-        built_in["basis"] = made_for.basis
+    if made_for.allocation is None:
+        built_in: dict[str, Any] = {
+            "method": "xquant",
+            "basis": made_for.basis,
+            "rotate": made_for.rotate,
+            "outlier_channels": PerStream(key=made_for.outlier_channels.key, value=made_for.outlier_channels.value),
+        }
     else:
-        built_in |= _chain_settings(made_for.chain)
+        built_in = _calibrated_settings(made_for)
     options = {
         "method": f"--method {settings.method}",
         "bits": f"--bits {settings.bits.key}",
@@ -109,26 +100,42 @@ def over_factors(settings: XQuantSettings, folder: Path | None, header: FactorHe
                 header,
                 options.get(name, ""),
             )
-    if made_for.chain is None and "bits" not in given and made_for.bits is not None:
+    if made_for.allocation is None and "bits" not in given and made_for.bits is not None:
         built_in["bits"] = PerStream(key=made_for.bits.key, value=made_for.bits.value)
     return settings.model_copy(update=built_in)
 
 
-def _chain_settings(chain: ChainSettings) -> dict[str, Any]:
-    def both(bits: int) -> PerStream:
-        return PerStream(key=bits, value=bits)
-
-    return {
-        "method": "xquant-cl",
+def _calibrated_settings(made_for: FactorSettings) -> dict[str, Any]:
+    """What is built into calibrated factors: all that decides which channels are stored in how many bits."""
+    assert made_for.bits is not None
+    names = ("cache", "group_size", "rotate", "outlier_channels", "skip_layers", "first_layers_bits", "anchor_bits")
+    defaults = {name: XQuantSettings.model_fields[name].default for name in (*names, "first_layers", "anchor_interval")}
+    built_in = defaults | {
+        "method": "xquant" if made_for.chain is None else "xquant-cl",
         "cache": "latent",
-        "bits": both(chain.bits),
-        "group_size": chain.group_size,
-        "first_layers": chain.first_layers,
-        "first_layers_bits": both(chain.first_layers_bits) if chain.first_layers else None,
-        "anchor_interval": chain.anchor_interval,
-        "anchor_bits": both(chain.anchor_bits) if chain.anchor_interval else None,
-        "skip_layers": (),
+        "basis": made_for.basis,
+        "bits": PerStream(key=made_for.bits.key, value=made_for.bits.value),
     }
+    return built_in if made_for.chain is None else built_in | made_for.chain.model_dump()
+
+
+def _remake(header: FactorHeader) -> dict[str, str]:
+    """Options of `xquant factorize` that make the same factors."""
+    options: dict[str, str] = {}
+    chain, calibration = header.settings.chain, header.calibration
+    if chain is not None:
+        options |= {
+            "--method": "xquant-cl",
+            "--first-layers": str(chain.first_layers),
+            "--anchor-interval": str(chain.anchor_interval),
+        }
+    elif calibration is not None:
+        options["--basis"] = header.settings.basis
+    if calibration is not None:
+        if header.settings.bits is not None:
+            options["--bits"] = str(header.settings.bits.key)
+        options |= {"--calibration": calibration.text, "--calibration-tokens": str(calibration.tokens)}
+    return options
 
 
 def _plain(value: Any) -> str:

@@ -11,6 +11,7 @@ import torch
 from xquant_vllm.integration.factor_cache import FactorCache, Shapes, cache_folder
 from xquant_vllm.integration.factor_header import FactorHeader
 from xquant_vllm.integration.factor_settings import factors_of, refuse_factors
+from xquant_vllm.integration.formats import LayerAllocation
 from xquant_vllm.integration.settings import XQuantSettings
 from xquant_vllm.projection.ahead import AheadPool
 from xquant_vllm.projection.basis import LatentBasis
@@ -129,7 +130,7 @@ class FactorProvider:
 
     def announce(self, layers: Iterable[LayerWeights]) -> None:
         """Name the layers that will be asked for, in order, so that they can be prepared ahead."""
-        self._pool.announce(layer for layer in layers if not (layer.together and self._has_chain))
+        self._pool.announce(layer for layer in layers if not (layer.together and self._joint_latents))
 
     def layer_factors(self, layer: LayerWeights) -> Bases:
         """Key basis and value basis of a layer, on the device of its weights.
@@ -147,21 +148,27 @@ class FactorProvider:
         assert isinstance(basis, JointKVBasis)
         return basis
 
+    def allocation(self, layer_index: int, num_kv_heads: int) -> LayerAllocation | None:
+        """Bits of a layer's channels on this rank if the model folder's factors are calibrated, else None."""
+        if self._header is None or layer_index >= self._header.source.layers:
+            return None
+        return self._header.allocation_of(layer_index, self._heads(num_kv_heads))
+
     @property
-    def _has_chain(self) -> bool:
-        return self._header is not None and self._header.settings.chain is not None
+    def _joint_latents(self) -> bool:
+        return self._header is not None and self._header.joint_latents
 
     def layer_link(self, layer: LayerWeights, layers_of_group: int) -> PredictedLink | None:
-        """A layer of the model folder's predicted chain, on the device of its weights; None if it has no such chain.
+        """A layer's calibrated joint latent, on the device of its weights; None if the model folder has none.
 
         Args:
             layer: the layer's weights.
             layers_of_group: layers of the chain's group so far, this one included.
 
         Raises:
-            SettingsError: the model folder has a chain, but not of these weights.
+            SettingsError: the model folder has such latents, but not of these weights.
         """
-        if self._header is None or self._folder is None or self._header.settings.chain is None:
+        if self._header is None or self._folder is None or not self._header.joint_latents:
             return None
         self._check(layer, self._header)
         link = _read_link(self._folder, layer.layer_index, layers_of_group, self._header)
@@ -248,6 +255,11 @@ class FactorProvider:
             return key, value
         return _of_heads(key, heads), _of_heads(value, heads)
 
+    def _heads(self, num_kv_heads: int) -> slice:
+        """Which of the model's kv heads this rank holds."""
+        first = 0 if self._shard is None else self._shard.first
+        return slice(first, first + num_kv_heads)
+
     def _check(self, layer: LayerWeights, header: FactorHeader) -> slice:
         """Refuse weights that the file is not made from; which of its kv heads this rank holds."""
         assert self._folder is not None
@@ -262,7 +274,7 @@ class FactorProvider:
                 f"and hidden size {made_of[2]}, but layer {index} has {here[0]} of {here[1]} and {here[2]}",
                 header,
             )
-        heads = slice(shard.first, shard.first + layer.num_kv_heads)
+        heads = self._heads(layer.num_kv_heads)
         if head_fingerprints(layer.key, layer.value, layer.num_kv_heads) != source.fingerprints[index][heads]:
             raise refuse_factors(
                 self._folder / HEADER_FILE,
@@ -289,10 +301,11 @@ def check_factors(vllm_config: Any, settings: XQuantSettings) -> None:
         raise refuse_factors(folder / HEADER_FILE, problem, header, remedy)
     # Its last layer is the first to be missing if the file is truncated.
     last = header.source.layers - 1
-    if header.settings.chain is None:
+    if not header.joint_latents:
         _read_layer(folder, last, header)
     else:
-        groups = layers_of_groups([settings.is_anchor(index) for index in range(last + 1)])
+        chained = header.settings.chain is not None
+        groups = layers_of_groups([not chained or settings.is_anchor(index) for index in range(last + 1)])
         _read_link(folder, last, groups[last], header)
 
 
@@ -305,20 +318,24 @@ def _read_layer(folder: Path, index: int, header: FactorHeader) -> Bases:
         raise refuse_factors(folder / FACTORS_FILE, str(error), header) from None
 
 
+def joint_name(layer: int, name: str) -> str:
+    """Name of a tensor of a layer's calibrated joint latent."""
+    return f"layers.{layer}.joint.{name}"
+
+
 def _read_link(folder: Path, index: int, layers_of_group: int, header: FactorHeader) -> PredictedLink:
     source = header.source
-    prefix = f"layers.{index}.chain."
     shapes = link_shapes(source.hidden_size, source.kv_heads, source.head_size, layers_of_group, DTYPES[header.dtype])
-    named = {prefix + name: form for name, form in shapes.items()}
+    named = {joint_name(index, name): form for name, form in shapes.items()}
     try:
         tensors = read_tensors(folder / FACTORS_FILE, named, header.checksums)
     except FactorFileError as error:
         raise refuse_factors(folder / FACTORS_FILE, str(error), header) from None
     return PredictedLink(
-        tensors[prefix + "down"],
-        tensors[prefix + "up_key"],
-        tensors[prefix + "up_value"],
-        tensors.get(prefix + "prediction"),
+        tensors[joint_name(index, "down")],
+        tensors[joint_name(index, "up_key")],
+        tensors[joint_name(index, "up_value")],
+        tensors.get(joint_name(index, "prediction")),
     )
 
 

@@ -1,17 +1,22 @@
 """From settings and the shapes of a model's layers to what every layer's pages hold."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from xquant_vllm.codec.layout import StreamFormat
+from xquant_vllm.codec.allocated import AllocatedFormat
+from xquant_vllm.codec.allocation import Runs
+from xquant_vllm.codec.layout import Stream, StreamFormat
 from xquant_vllm.codec.packing import UNQUANTIZED_BITS
 from xquant_vllm.integration.settings import PerStream, SettingsError, XQuantSettings
 from xquant_vllm.projection.basis import latent_shape
+from xquant_vllm.projection.predicted import joint_width
 
 _LARGEST_DEFAULT_GROUP = 128
 
 Holds = Literal["latent", "x", "joint"]
+# Bits of the channels of every stream and latent head of a layer, as calibrated factors have them.
+LayerAllocation = tuple[tuple[Runs, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class LayerFormat:
 
     shape: LayerShape
     holds: Holds
-    streams: tuple[StreamFormat, ...]
+    streams: tuple[Stream, ...]
     reads: tuple[int, ...] = ()
 
     @property
@@ -60,33 +65,52 @@ class LayerFormat:
         return 4 * self.shape.num_kv_heads * self.shape.head_size
 
 
-def layer_formats(settings: XQuantSettings, shapes: Sequence[LayerShape]) -> tuple[LayerFormat, ...]:
+def layer_formats(
+    settings: XQuantSettings,
+    shapes: Sequence[LayerShape],
+    allocations: Mapping[int, LayerAllocation] | None = None,
+) -> tuple[LayerFormat, ...]:
     """What the pages of a model's layers hold.
 
     Args:
         settings: the user's settings.
         shapes: the layers on this rank, in the order in which they run.
+        allocations: of calibrated factors, by layer, for the kv heads on this rank; None without such factors.
 
     Raises:
         SettingsError: the settings do not fit the model.
     """
     formats: list[LayerFormat] = []
     for position, shape in enumerate(shapes):
-        holds = _holds(settings, shape)
-        filled = settings.for_chain("x" if holds == "x" else "latent")
-        bits = filled.bits_of_layer(shape.index)
-        if holds != "latent" and bits.key != bits.value:
-            which = "'method': 'xquant-cl'" if settings.method == "xquant-cl" else "'cache': 'x'"
-            raise SettingsError(
-                f"xquant: setting 'bits': {bits} cannot work with {which}, which caches one vector for keys and "
-                "values: set one number of bits"
-            )
+        form = _uniform(settings, shape) if allocations is None else _allocated(shape, allocations[shape.index])
+        filled = settings.for_chain("x" if form.holds == "x" else "latent")
         before = formats[-1] if formats else None
         reads: tuple[int, ...] = ()
-        if settings.method == "xquant-cl" and before is not None and before.holds == holds:
+        if settings.method == "xquant-cl" and before is not None and before.holds == form.holds:
             reads = () if filled.is_anchor(shape.index) else (*before.reads, position - 1)
-        formats.append(LayerFormat(shape, holds, _streams(settings, shape, bits, holds), reads))
+        formats.append(LayerFormat(shape, form.holds, form.streams, reads))
     return tuple(formats)
+
+
+def _allocated(shape: LayerShape, allocation: LayerAllocation) -> LayerFormat:
+    """Of calibrated factors: one latent for keys and values, or a stream of latents each."""
+    if len(allocation) == 1:
+        width = joint_width(shape.hidden_size, shape.num_kv_heads, shape.head_size)
+        return LayerFormat(shape, "joint", (AllocatedFormat(width, allocation[0]),))
+    return LayerFormat(shape, "latent", tuple(AllocatedFormat(shape.head_size, runs) for runs in allocation))
+
+
+def _uniform(settings: XQuantSettings, shape: LayerShape) -> LayerFormat:
+    """Without calibration, and pages of X: the same bits in all channels."""
+    holds = _holds(settings, shape)
+    bits = settings.for_chain("x" if holds == "x" else "latent").bits_of_layer(shape.index)
+    if holds != "latent" and bits.key != bits.value:
+        which = "'method': 'xquant-cl'" if settings.method == "xquant-cl" else "'cache': 'x'"
+        raise SettingsError(
+            f"xquant: setting 'bits': {bits} cannot work with {which}, which caches one vector for keys and "
+            "values: set one number of bits"
+        )
+    return LayerFormat(shape, holds, _streams(settings, shape, bits, holds))
 
 
 def _holds(settings: XQuantSettings, shape: LayerShape) -> Holds:

@@ -59,7 +59,8 @@ class LayerCache:
         if self.format.holds == "x":
             # Padded to whole heads on its way through the model's code.
             return (key.flatten(1)[:, : self.format.shape.hidden_size],)
-        return (torch.cat((key.flatten(1), value.flatten(1)), 1),)
+        # As wide as keys and values together; a latent of no more channels than the layer input has may be narrower.
+        return (torch.cat((key.flatten(1), value.flatten(1)), 1)[:, : self.format.streams[0].width],)
 
     def plan(
         self,

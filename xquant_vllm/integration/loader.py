@@ -116,7 +116,9 @@ def _operate(
         for index, part, (_, _, attention) in zip(indices, parts, layers, strict=True)
     ]
     settings = layers[0][2].impl.settings
-    formats = layer_formats(settings, shapes)
+    allocations = {shape.index: factors.allocation(shape.index, shape.num_kv_heads) for shape in shapes}
+    known = {index: allocation for index, allocation in allocations.items() if allocation is not None}
+    formats = layer_formats(settings, shapes, known if len(known) == len(shapes) else None)
     surgeon = Surgeon(settings, formats, factors)
     with factors:
         if not processed:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from xquant_vllm.attention import dispatch, reference
+from xquant_vllm.codec.layout import Stream, StreamFormat
 from xquant_vllm.integration.formats import LayerFormat
-from xquant_vllm.integration.settings import PerStream, XQuantSettings
+from xquant_vllm.integration.settings import XQuantSettings
 
 logger = logging.getLogger("vllm.xquant_vllm")
 
@@ -48,9 +49,10 @@ def _lines(settings: XQuantSettings, formats: Sequence[LayerFormat], factors: st
     taken = sum(form.bytes_per_token for form in formats)
     plain = sum(form.plain_bytes_per_token for form in formats)
     kinds = " and ".join(_quoted(kind) for kind in dict.fromkeys(_cache_setting(form) for form in formats))
-    groups = ", ".join(map(str, sorted({stream.group_size for form in formats for stream in form.streams})))
+    sizes = {stream.group_size for form in formats for stream in form.streams if isinstance(stream, StreamFormat)}
+    groups = "groups of " + ", ".join(map(str, sorted(sizes))) if sizes else "shared out among channels"
     yield (
-        f"cache {kinds} at {settings.bits} bits, method {_quoted(settings.method)}, groups of {groups}; {len(formats)} "
+        f"cache {kinds} at {settings.bits} bits, method {_quoted(settings.method)}, {groups}; {len(formats)} "
         f"layers take {taken} bytes per token, 16-bit keys and values take {plain} ({plain / taken:.2f}x); {factors}"
     )
     for (holds, bits, size, deltas), count in Counter(map(_kind, formats)).items():
@@ -65,9 +67,14 @@ def _cache_setting(form: LayerFormat) -> str:
 
 
 def _kind(form: LayerFormat) -> tuple[str, str, int, bool]:
-    bits = [stream.bits for stream in form.streams]
-    text = str(PerStream(key=bits[0], value=bits[1])) if len(bits) > 1 else str(bits[0])
+    bits = [_bits(stream) for stream in form.streams]
+    text = f"key {bits[0]} / value {bits[1]}" if len(bits) > 1 else bits[0]
     return form.holds, text, form.bytes_per_token, bool(form.reads)
+
+
+def _bits(stream: Stream) -> str:
+    """Bits per channel; of an allocated stream the mean, its scales included."""
+    return str(stream.bits) if isinstance(stream, StreamFormat) else f"{stream.bits:.2f}"
 
 
 def _quoted(kind: str) -> str:

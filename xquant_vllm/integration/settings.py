@@ -9,7 +9,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from xquant_vllm.codec.packing import SUPPORTED_BITS, UNQUANTIZED_BITS
+from xquant_vllm.codec.layout import UNIFORM_BITS
+from xquant_vllm.codec.packing import UNQUANTIZED_BITS
 
 CONFIG_KEY = "xquant"
 # Overrides single settings in tests, as JSON. Users set --additional-config.
@@ -46,7 +47,7 @@ def _refuse(why: str, instead: str) -> PydanticCustomError:
 def _check_bits(bits: PerStream | None) -> PerStream | None:
     if bits is not None:
         for stream, value in (("key", bits.key), ("value", bits.value)):
-            if value not in SUPPORTED_BITS:
+            if value not in UNIFORM_BITS:
                 raise _refuse(
                     f"no page format has {value}-bit codes ({stream})",
                     'set 8, 4, 3 or 2 (or 16 for no quantization), or one for each as {"key": 4, "value": 2}',

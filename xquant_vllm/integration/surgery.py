@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from xquant_vllm.attention.latents import combine
-from xquant_vllm.codec.layout import StreamFormat
+from xquant_vllm.codec.layout import Stream
 from xquant_vllm.integration.cache_builder import CacheBuilder, Factors
 from xquant_vllm.integration.capture import capture_qkv
 from xquant_vllm.integration.checks import unsupported_model
@@ -93,7 +93,7 @@ def _probe(parts: AttentionParts, weight: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def _exact_latents(
-    cache: LayerCache, earlier: Sequence[StreamFormat], key: torch.Tensor, value: torch.Tensor
+    cache: LayerCache, earlier: Sequence[Stream], key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Key and value latents ``[num_tokens, heads, width]`` if nothing were quantized.
 
@@ -123,7 +123,7 @@ def _exact_latents(
 def _verify(
     parts: AttentionParts,
     cache: LayerCache,
-    earlier: Sequence[StreamFormat],
+    earlier: Sequence[Stream],
     positions: torch.Tensor,
     before: tuple[torch.Tensor, ...],
     after: tuple[torch.Tensor, ...],

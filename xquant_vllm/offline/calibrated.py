@@ -1,54 +1,86 @@
-"""Calibrated factors of a checkpoint, made in memory as ``xquant factorize`` writes them to a folder."""
+"""Calibrated factors of a checkpoint: what ``xquant factorize`` writes to a folder, and an evaluation takes at once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
-from xquant_vllm.integration.factors import Bases, LayerWeights, spec_of
-from xquant_vllm.integration.formats import LayerFormat
+from xquant_vllm.integration.factors import Bases, LayerWeights
+from xquant_vllm.integration.formats import LayerAllocation
 from xquant_vllm.integration.settings import XQuantSettings
 from xquant_vllm.offline.checkpoint import Checkpoint
-from xquant_vllm.offline.factorizer import ChainFactorizer, Factorizer, Statistics
-from xquant_vllm.offline.statistics import collect_statistics
+from xquant_vllm.offline.refused import RefusedError
+from xquant_vllm.offline.samples import collect_samples
+from xquant_vllm.projection.calibrated import fit_heads, layer_budget
 from xquant_vllm.projection.joint_kv import JointKVBasis
-from xquant_vllm.projection.predicted import PredictedLink
+from xquant_vllm.projection.predicted import PredictedChain, PredictedLink, joint_width, layers_of_groups
+
+# What a channel can be given, on average: with more, a budget would not be spent.
+CALIBRATED_BITS = (8, 4, 3, 2)
 
 
 @dataclass(frozen=True)
-class CalibratedFactors:
-    """Bases, or links of a predicted chain, by layer; see :class:`xquant_vllm.integration.cache_builder.Factors`."""
+class CalibrationPlan:
+    """What is to be fitted.
 
-    bases: dict[int, Bases] = field(default_factory=dict)
-    links: dict[int, PredictedLink] = field(default_factory=dict)
+    Attributes:
+        joint: one latent for keys and values of all kv heads, instead of one for each and every kv head.
+        budget: bytes per token of every layer.
+        anchors: of a joint latent, which layers nothing predicts.
+    """
 
-    def layer_factors(self, layer: LayerWeights) -> Bases:
-        """Key basis and value basis of a layer, on the device of its weights."""
-        return self.bases[layer.layer_index]
+    joint: bool
+    budget: int
+    anchors: tuple[bool, ...]
 
-    def joint_basis(self, layer: LayerWeights) -> JointKVBasis:
-        """There is none: a chain on a text is a predicted one."""
-        raise KeyError(layer.layer_index)
-
-    def layer_link(self, layer: LayerWeights, layers_of_group: int) -> PredictedLink | None:
-        """A layer of the chain, whose place in its group the fit has known."""
-        return self.links[layer.layer_index]
+    @property
+    def layers_of_groups(self) -> list[int]:
+        """For every layer, how many layers its group has so far, itself included."""
+        return layers_of_groups(self.anchors)
 
 
-def calibrate(
-    checkpoint: Checkpoint,
-    settings: XQuantSettings,
-    formats: Sequence[LayerFormat],
-    batch: torch.Tensor,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> CalibratedFactors:
-    """Factorize all layers on a text.
+def plan_calibration(checkpoint: Checkpoint, settings: XQuantSettings) -> CalibrationPlan:
+    """What settings ask for.
+
+    Raises:
+        RefusedError: they ask for what is not fitted.
+    """
+    bits = settings.bits
+    if bits.key != bits.value or bits.key not in CALIBRATED_BITS:
+        raise RefusedError(
+            f"xquant: --bits {bits} cannot work with --calibration, which shares one budget out among keys, values and "
+            "their channels: set one number, 8, 4, 3 or 2"
+        )
+    half = checkpoint.kv_heads * checkpoint.head_size
+    chained = settings.method == "xquant-cl"
+    narrow = checkpoint.hidden_size < 2 * half
+    joint = chained or settings.basis == "joint" or ("basis" not in settings.model_fields_set and narrow)
+    if joint:
+        width = joint_width(checkpoint.hidden_size, checkpoint.kv_heads, checkpoint.head_size)
+        budget = layer_budget(1, width, bits.key)
+    else:
+        budget = layer_budget(2, half, bits.key)
+    filled = settings.for_chain("latent")
+    anchors = tuple(not chained or filled.is_anchor(layer) for layer in range(checkpoint.layers))
+    return CalibrationPlan(joint, budget, anchors)
+
+
+@dataclass(frozen=True)
+class CalibratedLayer:
+    """One layer: two bases or a joint latent, and the bits of their channels."""
+
+    factors: Bases | PredictedLink
+    allocation: LayerAllocation
+
+
+def fit_layers(
+    checkpoint: Checkpoint, plan: CalibrationPlan, batch: torch.Tensor, dtype: torch.dtype, device: torch.device
+) -> Iterator[CalibratedLayer]:
+    """Fit all layers to a text, in order.
 
     Args:
         checkpoint: the checkpoint.
-        settings: the settings.
-        formats: what they make of its layers.
+        plan: what to fit.
         batch: token ids ``[sequences, length]``.
         dtype: to serve in.
         device: where to compute.
@@ -56,16 +88,44 @@ def calibrate(
     Raises:
         RefusedError: the model's attention is not recognized.
     """
-    spec = spec_of(settings, dtype)
-    factorizer = Factorizer(checkpoint, spec, device)
-    chain = ChainFactorizer(factorizer, formats, spec) if settings.method == "xquant-cl" else None
-    factors = CalibratedFactors()
+    samples = collect_samples(checkpoint, batch, device)
+    chain = PredictedChain(dtype)
+    heads = checkpoint.kv_heads
+    for layer, sample in enumerate(samples):
+        # Rounded first, because that is what a server has.
+        key, value = (weight.to(dtype).to(device) for weight in checkpoint.key_value(layer))
+        with torch.no_grad():
+            if plan.joint:
+                link, runs = chain.add(sample, key, value, heads, plan.budget, plan.anchors[layer])
+                yield CalibratedLayer(link, ((runs,),))
+            else:
+                fit = fit_heads(sample, key, value, heads, plan.budget, dtype)
+                yield CalibratedLayer((fit.key, fit.value), (fit.key_runs, fit.value_runs))
 
-    def on_layer(layer: int, statistics: Statistics, hidden: torch.Tensor) -> None:
-        if chain is not None:
-            factors.links[layer] = chain.link(layer, statistics, hidden)
-        elif formats[layer].holds == "latent":
-            factors.bases[layer] = factorizer.bases(layer, statistics)
 
-    collect_statistics(checkpoint, batch, device, on_layer)
-    return factors
+@dataclass(frozen=True)
+class CalibratedFactors:
+    """All layers in memory; see :class:`xquant_vllm.integration.cache_builder.Factors`."""
+
+    layers: dict[int, CalibratedLayer] = field(default_factory=dict)
+
+    @property
+    def allocations(self) -> dict[int, LayerAllocation]:
+        """Bits of every layer's channels."""
+        return {layer: fitted.allocation for layer, fitted in self.layers.items()}
+
+    def layer_factors(self, layer: LayerWeights) -> Bases:
+        """Key basis and value basis of a layer."""
+        factors = self.layers[layer.layer_index].factors
+        assert isinstance(factors, tuple)
+        return factors
+
+    def joint_basis(self, layer: LayerWeights) -> JointKVBasis:
+        """There is none: calibrated latents of keys and values together are links."""
+        raise KeyError(layer.layer_index)
+
+    def layer_link(self, layer: LayerWeights, layers_of_group: int) -> PredictedLink | None:
+        """A layer's joint latent, whose place in its group the fit has known."""
+        factors = self.layers[layer.layer_index].factors
+        assert isinstance(factors, PredictedLink)
+        return factors

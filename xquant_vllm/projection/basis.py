@@ -9,7 +9,7 @@ changes fold into the same two matrices and so cost nothing at run time:
   carry the outliers of ``X U``; those kept in FP16 stay out of the rotation.
 
 With one basis per kv head the up-projection is block diagonal and the latents shard by head; with a joint basis all kv
-heads share one latent. Statistics of some text make a better basis of the same shapes: see :mod:`.calibration`.
+heads share one latent. A little text makes better ones: see :mod:`.calibrated` and :mod:`.predicted`.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,6 @@ from typing import Literal
 import torch
 
 from xquant_vllm.codec.rotation import random_rotation
-from xquant_vllm.projection.calibration import ProjectionStatistics
 
 BasisKind = Literal["head", "joint"]
 
@@ -56,7 +55,6 @@ def factorize(
     rotate: bool,
     seed: int,
     dtype: torch.dtype,
-    statistics: ProjectionStatistics | None = None,
 ) -> LatentBasis:
     """Factorize a key or value projection.
 
@@ -68,7 +66,6 @@ def factorize(
         rotate: whether to rotate the remaining channels.
         seed: seed of the rotation.
         dtype: dtype that the down-projection is served in. Its rounding is made good in the up-projection.
-        statistics: of the weight's heads, for a calibrated basis; None for the data-free one.
 
     Returns:
         The basis, on the weight's device. Lossless up to rounding: no channel is dropped.
@@ -76,9 +73,7 @@ def factorize(
     head_size = weight.shape[0] // num_kv_heads
     latent_heads, width = latent_shape(num_kv_heads, head_size, kind)
     columns = weight.to(torch.float64).reshape(latent_heads, width, -1).mT
-    down = down_projection(
-        columns, outlier_channels=outlier_channels, rotate=rotate, seed=seed, dtype=dtype, statistics=statistics
-    )
+    down = down_projection(columns, outlier_channels=outlier_channels, rotate=rotate, seed=seed, dtype=dtype)
     up = left_inverse(down, columns)
     if kind == "joint":
         up = up[0].reshape(width, num_kv_heads, head_size).transpose(0, 1)
@@ -92,7 +87,6 @@ def down_projection(
     rotate: bool,
     seed: int,
     dtype: torch.dtype,
-    statistics: ProjectionStatistics | None,
 ) -> torch.Tensor:
     """Scaled and rotated latent channels.
 
@@ -102,16 +96,12 @@ def down_projection(
         rotate: whether to rotate the remaining channels.
         seed: seed of the rotation.
         dtype: of the result.
-        statistics: of the heads in ``columns``, side by side; None for a data-free basis.
 
     Returns:
         ``[latent_heads, hidden_size, width]`` in ``dtype``, contiguous.
     """
     width = columns.shape[-1]
-    if statistics is None:
-        u, s = _singular(columns)
-    else:
-        u, s = _singular_under(columns, statistics)
+    u, s = _singular(columns)
     scale = (s / s.mean(-1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)).sqrt()
     down = u * scale.clamp_min(_SMALLEST_CHANNEL_SCALE).unsqueeze(-2)
     if down.shape[-1] < width:
@@ -150,18 +140,6 @@ def _singular(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     q, r = torch.linalg.qr(columns)
     u, s, _ = torch.linalg.svd(r, full_matrices=False)
     return q @ u, s
-
-
-def _singular_under(columns: torch.Tensor, statistics: ProjectionStatistics) -> tuple[torch.Tensor, torch.Tensor]:
-    """``C^{-1/2} U`` and S of ``C^{1/2} columns T = U S B^T``, without forming C: ``C^{-1/2} U = columns T B / S``."""
-    latent_heads, _, width = columns.shape
-    per_latent = statistics.importance.shape[0] // latent_heads
-    importance = torch.stack([torch.block_diag(*heads) for heads in statistics.importance.split(per_latent)])
-    blocks = statistics.moment.reshape(latent_heads, width, latent_heads, width).diagonal(dim1=0, dim2=2)
-    s, mixing = _roots(importance.mT @ blocks.permute(2, 0, 1) @ importance)
-    # Not dropped but kept small, where the weights themselves are rank deficient: no basis may lose a direction.
-    smallest = _SMALLEST_GRAM_RATIO**1.5 * s[:, :1].clamp_min(torch.finfo(s.dtype).tiny)
-    return columns @ (importance @ mixing / torch.maximum(s, smallest).unsqueeze(-2)), s
 
 
 def _roots(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,7 @@ from xquant_vllm.projection.basis import BasisKind, LatentBasis, latent_shape
 FACTORS_FILE = "xquant_factors.safetensors"
 HEADER_FILE = "xquant_factors.json"
 # Changed whenever the same weights and settings give another basis, or the files another form.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

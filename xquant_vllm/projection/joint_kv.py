@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 
 from xquant_vllm.projection.basis import down_projection, left_inverse
-from xquant_vllm.projection.calibration import ProjectionStatistics
 
 
 @dataclass(frozen=True)
@@ -16,7 +15,7 @@ class JointKVBasis:
 
     Attributes:
         down: ``[1, hidden_size, width]``, width being twice the key channels of all kv heads, in the dtype that will
-            serve: orthonormal columns times channel scales times a rotation (orthonormal under C if calibrated).
+            serve: orthonormal columns times channel scales times a rotation.
         lift: ``[width, hidden_size]``, FP32, the left inverse of ``down`` after its rounding.
     """
 
@@ -32,7 +31,6 @@ def factorize_joint_kv(
     rotate: bool,
     seed: int,
     dtype: torch.dtype,
-    statistics: ProjectionStatistics | None = None,
 ) -> JointKVBasis:
     """Factorize the stacked projections.
 
@@ -43,31 +41,12 @@ def factorize_joint_kv(
         rotate: whether to rotate the remaining channels.
         seed: seed of the rotation.
         dtype: dtype that the down-projection is served in.
-        statistics: of the key heads followed by the value heads (moment of the stacked weight), or None.
 
     Returns:
         The basis, on the weights' device. If the input is narrower than the latent, surplus channels are zero.
     """
     weight = torch.cat((key_weight, value_weight))
     columns = weight.to(torch.float64).T.unsqueeze(0)
-    down = down_projection(
-        columns,
-        outlier_channels=outlier_channels,
-        rotate=rotate,
-        seed=seed,
-        dtype=dtype,
-        statistics=None if statistics is None else _balanced(statistics),
-    )
+    down = down_projection(columns, outlier_channels=outlier_channels, rotate=rotate, seed=seed, dtype=dtype)
     identity = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device).unsqueeze(0)
     return JointKVBasis(down=down, lift=left_inverse(down, identity)[0].to(torch.float32))
-
-
-def _balanced(statistics: ProjectionStatistics) -> ProjectionStatistics:
-    """Give keys and values equal weight in sum: errors in scores and errors in outputs have no common unit."""
-    importance = statistics.importance.clone()
-    heads, head_size = importance.shape[0], importance.shape[1]
-    blocks = statistics.moment.reshape(heads, head_size, heads, head_size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    energy = (importance.mT @ blocks @ importance).diagonal(dim1=-2, dim2=-1).sum(-1)
-    for half in (slice(0, heads // 2), slice(heads // 2, heads)):
-        importance[half] /= energy[half].sum().clamp_min(torch.finfo(energy.dtype).tiny).sqrt()
-    return ProjectionStatistics(statistics.moment, importance)

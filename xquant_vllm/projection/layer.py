@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 
 from xquant_vllm.projection.basis import BasisKind, LatentBasis, factorize
-from xquant_vllm.projection.calibration import ProjectionStatistics
 
 _KEY_SEED, _VALUE_SEED = 2508, 10395
 
@@ -34,21 +33,18 @@ def factorize_layer(
     value_weight: torch.Tensor,
     num_kv_heads: int,
     spec: BasisSpec,
-    statistics: tuple[ProjectionStatistics, ProjectionStatistics] | None = None,
 ) -> tuple[LatentBasis, LatentBasis]:
-    """Factorize a layer's projections.
+    """Factorize a layer's projections, from the weights alone.
 
     Args:
         key_weight: ``[num_kv_heads * head_size, hidden_size]``.
         value_weight: likewise.
         num_kv_heads: kv heads of these weights.
         spec: what to make.
-        statistics: of keys and values, or None for data-free bases.
 
     Returns:
         Key basis and value basis.
     """
-    key_statistics, value_statistics = statistics or (None, None)
     key, value = (
         factorize(
             weight,
@@ -58,11 +54,10 @@ def factorize_layer(
             rotate=spec.rotate,
             seed=seed,
             dtype=spec.dtype,
-            statistics=of_weight,
         )
-        for weight, outliers, seed, of_weight in (
-            (key_weight, spec.key_outliers, _KEY_SEED, key_statistics),
-            (value_weight, spec.value_outliers, _VALUE_SEED, value_statistics),
+        for weight, outliers, seed in (
+            (key_weight, spec.key_outliers, _KEY_SEED),
+            (value_weight, spec.value_outliers, _VALUE_SEED),
         )
     )
     return key, value

@@ -1,0 +1,123 @@
+"""Streams of a page as the C++ kernels want them: heads of pieces, cut into chunks.
+
+A *piece* is what shares its bits: a group of a uniform stream, a run of an allocated one. A *chunk* is what is
+dequantized before it is multiplied.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+
+from xquant_vllm.attention.cpu_abi import Chunk, Head, Piece, Stream
+from xquant_vllm.codec.allocated import AllocatedFormat, channel_tables
+from xquant_vllm.codec.allocation import Runs
+from xquant_vllm.codec.layout import PageLayout
+from xquant_vllm.codec.packing import packed_size
+
+# Rows that vectors run along are padded to this, and chunks that others follow end at a multiple (kPad in csrc/cpu).
+LANES = 16
+# Channels of a chunk: a tile of them stays in cache.
+_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class CpuStream:
+    """A stream's C struct.
+
+    Attributes:
+        struct: the struct.
+        kept: what it points to.
+    """
+
+    struct: Stream
+    kept: list[object]
+
+
+def cpu_stream(layout: PageLayout, index: int) -> CpuStream:
+    """Stream ``index`` of the pages of a layout.
+
+    Raises:
+        ValueError: the runs of an allocated stream cannot be cut into chunks.
+    """
+    stream, at = layout.streams[index], layout.offsets[index]
+    kept: list[object] = []
+    allocated = isinstance(stream, AllocatedFormat)
+    if isinstance(stream, AllocatedFormat):
+        heads = [_allocated_head(runs, kept) for runs in stream.runs]
+        outlier_channels = 0
+    else:
+        # All heads are alike and share the arrays of the first.
+        head = _head(((stream.bits, stream.group_size),) * stream.num_groups, kept)
+        heads = [Head.from_buffer_copy(head) for _ in range(stream.num_heads)]
+        outlier_channels = stream.outlier_channels
+    codes = at.codes
+    for head in heads:
+        head.codes = codes
+        codes += layout.block_size * head.row_bytes
+    array = _array(Head, heads, kept)
+    struct = Stream(
+        stream.num_heads, stream.width, int(allocated), outlier_channels, array, at.scales, at.zeros, at.outliers
+    )
+    return CpuStream(struct, kept)
+
+
+def _head(runs: Runs, kept: list[object]) -> Head:
+    """A head without its offset in the page."""
+    channels = [0, *accumulate(count for _, count in runs)]
+    bytes_ = [0, *accumulate(packed_size(count, bits) for bits, count in runs)]
+    pieces = [Piece(*run, channels[i], bytes_[i]) for i, run in enumerate(runs)]
+    chunks = [Chunk(begin, end, channels[begin], channels[end] - channels[begin]) for begin, end in _chunks(channels)]
+    return Head(
+        row_bytes=bytes_[-1],
+        channels=channels[-1],
+        num_pieces=len(pieces),
+        num_chunks=len(chunks),
+        pieces=_array(Piece, pieces, kept),
+        chunks=_array(Chunk, chunks, kept),
+    )
+
+
+def _chunks(channels: list[int]) -> list[tuple[int, int]]:
+    """Pieces that make up the chunks: as many as fit, but at least what ends at a multiple of the lanes.
+
+    Args:
+        channels: at which every piece starts, and at which the last ends.
+    """
+    last = len(channels) - 1
+    ends = [index for index in range(1, last + 1) if channels[index] % LANES == 0 or index == last]
+    chunks, begin = [], 0
+    for end, following in pairwise([*ends, None]):
+        if following is None or channels[following] - channels[begin] > _AT_ONCE:
+            assert end is not None
+            chunks.append((begin, end))
+            begin = end
+    return chunks
+
+
+def _allocated_head(runs: Runs, kept: list[object]) -> Head:
+    head = _head(runs, kept)
+    if any(head.chunks[index].channels > _AT_ONCE for index in range(head.num_chunks)):
+        raise ValueError(
+            f"runs {runs} cannot be cut into chunks of {_AT_ONCE} channels: where there are more, runs must end at "
+            f"multiples of {LANES} channels"
+        )
+    step, largest, worth = channel_tables(runs)
+    head.step = _table(step, 1.0, kept)
+    head.middle = _table(largest / 2, 0.0, kept)
+    head.worth = _table(worth, 0.0, kept)
+    return head
+
+
+def _table(of_channels: torch.Tensor, rest: float, kept: list[object]) -> int:
+    """Address of FP32 numbers, filled up to a multiple of the lanes."""
+    table = torch.nn.functional.pad(of_channels, (0, -of_channels.numel() % LANES), value=rest).contiguous()
+    kept.append(table)
+    return table.data_ptr()
+
+
+def _array(kind: Any, elements: list[Any], kept: list[object]) -> Any:
+    array = (kind * len(elements))(*elements)
+    kept.append(array)
+    return array

@@ -1,0 +1,156 @@
+"""What a text shows of every layer: its inputs and the gradients of its keys and values, on the transformers model."""
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from xquant_vllm.offline.attention_modules import attention_modules
+from xquant_vllm.offline.checkpoint import Checkpoint
+from xquant_vllm.offline.refused import RefusedError
+from xquant_vllm.offline.texts import calibration_text, opening_tokens
+from xquant_vllm.projection.calibration import LayerSample
+
+# One sequence's activations and logits are in memory at a time.
+_SEQUENCE = 512
+_SEED = 0
+
+
+def tokenize(checkpoint: Checkpoint, calibration: str, tokens: int, fewest: int) -> torch.Tensor:
+    """Sequences spread evenly over the text.
+
+    Args:
+        checkpoint: whose tokenizer to use.
+        calibration: a file, or ``python-docs``.
+        tokens: how many to take at most.
+        fewest: how many there must be.
+
+    Returns:
+        ``[sequences, length]``, int64. Each begins as the tokenizer begins a text.
+
+    Raises:
+        RefusedError: the text cannot be read or is too short.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    ids = tokenizer.encode(calibration_text(calibration), add_special_tokens=False, verbose=False)
+    opening = opening_tokens(tokenizer)
+    if len(ids) < fewest:
+        raise RefusedError(
+            f"xquant: --calibration {calibration} has {len(ids)} tokens, too few to say anything about a model; give "
+            "a text of a few thousand words"
+        )
+    text_config = checkpoint.config.get("text_config") or checkpoint.config
+    length = min(_SEQUENCE, tokens, len(ids) + len(opening), text_config.get("max_position_embeddings") or _SEQUENCE)
+    step = length - len(opening)
+    available = len(ids) // step
+    count = max(1, min(tokens // length, available))
+    starts = [step * (available * i // count) for i in range(count)]
+    return torch.tensor([opening + ids[start : start + step] for start in starts])
+
+
+def collect_samples(checkpoint: Checkpoint, batch: torch.Tensor, device: torch.device) -> list[LayerSample]:
+    """Run the model on a text, forwards and backwards.
+
+    The loss is the log-probability of tokens drawn from the model's own predictions, so that the gradients' second
+    moment is the Fisher information.
+
+    Args:
+        checkpoint: the checkpoint.
+        batch: token ids ``[sequences, length]``.
+        device: where to run.
+
+    Returns:
+        A sample of every layer, on the device, in the dtype that the model ran in.
+
+    Raises:
+        RefusedError: the model's attention is not recognized.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    # What it says of weights and generation is not about this, and one bar is enough.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # Statistics need no more than bfloat16, but many CPUs are much slower at it.
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, attn_implementation="sdpa")
+    model = model.to(device).eval().requires_grad_(False)
+    generator = torch.Generator(device=device).manual_seed(_SEED)
+    observers = [_Observer(module) for module in attention_modules(model, checkpoint)]
+    with ExitStack() as hooks:
+        hooks.enter_context(model.get_input_embeddings().register_forward_hook(_require_gradient))
+        for observer in observers:
+            observer.hook(hooks)
+        for sequence in tqdm(batch.to(device), desc="calibrate", unit="sequence"):
+            with torch.enable_grad():
+                logits = model(input_ids=sequence.unsqueeze(0), use_cache=False).logits[0].float()
+                log_probabilities = logits.log_softmax(-1)
+                drawn = torch.multinomial(log_probabilities.detach().exp(), 1, generator=generator)
+                loss = log_probabilities.gather(-1, drawn).sum()
+                outputs = [output for observer in observers for output in observer.outputs()]
+                gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
+            each = len(outputs) // len(observers)
+            for layer, observer in enumerate(observers):
+                observer.take(gradients[layer * each : (layer + 1) * each], checkpoint)
+    return [observer.sample() for observer in observers]
+
+
+def _require_gradient(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+    """Nothing before the embedding has one, and weights are frozen."""
+    return output.requires_grad_(True)
+
+
+class _Observer:
+    """Sees what enters and leaves the key and value projections of one attention module."""
+
+    def __init__(self, module: Any) -> None:
+        fused = getattr(module, "qkv_proj", None)
+        self._projections: list[nn.Module] = [module.k_proj, module.v_proj] if fused is None else [fused]
+        self._name = type(module).__name__
+        self._outputs: list[torch.Tensor] = []
+        self._hidden: list[torch.Tensor] = []
+        self._gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def hook(self, hooks: ExitStack) -> None:
+        """Start to see; ``hooks`` ends it."""
+        for projection in self._projections:
+            hooks.enter_context(projection.register_forward_hook(self._see))  # type: ignore[arg-type]
+
+    def outputs(self) -> list[torch.Tensor]:
+        """What the projections have yielded.
+
+        Raises:
+            RefusedError: they were not called once each.
+        """
+        if len(self._outputs) != len(self._projections):
+            raise self._refusal()
+        return self._outputs
+
+    def take(self, gradients: tuple[torch.Tensor | None, ...], checkpoint: Checkpoint) -> None:
+        """The gradients of :meth:`outputs` for one sequence."""
+        if any(gradient is None for gradient in gradients):
+            raise self._refusal()
+        flat = torch.cat([gradient.flatten(0, -2) for gradient in gradients if gradient is not None], -1)
+        rows = checkpoint.kv_heads * checkpoint.head_size
+        self._gradients.append((flat[:, -2 * rows : -rows], flat[:, -rows:]))
+        self._outputs = []
+
+    def sample(self) -> LayerSample:
+        """All sequences."""
+        keys, values = zip(*self._gradients, strict=True)
+        return LayerSample(torch.cat(self._hidden), torch.cat(keys), torch.cat(values))
+
+    def _see(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if module is self._projections[0]:
+            self._hidden.append(inputs[0].detach().flatten(0, -2))
+        self._outputs.append(output)
+
+    def _refusal(self) -> RefusedError:
+        return RefusedError(
+            f"xquant: {self._name} cannot be calibrated: what its key and value projections yield does not reach the "
+            "model's predictions; leave --calibration out for bases from the weights alone"
+        )

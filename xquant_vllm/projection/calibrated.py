@@ -1,0 +1,99 @@
+"""Calibrated bases of one layer by itself: a latent for every kv head, of keys and of values."""
+
+from dataclasses import dataclass
+
+import torch
+
+from xquant_vllm.codec.allocation import Runs, allocate
+from xquant_vllm.projection.basis import LatentBasis, left_inverse
+from xquant_vllm.projection.calibration import LayerSample, WeightedProjection, second_moment, weigh
+from xquant_vllm.projection.channels import channel_basis, principal_channels
+
+# A paper's page has an FP16 scale and zero for so many channels.
+_PAPER_GROUP, _PAPER_PARAMETERS = 128, 4
+
+
+@dataclass(frozen=True)
+class CalibratedHeads:
+    """A layer's bases and what its channels are stored in.
+
+    Attributes:
+        key: basis of the keys, channels in the order of their importance.
+        value: basis of the values, likewise.
+        key_runs: bits of the channels of every key latent head.
+        value_runs: likewise of values.
+    """
+
+    key: LatentBasis
+    value: LatentBasis
+    key_runs: tuple[Runs, ...]
+    value_runs: tuple[Runs, ...]
+
+
+def layer_budget(streams: int, channels: int, bits: int) -> int:
+    """Bytes per token of a layer: what the paper's pages take at these bits (XQuant, section 3).
+
+    Args:
+        streams: 2 for keys and values apart, 1 for one latent.
+        channels: of a stream.
+        bits: bits per channel; an FP16 scale and zero for every 128 of them come on top.
+    """
+    return streams * (channels * bits // 8 + _PAPER_PARAMETERS * -(-channels // _PAPER_GROUP))
+
+
+def fit_heads(
+    sample: LayerSample,
+    key_weight: torch.Tensor,
+    value_weight: torch.Tensor,
+    num_kv_heads: int,
+    budget: int,
+    dtype: torch.dtype,
+) -> CalibratedHeads:
+    """Fit a layer's bases to a text. The key and the value of a kv head share its part of the budget.
+
+    Args:
+        sample: what the text has shown of the layer.
+        key_weight: ``[num_kv_heads * head_size, hidden_size]``, as served.
+        value_weight: likewise.
+        num_kv_heads: kv heads.
+        budget: bytes per token of the layer.
+        dtype: of the down-projections.
+    """
+    hidden = sample.hidden.to(torch.float64)
+    mean_square = hidden.square().mean().item()
+    fits: tuple[list[_Fit], list[_Fit]] = ([], [])
+    gradients = [part.unflatten(1, (num_kv_heads, -1)) for part in (sample.key_gradient, sample.value_gradient)]
+    for head in range(num_kv_heads):
+        pair = []
+        for weight, gradient in zip((key_weight, value_weight), gradients, strict=True):
+            columns = weight.to(hidden).unflatten(0, (num_kv_heads, -1))[head].T
+            projection = weigh(columns, [gradient[:, head]])
+            weighted = hidden @ projection.into
+            channels = principal_channels(second_moment(weighted, projection.into, mean_square))
+            pair.append((columns, projection, weighted, channels))
+        codes = budget // num_kv_heads - 2  # but for two scales
+        runs = allocate([channels.variances for *_, channels in pair], codes)
+        for fit, of_runs, (columns, projection, weighted, channels) in zip(fits, runs, pair, strict=True):
+            fit.append(_fit(columns, projection, channel_basis(channels, of_runs, weighted), of_runs, dtype))
+    key, value = (
+        LatentBasis(torch.stack([fit.down for fit in of_heads]), torch.stack([fit.up for fit in of_heads]))
+        for of_heads in fits
+    )
+    key_runs, value_runs = (tuple(fit.runs for fit in of_heads) for of_heads in fits)
+    return CalibratedHeads(key, value, key_runs, value_runs)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    down: torch.Tensor
+    up: torch.Tensor
+    runs: Runs
+
+
+def _fit(
+    columns: torch.Tensor, projection: WeightedProjection, basis: torch.Tensor, runs: Runs, dtype: torch.dtype
+) -> _Fit:
+    """Down-projection as served, and what best inverts it after its rounding."""
+    down = (projection.into @ basis).to(dtype)
+    up = left_inverse(down.unsqueeze(0), columns.unsqueeze(0))[0]
+    return _Fit(down, up.to(torch.float32), runs)
