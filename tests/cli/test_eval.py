@@ -197,8 +197,8 @@ def test_it_goes_on_where_it_was_killed_and_needs_no_vllm(models, fake_tokenizer
         ("llama", ("--calibration-tokens", 3), "--calibration-tokens 3 is too few"),
         (
             "mqa",
-            ("--method", "xquant-cl", "--settings", '{"skip_layers": [1]}'),
-            "--settings 'skip_layers' cannot work with a chain that is fitted to a text",
+            ("--method", "xquant-cl", "--settings", '{"skip_layers": [1]}', "--calibration", "python-docs"),
+            "'skip_layers' cannot work with --calibration python-docs",
         ),
         (
             "gemma3",

@@ -13,7 +13,7 @@ from xquant_vllm.offline.refused import RefusedError
 from xquant_vllm.offline.samples import collect_samples
 from xquant_vllm.projection.calibrated import fit_heads, layer_budget
 from xquant_vllm.projection.joint_kv import JointKVBasis
-from xquant_vllm.projection.predicted import PredictedChain, PredictedLink, joint_width, layers_of_groups
+from xquant_vllm.projection.predicted import PredictedChain, PredictedLink, layers_of_groups
 
 # What a channel can be given, on average: with more, a budget would not be spent.
 CALIBRATED_BITS = (8, 4, 3, 2)
@@ -51,15 +51,11 @@ def plan_calibration(checkpoint: Checkpoint, settings: XQuantSettings) -> Calibr
             f"xquant: --bits {bits} cannot work with --calibration, which shares one budget out among keys, values and "
             "their channels: set one number, 8, 4, 3 or 2"
         )
-    half = checkpoint.kv_heads * checkpoint.head_size
     chained = settings.method == "xquant-cl"
-    narrow = checkpoint.hidden_size < 2 * half
+    narrow = checkpoint.hidden_size < 2 * checkpoint.kv_heads * checkpoint.head_size
     joint = chained or settings.basis == "joint" or ("basis" not in settings.model_fields_set and narrow)
-    if joint:
-        width = joint_width(checkpoint.hidden_size, checkpoint.kv_heads, checkpoint.head_size)
-        budget = layer_budget(1, width, bits.key)
-    else:
-        budget = layer_budget(2, half, bits.key)
+    sizes = (checkpoint.kv_heads, checkpoint.head_size, checkpoint.hidden_size)
+    budget = layer_budget(*sizes, bits.key, joint=joint)
     filled = settings.for_chain("latent")
     anchors = tuple(not chained or filled.is_anchor(layer) for layer in range(checkpoint.layers))
     return CalibrationPlan(joint, budget, anchors)

@@ -9,7 +9,7 @@ from xquant_vllm.projection.basis import LatentBasis, left_inverse
 from xquant_vllm.projection.calibration import LayerSample, WeightedProjection, second_moment, weigh
 from xquant_vllm.projection.channels import channel_basis, principal_channels
 
-# A paper's page has an FP16 scale and zero for so many channels.
+# The paper's groups, and bytes of their scale and zero.
 _PAPER_GROUP, _PAPER_PARAMETERS = 128, 4
 
 
@@ -30,15 +30,23 @@ class CalibratedHeads:
     value_runs: tuple[Runs, ...]
 
 
-def layer_budget(streams: int, channels: int, bits: int) -> int:
+def layer_budget(num_kv_heads: int, head_size: int, hidden_size: int, bits: int, *, joint: bool) -> int:
     """Bytes per token of a layer: what the paper's pages take at these bits (XQuant, section 3).
 
+    Keys have a scale and zero of 16 bits for 128 tokens of every channel, values and the layer input for 128 channels.
+
     Args:
-        streams: 2 for keys and values apart, 1 for one latent.
-        channels: of a stream.
-        bits: bits per channel; an FP16 scale and zero for every 128 of them come on top.
+        num_kv_heads: kv heads.
+        head_size: channels of a head.
+        hidden_size: channels of the layer input.
+        bits: bits per channel.
+        joint: whether the layer input will do, where it is narrower than keys and values.
     """
-    return streams * (channels * bits // 8 + _PAPER_PARAMETERS * -(-channels // _PAPER_GROUP))
+    channels = num_kv_heads * head_size
+    if joint and hidden_size < 2 * channels:
+        return hidden_size * bits // 8 + _PAPER_PARAMETERS * -(-hidden_size // _PAPER_GROUP)
+    keys = channels * bits // 8 + _PAPER_PARAMETERS * channels // _PAPER_GROUP
+    return keys + channels * bits // 8 + _PAPER_PARAMETERS * -(-channels // _PAPER_GROUP)
 
 
 def fit_heads(
