@@ -237,7 +237,7 @@ def test_settings_that_are_no_table_are_refused(models, capsys, text):
 
 
 def test_numbers_that_are_not_finite_are_refused(models, fake_tokenizer, capsys, monkeypatch):
-    monkeypatch.setattr(HookedModel, "logits", lambda _, tokens, method: torch.full((len(tokens), 5), math.nan))
+    monkeypatch.setattr(HookedModel, "logits", lambda _, tokens, *__: torch.full((len(tokens), 5), math.nan))
     monkeypatch.setattr(FakeTokenizer, "encode", lambda *_, **__: [1] * 200)
     assert evaluate(models("llama"), *SMALL, "--method", "kivi") == 2
     assert "yields numbers that are not finite; set --dtype float32" in capsys.readouterr().err.splitlines()[-1]
