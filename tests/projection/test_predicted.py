@@ -1,4 +1,4 @@
-"""Predicted chains: the recursion that they stand for, lossless without quantization, less to store where layers agree."""
+"""Predicted chains: the recursion that they stand for, lossless without quantization, less lost where layers agree."""
 
 import pytest
 import torch
