@@ -11,6 +11,8 @@ BITS ?= 4
 METHOD ?= xquant
 # More options for examples/demo.py, e.g. make demo DEMO_ARGS=--enforce-eager
 DEMO_ARGS ?=
+# More options for benchmarks/compare_accuracy.py
+ACCURACY_ARGS ?=
 # More options for pytest, e.g. make test TEST_ARGS="-m 'not e2e'"
 TEST_ARGS ?=
 
@@ -21,9 +23,9 @@ SETUP_FILES := pyproject.toml setup.py tools/setup_env.py $(wildcard tools/envse
 	tools/vllm-metadata/pyproject.toml
 # What the tests read; prepared before them, so that no test's time is spent on downloads.
 TEST_MODELS := smollm2 smollm2-mha gemma3
-LINTED := xquant_vllm tests tools examples setup.py
+LINTED := xquant_vllm tests tools examples benchmarks setup.py
 
-.PHONY: help venv kernels model demo serve test families families-write lint clean
+.PHONY: help venv kernels model demo serve test accuracy families families-write lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +53,11 @@ serve: venv ## serve MODEL with a BITS-bit cache on PORT until Ctrl-C
 test: venv ## run the tests
 	$(VENV)/bin/python tools/prepare_model.py $(addprefix --model ,$(TEST_MODELS))
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(TEST_ARGS)
+
+accuracy: venv ## compare the accuracy of all caches per byte (an hour on two cores); writes docs/accuracy.md
+	$(VENV)/bin/python tools/prepare_model.py $(addprefix --model ,$(TEST_MODELS))
+	$(VENV)/bin/python benchmarks/compare_accuracy.py --write --models models/smollm2-135m-instruct \
+		models/smollm2-135m-instruct-mha models/gemma-3-270m $(ACCURACY_ARGS)
 
 families: venv ## check that docs/families.md says what the last run of all tests covered
 	$(VENV)/bin/python tools/family_table.py

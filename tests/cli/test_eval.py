@@ -3,12 +3,14 @@
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 
 from tests.cli.test_factorize import FakeTokenizer, factorize
 from tests.conftest import ROOT
@@ -195,8 +197,8 @@ def test_it_goes_on_where_it_was_killed_and_needs_no_vllm(models, fake_tokenizer
         ("llama", ("--calibration-tokens", 3), "--calibration-tokens 3 is too few"),
         (
             "mqa",
-            ("--method", "xquant-cl", "--settings", '{"skip_layers": [1]}'),
-            "--settings 'skip_layers' cannot work with a chain that is fitted to a text",
+            ("--method", "xquant-cl", "--settings", '{"skip_layers": [1]}', "--calibration", "python-docs"),
+            "'skip_layers' cannot work with --calibration python-docs",
         ),
         (
             "gemma3",
@@ -212,6 +214,15 @@ def test_what_cannot_be_evaluated_is_refused_by_name(models, fake_tokenizer, cap
     assert line.startswith("xquant: ")
 
 
+@pytest.mark.parametrize("method", ["kivi", "xquant-cl"])
+def test_a_model_that_transformers_cannot_run_is_refused(models, fake_tokenizer, tmp_path, capsys, method):
+    folder = shutil.copytree(models("llama"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
+    assert evaluate(folder, *SMALL, "--method", method) == 2
+    assert "xquant: transformers cannot run the LlamaForCausalLM" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_results_that_cannot_be_written_are_refused(models, fake_tokenizer, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     assert evaluate(models("llama"), *SMALL, "--method", "16bit", "--out", tmp_path / "file" / "result.json") == 2
@@ -223,3 +234,10 @@ def test_settings_that_are_no_table_are_refused(models, capsys, text):
     with pytest.raises(SystemExit):
         evaluate(models("llama"), "--settings", text)
     assert "--settings" in capsys.readouterr().err
+
+
+def test_numbers_that_are_not_finite_are_refused(models, fake_tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr(HookedModel, "logits", lambda _, tokens, *__: torch.full((len(tokens), 5), math.nan))
+    monkeypatch.setattr(FakeTokenizer, "encode", lambda *_, **__: [1] * 200)
+    assert evaluate(models("llama"), *SMALL, "--method", "kivi") == 2
+    assert "yields numbers that are not finite; set --dtype float32" in capsys.readouterr().err.splitlines()[-1]

@@ -17,10 +17,10 @@ MODEL, METHOD = {"model": "abc", "dtype": "float32"}, {"name": "kivi", "bits": 4
 
 
 def test_a_score_comes_back_for_the_same_window_method_and_model_only(tmp_path):
-    kept = KeptScores(tmp_path, MODEL, METHOD)
+    kept = KeptScores(tmp_path, MODEL, METHOD, WindowScore)
     assert kept.load(TOKENS) is None
     kept.save(TOKENS, SCORE)
-    assert KeptScores(tmp_path, dict(MODEL), dict(METHOD)).load(TOKENS) == SCORE
+    assert KeptScores(tmp_path, dict(MODEL), dict(METHOD), WindowScore).load(TOKENS) == SCORE
     assert kept.load(TOKENS + 1) is None
     for model, method in (
         (MODEL | {"dtype": "bfloat16"}, METHOD),
@@ -28,18 +28,18 @@ def test_a_score_comes_back_for_the_same_window_method_and_model_only(tmp_path):
         (MODEL, METHOD | {"bits": 3}),
         (MODEL, METHOD | {"settings": {"group_size": 64}}),
     ):
-        assert KeptScores(tmp_path, model, method).load(TOKENS) is None
+        assert KeptScores(tmp_path, model, method, WindowScore).load(TOKENS) is None
 
 
 def test_the_16_bit_cache_needs_no_run_of_its_own_afterwards(tmp_path):
-    KeptScores(tmp_path, MODEL, METHOD).save(TOKENS, SCORE)
-    exact = KeptScores(tmp_path, MODEL, {"name": "16bit", "bits": 16, "settings": {}}).load(TOKENS)
+    KeptScores(tmp_path, MODEL, METHOD, WindowScore).save(TOKENS, SCORE)
+    exact = KeptScores(tmp_path, MODEL, {"name": "16bit", "bits": 16, "settings": {}}, WindowScore).load(TOKENS)
     assert exact == WindowScore(99, 290.25, 290.25, 0.0, 99)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"nll": 1}'])
 def test_a_damaged_score_is_evaluated_anew(tmp_path, content, caplog):
-    kept = KeptScores(tmp_path, MODEL, METHOD)
+    kept = KeptScores(tmp_path, MODEL, METHOD, WindowScore)
     kept.save(TOKENS, SCORE)
     (path,) = tmp_path.glob("kivi-*/window-*.json")
     path.write_text(content)

@@ -13,7 +13,7 @@ def add_eval(commands: Any) -> None:
     """Add the command and what it can evaluate."""
     evaluate = commands.add_parser(
         "eval",
-        help="measure what a quantized cache costs: perplexity",
+        help="measure what a quantized cache costs: perplexity, needles in a haystack",
         description="Measure what a quantized cache costs in quality. No server is needed.",
     )
     tasks = evaluate.add_subparsers(required=True, metavar="TASK", dest="task")
@@ -24,24 +24,52 @@ def add_eval(commands: Any) -> None:
         "bytes that a token takes.",
     )
     perplexity.set_defaults(command=run_perplexity)
-    perplexity.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or its name on the hub")
-    _add_text(perplexity)
+    _add_model_and_text(perplexity)
+    perplexity.add_argument(
+        "--window", type=int, default=1024, metavar="N", help="tokens per window (default %(default)s)"
+    )
+    perplexity.add_argument(
+        "--windows", type=int, default=3, metavar="N", help="how many windows (default %(default)s)"
+    )
+    perplexity.add_argument(
+        "--stride", type=int, metavar="N", help="tokens from one window's start to the next's (default: the window)"
+    )
     add_method(perplexity)
-    perplexity.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="default %(default)s"
+    _add_run(perplexity)
+
+    needle = tasks.add_parser(
+        "needle",
+        help="find a number that stands at some depth of a long text",
+        description="Hide a number in a text, ask for it at the end, and see whether greedy decoding finds it with a "
+        "quantized cache and with a 16-bit one, and how likely it is.",
     )
-    perplexity.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default %(default)s")
-    perplexity.add_argument("--json", action="store_true", help="print the result as one line of JSON")
-    perplexity.add_argument("--out", metavar="FILE.json", type=Path, help="write the result there, too")
-    perplexity.add_argument(
-        "--resume",
-        metavar="DIR",
-        type=Path,
-        help="keep every window's score in DIR, and take those that are there: an interrupted run goes on",
+    needle.set_defaults(command=run_needle)
+    _add_model_and_text(needle)
+    needle.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[256, 512, 1024],
+        metavar="N",
+        help="tokens of prompt and answer (default 256 512 1024)",
     )
+    needle.add_argument(
+        "--depths",
+        type=float,
+        nargs="+",
+        default=[0, 0.25, 0.5, 0.75, 1],
+        metavar="D",
+        help="where the number stands: 0 at the start, 1 at the end (default 0 0.25 0.5 0.75 1)",
+    )
+    needle.add_argument(
+        "--trials", type=int, default=3, metavar="N", help="prompts for each length and depth (default %(default)s)"
+    )
+    add_method(needle)
+    _add_run(needle)
 
 
-def _add_text(parser: argparse.ArgumentParser) -> None:
+def _add_model_and_text(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or its name on the hub")
     text = parser.add_mutually_exclusive_group()
     text.add_argument(
         "--text",
@@ -49,10 +77,27 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         help="plain text in UTF-8 (default: python-docs, the half of Python's documentation that is not calibrated on)",
     )
     text.add_argument("--dataset", choices=DATASETS, help="fetch a dataset from the Hugging Face hub")
-    parser.add_argument("--window", type=int, default=1024, metavar="N", help="tokens per window (default %(default)s)")
-    parser.add_argument("--windows", type=int, default=3, metavar="N", help="how many windows (default %(default)s)")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--stride", type=int, metavar="N", help="tokens from one window's start to the next's (default: the window)"
+        "--through",
+        choices=["offline", "vllm"],
+        default="offline",
+        help="offline: the transformers model with its cache replaced (default); vllm: vLLM itself and its pages, for "
+        "16bit, xquant and xquant-cl",
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="default %(default)s"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default %(default)s")
+    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
+    parser.add_argument("--out", metavar="FILE.json", type=Path, help="write the result there, too")
+    parser.add_argument(
+        "--resume",
+        metavar="DIR",
+        type=Path,
+        help="keep every score in DIR, and take those that are there: an interrupted run goes on",
     )
 
 
@@ -96,6 +141,13 @@ def run_perplexity(options: argparse.Namespace) -> None:
     from xquant_vllm.cli.eval import evaluate_perplexity
 
     evaluate_perplexity(options)
+
+
+def run_needle(options: argparse.Namespace) -> None:
+    """Run the command; torch takes seconds to import."""
+    from xquant_vllm.cli.eval_needle import evaluate_needle
+
+    evaluate_needle(options)
 
 
 def _settings(text: str) -> dict[str, Any]:

@@ -76,6 +76,7 @@ def allocate(variances: Sequence[torch.Tensor], budget: int) -> list[Runs]:
     for of_head, size in zip(steps, sizes, strict=True):
         if size == _UNIT:
             left = _even_threes(of_head, ladder, left)
+    _spend_byte(steps, gains, sizes, ladder, left)
     return [_runs([ladder[step] for step in of_head], size) for of_head, size in zip(steps, sizes, strict=True)]
 
 
@@ -90,6 +91,23 @@ def _even_threes(steps: list[int], ladder: list[int], left: int) -> int:
         return left - _UNIT
     steps[threes[-1]] -= 1
     return left + _UNIT
+
+
+def _spend_byte(
+    steps: list[list[int]], gains: list[list[float]], sizes: list[int], ladder: list[int], left: int
+) -> None:
+    """Spend a byte that evening out has left, so that heads with one budget take the same bytes."""
+    best: tuple[float, list[int], int] | None = None
+    for of_head, of_gains, size in zip(steps, gains, sizes, strict=True):
+        for at, step in enumerate(of_head):
+            if step + 1 == len(ladder) or (ladder[step + 1] - ladder[step]) * size != 8 or left < 8:
+                continue
+            saved = of_gains[at] * (DISTORTION[ladder[step]] - DISTORTION[ladder[step + 1]])
+            # Bits must not ascend: only the first of those with as many may have more.
+            if (best is None or saved > best[0]) and (at == 0 or of_head[at - 1] > step):
+                best = (saved, of_head, at)
+    if best is not None:
+        best[1][best[2]] += 1
 
 
 def _runs(bits_of_units: list[int], size: int) -> Runs:

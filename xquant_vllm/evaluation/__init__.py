@@ -1,1 +1,1 @@
-"""What a quantized cache costs in quality, measured. Runs on the transformers model; imports no vLLM."""
+"""What a quantized cache costs in quality, measured on the transformers model or through vLLM. Imports no vLLM."""

@@ -15,7 +15,6 @@ from xquant_vllm.evaluation.cache_method import AttendedMethod, CacheMethod, Inp
 from xquant_vllm.evaluation.projections import Projections
 from xquant_vllm.offline.attention_modules import attention_modules
 from xquant_vllm.offline.checkpoint import Checkpoint
-from xquant_vllm.offline.refused import RefusedError
 
 _ATTENTION = "xquant_evaluation"
 _READER = "xquant_reader"
@@ -48,29 +47,28 @@ class HookedModel:
                 checkpoint.folder, dtype=dtype, attn_implementation=_ATTENTION
             )
         except (OSError, ValueError, ImportError) as error:
-            raise RefusedError(
-                f"xquant: transformers cannot run the {checkpoint.architecture} in {checkpoint.folder} "
-                f"({str(error).splitlines()[0]}), so it cannot be evaluated here"
-            ) from None
+            raise checkpoint.cannot_run(error) from None
         self._model = model.to(device).eval()
         self.layers = [
             Projections(checkpoint, layer, module)
             for layer, module in enumerate(attention_modules(self._model, checkpoint))
         ]
 
-    def logits(self, tokens: torch.Tensor, method: CacheMethod) -> torch.Tensor:
+    def logits(self, tokens: torch.Tensor, method: CacheMethod, last: int | None = None) -> torch.Tensor:
         """Run a sequence by itself.
 
         Args:
             tokens: ``[num_tokens]``, int64.
             method: what is cached.
+            last: of how many positions to return logits, counted from the end; None for all.
 
         Returns:
-            ``[num_tokens, vocabulary]`` in the model's dtype, on its device.
+            ``[num_positions, vocabulary]`` in the model's dtype, on its device.
         """
         with torch.no_grad(), self._hooked(method):
             method.start(len(tokens))
-            result: torch.Tensor = self._model(input_ids=tokens.to(self.device).unsqueeze(0), use_cache=False).logits[0]
+            batch = tokens.to(self.device).unsqueeze(0)
+            result: torch.Tensor = self._model(input_ids=batch, use_cache=False, logits_to_keep=last or 0).logits[0]
         return result
 
     @contextmanager

@@ -27,10 +27,10 @@ class OfflineEngine:
     def _method(self) -> CacheMethod:
         return self._prepared.build(self._model)
 
-    def reference(self, tokens: torch.Tensor) -> torch.Tensor:
-        """With the 16-bit cache: logits ``[num_tokens, vocabulary]`` of ``[num_tokens]``."""
-        return self._model.logits(tokens, CacheMethod())
+    def reference(self, tokens: torch.Tensor, last: int | None = None) -> torch.Tensor:
+        """With the 16-bit cache; see :class:`xquant_vllm.evaluation.logits.Logits`."""
+        return self._model.logits(tokens, CacheMethod(), last)
 
-    def candidate(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The same with the method's cache."""
-        return self._model.logits(tokens, self._method)
+    def candidate(self, tokens: torch.Tensor, last: int | None = None) -> torch.Tensor:
+        """With the method's cache."""
+        return self._model.logits(tokens, self._method, last)

@@ -1,28 +1,16 @@
-"""Windows scored one after another, whatever yields the logits: a transformers model, or an engine."""
+"""Windows scored one after another, whatever yields the logits."""
 
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Iterator
 
 import torch
 
+from xquant_vllm.evaluation.kept_scores import KeptScores
+from xquant_vllm.evaluation.logits import Logits
 from xquant_vllm.evaluation.scores import WindowScore, score_window
-
-# Given a window [num_tokens], yields its logits or log-probabilities [num_tokens, vocabulary], on any device.
-Logits = Callable[[torch.Tensor], torch.Tensor]
-
-
-class KeptScores(Protocol):
-    """Scores of windows that were evaluated before."""
-
-    def load(self, tokens: torch.Tensor) -> WindowScore | None:
-        """The score of a window, or None."""
-
-    def save(self, tokens: torch.Tensor, score: WindowScore) -> None:
-        """Keep the score of a window."""
 
 
 def evaluate_windows(
-    windows: torch.Tensor, reference: Logits, candidate: Logits | None, kept: KeptScores | None = None
+    windows: torch.Tensor, reference: Logits, candidate: Logits | None, kept: KeptScores[WindowScore] | None = None
 ) -> Iterator[WindowScore]:
     """Score windows, yielding each as soon as it is done. Logits of no more than one window are held.
 

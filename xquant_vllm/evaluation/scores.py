@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from xquant_vllm.evaluation.logits import Rows
+
 # Positions compared at once; bounds the temporaries, which are as wide as the vocabulary.
 _CHUNK = 64
 
@@ -39,8 +41,12 @@ class WindowScore:
         """Of this window with the 16-bit cache."""
         return math.exp(self.nll_16bit / self.predicted)
 
+    def of_16bit(self) -> "WindowScore":
+        """The 16-bit cache's own score."""
+        return WindowScore(self.predicted, self.nll_16bit, self.nll_16bit, 0.0, self.predicted)
 
-def score_window(tokens: torch.Tensor, reference: torch.Tensor, candidate: torch.Tensor) -> WindowScore:
+
+def score_window(tokens: torch.Tensor, reference: Rows, candidate: Rows) -> WindowScore:
     """Compare two models on a window.
 
     Args:

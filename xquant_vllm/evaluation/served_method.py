@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,15 +106,25 @@ def prepare_served(
     )
 
 
-def _calibration_batch(
-    options: MethodOptions, checkpoint: Checkpoint, settings: XQuantSettings, header: FactorHeader | None
-) -> torch.Tensor | None:
-    """Tokens to calibrate on; None for bases from the weights alone, or from the folder, and for pages of X."""
+def calibration_source(
+    options: MethodOptions, folder: Path, settings: XQuantSettings, header: FactorHeader | None
+) -> str | None:
+    """The text to calibrate on; None for bases from the weights alone, or from the folder, and for pages of X.
+
+    Args:
+        options: what the user says about the method.
+        folder: the model's.
+        settings: what that makes of the settings.
+        header: of the folder's factors, if it has any.
+
+    Raises:
+        RefusedError: an option has no use, or contradicts a setting.
+    """
     if header is not None:
         if options.calibration is not None:
             raise RefusedError(
-                f"xquant: --calibration {options.calibration} has no use: {checkpoint.folder} has factors, which are "
-                "evaluated as they are; leave it out, or name the model that they were made from"
+                f"xquant: --calibration {options.calibration} has no use: {folder} has factors, which are evaluated as "
+                "they are; leave it out, or name the model that they were made from"
             )
         return None
     given = [name for name in _NOT_CALIBRATED if name in settings.model_fields_set]
@@ -129,6 +140,16 @@ def _calibration_batch(
             f"xquant: the setting {given[0]!r} cannot work with --calibration {source}, which decides what is "
             f"stored of every channel; leave it out, or set --calibration {NO_CALIBRATION}"
         )
+    return source
+
+
+def _calibration_batch(
+    options: MethodOptions, checkpoint: Checkpoint, settings: XQuantSettings, header: FactorHeader | None
+) -> torch.Tensor | None:
+    """Tokens to calibrate on, or None."""
+    source = calibration_source(options, checkpoint.folder, settings, header)
+    if source is None:
+        return None
     tokens = DEFAULT_CALIBRATION_TOKENS if options.calibration_tokens is None else options.calibration_tokens
     if tokens < FEWEST_CALIBRATION_TOKENS:
         raise RefusedError(

@@ -57,7 +57,7 @@ def _lines(settings: XQuantSettings, formats: Sequence[LayerFormat], factors: st
     )
     for (holds, bits, size, deltas), count in Counter(map(_kind, formats)).items():
         yield (
-            f"{count} layers hold {'differences of ' if deltas else ''}{_WHAT[holds]} at {bits} bits, {size} bytes per "
+            f"{count} layers hold {'differences of ' if deltas else ''}{_WHAT[holds]} at {bits}, {size} bytes per "
             "token each"
         )
 
@@ -67,14 +67,15 @@ def _cache_setting(form: LayerFormat) -> str:
 
 
 def _kind(form: LayerFormat) -> tuple[str, str, int, bool]:
-    bits = [_bits(stream) for stream in form.streams]
-    text = f"key {bits[0]} / value {bits[1]}" if len(bits) > 1 else bits[0]
-    return form.holds, text, form.bytes_per_token, bool(form.reads)
+    return form.holds, _bits(form.streams), form.bytes_per_token, bool(form.reads)
 
 
-def _bits(stream: Stream) -> str:
-    """Bits per channel; of an allocated stream the mean, its scales included."""
-    return str(stream.bits) if isinstance(stream, StreamFormat) else f"{stream.bits:.2f}"
+def _bits(streams: Sequence[Stream]) -> str:
+    """Bits of the channels."""
+    bits = [stream.bits for stream in streams if isinstance(stream, StreamFormat)]
+    if not bits:
+        return "0 to 8 bits, as channels matter"
+    return f"key {bits[0]} / value {bits[1]} bits" if len(bits) > 1 else f"{bits[0]} bits"
 
 
 def _quoted(kind: str) -> str:

@@ -48,11 +48,25 @@ class Checkpoint:
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
-        """The kind of every layer (sliding, full attention), as transformers tells it; empty if all are alike."""
+        """The kind of every layer (sliding, full attention), as transformers tells it; empty if all are alike.
+
+        Raises:
+            RefusedError: transformers does not know the model.
+        """
         from transformers import AutoConfig
 
-        text = AutoConfig.from_pretrained(self.folder).get_text_config()
+        try:
+            text = AutoConfig.from_pretrained(self.folder).get_text_config()
+        except (OSError, ValueError) as error:
+            raise self.cannot_run(error) from None
         return tuple(getattr(text, "layer_types", None) or ())
+
+    def cannot_run(self, error: Exception) -> RefusedError:
+        """The error for a model that transformers cannot run."""
+        return RefusedError(
+            f"xquant: transformers cannot run the {self.architecture} in {self.folder} "
+            f"({str(error).splitlines()[0]}), so it cannot be evaluated here"
+        )
 
     def serving_dtype(self, name: str) -> torch.dtype:
         """The dtype that vLLM serves in; ``auto`` is float16 for float16 checkpoints, else bfloat16."""

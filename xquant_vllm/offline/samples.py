@@ -1,6 +1,7 @@
 """What a text shows of every layer: its inputs and the gradients of its keys and values, on the transformers model."""
 
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,8 +53,12 @@ def tokenize(checkpoint: Checkpoint, calibration: str, tokens: int, fewest: int)
     return torch.tensor([opening + ids[start : start + step] for start in starts])
 
 
+# The last ones: a comparison fits one model again and again, and the model's pass takes longer than the fit.
+_last: dict[tuple[Path, bytes, torch.device], list[LayerSample]] = {}
+
+
 def collect_samples(checkpoint: Checkpoint, batch: torch.Tensor, device: torch.device) -> list[LayerSample]:
-    """Run the model on a text, forwards and backwards.
+    """Run the model on a text, forwards and backwards, or say again what was found the last time.
 
     The loss is the log-probability of tokens drawn from the model's own predictions, so that the gradients' second
     moment is the Fisher information.
@@ -69,6 +74,15 @@ def collect_samples(checkpoint: Checkpoint, batch: torch.Tensor, device: torch.d
     Raises:
         RefusedError: transformers cannot run the model, or its attention is not recognized.
     """
+    asked = (checkpoint.folder.resolve(), batch.numpy().tobytes(), device)
+    if asked not in _last:
+        samples = _collect(checkpoint, batch, device)
+        _last.clear()
+        _last[asked] = samples
+    return _last[asked]
+
+
+def _collect(checkpoint: Checkpoint, batch: torch.Tensor, device: torch.device) -> list[LayerSample]:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
