@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from xquant_vllm.codec.allocated import AllocatedFormat
 from xquant_vllm.integration.formats import LayerAllocation
 from xquant_vllm.projection.basis import BasisKind
 from xquant_vllm.projection.factor_file import (
@@ -16,6 +17,7 @@ from xquant_vllm.projection.factor_file import (
     read_json,
 )
 from xquant_vllm.projection.layer import BasisSpec
+from xquant_vllm.projection.predicted import joint_width
 
 
 class _Model(BaseModel):
@@ -171,4 +173,25 @@ def _read(path: Path, _modified: int, _size: int) -> FactorHeader:
         latents = [1] if header.joint_latents else [header.source.kv_heads] * 2
         if [[len(stream) for stream in streams] for streams in allocation] != [latents] * header.source.layers:
             raise FactorFileError("is no header of factors (settings.allocation: not one per layer and latent head)")
+        _check_runs(header)
+    if allocation is not None and header.settings.bits is None:
+        raise FactorFileError("is no header of factors (settings.bits: missing, but the factors are calibrated)")
+    if header.settings.chain is not None and not header.joint_latents:
+        raise FactorFileError(
+            "is no header of factors (settings.chain: of factors that are no calibrated joint latents)"
+        )
     return header
+
+
+def _check_runs(header: FactorHeader) -> None:
+    """Refuse bits and channels that no page holds."""
+    source = header.source
+    width = source.head_size
+    if header.joint_latents:
+        width = joint_width(source.hidden_size, source.kv_heads, source.head_size)
+    for layer in range(source.layers):
+        try:
+            for stream in header.allocation_of(layer, slice(None)) or ():
+                AllocatedFormat(width, stream)
+        except ValueError as error:
+            raise FactorFileError(f"is no header of factors (settings.allocation: of layer {layer}: {error})") from None

@@ -348,7 +348,7 @@ def _problems(vllm_config: Any, header: FactorHeader) -> Iterator[tuple[str, str
     if header.settings.chain is not None and ranks > 1:
         yield (
             f"has a chain, whose latents do not shard, so it serves --tensor-parallel-size 1 and not {ranks}",
-            "--method xquant",
+            "--method xquant --basis head",
         )
     elif header.settings.basis == "joint" and ranks > 1:
         yield (

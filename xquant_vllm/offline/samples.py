@@ -72,7 +72,7 @@ def collect_samples(checkpoint: Checkpoint, batch: torch.Tensor, device: torch.d
         A sample of every layer, on the device, in the dtype that the model ran in.
 
     Raises:
-        RefusedError: the model's attention is not recognized.
+        RefusedError: transformers cannot run the model, or its attention is not recognized.
     """
     asked = (checkpoint.folder.resolve(), batch.numpy().tobytes(), device)
     if asked not in _last:
@@ -91,7 +91,17 @@ def _collect(checkpoint: Checkpoint, batch: torch.Tensor, device: torch.device) 
     logging.disable_progress_bar()
     # Statistics need no more than bfloat16, but many CPUs are much slower at it.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, attn_implementation="sdpa")
+    text_config = checkpoint.config.get("text_config") or checkpoint.config
+    # By itself transformers takes PyTorch's attention, which knows of no caps on scores, wherever a model allows it.
+    attention = "eager" if text_config.get("attn_logit_softcapping") else None
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError, ImportError) as error:
+        raise RefusedError(
+            f"xquant: transformers cannot run the {checkpoint.architecture} in {checkpoint.folder} "
+            f"({str(error).splitlines()[0]}), so it cannot be calibrated; leave --calibration out for bases from the "
+            "weights alone"
+        ) from None
     model = model.to(device).eval().requires_grad_(False)
     generator = torch.Generator(device=device).manual_seed(_SEED)
     observers = [_Observer(module) for module in attention_modules(model, checkpoint)]
@@ -138,9 +148,10 @@ class _Observer:
         """What the projections have yielded.
 
         Raises:
-            RefusedError: they were not called once each.
+            RefusedError: they were not called once each, or nothing could tell a gradient of theirs.
         """
-        if len(self._outputs) != len(self._projections):
+        known = [output for output in self._outputs if output.requires_grad]
+        if len(known) != len(self._projections):
             raise self._refusal()
         return self._outputs
 
