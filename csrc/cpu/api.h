@@ -49,6 +49,7 @@ typedef struct {
     const xquant_chunk* chunks;
     // Of an allocated stream, for every stored channel, rounded up to 16; NULL of a uniform one.
     const float* step;    // of its codes, before the token's scale; the rest 1
+    const float* zero;    // what code 0 stands for, before the token's scale; the rest 0
     const float* middle;  // half its largest code; the rest 0
     const float* worth;   // of a squared error; the rest 0
 } xquant_head;

@@ -14,8 +14,52 @@ struct Bits {
 
 typedef uint8_t bytes16 __attribute__((vector_size(16)));
 
+#if defined(__AVX512F__)
+// 16 x 16 bytes in four vectors, rows 4i ... 4i + 3 in vector i. Columns come out 4m ... 4m + 3 in vector m, or, not
+// kOrdered, m, 4 + m, 8 + m, 12 + m, which is cheaper.
+template <bool kOrdered>
+inline void transpose_block(vi (&rows)[4]) {
+    const auto shuffle_lanes = [](vi x, __m128i order) {
+        return (vi)_mm512_maskz_shuffle_epi8(~0ull, (__m512i)x, _mm512_maskz_broadcast_i32x4(0xffff, order));
+    };
+    // In a row: every fourth column together. In a lane: a 4 x 4 block of bytes transposed. Both are the same shuffle.
+    const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const vi quads = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+    for (int i = 0; i < 4; ++i) {
+        if (kOrdered) rows[i] = shuffle_lanes(rows[i], order);
+        rows[i] = shuffle_lanes(__builtin_shuffle(rows[i], quads), order);
+    }
+    const auto low = [](vi a, vi b) { return (vi)_mm512_maskz_unpacklo_epi32(0xffff, (__m512i)a, (__m512i)b); };
+    const auto high = [](vi a, vi b) { return (vi)_mm512_maskz_unpackhi_epi32(0xffff, (__m512i)a, (__m512i)b); };
+    const vi a = low(rows[0], rows[2]), b = high(rows[0], rows[2]), c = low(rows[1], rows[3]), d = high(rows[1], rows[3]);
+    rows[0] = low(a, c);
+    rows[1] = high(a, c);
+    rows[2] = low(b, d);
+    rows[3] = high(b, d);
+}
+
+// Four rows of 16 bytes, `stride` apart.
+inline vi load_rows(const uint8_t* from, int64_t stride) {
+    const auto row = [=](int i) { return _mm_loadu_si128((const __m128i*)(from + i * stride)); };
+    __m512i rows = _mm512_maskz_broadcast_i32x4(0xffff, row(0));
+    rows = _mm512_mask_broadcast_i32x4(rows, 0x00f0, row(1));
+    rows = _mm512_mask_broadcast_i32x4(rows, 0x0f00, row(2));
+    return (vi)_mm512_mask_broadcast_i32x4(rows, 0xf000, row(3));
+}
+
+// 16 bytes of 16 rows become 16 rows of 16 bytes.
+inline void transpose_bytes(const uint8_t* from, int64_t stride, uint8_t* to) {
+    vi rows[4];
+    for (int i = 0; i < 4; ++i) rows[i] = load_rows(from + 4 * i * stride, stride);
+    transpose_block<true>(rows);
+    memcpy(to, rows, sizeof rows);
+}
+#else
 // A multiply-free 16 x 16 transpose: four perfect shuffles, each interleaving rows i and i + 8.
-inline void transpose_bytes(bytes16 (&rows)[16]) {
+inline void transpose_bytes(const uint8_t* from, int64_t stride, uint8_t* to) {
+    bytes16 rows[16];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < 16; ++i) memcpy(&rows[i], from + i * stride, 16);
     for (int step = 0; step < 4; ++step) {
         bytes16 next[16];
 #pragma GCC unroll 8
@@ -28,18 +72,35 @@ inline void transpose_bytes(bytes16 (&rows)[16]) {
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i) rows[i] = next[i];
     }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < 16; ++i) memcpy(to + i * 16, &rows[i], 16);
 }
+#endif
 
 // `count` bytes of 16 rows become `count` rows of 16 bytes; `to` has room for `count` rounded up to 16.
 inline void transpose_codes(const uint8_t* from, int64_t row_bytes, int64_t count, uint8_t* to) {
-    for (int64_t start = 0; start < count; start += 16) {
-        bytes16 rows[16];
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < 16; ++i) memcpy(&rows[i], from + i * row_bytes + start, 16);
-        transpose_bytes(rows);
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < 16; ++i) memcpy(to + (start + i) * 16, &rows[i], 16);
-    }
+    for (int64_t start = 0; start < count; start += 16) transpose_bytes(from + start, row_bytes, to + start * 16);
+}
+
+// Rows of kRun bytes: where transpose_back puts row i.
+inline int64_t back_row(int64_t i) {
+#if defined(__AVX512F__)
+    return i % 4 * 64 + i / 4 * 16;
+#else
+    return i * 16;
+#endif
+}
+
+// 16 contiguous rows of 16 bytes become 16 others.
+inline void transpose_back(const uint8_t* from, uint8_t* to) {
+#if defined(__AVX512F__)
+    vi rows[4];
+    memcpy(rows, from, sizeof rows);
+    transpose_block<false>(rows);
+    memcpy(to, rows, sizeof rows);
+#else
+    transpose_bytes(from, 16, to);
+#endif
 }
 
 // The codes of field `field` of a transposed byte row, kLanes tokens of it.
@@ -256,11 +317,14 @@ inline void unpack_rows(const HeadView& view, const uint8_t* page, int64_t slot,
 // Bytes, two in a lane: there are no vectors of bytes that shift.
 typedef uint16_t byte_pairs __attribute__((vector_size(kLanes * 4)));
 
-template <int kBits>
-inline byte_pairs field_bytes(const uint8_t* from, int64_t field) {
+// Field `field` of kBits bits, moved to bit kTo.
+template <int kBits, int kTo>
+inline byte_pairs field_bytes(const uint8_t* from, int field) {
     byte_pairs x;
     memcpy(&x, from, sizeof x);
-    return x >> (uint16_t)(field * kBits) & (uint16_t)(0x101 * ((1 << kBits) - 1));
+    const int right = field * kBits - kTo;
+    const byte_pairs moved = right > 0 ? x >> (uint16_t)right : x << (uint16_t)-right;
+    return moved & (uint16_t)(0x101 * ((1 << kBits) - 1) << kTo);
 }
 
 // One piece: transposed bytes [bytes][16] to codes [channels][16]. Reads and writes up to a vector too much; fields are
@@ -271,36 +335,21 @@ inline void unpack_piece_codes(const uint8_t* bytes, int64_t channels, uint8_t* 
         constexpr int kHigh = kHighBits<kBits>;
         const int64_t size = channels * kHigh / 8 * 16;
 #pragma GCC unroll 8
-        for (int64_t field = 0; field < 8 / kHigh; ++field, to += size) {
+        for (int field = 0; field < 8 / kHigh; ++field, to += size) {
             for (int64_t i = 0; i < size; i += sizeof(byte_pairs)) {
-                const byte_pairs low = field_bytes<2 * kHigh>(bytes + (field & 1) * size + i, field >> 1);
-                const byte_pairs codes = low | field_bytes<kHigh>(bytes + 2 * size + i, field) << (2 * kHigh);
+                const byte_pairs low = field_bytes<2 * kHigh, 0>(bytes + (field & 1) * size + i, field >> 1);
+                const byte_pairs codes = low | field_bytes<kHigh, 2 * kHigh>(bytes + 2 * size + i, field);
                 memcpy(to + i, &codes, sizeof codes);
             }
         }
     } else {
         const int64_t size = channels * kBits / 8 * 16;
 #pragma GCC unroll 4
-        for (int64_t field = 0; field < 8 / kBits; ++field, to += size) {
+        for (int field = 0; field < 8 / kBits; ++field, to += size) {
             for (int64_t i = 0; i < size; i += sizeof(byte_pairs)) {
-                const byte_pairs codes = field_bytes<kBits>(bytes + i, field);
+                const byte_pairs codes = field_bytes<kBits, 0>(bytes + i, field);
                 memcpy(to + i, &codes, sizeof codes);
             }
-        }
-    }
-}
-
-// Codes of 16 channels [16][16] to numbers of 16 tokens [16][stride].
-inline void dequantize_rows(const uint8_t* codes, const float* step, const float* middle, const float* tokens, float* to,
-                            int64_t stride) {
-    uint8_t rows[16 * kRun];
-    transpose_codes(codes, kRun, kRun, rows);
-    for (int64_t lane = 0; lane < 16; lane += kLanes) {
-        const vf steps = load(step + lane), middles = load(middle + lane);
-#pragma GCC unroll 16
-        for (int64_t token = 0; token < kRun; ++token) {
-            const vf code = to_float(load_bytes(rows + token * 16 + lane));
-            store(to + token * stride + lane, (code - middles) * (steps * tokens[token]));
         }
     }
 }
@@ -310,10 +359,9 @@ struct RunScratch {
     uint8_t* codes;  // [channels of a chunk, rounded up to 16][16], and a vector more
 };
 
-// A chunk of an allocated stream's head, all 16 tokens of a run, to [16][stride]; rows are rounded up to 16 channels.
-inline void unpack_allocated_rows(const HeadView& view, const uint8_t* page, int64_t slot, int64_t index, float* to,
-                                  int64_t stride, const RunScratch& scratch) {
-    const xquant_chunk& chunk = view.head.chunks[index];
+// A chunk of an allocated stream's head: codes [channels][16 tokens] in scratch.codes.
+inline void unpack_codes(const HeadView& view, const uint8_t* page, int64_t slot, const xquant_chunk& chunk,
+                         const RunScratch& scratch) {
     const int64_t first_byte = view.head.pieces[chunk.begin].byte;
     transpose_codes(page + view.codes(slot) + first_byte, view.head.row_bytes, chunk_bytes(view.head, chunk),
                     scratch.bytes);
@@ -324,9 +372,43 @@ inline void unpack_allocated_rows(const HeadView& view, const uint8_t* page, int
                                            scratch.codes + (piece.channel - chunk.channel) * 16);
         });
     }
+}
+
+// A chunk of an allocated stream's head, 16 slots, to [channels][stride].
+inline void unpack_allocated_channels(const HeadView& view, const uint8_t* page, int64_t slot, int64_t index, float* to,
+                                      int64_t stride, const RunScratch& scratch) {
+    const xquant_chunk& chunk = view.head.chunks[index];
+    const float* step = view.head.step + chunk.channel;
+    const float* zero = view.head.zero + chunk.channel;
+    unpack_codes(view, page, slot, chunk, scratch);
     const PieceScales scales(view, page, slot);
-    for (int64_t channel = 0; channel < chunk.channels; channel += 16) {
-        dequantize_rows(scratch.codes + channel * 16, view.head.step + chunk.channel + channel,
-                        view.head.middle + chunk.channel + channel, scales.tokens, to + channel, stride);
+    for (int64_t lane = 0; lane < kRun; lane += kLanes) {
+        const vf scale = load(scales.tokens + lane);
+#pragma GCC unroll 4
+        for (int64_t channel = 0; channel < chunk.channels; ++channel) {
+            const vf code = to_float(load_bytes(scratch.codes + channel * 16 + lane));
+            store(to + channel * stride + lane, (code * step[channel] + zero[channel]) * scale);
+        }
+    }
+}
+
+// A chunk of an allocated stream's head, 16 slots, to [16][stride]; rows are rounded up to 16 channels.
+inline void unpack_allocated_rows(const HeadView& view, const uint8_t* page, int64_t slot, int64_t index, float* to,
+                                  int64_t stride, const RunScratch& scratch) {
+    const xquant_chunk& chunk = view.head.chunks[index];
+    unpack_codes(view, page, slot, chunk, scratch);
+    const PieceScales scales(view, page, slot);
+    for (int64_t start = 0; start < chunk.channels; start += 16) {
+        uint8_t rows[kRun * 16];
+        transpose_back(scratch.codes + start * 16, rows);
+        for (int64_t lane = 0; lane < 16; lane += kLanes) {
+            const vf step = load(view.head.step + chunk.channel + start + lane);
+            const vf zero = load(view.head.zero + chunk.channel + start + lane);
+#pragma GCC unroll 16
+            for (int64_t token = 0; token < kRun; ++token) {
+                const vf code = to_float(load_bytes(rows + back_row(token) + lane));
+                store(to + token * stride + start + lane, (code * step + zero) * scales.tokens[token]);
+            }
+        }
     }
 }

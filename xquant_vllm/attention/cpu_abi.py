@@ -32,6 +32,7 @@ class Head(ctypes.Structure):
         ("pieces", ctypes.POINTER(Piece)),
         ("chunks", ctypes.POINTER(Chunk)),
         ("step", _pointer),
+        ("zero", _pointer),
         ("middle", _pointer),
         ("worth", _pointer),
     ]

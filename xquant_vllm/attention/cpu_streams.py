@@ -105,6 +105,7 @@ def _allocated_head(runs: Runs, kept: list[object]) -> Head:
         )
     step, largest, worth = channel_tables(runs)
     head.step = _table(step, 1.0, kept)
+    head.zero = _table(-step * largest / 2, 0.0, kept)
     head.middle = _table(largest / 2, 0.0, kept)
     head.worth = _table(worth, 0.0, kept)
     return head
