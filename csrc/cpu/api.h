@@ -47,11 +47,13 @@ typedef struct {
     int64_t num_chunks;
     const xquant_piece* pieces;
     const xquant_chunk* chunks;
-    // Of an allocated stream, for every stored channel, rounded up to 16; NULL of a uniform one.
-    const float* step;    // of its codes, before the token's scale; the rest 1
-    const float* zero;    // what code 0 stands for, before the token's scale; the rest 0
-    const float* middle;  // half its largest code; the rest 0
-    const float* worth;   // of a squared error; the rest 0
+    // Of an allocated stream, for every stored channel, then zeros up to a multiple of 16; NULL of a uniform one.
+    const float* step;          // of its codes, before the token's scale
+    const float* zero;          // what code 0 stands for, before the token's scale
+    const float* inverse_step;  // 1 / step
+    const float* middle;        // half the largest code
+    const float* worth;         // of a squared error, counted in steps
+    float channels_worth;       // sum of the worths of squared errors, not counted in steps
 } xquant_head;
 
 // One stream of latents; see xquant_vllm/codec/layout.py for the shapes of its sections.

@@ -56,7 +56,6 @@ inline void store_allocated(const HeadView& view, const float* row, int64_t slot
     const int64_t padded = round_up(head.channels, kPad);
     memcpy(scratch.piece, row, head.channels * sizeof(float));
     for (int64_t i = head.channels; i < padded; ++i) scratch.piece[i] = 0.0f;
-    make_finite(scratch.piece, padded);
     page[view.token_scale(slot)] = quantize_allocated(head, scratch.piece, padded, scratch.codes);
     for (int64_t i = 0; i < head.num_pieces; ++i) {
         const xquant_piece& piece = head.pieces[i];

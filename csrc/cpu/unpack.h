@@ -168,11 +168,13 @@ inline void copy_piece_channels(const uint8_t* codes, int64_t row_bytes, int64_t
     }
 }
 
+// 2 ** (i / 8)
+constexpr float kEighths[8] = {1.0f,        1.09050775f, 1.18920708f, 1.29683959f,
+                               1.41421354f, 1.54221082f, 1.68179286f, 1.8340081f};
+
 // The 8-bit scale of an allocated stream's token: 2 ** ((code - 128) / 8), rounded once.
 inline float token_scale(uint8_t code) {
-    const float eighths[8] = {1.0f,        1.09050775f, 1.18920708f, 1.29683959f,
-                              1.41421354f, 1.54221082f, 1.68179286f, 1.8340081f};
-    return bits_float(float_bits(eighths[code % 8]) + ((uint32_t)(code / 8) << 23) - (16u << 23));
+    return bits_float(float_bits(kEighths[code % 8]) + ((uint32_t)(code / 8) << 23) - (16u << 23));
 }
 
 // Numbers are code * scale + zero, in both kinds of streams: scales and zeros of a piece, for 16 slots.

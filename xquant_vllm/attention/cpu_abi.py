@@ -33,8 +33,10 @@ class Head(ctypes.Structure):
         ("chunks", ctypes.POINTER(Chunk)),
         ("step", _pointer),
         ("zero", _pointer),
+        ("inverse_step", _pointer),
         ("middle", _pointer),
         ("worth", _pointer),
+        ("channels_worth", _float),
     ]
 
 
