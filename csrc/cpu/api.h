@@ -1,5 +1,5 @@
-// The C interface of the CPU kernels: plain structs, no torch, no C++ types. xquant_vllm/attention/cpu.py mirrors them
-// field by field; xquant_cpu_abi() changes whenever a struct does, and cpu.py refuses a library with another number.
+// The C interface of the CPU kernels: plain structs, no torch, no C++ types. xquant_vllm/attention/cpu_abi.py mirrors
+// them field by field; xquant_cpu_abi() changes whenever a struct does, and cpu.py refuses a library with another number.
 //
 // All strides count elements of the pointed-to type, except the stride of pages (bytes). Every pointer is borrowed for the
 // duration of a call. FP32 tensors are contiguous.

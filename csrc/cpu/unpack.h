@@ -395,7 +395,7 @@ inline void unpack_allocated_channels(const HeadView& view, const uint8_t* page,
 }
 
 // A chunk of an allocated stream's head, 16 slots, to [16][stride]; rows are rounded up to 16 channels.
-inline void unpack_allocated_rows(const HeadView& view, const uint8_t* page, int64_t slot, int64_t index, float* to,
+__attribute__((noinline)) inline void unpack_allocated_rows(const HeadView& view, const uint8_t* page, int64_t slot, int64_t index, float* to,
                                   int64_t stride, const RunScratch& scratch) {
     const xquant_chunk& chunk = view.head.chunks[index];
     unpack_codes(view, page, slot, chunk, scratch);
