@@ -1,9 +1,9 @@
 // FP32 latents to codes, scales, zero points.
 //
 // Of uniform streams bit for bit what xquant_vllm/codec/quantizer.py and packing.py make: rounding is decided by a
-// subtraction followed by a division, neither of which a compiler fuses, so this holds under -ffp-contract=fast; it would
-// not under -ffast-math or with a reciprocal. Of allocated streams (allocated.py) a code is another by one where a number
-// lies halfway between two, and a scale another where both leave the same error.
+// subtraction followed by a division, neither of which a compiler fuses, so this holds under -ffp-contract=fast; it
+// would not under -ffast-math or with a reciprocal. Of allocated streams (allocated.py) a code may be another by one
+// where a number lies halfway between two, and a scale another where both leave the same error.
 #pragma once
 
 // Adding it rounds a number in [0, 2^22] half to even and leaves the integer in the low bits.
@@ -60,8 +60,8 @@ inline GroupParameters quantize_group(const float* x, int64_t count, int64_t bit
 constexpr int kCandidates = 9;
 constexpr int kFirstCandidate = -6, kCandidateStep = 2;
 
-// `count` latents, a multiple of kLanes, counted in steps; what is no number becomes one as by torch.nan_to_num(x, 0, 3e38,
-// -3e38).
+// `count` latents, a multiple of kLanes, counted in steps; what is no number becomes one as by torch.nan_to_num(x, 0,
+// 3e38, -3e38).
 inline void count_in_steps(const xquant_head& head, float* x, int64_t count) {
     for (int64_t i = 0; i < count; i += kLanes) {
         const vf values = load(x + i);
@@ -72,8 +72,8 @@ inline void count_in_steps(const xquant_head& head, float* x, int64_t count) {
     }
 }
 
-// The scale that matches the root mean square of latents counted in steps, weighted by what errors in them are worth; it
-// may lie outside of what 8 bits hold.
+// The scale that matches the root mean square of latents counted in steps, weighted by what errors in them are worth.
+// It may lie outside of what 8 bits hold.
 inline int64_t matching_scale(const xquant_head& head, const float* x, int64_t count) {
     vf squares = {};
     for (int64_t i = 0; i < count; i += kLanes) squares += load(x + i) * load(x + i) * load(head.worth + i);

@@ -96,7 +96,8 @@ inline void store_uniform(const HeadView& view, const float* row, int64_t slot, 
     }
 }
 
-// What the pages of earlier layers say of one head of one token, into `to` [prediction.width]; 0 where they store nothing.
+// What the pages of earlier layers say of one head of one token, into `to` [prediction.width]; 0 where they store
+// nothing.
 inline void read_prediction(const xquant_plan& plan, const xquant_store_call& call, int64_t head, int64_t slot,
                             float* to, const StoreScratch& scratch) {
     const int64_t block = slot / plan.block_size, offset = slot % plan.block_size;
