@@ -1,5 +1,5 @@
-// The C interface of the CPU kernels: plain structs, no torch, no C++ types. xquant_vllm/attention/cpu.py mirrors them
-// field by field; xquant_cpu_abi() changes whenever a struct does, and cpu.py refuses a library with another number.
+// The C interface of the CPU kernels: plain structs, no torch, no C++ types. xquant_vllm/attention/cpu_abi.py mirrors
+// them field by field; xquant_cpu_abi() changes whenever a struct does, and cpu.py refuses libraries of another.
 //
 // All strides count elements of the pointed-to type, except the stride of pages (bytes). Every pointer is borrowed for the
 // duration of a call. FP32 tensors are contiguous.
@@ -23,7 +23,8 @@ extern "C" {
 // Element types of query, key, value and output.
 enum { XQUANT_FP32 = 0, XQUANT_FP16 = 1, XQUANT_BF16 = 2 };
 
-// Neighbouring channels with the same bits, packed by themselves: a group of a uniform stream, a run of an allocated one.
+// Neighbouring channels with the same bits, packed by themselves: a group of a uniform stream, or a run of an allocated
+// one.
 typedef struct {
     int64_t bits;      // 16 (FP16 numbers), 8, 6, 4, 3 or 2
     int64_t channels;  // a multiple of 8 at 3 bits, else of 4
@@ -47,17 +48,20 @@ typedef struct {
     int64_t num_chunks;
     const xquant_piece* pieces;
     const xquant_chunk* chunks;
-    // Of an allocated stream, for every stored channel, rounded up to 16; NULL of a uniform one.
-    const float* step;    // of its codes, before the token's scale; the rest 1
-    const float* middle;  // half its largest code; the rest 0
-    const float* worth;   // of a squared error; the rest 0
+    // Of an allocated stream, for every stored channel, then zeros up to a multiple of 16; NULL of a uniform one.
+    const float* step;          // of its codes, before the token's scale
+    const float* zero;          // what code 0 stands for, before the token's scale
+    const float* inverse_step;  // 1 / step
+    const float* middle;        // half the largest code
+    const float* worth;         // of a squared error, counted in steps
+    float channels_worth;       // sum of the worths of squared errors, not counted in steps
 } xquant_head;
 
 // One stream of latents; see xquant_vllm/codec/layout.py for the shapes of its sections.
 typedef struct {
     int64_t num_heads;         // latent heads: the kv heads, or 1, which all kv heads read
     int64_t width;             // channels per latent head
-    int64_t allocated;         // 0: every piece has an FP16 scale and zero (16 bits: none); 1: a head has an 8-bit scale
+    int64_t allocated;         // 0: a piece has an FP16 scale and zero (16 bits: none); 1: a head has an 8-bit scale
     int64_t outlier_channels;  // leading channels kept in FP16; fewer than those of a piece; allocated: none
     const xquant_head* heads;  // [num_heads]
     int64_t scales;            // section offsets in bytes from the start of a page

@@ -43,7 +43,7 @@ struct Scratch {
         added = take(kRun * value_stride);
         const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
         run.bytes = (uint8_t*)take(round_up(larger(keys_at_once.bytes, values_at_once.bytes), 16) * 4 + kPad);
-        run.codes = (uint8_t*)take(round_up(values_at_once.channels, 16) * 4 + kPad);
+        run.codes = (uint8_t*)take(round_up(larger(keys_at_once.channels, values_at_once.channels), 16) * 4 + kPad);
         head = take(plan.head_size);
     }
 };
@@ -91,6 +91,11 @@ inline void load_key_latents(const xquant_plan& plan, const Pages& pages, int64_
         for (int64_t run = first; run < last; run += kRun) {
             const int64_t position = start + run;
             const uint8_t* page = pages.page(term, position);
+            if (term.stream.allocated) {  // never added
+                unpack_allocated_channels(view, page, pages.slot(position), chunk.index, scratch.latents + run, kTile,
+                                          scratch.run);
+                continue;
+            }
             const auto unpack = i == chunk.first ? unpack_channels<false> : unpack_channels<true>;
             unpack(view, page, pages.slot(position), chunk.index, scratch.latents + run, kTile, scratch.run.bytes);
         }

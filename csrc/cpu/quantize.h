@@ -1,9 +1,9 @@
 // FP32 latents to codes, scales, zero points.
 //
 // Of uniform streams bit for bit what xquant_vllm/codec/quantizer.py and packing.py make: rounding is decided by a
-// subtraction followed by a division, neither of which a compiler fuses, so this holds under -ffp-contract=fast; it would
-// not under -ffast-math or with a reciprocal. Of allocated streams (allocated.py) a code is another by one where a number
-// lies halfway between two, and a scale another where both leave the same error.
+// subtraction followed by a division, neither of which a compiler fuses, so this holds under -ffp-contract=fast; it
+// would not under -ffast-math or with a reciprocal. Of allocated streams (allocated.py) a code may be another by one
+// where a number lies halfway between two, and a scale another where both leave the same error.
 #pragma once
 
 // Adding it rounds a number in [0, 2^22] half to even and leaves the integer in the low bits.
@@ -60,27 +60,35 @@ inline GroupParameters quantize_group(const float* x, int64_t count, int64_t bit
 constexpr int kCandidates = 9;
 constexpr int kFirstCandidate = -6, kCandidateStep = 2;
 
-// torch.nan_to_num(x, 0, 3e38, -3e38) of `count` numbers, a multiple of kLanes.
-inline void make_finite(float* x, int64_t count) {
+// `count` latents, a multiple of kLanes, counted in steps; what is no number becomes one as by torch.nan_to_num(x, 0,
+// 3e38, -3e38).
+inline void count_in_steps(const xquant_head& head, float* x, int64_t count) {
     for (int64_t i = 0; i < count; i += kLanes) {
         const vf values = load(x + i);
         const vf number = select(values == values, values, vf{});
         const vf high = select(number == INFINITY, broadcast(3e38f), number);
-        store(x + i, select(high == -INFINITY, broadcast(-3e38f), high));
+        const vf finite = select(high == -INFINITY, broadcast(-3e38f), high);
+        store(x + i, finite * load(head.inverse_step + i));
     }
 }
 
-// The scale that matches the root mean square of `count` finite numbers, weighted by what errors in them are worth; it
-// may lie outside of what 8 bits hold.
+// The scale that matches the root mean square of latents counted in steps, weighted by what errors in them are worth.
+// It may lie outside of what 8 bits hold.
 inline int64_t matching_scale(const xquant_head& head, const float* x, int64_t count) {
-    vf squares = {}, worths = {};
-    for (int64_t i = 0; i < count; i += kLanes) {
-        const vf values = load(x + i), worth = load(head.worth + i);
-        squares += values * values * worth;
-        worths += worth;
-    }
-    const double mean = (double)reduce_add(squares) / (double)reduce_add(worths);
-    return (int64_t)rint(log2(mean < 1e-30 ? 1e-30 : mean > 1e30 ? 1e30 : mean) * 4) + 128;
+    vf squares = {};
+    for (int64_t i = 0; i < count; i += kLanes) squares += load(x + i) * load(x + i) * load(head.worth + i);
+    const float mean = reduce_add(squares) / head.channels_worth;
+    const uint32_t bits = float_bits(mean < 1e-30f ? 1e-30f : mean > 1e30f ? 1e30f : mean);
+    // Eighths of an octave of the root are quarters of the mean: 4 * log2(mean), rounded.
+    const float mantissa = bits_float((bits & 0x7fffffu) | 0x3f800000u);
+    int64_t quarters = 4 * ((int64_t)(bits >> 23) - 127);
+    for (int i = 1; i < 8; i += 2) quarters += mantissa > kEighths[i];
+    return quarters + 128;
+}
+
+// Codes of latents counted in steps, which kRounder rounds.
+inline vf scale_codes(vf x, float reciprocal, vf middle) {
+    return minimum(maximum(x * reciprocal + middle, vf{}), middle * 2.0f) + kRounder;
 }
 
 struct AllocatedScale {
@@ -92,29 +100,27 @@ struct AllocatedScale {
 inline AllocatedScale choose_scale(const xquant_head& head, const float* x, int64_t count) {
     const int64_t matching = matching_scale(head, x, count);
     uint8_t codes[kCandidates];
-    float values[kCandidates], reciprocals[kCandidates];
+    float reciprocals[kCandidates];
     vf errors[kCandidates] = {};
     for (int i = 0; i < kCandidates; ++i) {
         const int64_t code = matching + kFirstCandidate + i * kCandidateStep;
         codes[i] = (uint8_t)(code < 1 ? 1 : code > 255 ? 255 : code);
-        values[i] = token_scale(codes[i]);
-        reciprocals[i] = 1.0f / values[i];
+        reciprocals[i] = 1.0f / token_scale(codes[i]);
     }
     for (int64_t at = 0; at < count; at += kLanes) {
-        const vf number = load(x + at), step = load(head.step + at), middle = load(head.middle + at);
-        const vf worth = load(head.worth + at), in_steps = number / step;
+        const vf number = load(x + at), middle = load(head.middle + at), worth = load(head.worth + at);
 #pragma GCC unroll 9
         for (int i = 0; i < kCandidates; ++i) {
-            const vf scaled = minimum(maximum(in_steps * reciprocals[i] + middle, vf{}), middle * 2.0f);
-            const vf code = (scaled + kRounder) - kRounder;
-            const vf error = number - (code - middle) * (step * values[i]);
+            const vf code = scale_codes(number, reciprocals[i], middle) - kRounder;
+            const vf error = number * reciprocals[i] - (code - middle);
             errors[i] += error * error * worth;
         }
     }
     AllocatedScale best = {1, false};
     float smallest = INFINITY;
+#pragma GCC unroll 9
     for (int i = 0; i < kCandidates; ++i) {
-        const float error = reduce_add(errors[i]);
+        const float scale = token_scale(codes[i]), error = reduce_add_halves(errors[i]) * scale * scale;
         if (error < smallest) {
             smallest = error;
             best = {codes[i], true};
@@ -123,8 +129,9 @@ inline AllocatedScale choose_scale(const xquant_head& head, const float* x, int6
     return best;
 }
 
-// Quantize `count` finite numbers of an allocated stream's head, a multiple of 16; returns the scale.
-inline uint8_t quantize_allocated(const xquant_head& head, const float* x, int64_t count, uint8_t* codes) {
+// Quantize `count` latents of an allocated stream's head, a multiple of 16, which are overwritten; returns the scale.
+inline uint8_t quantize_allocated(const xquant_head& head, float* x, int64_t count, uint8_t* codes) {
+    count_in_steps(head, x, count);
     const AllocatedScale scale = choose_scale(head, x, count);
     if (!scale.any) {
         memset(codes, 0, count);
@@ -132,9 +139,7 @@ inline uint8_t quantize_allocated(const xquant_head& head, const float* x, int64
     }
     const float reciprocal = 1.0f / token_scale(scale.code);
     for (int64_t i = 0; i < count; i += kLanes) {
-        const vf middle = load(head.middle + i), in_steps = load(x + i) / load(head.step + i);
-        const vf scaled = minimum(maximum(in_steps * reciprocal + middle, vf{}), middle * 2.0f);
-        store_codes(codes + i, scaled + kRounder);
+        store_codes(codes + i, scale_codes(load(x + i), reciprocal, load(head.middle + i)));
     }
     return scale.code;
 }

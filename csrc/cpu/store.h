@@ -56,7 +56,6 @@ inline void store_allocated(const HeadView& view, const float* row, int64_t slot
     const int64_t padded = round_up(head.channels, kPad);
     memcpy(scratch.piece, row, head.channels * sizeof(float));
     for (int64_t i = head.channels; i < padded; ++i) scratch.piece[i] = 0.0f;
-    make_finite(scratch.piece, padded);
     page[view.token_scale(slot)] = quantize_allocated(head, scratch.piece, padded, scratch.codes);
     for (int64_t i = 0; i < head.num_pieces; ++i) {
         const xquant_piece& piece = head.pieces[i];
@@ -97,7 +96,8 @@ inline void store_uniform(const HeadView& view, const float* row, int64_t slot, 
     }
 }
 
-// What the pages of earlier layers say of one head of one token, into `to` [prediction.width]; 0 where they store nothing.
+// What the pages of earlier layers say of one head of one token, into `to` [prediction.width]; 0 where they store
+// nothing.
 inline void read_prediction(const xquant_plan& plan, const xquant_store_call& call, int64_t head, int64_t slot,
                             float* to, const StoreScratch& scratch) {
     const int64_t block = slot / plan.block_size, offset = slot % plan.block_size;

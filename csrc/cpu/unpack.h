@@ -1,4 +1,5 @@
-// Codes to FP32 latents, 16 tokens (a run) at a time, in the two arrangements that the matrix products want.
+// Codes to FP32 latents, 16 tokens (a run) at a time, in the two arrangements that the matrix products want: of uniform
+// streams, and of single tokens of allocated ones, whose runs are for unpack_allocated.h.
 //
 // Loads may run up to 15 bytes past a row of codes: they stay inside the page, where scales follow the codes, and what
 // they read is never used.
@@ -11,36 +12,6 @@ struct Bits {
 };
 
 // --- Channel-major: [channels][tokens], for keys -------------------------------------------------------------------
-
-typedef uint8_t bytes16 __attribute__((vector_size(16)));
-
-// A multiply-free 16 x 16 transpose: four perfect shuffles, each interleaving rows i and i + 8.
-inline void transpose_bytes(bytes16 (&rows)[16]) {
-    for (int step = 0; step < 4; ++step) {
-        bytes16 next[16];
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
-            const bytes16 low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-            const bytes16 high = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-            next[2 * i] = __builtin_shuffle(rows[i], rows[i + 8], low);
-            next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + 8], high);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) rows[i] = next[i];
-    }
-}
-
-// `count` bytes of 16 rows become `count` rows of 16 bytes; `to` has room for `count` rounded up to 16.
-inline void transpose_codes(const uint8_t* from, int64_t row_bytes, int64_t count, uint8_t* to) {
-    for (int64_t start = 0; start < count; start += 16) {
-        bytes16 rows[16];
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < 16; ++i) memcpy(&rows[i], from + i * row_bytes + start, 16);
-        transpose_bytes(rows);
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < 16; ++i) memcpy(to + (start + i) * 16, &rows[i], 16);
-    }
-}
 
 // The codes of field `field` of a transposed byte row, kLanes tokens of it.
 template <int kBits>
@@ -103,41 +74,44 @@ inline void copy_piece_channels(const uint8_t* codes, int64_t row_bytes, int64_t
             memcpy(&half, codes + token * row_bytes + channel * 2, 2);
             numbers[token] = half_to_float(half);
         }
-        for (int64_t lane = 0; lane < kRun; lane += kLanes) put<kAdd>(to + channel * stride + lane, load(numbers + lane));
+        float* at = to + channel * stride;
+        for (int64_t lane = 0; lane < kRun; lane += kLanes) put<kAdd>(at + lane, load(numbers + lane));
     }
 }
 
+// 2 ** (i / 8)
+constexpr float kEighths[8] = {1.0f,        1.09050775f, 1.18920708f, 1.29683959f,
+                               1.41421354f, 1.54221082f, 1.68179286f, 1.8340081f};
+
 // The 8-bit scale of an allocated stream's token: 2 ** ((code - 128) / 8), rounded once.
 inline float token_scale(uint8_t code) {
-    const float eighths[8] = {1.0f,        1.09050775f, 1.18920708f, 1.29683959f,
-                              1.41421354f, 1.54221082f, 1.68179286f, 1.8340081f};
-    return bits_float(float_bits(eighths[code % 8]) + ((uint32_t)(code / 8) << 23) - (16u << 23));
+    return bits_float(float_bits(kEighths[code % 8]) + ((uint32_t)(code / 8) << 23) - (16u << 23));
 }
 
-// Numbers are code * scale + zero, in both kinds of streams: scales and zeros of a piece, for 16 slots.
+// Those of 16 slots.
+inline void token_scales(const HeadView& view, const uint8_t* page, int64_t slot, float* scales) {
+    for (int64_t i = 0; i < kRun; ++i) scales[i] = token_scale(page[view.token_scale(slot) + i]);
+}
+
+// Scales and zeros of a piece, for 16 slots: numbers are code * scale + zero, in both kinds of streams.
 struct PieceScales {
     float scales[kRun], zeros[kRun];
     float tokens[kRun];  // of an allocated stream
 
     PieceScales(const HeadView& view, const uint8_t* page, int64_t slot) {
-        if (!view.stream.allocated) return;
-        for (int64_t i = 0; i < kRun; ++i) tokens[i] = token_scale(page[view.token_scale(slot) + i]);
+        if (view.stream.allocated) token_scales(view, page, slot, tokens);
     }
 
     void set(const HeadView& view, const uint8_t* page, int64_t slot, int64_t piece) {
-        if (view.stream.allocated) {
-            const int64_t channel = view.head.pieces[piece].channel;
-            const float step = view.head.step[channel], middle = view.head.middle[channel];
-            for (int64_t lane = 0; lane < kRun; lane += kLanes) {
-                const vf scale = load(tokens + lane) * step;
-                store(scales + lane, scale);
-                store(zeros + lane, scale * -middle);
-            }
-            return;
-        }
+        const int64_t channel = view.head.pieces[piece].channel;
         for (int64_t lane = 0; lane < kRun; lane += kLanes) {
-            store(scales + lane, load_half(page + view.scale(piece, slot) + lane * 2));
-            store(zeros + lane, load_half(page + view.zero(piece, slot) + lane * 2));
+            if (view.stream.allocated) {
+                store(scales + lane, load(tokens + lane) * view.head.step[channel]);
+                store(zeros + lane, load(tokens + lane) * view.head.zero[channel]);
+            } else {
+                store(scales + lane, load_half(page + view.scale(piece, slot) + lane * 2));
+                store(zeros + lane, load_half(page + view.zero(piece, slot) + lane * 2));
+            }
         }
     }
 };
@@ -247,86 +221,5 @@ inline void unpack_rows(const HeadView& view, const uint8_t* page, int64_t slot,
             store(outliers + lane, load_half(page + view.outlier(channel, slot) + lane * 2));
         }
         for (int64_t token = first; token < last; ++token) to[token * stride + channel] = outliers[token];
-    }
-}
-
-// Runs of an allocated stream are short: their fields would leave most lanes of a vector idle. So codes become bytes in
-// channel-major order, where a field of a piece is one stretch of memory, and are then transposed back.
-
-// Bytes, two in a lane: there are no vectors of bytes that shift.
-typedef uint16_t byte_pairs __attribute__((vector_size(kLanes * 4)));
-
-template <int kBits>
-inline byte_pairs field_bytes(const uint8_t* from, int64_t field) {
-    byte_pairs x;
-    memcpy(&x, from, sizeof x);
-    return x >> (uint16_t)(field * kBits) & (uint16_t)(0x101 * ((1 << kBits) - 1));
-}
-
-// One piece: transposed bytes [bytes][16] to codes [channels][16]. Reads and writes up to a vector too much; fields are
-// written in ascending order, so the excess of one is overwritten by the next.
-template <int kBits>
-inline void unpack_piece_codes(const uint8_t* bytes, int64_t channels, uint8_t* to) {
-    if constexpr (kTwoPlanes<kBits>) {
-        constexpr int kHigh = kHighBits<kBits>;
-        const int64_t size = channels * kHigh / 8 * 16;
-#pragma GCC unroll 8
-        for (int64_t field = 0; field < 8 / kHigh; ++field, to += size) {
-            for (int64_t i = 0; i < size; i += sizeof(byte_pairs)) {
-                const byte_pairs low = field_bytes<2 * kHigh>(bytes + (field & 1) * size + i, field >> 1);
-                const byte_pairs codes = low | field_bytes<kHigh>(bytes + 2 * size + i, field) << (2 * kHigh);
-                memcpy(to + i, &codes, sizeof codes);
-            }
-        }
-    } else {
-        const int64_t size = channels * kBits / 8 * 16;
-#pragma GCC unroll 4
-        for (int64_t field = 0; field < 8 / kBits; ++field, to += size) {
-            for (int64_t i = 0; i < size; i += sizeof(byte_pairs)) {
-                const byte_pairs codes = field_bytes<kBits>(bytes + i, field);
-                memcpy(to + i, &codes, sizeof codes);
-            }
-        }
-    }
-}
-
-// Codes of 16 channels [16][16] to numbers of 16 tokens [16][stride].
-inline void dequantize_rows(const uint8_t* codes, const float* step, const float* middle, const float* tokens, float* to,
-                            int64_t stride) {
-    uint8_t rows[16 * kRun];
-    transpose_codes(codes, kRun, kRun, rows);
-    for (int64_t lane = 0; lane < 16; lane += kLanes) {
-        const vf steps = load(step + lane), middles = load(middle + lane);
-#pragma GCC unroll 16
-        for (int64_t token = 0; token < kRun; ++token) {
-            const vf code = to_float(load_bytes(rows + token * 16 + lane));
-            store(to + token * stride + lane, (code - middles) * (steps * tokens[token]));
-        }
-    }
-}
-
-struct RunScratch {
-    uint8_t* bytes;  // [bytes of a chunk, rounded up to 16][16], and a vector more
-    uint8_t* codes;  // [channels of a chunk, rounded up to 16][16], and a vector more
-};
-
-// A chunk of an allocated stream's head, all 16 tokens of a run, to [16][stride]; rows are rounded up to 16 channels.
-inline void unpack_allocated_rows(const HeadView& view, const uint8_t* page, int64_t slot, int64_t index, float* to,
-                                  int64_t stride, const RunScratch& scratch) {
-    const xquant_chunk& chunk = view.head.chunks[index];
-    const int64_t first_byte = view.head.pieces[chunk.begin].byte;
-    transpose_codes(page + view.codes(slot) + first_byte, view.head.row_bytes, chunk_bytes(view.head, chunk),
-                    scratch.bytes);
-    for (int64_t i = chunk.begin; i < chunk.end; ++i) {
-        const xquant_piece& piece = view.head.pieces[i];
-        with_bits(piece.bits, [&](auto bits) {
-            unpack_piece_codes<bits.value>(scratch.bytes + (piece.byte - first_byte) * 16, piece.channels,
-                                           scratch.codes + (piece.channel - chunk.channel) * 16);
-        });
-    }
-    const PieceScales scales(view, page, slot);
-    for (int64_t channel = 0; channel < chunk.channels; channel += 16) {
-        dequantize_rows(scratch.codes + channel * 16, view.head.step + chunk.channel + channel,
-                        view.head.middle + chunk.channel + channel, scales.tokens, to + channel, stride);
     }
 }

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tests.attention.attention_cases import Case, Spec, make_case, make_plan, random_latents, random_spec
 from xquant_vllm.attention import reference
 from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
-from xquant_vllm.attention.latents import Prediction
+from xquant_vllm.attention.latents import LatentTerm, Prediction
 from xquant_vllm.codec.allocated import AllocatedFormat, channel_tables
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
 from xquant_vllm.codec.pages import load_slots, store_latents
@@ -174,6 +174,26 @@ def test_rounds_to_even(isa: str) -> None:
         assert torch.equal(output[:, 0, :7], halves.to(dtype))
 
 
+def test_reads_every_scale(isa: str) -> None:
+    """Values whose pages hold any bytes at all come out as the reference reads them."""
+    runs = ((8, 4), (6, 8), (4, 4), (3, 8), (2, 4))
+    layout = PageLayout((StreamFormat(1, 8, 4, 8), AllocatedFormat(32, (runs,))), 16)
+    projection = LayerProjection(torch.zeros(1, 8, 32), torch.eye(32)[None])
+    plan = AttentionLayerPlan((layout,), projection, 1, 1.0, sliding_window=1)
+    tokens = 512
+    pages = torch.randint(256, (tokens // 16, layout.page_bytes), dtype=torch.uint8)
+    start = layout.offsets[1].scales
+    pages[:, start : start + 16] = torch.arange(tokens).to(torch.uint8).view(-1, 16)
+    pages[:, layout.offsets[0].scales : start] = 0
+    starts, lengths = torch.tensor([0, tokens], dtype=torch.int32), torch.tensor([tokens], dtype=torch.int32)
+    batch = AttentionBatch(starts, lengths, torch.arange(pages.shape[0], dtype=torch.int32)[None])
+    output = torch.empty(tokens, 1, 32)
+    cpu.paged_attention(torch.zeros(tokens, 1, 32), (pages,), plan, batch, output)
+    expected = load_slots(pages, layout, torch.arange(tokens), 1)
+    assert ((output - expected).abs() <= 1e-6 * expected.abs().amax(-1, keepdim=True)).all()
+    assert (output[..., 28:] == 0).all()
+
+
 def test_strided_output(isa: str) -> None:
     case = make_case(Spec(seqs=((70, 3), (20, 20)), head_size=72, key_group=72, value_group=72))
     tokens, heads, size = case.query.shape
@@ -293,7 +313,7 @@ def _read(pages: torch.Tensor, plan, slots: torch.Tensor, index: int) -> tuple[t
 
 
 def assert_as_good(actual: torch.Tensor, expected: torch.Tensor, plan, index: int, slots, x: torch.Tensor) -> None:
-    """Scales that leave the same error of ``x``; numbers that are equal under the same one, but for ties of rounding."""
+    """Scales that leave the same error of ``x``; under the same one equal numbers, but for ties of rounding."""
     stream = plan.layout.streams[index]
     x = x.float().reshape(len(slots), stream.num_heads, stream.width).nan_to_num(0, 3e38, -3e38)
     (read, scales), (wanted, wanted_scales) = (_read(pages, plan, slots, index) for pages in (actual, expected))
@@ -507,16 +527,23 @@ def test_refuses_wrong_plans(case: Case) -> None:
     }.items():
         with pytest.raises(ValueError, match=message):
             replace(case, plan=replace(plan, **changes)).run(cpu)
+    wide = PageLayout((AllocatedFormat(528, (((8, 8), (4, 256), (2, 8)),)),), 16)
+    up = torch.zeros(1, 528, 64)
+    terms = {"key_terms": (LatentTerm(0, 0),), "value_terms": (LatentTerm(0, 0),)}
+    with pytest.raises(ValueError, match="cannot be cut into chunks of 256 channels"):
+        cpu_plan.PreparedPlan(AttentionLayerPlan((wide,), LayerProjection(up, up), 2, 1.0, **terms))
 
 
 def test_refuses_terms_that_do_not_fit_together() -> None:
     plan = make_plan(Spec(kind="deltas", earlier=(4, 2)))
     first, second, own = plan.key_terms
     narrow = PageLayout((StreamFormat(1, 64, 4, 32),), 16)
+    runs = PageLayout((AllocatedFormat(192, (((4, 16),),)),), 16)
     for message, changes in {
         "must start with one that does not add": {"key_terms": (second, own)},
         "name a page or stream that is not there": {"key_terms": (first, replace(second, page=3), own)},
-        "cannot be added": {"layouts": (plan.layout, plan.layouts[1], narrow)},
+        "channels in groups of .* cannot be added": {"layouts": (plan.layout, plan.layouts[1], narrow)},
+        "different bits cannot be added": {"layouts": (plan.layout, plan.layouts[1], runs)},
         "one block size": {"layouts": (plan.layout, plan.layouts[1], replace(plan.layouts[2], block_size=32))},
         "have 384 channels, expected 192": {"value_terms": (first, replace(own, adds=False))},
         "the prediction's matrix must be": {"prediction": Prediction((first,), torch.zeros(1, 192, 24))},

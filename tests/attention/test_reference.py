@@ -6,7 +6,8 @@ import torch
 from tests.attention.attention_cases import Spec, make_case, make_plan
 from xquant_vllm.attention import reference
 from xquant_vllm.attention.batch import AttentionBatch
-from xquant_vllm.codec.layout import StreamFormat
+from xquant_vllm.codec.allocated import AllocatedFormat, dequantize_allocated, quantize_allocated
+from xquant_vllm.codec.layout import Stream
 from xquant_vllm.codec.pages import store_latents
 from xquant_vllm.codec.quantizer import dequantize, quantize
 from xquant_vllm.codec.rotation import HadamardRotation
@@ -26,8 +27,14 @@ def _rotated(x: torch.Tensor, position: int, spec: Spec) -> torch.Tensor:
     return result
 
 
-def _rounded(x: torch.Tensor, stream: StreamFormat) -> torch.Tensor:
+def _rounded(x: torch.Tensor, stream: Stream) -> torch.Tensor:
     """What a stream reads back, without pages."""
+    if isinstance(stream, AllocatedFormat):
+        heads = [
+            dequantize_allocated(*quantize_allocated(x[:, head], runs), runs, stream.width)
+            for head, runs in enumerate(stream.runs)
+        ]
+        return torch.stack(heads, 1).double()
     if stream.bits == 16:
         return x.half().double()
     return dequantize(*quantize(x, stream.bits, stream.group_size, stream.outlier_channels)).double()
@@ -101,6 +108,8 @@ SPECS = {
     "X of a power of two": Spec(kind="x", hidden_size=128, key_group=32, key_outliers=2),
     "deltas of X": Spec(kind="deltas", hidden_size=96, key_group=24, earlier=(4, 8, 16), bias=True),
     "chain of latents": Spec(kind="chain", earlier=(4, 3), head_size=16, key_group=16),
+    "runs": Spec(allocated=1.0, seed=1),
+    "chain of runs": Spec(kind="chain", earlier=(4, 3), head_size=16, key_group=16, allocated=1.0, seed=2),
     "chain of joint latents": Spec(kind="chain", earlier=(16, 3), joint=True, head_size=24, key_group=24),
 }
 

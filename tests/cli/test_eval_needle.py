@@ -67,9 +67,6 @@ def test_scores_are_kept_and_printed(tiny, tmp_path, capsys, monkeypatch):
         (("--depths", -1), "--depths -1 cannot work"),
         (("--method", "kivi", "--bits", 5), "--bits 5 cannot work with --method kivi"),
         (("--text", "/nowhere.txt"), "--text /nowhere.txt cannot be read"),
-        (("--method", "kivi", "--through", "vllm"), "--through vllm serves no --method kivi"),
-        (("--lengths", 1024, "--through", "vllm"), "positions of this model that vLLM can fill; set 1023 or less"),
-        (("--device", "cuda", "--through", "vllm"), "--device cuda"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_by_name(tiny, capsys, options, named):

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.codec.test_packing import independent_pack
+from xquant_vllm.codec.allocated import AllocatedFormat, dequantize_allocated, quantize_allocated
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
 from xquant_vllm.codec.pages import load_latents, load_slots, store_latents
 from xquant_vllm.codec.quantizer import quantize
@@ -18,36 +19,58 @@ def independent_slot_bytes(layout: PageLayout, latents: list[torch.Tensor], slot
     """Byte position -> byte, for one token in one slot, written from the drawing alone."""
     expected: dict[int, int] = {}
     at = 0
-    nothing = torch.empty(0, 0)
-    quantized = [
-        quantize(x, s.bits, s.group_size, s.outlier_channels) if s.bits < 16 else (x, nothing, nothing, nothing)
-        for s, x in zip(layout.streams, latents, strict=True)
-    ]
-    for stream, (codes, _, _, _) in zip(layout.streams, quantized, strict=True):
-        row = stream.width * stream.bits // 8
-        for head in range(stream.num_heads):
-            if stream.bits == 16:
-                data = struct.pack(f"<{stream.width}e", *codes[head].tolist())
-            else:
-                data = b"".join(independent_pack(group.tolist(), stream.bits) for group in codes[head])
-            start = at + (head * layout.block_size + slot) * row
-            expected.update(zip(range(start, start + row), data, strict=True))
-        at += stream.num_heads * layout.block_size * row
-    for _, scales, zeros, outliers in quantized:
-        for section in (scales, zeros, outliers):
-            for head in range(section.shape[0]):
-                for column in range(section.shape[1]):
-                    start = at + 2 * ((head * section.shape[1] + column) * layout.block_size + slot)
-                    expected.update(enumerate(struct.pack("<e", section[head, column].item()), start))
-            at += 2 * section.numel() * layout.block_size
+    tokens = [independent_token(stream, x) for stream, x in zip(layout.streams, latents, strict=True)]
+    for codes, _ in tokens:
+        for data in codes:
+            expected.update(enumerate(data, at + slot * len(data)))
+            at += layout.block_size * len(data)
+    for _, parameters in tokens:
+        for data in parameters:
+            expected.update(enumerate(data, at + slot * len(data)))
+            at += layout.block_size * len(data)
     assert at == layout.page_bytes
     return expected
+
+
+def independent_token(stream: StreamFormat | AllocatedFormat, x: torch.Tensor) -> tuple[list[bytes], list[bytes]]:
+    """One token's bytes: the codes of every head, and every scale, zero point and outlier."""
+    if isinstance(stream, AllocatedFormat):
+        codes, scales = [], []
+        for head, runs in enumerate(stream.runs):
+            of_head, scale = quantize_allocated(x[head], runs)
+            parts = of_head.split([channels for _, channels in runs])
+            packed = [independent_pack(part.tolist(), bits) for part, (bits, _) in zip(parts, runs, strict=True)]
+            codes.append(b"".join(packed))
+            scales.append(bytes([scale.item()]))
+        return codes, scales
+    if stream.bits == 16:
+        return [struct.pack(f"<{stream.width}e", *head.tolist()) for head in x], []
+    codes, *parameters = quantize(x, stream.bits, stream.group_size, stream.outlier_channels)
+    packed = [b"".join(independent_pack(group.tolist(), stream.bits) for group in head) for head in codes]
+    return packed, [struct.pack("<e", number) for section in parameters for number in section.flatten().tolist()]
+
+
+@st.composite
+def all_runs(draw, width: int) -> tuple[tuple[int, int], ...]:
+    """Runs of a head of ``width`` channels, at least one."""
+    runs, left = [], width
+    for bits in (8, 6, 4, 3, 2):
+        unit = 8 if bits == 3 else 4
+        channels = draw(st.integers(0, left // unit)) * unit
+        left -= channels
+        runs += [(bits, channels)] if channels else []
+    return tuple(runs) or ((6, 4),)
 
 
 @st.composite
 def layouts(draw) -> PageLayout:
     streams = []
     for _ in range(2):
+        if draw(st.booleans()):
+            width = draw(st.sampled_from([8, 20, 64]))
+            heads = draw(st.integers(1, 3))
+            streams.append(AllocatedFormat(width, tuple(draw(all_runs(width)) for _ in range(heads))))
+            continue
         group_size = draw(st.sampled_from([8, 24, 64]))
         bits = draw(st.sampled_from([16, 8, 4, 3, 2]))
         streams.append(
@@ -96,6 +119,11 @@ def test_load_returns_what_was_stored_and_reads_only_the_blocks_asked_for(layout
         assert loaded.shape == x.shape
         picked = torch.tensor([3, 0, layout.block_size + 1])
         assert torch.equal(load_slots(pages, layout, slots[picked], index), loaded[picked])
+        if isinstance(stream, AllocatedFormat):
+            for head, runs in enumerate(stream.runs):
+                codes, scales = quantize_allocated(x[:, head], runs)
+                assert torch.equal(loaded[:, head], dequantize_allocated(codes, scales, runs, stream.width))
+            continue
         if not stream.quantized:
             assert torch.equal(loaded, x.half().float())
             continue

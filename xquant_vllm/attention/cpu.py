@@ -2,7 +2,8 @@
 
 What is guaranteed, for one instruction set:
 
-* ``store`` writes the bytes that the reference writes (a NaN or a zero may differ in its sign);
+* ``store`` writes the bytes that the reference writes (a NaN or a zero may differ in its sign); of allocated streams
+  bytes that read back with the same error;
 * ``paged_attention`` agrees with the reference in FP32 to a relative error of about 1e-5;
 * the output of a query token has the same bits whatever else is in the batch, however its prompt was cut into chunks,
   wherever its blocks lie and however many threads work: the context is reduced in chunks at fixed positions.

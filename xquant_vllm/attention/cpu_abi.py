@@ -32,8 +32,11 @@ class Head(ctypes.Structure):
         ("pieces", ctypes.POINTER(Piece)),
         ("chunks", ctypes.POINTER(Chunk)),
         ("step", _pointer),
+        ("zero", _pointer),
+        ("inverse_step", _pointer),
         ("middle", _pointer),
         ("worth", _pointer),
+        ("channels_worth", _float),
     ]
 
 

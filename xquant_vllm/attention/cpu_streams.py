@@ -104,15 +104,18 @@ def _allocated_head(runs: Runs, kept: list[object]) -> Head:
             f"multiples of {LANES} channels"
         )
     step, largest, worth = channel_tables(runs)
-    head.step = _table(step, 1.0, kept)
-    head.middle = _table(largest / 2, 0.0, kept)
-    head.worth = _table(worth, 0.0, kept)
+    head.step = _table(step, kept)
+    head.zero = _table(-step * largest / 2, kept)
+    head.inverse_step = _table(1 / step, kept)
+    head.middle = _table(largest / 2, kept)
+    head.worth = _table(worth * step.square(), kept)
+    head.channels_worth = worth.sum().item()
     return head
 
 
-def _table(of_channels: torch.Tensor, rest: float, kept: list[object]) -> int:
-    """Address of FP32 numbers, filled up to a multiple of the lanes."""
-    table = torch.nn.functional.pad(of_channels, (0, -of_channels.numel() % LANES), value=rest).contiguous()
+def _table(of_channels: torch.Tensor, kept: list[object]) -> int:
+    """Address of FP32 numbers, filled up with zeros to a multiple of the lanes."""
+    table = torch.nn.functional.pad(of_channels, (0, -of_channels.numel() % LANES)).contiguous()
     kept.append(table)
     return table.data_ptr()
 
