@@ -15,6 +15,9 @@ from tests.tiny_models import save_tiny_model
 from xquant_vllm.cli import factorize as command
 from xquant_vllm.cli.main import main
 from xquant_vllm.integration.factor_header import read_header
+from xquant_vllm.offline import samples
+from xquant_vllm.projection.calibrated import layer_budget
+from xquant_vllm.projection.calibration import GRADIENT_RIDGE, INPUT_RIDGE
 from xquant_vllm.projection.factor_file import FACTORS_FILE, HEADER_FILE, layer_tensors
 from xquant_vllm.projection.layer import BasisSpec, factorize_layer
 
@@ -33,6 +36,11 @@ def models(tmp_path_factory):
         return made[family]
 
     return models
+
+
+@pytest.fixture
+def fake_tokenizer(monkeypatch):
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: FakeTokenizer())
 
 
 def factorize(model, out, *options):
@@ -76,6 +84,7 @@ def test_options_are_written_down(models, tmp_path, capsys):
         "basis": "joint",
         "rotate": False,
         "outlier_channels": {"key": 2, "value": 1},
+        "allocation": None,
         "chain": None,
     }
     assert header.dtype == "float16"
@@ -95,25 +104,101 @@ def test_a_model_whose_input_is_cached_is_told_that_it_needs_no_factors(models, 
     assert "note:" not in capsys.readouterr().out
 
 
-def test_a_chain_is_fitted_and_its_settings_are_built_in(models, tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: FakeTokenizer())
+def test_a_calibrated_folder_differs_in_nothing_but_its_bases(models, tmp_path, fake_tokenizer):
+    text = tmp_path / "letters.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog and so on " * 40)
+    assert factorize(models("llama"), tmp_path / "plain") == 0
+    options = ("--calibration", text, "--calibration-tokens", 256, "--bits", 3)
+    assert factorize(models("llama"), tmp_path / "calibrated", *options) == 0
+    plain, calibrated = (read_header(tmp_path / name) for name in ("plain", "calibrated"))
+    assert calibrated.calibration.model_dump() == {
+        "text": "letters.txt",
+        "tokens": 256,
+        "ridge": INPUT_RIDGE,
+        "gradient_ridge": GRADIENT_RIDGE,
+    }
+    assert str(tmp_path) not in (tmp_path / "calibrated" / HEADER_FILE).read_text()
+    assert calibrated.source == plain.source
+    assert plain.settings.allocation is None
+    changes = {"bits": calibrated.settings.bits, "allocation": calibrated.settings.allocation}
+    assert calibrated.settings == plain.settings.model_copy(update=changes)
+    assert calibrated.settings.bits.model_dump() == {"key": 3, "value": 3}
+    # Of 3 layers keys and values of 2 heads: bits and channels, within the paper's bytes.
+    assert [[len(stream) for stream in layer] for layer in calibrated.settings.allocation] == [[2, 2]] * LAYERS
+    for layer in calibrated.settings.allocation:
+        codes = sum(bits * channels // 8 for stream in layer for runs in stream for bits, channels in runs)
+        assert codes + 4 <= layer_budget(2, 32, 128, 3, joint=False) < codes + 4 + 4
+    names = {path.name for path in (tmp_path / "plain").iterdir()}
+    assert {path.name for path in (tmp_path / "calibrated").iterdir()} == names
+    tensors = {name: load_file(tmp_path / name / FACTORS_FILE) for name in ("plain", "calibrated")}
+    assert {name: tensor.shape for name, tensor in tensors["plain"].items()} == {
+        name: tensor.shape for name, tensor in tensors["calibrated"].items()
+    }
+    for layer in range(LAYERS):
+        for stream, weight in zip(("key", "value"), projections(models("llama"), layer, 2), strict=True):
+            down, up = (tensors["calibrated"][f"layers.{layer}.{stream}.{part}"].double() for part in ("down", "up"))
+            assert not torch.equal(down, tensors["plain"][f"layers.{layer}.{stream}.down"].double())
+            rebuilt = (down @ up).mT.flatten(0, 1)
+            assert (rebuilt - weight).norm() / weight.norm() < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "basis"),
+    [
+        ("mha", (), "joint"),
+        ("mha", ("--basis", "head"), "head"),
+        ("llama", (), "head"),  # as wide as keys and values, not narrower
+        ("mqa", ("--basis", "joint"), "joint"),
+        ("qwen3", (), "joint"),  # heads of 80
+    ],
+)
+def test_a_calibrated_latent_is_joint_where_the_layer_input_is_narrower(
+    models, tmp_path, fake_tokenizer, family, options, basis
+):
+    options = ("--calibration", "python-docs", "--calibration-tokens", 128, *options)
+    assert factorize(models(family), tmp_path / "out", *options) == 0
+    header = read_header(tmp_path / "out")
+    assert header.settings.basis == basis
+    assert header.settings.chain is None
+    assert header.settings.bits.model_dump() == {"key": 4, "value": 4}
+    source = header.source
+    tensors = load_file(tmp_path / "out" / FACTORS_FILE)
+    if basis == "head":
+        assert tensors["layers.0.key.down"].shape == (source.kv_heads, 128, source.head_size)
+    else:
+        width = min(128, 2 * source.kv_heads * source.head_size)
+        assert tensors["layers.0.joint.down"].shape == (128, width)
+        assert tensors["layers.0.joint.up_key"].shape == (source.kv_heads, width, source.head_size)
+        assert not [name for name in tensors if name.endswith("prediction")]
+        budget = layer_budget(source.kv_heads, source.head_size, 128, 4, joint=True)
+        for ((runs,),) in header.settings.allocation:
+            assert sum(bits * channels // 8 for bits, channels in runs) < budget
+
+
+def test_a_chain_is_fitted_and_its_settings_are_built_in(models, tmp_path, fake_tokenizer):
     options = ("--method", "xquant-cl", "--calibration", "python-docs", "--calibration-tokens", 256, "--bits", 3)
     assert factorize(models("qwen3"), tmp_path / "out", *options, "--anchor-interval", 2, "--dtype", "float32") == 0
     header = read_header(tmp_path / "out")
-    assert header.settings.chain.model_dump() == {
-        "bits": 3,
-        "group_size": 80,
-        "first_layers": 1,
-        "first_layers_bits": 4,
-        "anchor_interval": 2,
-        "anchor_bits": 4,
-    }
+    assert header.settings.chain.model_dump() == {"first_layers": 1, "anchor_interval": 2}
+    assert header.settings.basis == "joint"
     tensors = load_file(tmp_path / "out" / FACTORS_FILE)
-    width = 2 * 2 * 80
-    assert tensors["layers.1.chain.down"].shape == (128, width)
-    assert tensors["layers.1.chain.up_key"].shape == (2, 2 * width, 80)
-    assert tensors["layers.1.chain.prediction"].shape == (1, width, width)
+    width = 128
+    assert tensors["layers.1.joint.down"].shape == (128, width)
+    assert tensors["layers.1.joint.down"].dtype == torch.float32
+    assert tensors["layers.1.joint.up_key"].shape == (2, 2 * width, 80)
+    assert tensors["layers.1.joint.prediction"].shape == (1, width, width)
     assert {name.split(".")[1] for name in tensors if name.endswith("prediction")} == {"1"}
+    assert factorize(models("qwen3"), tmp_path / "defaults", *options) == 0
+    assert read_header(tmp_path / "defaults").settings.chain.model_dump() == {"first_layers": 1, "anchor_interval": 4}
+    assert load_file(tmp_path / "defaults" / FACTORS_FILE)["layers.2.joint.up_key"].shape == (2, 3 * width, 80)
+
+
+def test_the_same_text_makes_the_same_folder(models, tmp_path, fake_tokenizer):
+    options = ("--calibration", "python-docs", "--calibration-tokens", 128, "--bits", 2)
+    for name in ("one", "two"):
+        samples._last.clear()
+        assert factorize(models("llama"), tmp_path / name, *options) == 0
+    assert read_header(tmp_path / "one") == read_header(tmp_path / "two")
 
 
 def test_the_folder_is_a_whole_checkpoint_of_links(models, tmp_path):
@@ -219,14 +304,23 @@ def test_what_cannot_be_factorized_is_refused_by_name(models, tmp_path, capsys, 
         (("--method", "xquant-cl"), "--method xquant-cl fits a chain to a text: give --calibration"),
         (
             ("--method", "xquant-cl", "--calibration", "python-docs", "--bits", 4, 2),
-            "'bits': key 4 / value 2 cannot work with 'method': 'xquant-cl'",
+            "--bits key 4 / value 2 cannot work with --calibration",
+        ),
+        (("--calibration", "python-docs", "--bits", 4, 2), "set one number, 8, 4, 3 or 2"),
+        (("--calibration", "python-docs", "--bits", 16), "--bits key 16 / value 16 cannot work with --calibration"),
+        (("--calibration", "python-docs", "--outlier-channels", 2), "--outlier-channels has no use with --calibration"),
+        (("--calibration", "python-docs", "--rotate"), "--rotate has no use with --calibration"),
+        (("--calibration", "python-docs", "--no-rotate"), "--rotate has no use with --calibration"),
+        (
+            ("--method", "xquant-cl", "--calibration", "python-docs", "--anchor-interval", -1),
+            "'anchor_interval': -1 cannot work",
         ),
     ],
 )
-def test_options_that_cannot_work_are_refused_by_name(models, tmp_path, capsys, monkeypatch, options, named):
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: FakeTokenizer())
+def test_options_that_cannot_work_are_refused_by_name(models, tmp_path, capsys, fake_tokenizer, options, named):
     assert factorize(models("llama"), tmp_path / "out", *options) == 2
-    assert named in capsys.readouterr().err
+    errors = capsys.readouterr().err.splitlines()
+    assert [line for line in errors if named in line] == errors[-1:]
     assert not list(tmp_path.iterdir())
 
 

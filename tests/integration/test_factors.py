@@ -1,6 +1,7 @@
 """The provider of bases: what it takes from where, and what it refuses."""
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from xquant_vllm.integration.factor_header import (
+    Calibration,
     ChainSettings,
     FactorHeader,
     FactorSettings,
@@ -167,7 +169,9 @@ def test_ranks_that_share_a_head_start_at_it():
 def test_weights_that_changed_are_refused(folder):
     weights = weights_of(2)
     weights.value[-1, -1] += 1
-    with pytest.raises(SettingsError, match=r"xquant_factors.json is stale: .* layer 2 .* --out .*/model --force`"):
+    with pytest.raises(
+        SettingsError, match=r"xquant_factors.json is stale: .* layer 2 .* --out .*/model --bits 3 2 --force`"
+    ):
         provider_of(folder).layer_factors(weights)
 
 
@@ -226,9 +230,9 @@ def test_a_header_that_is_no_json_is_refused(folder):
 @pytest.mark.parametrize(
     ("setting", "named"),
     [
-        ({"basis": "joint"}, ['basis "head"', "'basis' asks for \"joint\"", "--basis joint --force"]),
-        ({"rotate": False}, ["rotate true", "--no-rotate --force"]),
-        ({"outlier_channels": 2}, ["outlier_channels key 1 / value 0", "--outlier-channels 2 0 --force"]),
+        ({"basis": "joint"}, ['basis "head"', "'basis' asks for \"joint\"", "--basis joint --bits 3 2 --force"]),
+        ({"rotate": False}, ["rotate true", "--no-rotate --bits 3 2 --force"]),
+        ({"outlier_channels": 2}, ["outlier_channels key 1 / value 0", "--outlier-channels 2 0 --bits 3 2 --force"]),
     ],
 )
 def test_settings_that_contradict_the_file_are_refused(folder, setting, named):
@@ -240,12 +244,14 @@ def test_settings_that_contradict_the_file_are_refused(folder, setting, named):
 
 def test_a_dtype_or_a_number_of_ranks_that_the_file_does_not_serve_is_refused(folder, tmp_path):
     check_factors(config_of(folder, ranks=2), parse_settings({}))
-    with pytest.raises(SettingsError, match=r"is for --dtype bfloat16, but .* float32; .* --dtype float32 --force"):
+    with pytest.raises(
+        SettingsError, match=r"is for --dtype bfloat16, but .* float32; .* --dtype float32 --bits 3 2 --force"
+    ):
         check_factors(config_of(folder, dtype=torch.float32), parse_settings({}))
     (tmp_path / "joint").mkdir()
     joint = write_factors(tmp_path / "joint", basis="joint")
     check_factors(config_of(joint), parse_settings({}))
-    with pytest.raises(SettingsError, match=r"--tensor-parallel-size 1 and not 2; .* --basis head --force"):
+    with pytest.raises(SettingsError, match=r"--tensor-parallel-size 1 and not 2; .* --basis head --bits 3 2 --force"):
         check_factors(config_of(joint, ranks=2), parse_settings({}))
 
 
@@ -331,14 +337,62 @@ def test_the_cache_can_be_turned_off(cache):
     assert not cache.exists()
 
 
-def test_the_command_that_makes_a_chain_anew_makes_a_chain():
-    chain = ChainSettings(bits=2, group_size=64, first_layers=1, first_layers_bits=4, anchor_interval=8, anchor_bits=4)
-    made_for = SimpleNamespace(settings=SimpleNamespace(chain=chain), calibration=SimpleNamespace(text="t", tokens=9))
-    common = "--calibration t --calibration-tokens 9 --force`"
-    for asked, options in (
-        ("", "--method xquant-cl --bits 2 --anchor-interval 8 --first-layers 1"),
-        ("--bits 4", "--method xquant-cl --anchor-interval 8 --first-layers 1 --bits 4"),
-        ("--method xquant", "--method xquant"),
-    ):
-        error = str(refuse_factors(Path("/m/xquant_factors.json"), "is stale", made_for, asked))
-        assert f"`xquant factorize /m --out /m {options} {common}" in error
+def test_the_command_that_makes_factors_anew_says_all_that_is_not_a_default(tmp_path):
+    folder = write_factors(tmp_path, basis="joint", rotate=False, outlier_channels={"key": 2, "value": 1})
+    (folder / FACTORS_FILE).unlink()
+    with pytest.raises(SettingsError) as error:
+        check_factors(config_of(folder), settings_of(config_of(folder)))
+    assert "--basis joint --bits 3 2 --no-rotate --outlier-channels 2 1 --force`" in str(error.value)
+    with pytest.raises(SettingsError) as error:
+        settings_of(config_of(folder, rotate=True, outlier_channels=1))
+    assert "--rotate --outlier-channels 1 0 --basis joint --bits 3 2 --force`" in str(error.value)
+
+
+def chain_header(**changes):
+    settings = FactorSettings(
+        bits=Streams(key=2, value=2),
+        basis="joint",
+        rotate=True,
+        outlier_channels=Streams(key=1, value=0),
+        allocation=[],
+        chain=ChainSettings(first_layers=1, anchor_interval=8),
+    )
+    source = Source(architecture="X", layers=0, hidden_size=24, kv_heads=4, head_size=8, fingerprints=[])
+    calibration = Calibration(text="t", tokens=9, ridge=0.1, gradient_ridge=0.05)
+    return FactorHeader(
+        format=FORMAT_VERSION,
+        package="0",
+        source=source,
+        settings=settings,
+        dtype="bfloat16",
+        calibration=calibration,
+        checksums={},
+    ).model_copy(update=changes)
+
+
+@pytest.mark.parametrize(
+    ("asked", "options"),
+    [
+        ("", "--method xquant-cl --first-layers 1 --anchor-interval 8 --bits 2"),
+        ("--bits 4", "--bits 4 --method xquant-cl --first-layers 1 --anchor-interval 8"),
+        ("--method xquant", "--method xquant --bits 2"),
+    ],
+)
+def test_the_command_that_makes_a_chain_anew_makes_a_chain(asked, options):
+    error = str(refuse_factors(Path("/m/xquant_factors.json"), "is stale", chain_header(), asked))
+    command = f"`xquant factorize /m --out /m {options} --calibration t --calibration-tokens 9"
+    assert f"{command} --force`" in error
+    assert error.endswith("or serve the model that it was made from")
+    half = str(refuse_factors(Path("/m/xquant_factors.json"), "is stale", chain_header(dtype="float16"), asked))
+    assert f"{command} --dtype float16 --force`" in half
+
+
+def test_a_folder_with_an_odd_name_is_quoted():
+    error = str(refuse_factors(Path("/my models/a'b/xquant_factors.json"), "is stale", None))
+    assert shlex.split(error.split("`")[1])[2:5] == ["/my models/a'b", "--out", "/my models/a'b"]
+
+
+def test_a_remedy_that_does_not_exist_is_not_told():
+    assert str(refuse_factors(Path("/m/f.json"), "is odd", None, None)) == (
+        "xquant: /m/f.json is odd; serve the model that it was made from"
+    )

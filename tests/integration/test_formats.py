@@ -84,3 +84,50 @@ def test_layers_that_are_skipped_keep_fp16_latents():
 def test_what_cannot_work_is_refused_by_name(settings, named):
     with pytest.raises(SettingsError, match=named):
         formats(settings)
+
+
+def allocated(allocations, settings=None, **sizes):
+    sizes = {"hidden_size": 576, "kv_heads": 3, "head_size": 64, **sizes}
+    shapes = [
+        LayerShape(index, sizes["hidden_size"], sizes["kv_heads"], sizes["head_size"]) for index in sorted(allocations)
+    ]
+    return layer_formats(parse_settings(settings or {}), shapes, allocations)
+
+
+def test_calibrated_layers_hold_what_their_factors_say():
+    """Bits of the settings say nothing of them. Every head has codes and a scale."""
+    few, many = ((4, 8), (2, 16)), ((8, 4), (4, 40), (3, 16))
+    allocations = {0: ((few, many, few), (many,) * 3), 5: ((few,) * 3, (few,) * 3)}
+    first, second = allocated(allocations, {"bits": 8})
+    assert (first.shape.index, second.shape.index) == (0, 5)
+    for form in (first, second):
+        assert form.holds == "latent"
+        assert form.reads == ()
+        assert [(stream.width, stream.num_heads) for stream in form.streams] == [(64, 3)] * 2
+    assert tuple(stream.runs for stream in first.streams) == allocations[0]
+    of_few, of_many = 4 + 4 + 1, 4 + 20 + 6 + 1
+    assert first.bytes_per_token == 2 * of_few + 4 * of_many
+    assert second.bytes_per_token == 6 * of_few
+
+
+@pytest.mark.parametrize(("hidden_size", "width"), [(576, 384), (256, 256)])
+def test_a_calibrated_joint_latent_is_no_wider_than_the_layer_input(hidden_size, width):
+    runs = ((4, 128), (2, 64))
+    (form,) = allocated({0: ((runs,),)}, hidden_size=hidden_size)
+    assert form.holds == "joint"
+    assert [(stream.width, stream.num_heads) for stream in form.streams] == [(width, 1)]
+    assert form.bytes_per_token == 64 + 16 + 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "reads"),
+    [
+        ({"method": "xquant"}, "- - - - - -"),
+        ({"method": "xquant-cl"}, "- 0 01 012 - 4"),
+        ({"method": "xquant-cl", "first_layers": 2, "anchor_interval": 3}, "- - 1 12 - 4"),
+        ({"method": "xquant-cl", "anchor_interval": 0}, "- 0 01 012 0123 01234"),
+    ],
+)
+def test_calibrated_joint_latents_are_chained_as_the_settings_of_the_folder_say(settings, reads):
+    forms = allocated(dict.fromkeys(range(6), ((((2, 64),),),)), settings)
+    assert " ".join("".join(map(str, form.reads)) or "-" for form in forms) == reads

@@ -8,6 +8,7 @@ import transformers
 
 from tests.cli.test_factorize import FakeTokenizer
 from tests.tiny_models import save_tiny_model
+from xquant_vllm.offline import samples
 from xquant_vllm.offline.checkpoint import open_checkpoint
 from xquant_vllm.offline.refused import RefusedError
 from xquant_vllm.offline.samples import collect_samples, tokenize
@@ -17,6 +18,12 @@ BATCH = torch.arange(2 * 48).reshape(2, 48) * 7 % 300 + 3
 # Separate and fused projections; biases; key norms; caps, windows; without RoPE; RoPE of neighbors.
 FAMILIES = ["llama-bias", "qwen3", "phi3-gqa", "gemma3", "opt", "glm"]
 HEADS = 4
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """What was collected before."""
+    samples._last.clear()
 
 
 @pytest.fixture
@@ -66,8 +73,8 @@ def test_gradients_are_those_of_finite_differences(tmp_path, family, drawn):
     # ReLU has kinks.
     folder = save_tiny_model(tmp_path, family, **({"activation_function": "gelu"} if family == "opt" else {}))
     checkpoint = open_checkpoint(str(folder))
-    samples = collect_samples(checkpoint, BATCH, CPU)
-    assert len(samples) == checkpoint.layers
+    collected = collect_samples(checkpoint, BATCH, CPU)
+    assert len(collected) == checkpoint.layers
     tokens = torch.stack([tokens for _, tokens in drawn])
     model = untouched(folder)
 
@@ -79,7 +86,7 @@ def test_gradients_are_those_of_finite_differences(tmp_path, family, drawn):
     generator = torch.Generator().manual_seed(0)
     rows, step = checkpoint.kv_heads * checkpoint.head_size, 5e-3
     for layer in (0, checkpoint.layers - 1):
-        sample = samples[layer]
+        sample = collected[layer]
         assert sample.key_gradient.shape == sample.value_gradient.shape == (BATCH.numel(), rows)
         for which, gradient in enumerate((sample.key_gradient, sample.value_gradient)):
             # Of everything, and of single tokens of single heads, as Fisher blocks take them apart.
@@ -98,14 +105,14 @@ def test_gradients_are_those_of_finite_differences(tmp_path, family, drawn):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inputs_are_what_enters_the_projections_of_an_untouched_model(tmp_path, family):
     folder = save_tiny_model(tmp_path, family)
-    samples = collect_samples(open_checkpoint(str(folder)), BATCH, CPU)
+    collected = collect_samples(open_checkpoint(str(folder)), BATCH, CPU)
     model, seen = untouched(folder), []
-    for layer in range(len(samples)):
+    for layer in range(len(collected)):
         attention = attention_of(model, layer)
         projection = attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.v_proj
         projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
     model(BATCH)
-    for sample, hidden in zip(samples, seen, strict=True):
+    for sample, hidden in zip(collected, seen, strict=True):
         assert sample.hidden.shape == hidden.shape
         assert (sample.hidden - hidden).norm() < 1e-4 * hidden.norm()
         assert not sample.hidden.requires_grad
@@ -126,14 +133,29 @@ def test_the_same_gradients_every_time_and_for_every_first_sequence(tmp_path):
     checkpoint = open_checkpoint(str(save_tiny_model(tmp_path, "llama")))
     torch.manual_seed(1)
     first = collect_samples(checkpoint, BATCH, CPU)
+    assert collect_samples(checkpoint, BATCH, CPU) is first
+    samples._last.clear()
     torch.manual_seed(2)
     second = collect_samples(checkpoint, BATCH, CPU)
+    assert second is not first
     alone = collect_samples(checkpoint, BATCH[:1], CPU)
     for one, other, single in zip(first, second, alone, strict=True):
         assert torch.equal(one.key_gradient, other.key_gradient)
         assert torch.equal(one.value_gradient, other.value_gradient)
         # Sequences do not see each other.
         assert torch.allclose(one.value_gradient[: BATCH.shape[1]], single.value_gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_samples_of_another_text_or_model_are_not_taken_for_those_of_this(tmp_path):
+    one, other = (open_checkpoint(str(save_tiny_model(tmp_path / name, name))) for name in ("llama", "mha"))
+    first = collect_samples(one, BATCH, CPU)[0]
+    # The same tokens, but not the same positions.
+    for checkpoint, batch in ((one, BATCH.reshape(1, -1)), (one, BATCH.flip(1)), (other, BATCH)):
+        sample = collect_samples(checkpoint, batch, CPU)[0]
+        assert sample.key_gradient.shape != first.key_gradient.shape or not torch.allclose(
+            sample.key_gradient, first.key_gradient, rtol=0.1
+        )
+    assert torch.equal(collect_samples(one, BATCH, CPU)[0].key_gradient, first.key_gradient)
 
 
 def test_the_loss_of_a_token_says_nothing_of_later_keys(tmp_path):

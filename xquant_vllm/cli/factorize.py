@@ -21,7 +21,7 @@ from xquant_vllm.integration.factor_header import (
     Streams,
 )
 from xquant_vllm.integration.factors import Bases, joint_name, spec_of
-from xquant_vllm.integration.formats import LayerAllocation
+from xquant_vllm.integration.formats import LayerAllocation, LayerShape, layer_formats
 from xquant_vllm.integration.settings import XQuantSettings, parse_settings
 from xquant_vllm.offline.calibrated import CalibrationPlan, fit_layers, plan_calibration
 from xquant_vllm.offline.checkpoint import Checkpoint, open_checkpoint
@@ -72,6 +72,10 @@ def factorize_checkpoint(options: argparse.Namespace) -> None:
             "xquant: --method xquant-cl fits a chain to a text: give --calibration TEXT_FILE (or python-docs); a chain "
             'from the weights alone needs no file, serve the model itself with the setting "method": "xquant-cl"'
         )
+    if options.calibration is None:
+        # Refuses what could not be served.
+        shape = LayerShape(0, checkpoint.hidden_size, checkpoint.kv_heads, checkpoint.head_size)
+        layer_formats(settings.model_copy(update={"cache": "latent"}), [shape])
     dtype = checkpoint.serving_dtype(options.dtype)
     with replaced_folder(options.out, checkpoint.folder, options.force) as folder:
         run = _Run(checkpoint, settings, dtype, torch.device(options.device), folder / FACTORS_FILE)

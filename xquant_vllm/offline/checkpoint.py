@@ -61,11 +61,11 @@ class Checkpoint:
             raise self.cannot_run(error) from None
         return tuple(getattr(text, "layer_types", None) or ())
 
-    def cannot_run(self, error: Exception) -> RefusedError:
-        """The error for a model that transformers cannot run."""
+    def cannot_run(self, error: Exception, what: str = "evaluated here") -> RefusedError:
+        """The error for a model that transformers cannot run, and that therefore cannot be ``what``."""
         return RefusedError(
             f"xquant: transformers cannot run the {self.architecture} in {self.folder} "
-            f"({str(error).splitlines()[0]}), so it cannot be evaluated here"
+            f"({str(error).splitlines()[0]}), so it cannot be {what}"
         )
 
     def serving_dtype(self, name: str) -> torch.dtype:

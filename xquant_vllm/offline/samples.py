@@ -54,7 +54,7 @@ def tokenize(checkpoint: Checkpoint, calibration: str, tokens: int, fewest: int)
 
 
 # The last ones: a comparison fits one model again and again, and the model's pass takes longer than the fit.
-_last: dict[tuple[Path, bytes, torch.device], list[LayerSample]] = {}
+_last: dict[tuple[Path, torch.Size, bytes, torch.device], list[LayerSample]] = {}
 
 
 def collect_samples(checkpoint: Checkpoint, batch: torch.Tensor, device: torch.device) -> list[LayerSample]:
@@ -74,7 +74,7 @@ def collect_samples(checkpoint: Checkpoint, batch: torch.Tensor, device: torch.d
     Raises:
         RefusedError: transformers cannot run the model, or its attention is not recognized.
     """
-    asked = (checkpoint.folder.resolve(), batch.numpy().tobytes(), device)
+    asked = (checkpoint.folder.resolve(), batch.shape, batch.numpy().tobytes(), device)
     if asked not in _last:
         samples = _collect(checkpoint, batch, device)
         _last.clear()
@@ -97,10 +97,8 @@ def _collect(checkpoint: Checkpoint, batch: torch.Tensor, device: torch.device) 
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError, ImportError) as error:
-        raise RefusedError(
-            f"xquant: transformers cannot run the {checkpoint.architecture} in {checkpoint.folder} "
-            f"({str(error).splitlines()[0]}), so it cannot be calibrated; leave --calibration out for bases from the "
-            "weights alone"
+        raise checkpoint.cannot_run(
+            error, "calibrated; leave --calibration out for bases from the weights alone"
         ) from None
     model = model.to(device).eval().requires_grad_(False)
     generator = torch.Generator(device=device).manual_seed(_SEED)
