@@ -16,7 +16,7 @@ inline void transpose_block(vi (&rows)[4]) {
         if (kOrdered) rows[i] = shuffle_lanes(rows[i], order);
         rows[i] = shuffle_lanes(__builtin_shuffle(rows[i], quads), order);
     }
-    // 16 bytes hold four columns of four rows now: 4 x 4 transposes of 32-bit numbers put the rows of a column together.
+    // 16 bytes hold four columns of four rows now; 4 x 4 transposes of 32-bit numbers put a column together.
     const auto low = [](vi a, vi b) { return (vi)_mm512_maskz_unpacklo_epi32(0xffff, (__m512i)a, (__m512i)b); };
     const auto high = [](vi a, vi b) { return (vi)_mm512_maskz_unpackhi_epi32(0xffff, (__m512i)a, (__m512i)b); };
     const vi a = low(rows[0], rows[2]), b = high(rows[0], rows[2]);
