@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.accuracy_plot import plot  # noqa: E402
 from benchmarks.accuracy_table import write_table  # noqa: E402
 from xquant_vllm.cli.main import main as xquant  # noqa: E402
+from xquant_vllm.evaluation.files import replace_json  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
 
@@ -45,7 +46,7 @@ def candidates(gqa: bool, hybrid: bool) -> list[Candidate]:
         hybrid: whether layers are of several kinds, over which no chain is served.
     """
     rows = []
-    for bits in (4, 3, 2):
+    for bits in (2, 4, 3):
         some = ("--bits", str(bits))
         rows += [
             Candidate(f"KIVI* {bits}", ("--method", "kivi-pre-rope", *some)),
@@ -95,21 +96,33 @@ def compare(model: str, options: argparse.Namespace) -> None:
         for row in candidates(kv_heads < heads, hybrid)
         if not options.only or any(part in row.name for part in options.only)
     ]
-    rows = []
     for row in tqdm(chosen, desc=Path(model).name, unit="method"):
         scores = []
         for text in options.texts:
             scores.append(evaluate(model, row, text, options))
             gc.collect()
-        rows.append(merge(row.name, scores))
-        tqdm.write(json.dumps({key: rows[-1][key] for key in ("name", "bytes_per_token", "increase", "kl")}))
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{Path(model).name}.json"
-    known = {row["name"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
-    known |= {row["name"]: row for row in rows}
-    about = {"model": Path(model).name, "texts": [Path(text).name for text in options.texts]}
-    about |= {"window": options.window, "windows": options.windows, "rows": list(known.values())}
-    path.write_text(json.dumps(about, indent=1) + "\n")
+        found = merge(row.name, scores)
+        keep(Path(model).name, found, options)
+        tqdm.write(json.dumps({key: found[key] for key in ("name", "bytes_per_token", "increase", "kl")}))
+
+
+def keep(model: str, row: dict, options: argparse.Namespace) -> None:
+    """Put a row into the model's result file, in the place of an older one."""
+    path = RESULTS / f"{model}.json"
+    about = {
+        "model": model,
+        "texts": [Path(text).name for text in options.texts],
+        "window": options.window,
+        "windows": options.windows,
+    }
+    known: dict[str, dict] = {}
+    if path.exists():
+        content = json.loads(path.read_text())
+        # Rows of other texts or windows do not stand beside these.
+        if {key: content[key] for key in about} == about:
+            known = {kept["name"]: kept for kept in content["rows"]}
+    known[row["name"]] = row
+    replace_json(path, about | {"rows": list(known.values())})
 
 
 def evaluate(model: str, row: Candidate, text: str, options: argparse.Namespace) -> dict:
