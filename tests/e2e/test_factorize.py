@@ -93,7 +93,7 @@ def test_calibrated_latents_lose_less_on_other_text_in_fewer_bytes(engines, serv
     assert "126 bytes per token each" in log
     found = [perplexity(logprobs) for logprobs in (data_free, per_head, joint, chain)]
     print("perplexity at 2 bits: data-free {:.2f}, per head {:.2f}, joint {:.2f}, chain {:.2f}".format(*found))
-    # Measured MEASURED, where the 16-bit cache has 12.6.
+    # The 16-bit cache has 12.6.
     assert found[1] < 0.6 * found[0]
     assert found[2] < 1.15 * 12.6
     assert found[3] < 1.1 * 12.6
