@@ -19,11 +19,13 @@ class AttentionBatch:
         seq_lens: ``[num_seqs]`` int32, cached tokens including the query tokens; their slots are already written.
         block_table: ``[num_seqs, max_blocks]`` int32, block ids; entries past a sequence's last block, and those wholly
             behind the sliding window, are arbitrary and never read.
+        max_query_len: query tokens of a sequence at most, known without reading from a device; None: to be found out.
     """
 
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
+    max_query_len: int | None = None
 
 
 @dataclass(frozen=True)

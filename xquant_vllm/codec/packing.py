@@ -19,7 +19,8 @@ import torch
 SUPPORTED_BITS = (16, 8, 6, 4, 3, 2)
 UNQUANTIZED_BITS = 16
 
-_PLANES = {8: (8,), 6: (4, 2), 4: (4,), 3: (2, 1), 2: (2,)}
+# Bits of the planes that codes are split into, the lowest first.
+PLANES = {8: (8,), 6: (4, 2), 4: (4,), 3: (2, 1), 2: (2,)}
 
 
 def packed_size(group_size: int, bits: int) -> int:
@@ -51,7 +52,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == UNQUANTIZED_BITS:
         return codes.to(torch.float16).contiguous().view(torch.uint8)
     planes, shift = [], 0
-    for plane_bits in _PLANES[bits]:
+    for plane_bits in PLANES[bits]:
         plane = (codes.to(torch.int32) >> shift) & ((1 << plane_bits) - 1)
         codes_per_byte = 8 // plane_bits
         plane = plane.unflatten(-1, (codes_per_byte, group_size // codes_per_byte))
@@ -79,7 +80,7 @@ def unpack(packed: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
     if bits == UNQUANTIZED_BITS:
         return packed.contiguous().view(torch.float16)
     codes, shift, start = None, 0, 0
-    for plane_bits in _PLANES[bits]:
+    for plane_bits in PLANES[bits]:
         plane_size = group_size * plane_bits // 8
         plane = packed[..., start : start + plane_size].to(torch.int32)
         shifts = torch.arange(8 // plane_bits, device=packed.device, dtype=torch.int32) * plane_bits

@@ -1,0 +1,1 @@
+"""Triton kernels: paged store and paged attention on GPUs."""

@@ -1,0 +1,131 @@
+"""The second kernel of attention: puts the splits together and up-projects values, once per query head."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def merge(
+    partial,
+    value,
+    columns,
+    bias,
+    sinks,
+    query_start_loc,
+    num_sequences,
+    output,
+    token_stride,
+    head_stride,
+    num_heads,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ABSORB_VALUE: tl.constexpr,
+    BIAS: tl.constexpr,
+    SINKS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Merge the splits of one query token's heads of one kv head.
+
+    Grid: ``(tokens, num_kv_heads)``; tokens after the last sequence's are left alone.
+
+    Args:
+        partial: :class:`Partial`.
+        value: :class:`Latent` of the values, read if ``ABSORB_VALUE``.
+        columns: int32 ``[2 * HALF]``: which channel of the output a column is; -1 is padding.
+        bias: of the values, FP32 ``[num_kv_heads, 2 * HALF]``.
+        sinks: FP32 ``[num_heads]``: scores of a key that has no value.
+        query_start_loc: int32 ``[sequences + 1]``.
+        num_sequences: sequences.
+        output: ``[tokens, num_heads, head_size]``, written.
+        token_stride: of the output, in elements.
+        head_stride: likewise.
+        num_heads: query heads.
+        GROUP: query heads of a kv head.
+        ROWS: a power of two of at least 16 and GROUP.
+        HALF: columns of half a head.
+        SPLITS: shares of the cached tokens.
+        WIDTH: channels of a value latent.
+        ABSORB_VALUE: whether sums are over latents.
+        BIAS: whether values have one.
+        SINKS: whether heads have one.
+        DTYPE: of the products' operands.
+        PRECISION: of the products, where operands are FP32.
+    """
+    token, head = tl.program_id(0), tl.program_id(1)
+    if token >= tl.load(query_start_loc + num_sequences):
+        return
+    of_row = tl.arange(0, ROWS)
+    row_valid = of_row < GROUP
+    query_head = head * GROUP + of_row
+    row = token.to(tl.int64) * num_heads + query_head
+    half = tl.arange(0, HALF)
+
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    if SINKS:
+        largest = tl.load(sinks + query_head, row_valid, 0.0)
+    for split in range(SPLITS):
+        largest = tl.maximum(largest, tl.load(partial.stats + (row * SPLITS + split) * 3, row_valid, float("-inf")))
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    total = tl.zeros([ROWS], tl.float32)
+    zeros = tl.zeros([ROWS], tl.float32)
+    if ABSORB_VALUE:
+        sums = tl.zeros([ROWS, WIDTH], tl.float32)
+    else:
+        low = tl.zeros([ROWS, HALF], tl.float32)
+        high = tl.zeros([ROWS, HALF], tl.float32)
+    for split in range(SPLITS):
+        stats = partial.stats + (row * SPLITS + split) * 3
+        of_split = tl.load(stats, row_valid, float("-inf"))
+        there = row_valid & (of_split > float("-inf"))
+        factor = tl.exp(of_split - largest)
+        total += factor * tl.load(stats + 1, there, 0.0)
+        if ABSORB_VALUE:
+            zeros += factor * tl.load(stats + 2, there, 0.0)
+            at = partial.sums + (row * SPLITS + split)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+            sums += factor[:, None] * tl.load(at, there[:, None], 0.0)
+        else:
+            at = partial.sums + (row * SPLITS + split)[:, None] * (2 * HALF) + half[None, :]
+            low += factor[:, None] * tl.load(at, there[:, None], 0.0)
+            high += factor[:, None] * tl.load(at + HALF, there[:, None], 0.0)
+    every = total
+    if SINKS:
+        every += tl.exp(tl.load(sinks + query_head, row_valid, 0.0) - largest)
+    # A sequence always has its own token; only padding rows would divide by 0.
+    inverse = (1 / tl.where(row_valid, every, 1.0))[:, None]
+    if ABSORB_VALUE:
+        chunk = tl.load(value.first_chunk + head)
+        sums *= inverse
+        zeros = zeros[:, None] * inverse
+        # Operands are rounded, sums should not be: what rounding leaves is multiplied as well.
+        rounded = sums.to(DTYPE)
+        rest = (sums - rounded.to(tl.float32)).to(DTYPE)
+        up = latent_rows(value, chunk, WIDTH, HALF)
+        total_up = value.up_sum + chunk * (2 * HALF) + half
+        matrix = tl.load(up + half[None, :])
+        low = tl.dot(rounded, matrix, input_precision=PRECISION) + tl.dot(rest, matrix, input_precision=PRECISION)
+        low += zeros * tl.load(total_up)[None, :]
+        matrix = tl.load(up + HALF + half[None, :])
+        high = tl.dot(rounded, matrix, input_precision=PRECISION) + tl.dot(rest, matrix, input_precision=PRECISION)
+        high += zeros * tl.load(total_up + HALF)[None, :]
+    else:
+        low *= inverse
+        high *= inverse
+    if BIAS:
+        share = total[:, None] * inverse  # what a sink takes has no value
+        low += share * tl.load(bias + head * (2 * HALF) + half)[None, :]
+        high += share * tl.load(bias + head * (2 * HALF) + HALF + half)[None, :]
+    at = output + token.to(tl.int64) * token_stride + query_head[:, None] * head_stride
+    low_column, high_column = tl.load(columns + half)[None, :], tl.load(columns + HALF + half)[None, :]
+    tl.store(at + low_column, low.to(output.dtype.element_ty), row_valid[:, None] & (low_column >= 0))
+    tl.store(at + high_column, high.to(output.dtype.element_ty), row_valid[:, None] & (high_column >= 0))
+
+
+@triton.jit
+def latent_rows(latent, chunk, WIDTH: tl.constexpr, HALF: tl.constexpr):
+    """Pointers ``[WIDTH, 1]`` to the rows of a chunk's up-projection."""
+    row = (chunk * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)
+    return latent.up + row[:, None] * (2 * HALF)

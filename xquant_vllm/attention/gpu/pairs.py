@@ -1,0 +1,37 @@
+"""Which channel of a head stands where: kernels keep a head as two halves whose channels pair up under RoPE."""
+
+import torch
+
+from xquant_vllm.projection.rope import RotaryTable
+
+
+def pair_columns(head_size: int, rope: RotaryTable | None) -> torch.Tensor:
+    """Channels of a head in the order of the kernels.
+
+    Args:
+        head_size: channels of a head, even.
+        rope: which pairs rotate; they come first.
+
+    Returns:
+        ``[2 * half]`` int32: the channels of the first half, then those that each of them pairs with; -1 pads a half
+        to a power of two of at least 16.
+    """
+    rotary = rope.rotary_size if rope is not None else 0
+    rotating = torch.arange(rotary // 2)
+    low, high = rotating, rotating + rotary // 2
+    if rope is not None and rope.interleaved:
+        low, high = 2 * rotating, 2 * rotating + 1
+    passing = torch.arange((head_size - rotary) // 2)
+    low = torch.cat((low, rotary + passing))
+    high = torch.cat((high, rotary + passing.numel() + passing))
+    half = 16
+    while half < low.numel():
+        half *= 2
+    padding = half - low.numel()
+    return torch.cat([torch.nn.functional.pad(part, (0, padding), value=-1) for part in (low, high)]).to(torch.int32)
+
+
+def arranged(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """``x`` ``[..., head_size]`` as ``[..., 2 * half]``, padding 0."""
+    columns = columns.to(x.device)
+    return torch.where(columns >= 0, x[..., columns.clamp_min(0).long()], 0)

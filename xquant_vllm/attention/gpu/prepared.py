@@ -1,0 +1,109 @@
+"""A layer's plan as the Triton kernels want it: tensors on the device, and what they are compiled for."""
+
+import weakref
+
+import torch
+
+from xquant_vllm.attention.batch import AttentionLayerPlan
+from xquant_vllm.attention.gpu.latent_tables import LatentTables, latent_tables
+from xquant_vllm.attention.gpu.pairs import arranged, pair_columns
+from xquant_vllm.attention.gpu.rematerialize import KeyTail
+from xquant_vllm.attention.gpu.unpack import Latent
+from xquant_vllm.attention.latents import LatentTerm
+from xquant_vllm.codec.layout import PageLayout, StreamFormat
+
+# Value latents up to this many channels are weighed as they are: their sums stay in registers.
+_MOST_ABSORBED = 256
+
+
+class PreparedPlan:
+    """What kernels read of a plan, for operands of one dtype.
+
+    Attributes:
+        plan: the plan.
+        dtype: of the products' operands.
+        half: columns of half a head.
+        columns: int32 ``[2 * half]``: channels of queries and keys in the kernels' order.
+        value_columns: likewise, of values and outputs.
+        key: the key latents, times the up-projection.
+        value: the value latents.
+        tail: bias, norm and RoPE of keys.
+        value_bias: FP32 ``[num_kv_heads, 2 * half]``.
+        absorb_key: whether queries score against latents.
+        absorb_value: whether latents are weighed instead of values.
+    """
+
+    def __init__(self, plan: AttentionLayerPlan, dtype: torch.dtype) -> None:
+        """Arrange everything; refuses what the kernels cannot do.
+
+        Raises:
+            ValueError: with the reason.
+        """
+        projection = plan.projection
+        self.plan, self.dtype = plan, dtype
+        device, head_size = projection.up_key.device, projection.head_size
+        if head_size % 2 or head_size > 256:
+            raise ValueError(f"head_size = {head_size} is not supported: it must be even and at most 256")
+        rope = projection.rope if projection.rope is not None and projection.rope.rotary_size else None
+        # A bias moves all scores of a query alike, which softmax does not see, but a soft cap does.
+        bias_matters = projection.key_bias is not None and bool(plan.logits_soft_cap)
+        self.absorb_key = rope is None and projection.key_norm is None and not bias_matters
+        columns, value_columns = pair_columns(head_size, rope), pair_columns(head_size, None)
+        self.half = columns.numel() // 2
+        self.absorb_value = _one_scale(plan.layouts, plan.value_terms, projection.up_value.shape[1])
+        self.key = latent_tables(plan.layouts, plan.key_terms, arranged(projection.up_key, columns), dtype)
+        self.value = latent_tables(
+            plan.layouts,
+            plan.value_terms,
+            arranged(projection.up_value, value_columns),
+            dtype,
+            at_most=_MOST_ABSORBED if self.absorb_value else 128,
+        )
+        nothing = torch.zeros(1, device=device)
+        self.tail = KeyTail(
+            bias=nothing if projection.key_bias is None else arranged(projection.key_bias, columns).contiguous(),
+            norm=nothing if projection.key_norm is None else arranged(projection.key_norm.weight, columns).contiguous(),
+            eps=0.0 if projection.key_norm is None else projection.key_norm.eps,
+            cos=nothing if rope is None else rope.cos.contiguous(),
+            sin=nothing if rope is None else rope.sin.contiguous(),
+            rotating=0 if rope is None else rope.rotary_size // 2,
+            head_size=head_size,
+        )
+        self.rope, self.norm = rope is not None, projection.key_norm is not None
+        self.key_bias = projection.key_bias is not None and not self.absorb_key
+        self.has_value_bias = projection.value_bias is not None
+        self.value_bias = (
+            nothing if projection.value_bias is None else arranged(projection.value_bias, value_columns).contiguous()
+        )
+        self.columns, self.value_columns = columns.to(device), value_columns.to(device)
+
+    @property
+    def rotates(self) -> bool:
+        """Whether any pair of channels rotates."""
+        return self.rope
+
+
+def _one_scale(layouts: tuple[PageLayout, ...], terms: tuple[LatentTerm, ...], width: int) -> bool:
+    """Whether a latent is one chunk without outliers."""
+    if len(terms) != 1 or width > _MOST_ABSORBED:
+        return False
+    stream = layouts[terms[0].page].streams[terms[0].stream]
+    return not isinstance(stream, StreamFormat) or (stream.num_groups == 1 and not stream.outlier_channels)
+
+
+def latent(tables: LatentTables) -> Latent:
+    """The tensors that kernels read."""
+    return Latent(tables.chunks, tables.first_chunk, tables.addresses, tables.up, tables.up_sum, tables.up_outliers)
+
+
+_prepared: dict[tuple[int, torch.dtype], PreparedPlan] = {}
+
+
+def prepare(plan: AttentionLayerPlan, dtype: torch.dtype) -> PreparedPlan:
+    """The prepared plan, made on first use and forgotten together with the plan."""
+    at = (id(plan), dtype)
+    prepared = _prepared.get(at)
+    if prepared is None:
+        prepared = _prepared[at] = PreparedPlan(plan, dtype)
+        weakref.finalize(plan, _prepared.pop, at, None)
+    return prepared
