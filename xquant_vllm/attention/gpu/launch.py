@@ -21,8 +21,8 @@ def paged_attention(
     """Causal attention of query tokens over their sequences' pages; see :func:`reference.paged_attention`.
 
     Sequences with few query tokens *decode*: keys are rematerialized as queries go through them. Those with many
-    *prefill*: the context is rematerialized first. Lengths that decide it are the host's; where a batch has none, or
-    only decodes, nothing is read from the device and nothing depends on its contents, so a CUDA graph can hold the call.
+    *prefill*: the context is rematerialized first. Lengths that decide it are the host's. Where a batch only decodes,
+    nothing is read from the device and no launch depends on what is there, so that a CUDA graph can hold the call.
     """
     if not query.shape[0] or not batch.seq_lens.shape[0]:
         return

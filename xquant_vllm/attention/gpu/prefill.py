@@ -106,6 +106,7 @@ def _rematerialize(
         prepared.columns,
         prepared.value_columns,
         page_pointers(pages, prepared.plan.layout.block_size),
+        batch.seq_lens,
         batch.block_table,
         batch.block_table.stride(0),
         latent(key),

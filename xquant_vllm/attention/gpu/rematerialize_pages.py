@@ -16,6 +16,7 @@ def rematerialize_pages(
     columns,
     value_columns,
     pages,
+    seq_lens,
     block_table,
     table_stride,
     key,
@@ -48,6 +49,7 @@ def rematerialize_pages(
         columns: int32 ``[2 * HALF]``: channels of keys in the kernels' order; -1 is padding.
         value_columns: likewise, of values.
         pages: :class:`Pages`.
+        seq_lens: int32 ``[sequences]``: the host may take a sequence for longer than it is.
         block_table: int32 ``[sequences, max_blocks]``.
         table_stride: between its rows.
         key: :class:`Latent` of the keys.
@@ -81,6 +83,7 @@ def rematerialize_pages(
         tl.load(of_piece + 2),
         tl.load(of_piece + 3),
     )
+    stop = tl.minimum(stop, tl.load(seq_lens + sequence))
     start = begin + tl.program_id(0) * TOKENS
     if start >= stop:
         return

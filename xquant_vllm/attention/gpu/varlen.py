@@ -13,7 +13,7 @@ from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
 from xquant_vllm.attention.gpu.pieces import Piece
 
 Varlen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[int], Sequence[int], float, int], torch.Tensor]
-"""Queries, keys, values ``[tokens, heads, head_size]``, query and key lengths, scale, window (0: none) to the output."""
+"""Of queries, keys and values ``[tokens, heads, head_size]``, query and key lengths, scale, window (0: none)."""
 
 
 def attend_whole(
@@ -88,7 +88,7 @@ def _flash() -> Varlen:
         scale: float,
         window: int,
     ) -> torch.Tensor:
-        return varlen_attn(
+        attended = varlen_attn(
             query,
             keys,
             values,
@@ -101,6 +101,8 @@ def _flash() -> Varlen:
             window_size=(window - 1 if window else -1, 0),
             enable_gqa=query.shape[1] != keys.shape[1],
         )
+        assert isinstance(attended, torch.Tensor)
+        return attended
 
     return attend
 
