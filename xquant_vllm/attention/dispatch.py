@@ -84,8 +84,8 @@ def _triton(slow: AttentionKernels, override: str | None) -> _Choice:
             raise RuntimeError(f"{OVERRIDE_VARIABLE}={override} cannot be met: {error}") from error
         return _Choice(
             slow,
-            "attention runs on the PyTorch reference, many times slower than the Triton kernels, because Triton cannot be "
-            f"imported ({error}); install the triton that belongs to your torch",
+            "attention runs on the PyTorch reference, many times slower than the Triton kernels, because Triton cannot "
+            f"be imported ({error}); install the triton that belongs to your torch",
         )
     return _Choice(cast(AttentionKernels, kernels), "attention runs on the Triton kernels")
 

@@ -10,7 +10,7 @@ from xquant_vllm.attention.gpu import workspace
 from xquant_vllm.attention.gpu.absorb import absorb
 from xquant_vllm.attention.gpu.attend import Absorbed, Batch, Partial, Scores, attend
 from xquant_vllm.attention.gpu.merge import merge
-from xquant_vllm.attention.gpu.operands import operand_type, precision
+from xquant_vllm.attention.gpu.operands import LAUNCH, TOKENS, operand_type, precision
 from xquant_vllm.attention.gpu.page_pointers import page_pointers
 from xquant_vllm.attention.gpu.prepared import PreparedPlan, latent
 
@@ -123,7 +123,7 @@ def decode(
         tiles,
         GROUP=group,
         ROWS=rows,
-        TOKENS=32 if half > 64 else 64,
+        TOKENS=TOKENS,
         HALF=half,
         SPLITS=splits,
         KEY_WIDTH=key.width,
@@ -143,6 +143,7 @@ def decode(
         WINDOW=bool(plan.sliding_window),
         DTYPE=dtype,
         PRECISION=exact,
+        **LAUNCH,
     )
     merge[(tokens, kv_heads)](
         partial,

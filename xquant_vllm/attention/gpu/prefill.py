@@ -13,7 +13,7 @@ from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu import workspace
 from xquant_vllm.attention.gpu.attend import Batch, Scores
 from xquant_vllm.attention.gpu.dense import Carried, dense
-from xquant_vllm.attention.gpu.operands import operand_type, precision
+from xquant_vllm.attention.gpu.operands import LAUNCH, TOKENS, operand_type, precision
 from xquant_vllm.attention.gpu.page_pointers import page_pointers
 from xquant_vllm.attention.gpu.pieces import Piece, rounds
 from xquant_vllm.attention.gpu.prepared import PreparedPlan, latent
@@ -22,7 +22,7 @@ from xquant_vllm.attention.gpu.varlen import attend_whole
 
 # Cached tokens in the workspace at a time.
 ROOM = 16384
-_QUERIES, _TOKENS = 64, 64
+_QUERIES, _KEYS = 64, 64
 
 
 def workspace_parts(prepared: PreparedPlan, tokens: int, room: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
@@ -99,8 +99,7 @@ def _rematerialize(
 ) -> None:
     """Fill the workspace with a round's keys and values."""
     key, value, half = prepared.key, prepared.value, prepared.half
-    tokens = 32 if half > 64 else _TOKENS
-    tiles = max(triton.cdiv(piece.stop - piece.begin, tokens) for piece in pieces)
+    tiles = max(triton.cdiv(piece.stop - piece.begin, TOKENS) for piece in pieces)
     rematerialize_pages[(tiles, len(pieces), prepared.plan.projection.num_kv_heads)](
         described,
         prepared.columns,
@@ -115,7 +114,7 @@ def _rematerialize(
         prepared.value_bias,
         keys,
         values,
-        TOKENS=tokens,
+        TOKENS=TOKENS,
         HALF=half,
         KEY_WIDTH=key.width,
         KEY_KINDS=key.kinds,
@@ -131,6 +130,7 @@ def _rematerialize(
         ROPE=prepared.rotates,
         DTYPE=operand_type(prepared.dtype),
         PRECISION=precision(prepared.dtype),
+        **LAUNCH,
     )
 
 
@@ -163,7 +163,7 @@ def _attend(
         head_size,
         GROUP=plan.num_heads // plan.projection.num_kv_heads,
         QUERIES=_QUERIES,
-        TOKENS=32 if head_size > 128 else _TOKENS,
+        TOKENS=32 if head_size > 128 else _KEYS,
         WIDTH=max(16, triton.next_power_of_2(head_size)),
         SOFT_CAP=bool(plan.logits_soft_cap),
         WINDOW=bool(plan.sliding_window),
