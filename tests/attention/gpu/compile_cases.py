@@ -35,6 +35,7 @@ def _attention(spec: Spec, lengths: list[int]) -> None:
         torch.tensor(lengths).int() + 1000,
         torch.zeros(len(lengths), 128, dtype=torch.int32),
         max(lengths),
+        tuple((length, length + 1000) for length in lengths),
     )
     query = torch.zeros(tokens, plan.num_heads, spec.head_size, dtype=spec.dtype)
     launch.paged_attention(query, pages, plan, batch, torch.empty_like(query))

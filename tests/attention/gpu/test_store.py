@@ -11,6 +11,7 @@ from tests.attention.attention_cases import Spec, make_plan, random_latents, ran
 from tests.attention.stored_pages import StoreCase, assert_same_pages, make_store_case
 from xquant_vllm.attention import reference
 from xquant_vllm.attention.batch import AttentionLayerPlan
+from xquant_vllm.attention.gpu import kernels, workspace
 from xquant_vllm.attention.gpu import store as gpu
 from xquant_vllm.attention.gpu.prepared_store import prepared_stores
 from xquant_vllm.attention.gpu.rotation_tables import rotation_tables
@@ -111,7 +112,9 @@ def test_ties() -> None:
 def test_rotation(size: int) -> None:
     rotation = hadamard_rotation(size, 1)
     x = torch.randn(3, size + 8)[:, :size]
-    rotated = gpu._rotated(_moved(x), torch.tensor([5, -1, 7], device=DEVICE), rotation_tables(rotation, DEVICE))
+    rotated = torch.zeros(3, size, device=DEVICE)
+    gpu._rotate(_moved(x), torch.tensor([5, -1, 7], device=DEVICE), rotation_tables(rotation, DEVICE), rotated)
+    assert (rotated[1] == 0).all()
     expected = rotation.apply(x.double())
     for token in (0, 2):
         error = (rotated[token].cpu() - expected[token]).abs().max() / expected[token].abs().max()
@@ -211,7 +214,7 @@ class _NoKernel:
 
 
 def test_reads_nothing_back(monkeypatch) -> None:
-    """No operation whose result or size depends on data, so that a CUDA graph can hold a call."""
+    """Views alone: nothing is allocated, nothing depends on data, so that a CUDA graph can hold a call."""
     seen: list[str] = []
 
     class Record(TorchDispatchMode):
@@ -228,7 +231,18 @@ def test_reads_nothing_back(monkeypatch) -> None:
         with Record():
             gpu.store(pages, case.plan, case.slots, case.inputs)
         monkeypatch.undo()
-    assert set(seen) <= {"aten.view.default", "aten._unsafe_view.default", "aten.new_empty.default"}
+    assert set(seen) <= {"aten.view.default", "aten.view.dtype", "aten.slice.Tensor", "aten.detach.default"}
+
+
+def test_reserves_what_it_takes(monkeypatch) -> None:
+    """Nothing is allocated after :func:`kernels.fix`."""
+    case = make_store_case(Spec(kind="deltas", earlier=(4, 2), hidden_size=2048), 2, "normal")
+    query = torch.zeros(2, case.plan.num_heads, case.plan.projection.head_size)
+    monkeypatch.setattr(workspace, "_buffers", {})
+    monkeypatch.setattr(workspace, "_fixed", set())
+    kernels.reserve(case.plan, query, 2)
+    kernels.fix(query.device)
+    gpu.store((case.memory[:, : case.plan.layout.page_bytes], *case.earlier), case.plan, case.slots, case.inputs)
 
 
 def test_forgets_dead_plans() -> None:

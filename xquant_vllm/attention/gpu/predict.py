@@ -53,7 +53,7 @@ def subtract_terms(
         latent: :class:`Latent`; ``up`` is ``[chunks, WIDTH, 1]``, the factors of channels.
         segments: see :class:`PredictionTables`.
         order: likewise.
-        rows: FP32 ``[tokens, channels of all heads]``, written; may be ``x``.
+        rows: FP32 ``[tokens, channels of all heads]``, written; may be ``x``, whose tiles only their own program reads.
         row_stride: of the rows, in elements.
         TOKENS: tokens of a tile.
         WIDTH: see :class:`LatentTables`, as the rest.

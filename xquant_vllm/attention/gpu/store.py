@@ -1,6 +1,7 @@
 """Quantizing what new tokens bring into their slots, through the Triton kernels.
 
-Nothing is read back from the device and nothing depends on data, so a CUDA graph can hold these calls.
+Nothing is read back from the device, nothing depends on data and nothing is allocated beside the workspace, so a CUDA
+graph can hold these calls.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 
 from xquant_vllm.attention.batch import AttentionLayerPlan
+from xquant_vllm.attention.gpu import workspace
 from xquant_vllm.attention.gpu.latent_tables import ALLOCATED, FP16, UNIFORM
 from xquant_vllm.attention.gpu.page_pointers import page_pointers
 from xquant_vllm.attention.gpu.predict import subtract_product, subtract_terms
@@ -24,13 +26,12 @@ from xquant_vllm.attention.gpu.stream_tables import StreamTables
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 # From so many tokens on a program has several: there are programs enough.
 _MANY_TOKENS = 256
-# Numbers of a tile that is quantized, unless a piece has more; and of these, those of a warp. Choosing a scale among
-# several takes more registers.
-_TILE = 256
-_BYTES = 512
+# Numbers of a tile that is quantized, unless a piece has more, and bytes that are packed at once.
+_TILE, _BYTES = 256, 512
+# Of these numbers, those of a warp: choosing a scale among several takes more registers.
 _OF_WARP = {FP16: 256, UNIFORM: 128, ALLOCATED: 64}
 # FP32 operands as three products of TF32: codes are exact in TF32, so are +1 and -1, and of the other factor 22 bits
-# are left of 24. What is rounded here is stored in the difference or spreads over a step of quantization.
+# are left of 24. Exact products spill registers, and readers do not repeat these: what they round is stored as well.
 _PRECISION = "tf32x3"
 _COLUMNS = 64
 
@@ -47,14 +48,26 @@ def store(
         return
     prepared = prepare_store(plan)
     block_size = plan.layout.block_size
+    parts = workspace_parts(plan, tokens)
+    computed = workspace.take(pages[0].device, *parts)[0] if parts else None
     for index, (stream, x) in enumerate(zip(plan.layout.streams, inputs, strict=True)):
         rows = _rows(x, index, stream.num_heads * stream.width)
-        if index == 0:
+        if index == 0 and computed is not None:
             if prepared.rotation is not None:
-                rows = _rotated(rows, slot_mapping, prepared.rotation)
+                _rotate(rows, slot_mapping, prepared.rotation, computed)
+                rows = computed
             if prepared.prediction is not None:
-                rows = _difference(rows, slot_mapping, pages, plan, prepared.prediction)
+                _subtract(rows, slot_mapping, pages, plan, prepared.prediction, computed)
+                rows = computed
         _quantize(rows, slot_mapping, pages[0], block_size, prepared.streams[index])
+
+
+def workspace_parts(plan: AttentionLayerPlan, tokens: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shapes and dtypes of what :func:`store` takes of the workspace: rows that are computed before they are stored."""
+    if plan.rotation is None and plan.prediction is None:
+        return ()
+    first = plan.layout.streams[0]
+    return (((tokens, first.num_heads * first.width), torch.float32),)
 
 
 def _rows(x: torch.Tensor, index: int, width: int) -> torch.Tensor:
@@ -67,10 +80,9 @@ def _rows(x: torch.Tensor, index: int, width: int) -> torch.Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _rotated(rows: torch.Tensor, slots: torch.Tensor, tables: RotationTables) -> torch.Tensor:
-    """FP32 ``[tokens, width]``; rows of tokens that are not stored are left undefined."""
+def _rotate(rows: torch.Tensor, slots: torch.Tensor, tables: RotationTables, rotated: torch.Tensor) -> None:
+    """Into ``rotated``, FP32 ``[tokens, width]``; rows of tokens that are not stored are left alone."""
     tokens = rows.shape[0]
-    rotated = rows.new_empty(rows.shape, dtype=torch.float32)
     padded_rows, padded_columns = tables.left.shape[0], tables.right.shape[0]
     # A program of several tokens keeps the matrices in shared memory, which larger ones do not fit.
     large = padded_rows * padded_columns > 4096
@@ -94,19 +106,21 @@ def _rotated(rows: torch.Tensor, slots: torch.Tensor, tables: RotationTables) ->
         PRECISION=_PRECISION,
         num_warps=8 if large else 4,
     )
-    return rotated
 
 
-def _difference(
+def _subtract(
     rows: torch.Tensor,
     slots: torch.Tensor,
     pages: Sequence[torch.Tensor],
     plan: AttentionLayerPlan,
     tables: PredictionTables,
-) -> torch.Tensor:
-    """FP32 ``[tokens, width]``, rows minus their prediction; of tokens that are not stored undefined."""
+    result: torch.Tensor,
+) -> None:
+    """Rows minus their prediction into ``result``, FP32 ``[tokens, width]``, which may be the rows themselves.
+
+    Rows of tokens that are not stored are left alone.
+    """
     tokens, own = rows.shape[0], plan.layout.streams[0]
-    result = rows.new_empty(rows.shape, dtype=torch.float32)
     chunks = tables.latent
     of_pages = page_pointers(pages, plan.layout.block_size)
     arguments = (rows, rows.stride(0), slots, tokens, of_pages, latent(chunks))
@@ -135,7 +149,6 @@ def _difference(
             num_stages=2,
             **compiled,
         )
-    return result
 
 
 def _quantize(
