@@ -8,6 +8,7 @@ import torch
 from tests.attention.attention_cases import Spec, make_plan
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu import launch
+from xquant_vllm.attention.gpu.store import store
 
 _LLAMA = Spec(
     kv_heads=8, group=4, head_size=128, hidden_size=4096, key_group=128, value_group=128, key_outliers=0,
@@ -34,9 +35,17 @@ def _attention(spec: Spec, lengths: list[int]) -> None:
         torch.tensor(lengths).int() + 1000,
         torch.zeros(len(lengths), 128, dtype=torch.int32),
         max(lengths),
+        tuple((length, length + 1000) for length in lengths),
     )
     query = torch.zeros(tokens, plan.num_heads, spec.head_size, dtype=spec.dtype)
     launch.paged_attention(query, pages, plan, batch, torch.empty_like(query))
+
+
+def _store(spec: Spec, tokens: int) -> None:
+    plan = make_plan(spec)
+    pages = [torch.zeros(1, layout.page_bytes, dtype=torch.uint8) for layout in plan.layouts]
+    inputs = [torch.zeros(tokens, of.num_heads, of.width, dtype=spec.dtype) for of in plan.layout.streams]
+    store(pages, plan, torch.zeros(tokens, dtype=torch.int64), inputs)
 
 
 def _case(function: Callable[..., None], *arguments: object) -> Callable[[], None]:
@@ -46,4 +55,8 @@ def _case(function: Callable[..., None], *arguments: object) -> Callable[[], Non
 CASES: dict[str, Callable[[], None]] = {}
 for _name, _spec in SPECS.items():
     CASES[f"decode {_name}"] = _case(_attention, _spec, [1, 1, 1, 1])
+    if _name == "x without rope":  # another kernel before that of attention
+        continue
     CASES[f"prefill {_name}"] = _case(_attention, _spec, [256])
+    CASES[f"store {_name}"] = _case(_store, _spec, 4)
+    CASES[f"store many {_name}"] = _case(_store, _spec, 256)

@@ -45,7 +45,7 @@ class GPUlessDriver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.target.arch  # Triton keeps what it compiled by device
 
     def get_current_stream(self, device: int) -> int:
         return 0

@@ -6,7 +6,8 @@ from xquant_vllm.attention.batch import AttentionLayerPlan
 from xquant_vllm.attention.gpu import decode, prefill, workspace
 from xquant_vllm.attention.gpu.launch import paged_attention
 from xquant_vllm.attention.gpu.prepared import prepare
-from xquant_vllm.attention.gpu.store import store
+from xquant_vllm.attention.gpu.prepared_store import prepare_store
+from xquant_vllm.attention.gpu.store import store, workspace_parts
 
 __all__ = ["fix", "paged_attention", "reserve", "store"]
 
@@ -20,8 +21,10 @@ def reserve(plan: AttentionLayerPlan, query: torch.Tensor, sequences: int) -> No
         sequences: sequences of a batch at most.
     """
     prepared = prepare(plan, query.dtype)
+    prepare_store(plan)
     tokens = query.shape[0]
     sizes = [workspace.bytes_of(*prefill.workspace_parts(prepared, tokens, prefill.ROOM))]
+    sizes.append(workspace.bytes_of(*workspace_parts(plan, tokens)))
     longest = 1
     while longest <= decode.MOST_ROWS:
         # The fewer sequences, the more splits.

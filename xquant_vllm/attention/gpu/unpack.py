@@ -17,7 +17,7 @@ _KIND = tl.constexpr(FIELDS.index("kind"))
 _SCALES = tl.constexpr(FIELDS.index("scales"))
 _ZEROS = tl.constexpr(FIELDS.index("zeros"))
 _OUTLIERS = tl.constexpr(FIELDS.index("outliers"))
-_NUM_OUTLIERS = tl.constexpr(FIELDS.index("num_outliers"))
+NUM_OUTLIERS = tl.constexpr(FIELDS.index("num_outliers"))
 _TABLE = tl.constexpr(FIELDS.index("table"))
 _LOW = tl.constexpr(COLUMNS.index("low"))
 _LOW_MASK = tl.constexpr(COLUMNS.index("low_mask"))
@@ -139,6 +139,6 @@ def load_outlier(latent, chunk, channel, pages, page, within, valid):
     """An outlier channel's number of every token, FP32 ``[tokens]``; 0 where the chunk has fewer."""
     at = (page + load_field(latent, chunk, _OUTLIERS)).to(tl.pointer_type(tl.float16))
     exact = tl.where(valid, 0.0, 0.0)
-    if channel < load_field(latent, chunk, _NUM_OUTLIERS):
+    if channel < load_field(latent, chunk, NUM_OUTLIERS):
         exact = tl.load(at + channel * pages.block_size + within, valid, 0.0).to(tl.float32)
     return exact
