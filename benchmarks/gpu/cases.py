@@ -204,8 +204,6 @@ def make_case(spec: Spec) -> Case:
 def on_device(value: Any, device: torch.device) -> Any:
     """A copy with all tensors on a device, strides kept: of a case, a plan, and of all that they are made of."""
     if isinstance(value, torch.Tensor):
-        if value.device == device:
-            return value
         moved = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
         return moved.copy_(value)
     if isinstance(value, tuple):
