@@ -52,6 +52,8 @@ class Spec:
     window: int | None = None
     soft_cap: float | None = None
     strided: bool = False
+    sinks: bool = False
+    host_lengths: bool = False  # whether the batch says on the host how long its sequences are
     seed: int = 0
 
 
@@ -153,6 +155,8 @@ def make_plan(spec: Spec) -> AttentionLayerPlan:
     )
     heads = kv_heads * spec.group
     scale = 2.0 * head_size**-0.5
+    if spec.sinks:
+        terms["sinks"] = normal(heads)
     return AttentionLayerPlan(tuple(layouts), projection, heads, scale, spec.window, spec.soft_cap, **terms)
 
 
@@ -198,7 +202,8 @@ def make_case(spec: Spec) -> Case:
         query = wide[:, 2:-1, : spec.head_size]
     else:
         query = torch.randn(shape, generator=generator).to(spec.dtype)
-    return Case(plan, pages, AttentionBatch(starts, lengths, table), query)
+    on_host = tuple(zip(counts, lengths.tolist(), strict=True)) if spec.host_lengths else None
+    return Case(plan, pages, AttentionBatch(starts, lengths, table, lengths=on_host), query)
 
 
 def on_device(value: Any, device: torch.device) -> Any:

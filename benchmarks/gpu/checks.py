@@ -48,8 +48,10 @@ FEATURES: dict[str, dict[str, Any]] = {
     "absorbed keys": {"rope": "none", "norm": False, "bias": True, "soft_cap": None},
     "absorbed keys of runs": {"rope": "none", "norm": False, "soft_cap": None, "allocated": 1.0},
     "window": {"window": 16},
+    "sinks": {"sinks": True, "bias": True},
     "soft cap": {"soft_cap": 5.0, "bias": True, "rope": "none"},
     "norm and bias": {"norm": True, "bias": True},
+    "prompts among decodes": {"seqs": ((30, 1), (20, 2), (33, 19), (17, 1)), "host_lengths": True, "window": None},
     "interleaved and partial RoPE": {"rope": "interleaved", "rotary_size": 32},
 }
 
@@ -92,7 +94,7 @@ def plan_checks(seed: int, *, tiny: bool, dtypes: Sequence[torch.dtype]) -> list
         phase = PHASES[at % len(PHASES)]
         add(f"attention, {name}, {phase}", "attention", phase, given)
     for name, given in FORMATS.items():
-        add(f"store, {name}", "store", "prefill", given)
+        add(f"store, {name}", "store", "several tokens" if tiny else "prefill", given)
     return drawn
 
 
@@ -108,7 +110,7 @@ def _random_spec(choose: random.Random, phase: str, tiny: bool, dtypes: Sequence
     head_size = choose.choice((64, 64, 96) if tiny else (64, 80, 96, 128, 128, 256))
     return Spec(
         seqs=tuple(seqs),
-        kv_heads=choose.randint(1, 2 if tiny else 4),
+        kv_heads=choose.choice((1, 1, 2) if tiny else (1, 2, 3, 4)),
         group=choose.choice((1, 2, 4) if tiny else (1, 2, 3, 4, 7, 8, 16)),
         head_size=head_size,
         hidden_size=choose.choice((64, 192) if tiny else (192, 320, 520, 1024)),
@@ -123,6 +125,8 @@ def _random_spec(choose: random.Random, phase: str, tiny: bool, dtypes: Sequence
         window=choose.choice((None, None, None, 7, 100)),
         soft_cap=choose.choice((None, None, 20.0)),
         strided=choose.random() < 0.5,
+        sinks=choose.random() < 0.2,
+        host_lengths=phase != "decode" and choose.random() < 0.7,
         seed=choose.randrange(2**30),
     )
 

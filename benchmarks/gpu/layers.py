@@ -122,7 +122,7 @@ def tiny_shapes() -> list[Shape]:
         Shape(TINY, "decode", 2, 9),
         Shape(TINY, "decode", 1, 7, 4),
         Shape(TINY, "prefill", 1, 5, 8),
-        Shape(TINY, "store", 8),
+        Shape(TINY, "store", 4),
     ]
 
 

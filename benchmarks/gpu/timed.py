@@ -142,6 +142,8 @@ def _measured(request: Request, variants: Sequence[_Variant]) -> list[Row]:
         {variant.row["variant"]: variant.calls for variant in right},
         samples=_SAMPLES,
         seconds=_SECONDS_PER_VARIANT * len(right),
+        # Prompts are described to the kernels by copies from the host, of which a graph would keep the addresses only.
+        graphs=request.shape.operation != "prefill",
     )
     for variant in right:
         timing = timings[variant.row["variant"]]
@@ -320,7 +322,9 @@ def _ours(
     lengths = torch.full((batch,), shape.seq_len, dtype=torch.int32, device=device)
     flat = queries.flatten(1, 2)
     outputs = torch.full_like(flat, torch.nan)
-    batches = [AttentionBatch(starts, lengths, table, shape.query_len) for table in tables]
+    # As vLLM knows them: not where no sequence has more than one query token.
+    on_host = ((shape.query_len, shape.seq_len),) * batch if shape.query_len > 1 else None
+    batches = [AttentionBatch(starts, lengths, table, shape.query_len, on_host) for table in tables]
 
     def attend(index: int) -> None:
         attention(flat[index], pages, plan, batches[index], outputs[index])

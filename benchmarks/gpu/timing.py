@@ -36,7 +36,9 @@ class Timing:
 Calls = Sequence[Callable[[], Any]]
 
 
-def measure(variants: Mapping[str, Calls], *, samples: int, seconds: float) -> dict[str, Timing | Exception]:
+def measure(
+    variants: Mapping[str, Calls], *, samples: int, seconds: float, graphs: bool = True
+) -> dict[str, Timing | Exception]:
     """Time all variants, sample after sample of each in turn.
 
     A sample goes through all calls of a variant, which are over different inputs, so that the cache holds none of them.
@@ -45,19 +47,21 @@ def measure(variants: Mapping[str, Calls], *, samples: int, seconds: float) -> d
         variants: by name, the same call over several sets of inputs.
         samples: of every variant, fewer where they would take too long, but at least three.
         seconds: how long all samples may take together.
+        graphs: whether calls may be captured; what cannot be is timed without.
 
     Returns:
         By name a timing, or why there is none.
     """
     if not torch.cuda.is_available():
         return {name: _by_clock(calls) for name, calls in variants.items()}
-    runners: dict[str, tuple[Callable[[], None], int, str]] = {}
     results: dict[str, Timing | Exception] = {}
+    # All of them before any is captured: buffers that kernels share may still grow and move.
     for name, calls in variants.items():
         try:
-            runners[name] = _runner(calls)
+            _warm_up(calls)
         except Exception as error:
             results[name] = error
+    runners = {name: _runner(calls, graphs) for name, calls in variants.items() if name not in results}
     taken: dict[str, list[float]] = {name: [] for name in runners}
     often: dict[str, int] = {}
     for name, (run, _, _) in runners.items():
@@ -104,19 +108,26 @@ def _sample(run: Callable[[], None], times: int) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def _runner(calls: Calls) -> tuple[Callable[[], None], int, str]:
+def _warm_up(calls: Calls) -> None:
+    """Compile, allocate, and show what does not work."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+
+
+def _runner(calls: Calls, graphs: bool) -> tuple[Callable[[], None], int, str]:
     """What goes through all calls, how many these are, and how."""
 
     def run() -> None:
         for call in calls:
             call()
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()  # compiles, allocates, and shows what does not work
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
+    if not graphs:
+        return run, len(calls), "events"
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):

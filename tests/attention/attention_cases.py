@@ -77,4 +77,5 @@ def random_spec(seed: int) -> Spec:
         strided=choose.random() < 0.5,
         seed=seed,
         allocated=choose.choice((0.0, 0.0, 0.6, 1.0)),
+        sinks=choose.random() < 0.3,
     )
