@@ -15,7 +15,7 @@ def measure_roofs(tiny: bool) -> dict[str, Any]:
         was done.
     """
     generator = torch.Generator("cuda").manual_seed(0)
-    copied = 2**24 if tiny else min(2**32, torch.cuda.mem_get_info()[0] // 4)
+    copied = 2**24 if tiny else min(2**31, torch.cuda.mem_get_info()[0] // 4)
     size = 1024 if tiny else 8192
     source = torch.randint(256, (copied,), dtype=torch.uint8, device="cuda", generator=generator)
     target = torch.empty_like(source)
