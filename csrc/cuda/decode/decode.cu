@@ -10,7 +10,8 @@ template <int HeadSize, int T>
 cudaError_t start(const Params& params, void* stream) {
     const dim3 grid{static_cast<unsigned>(params.call.num_sequences), static_cast<unsigned>(params.plan.num_kv_heads),
                     static_cast<unsigned>(params.call.splits)};
-    return launch(decode_kernel<HeadSize, T>, grid, kThreads, shared_bytes<HeadSize>(params.plan), stream, params);
+    return launch(decode_kernel<HeadSize, T>, grid, kThreads,
+                  shared_bytes<HeadSize>(params.plan, params.call.row_tiles), stream, params);
 }
 
 template <int HeadSize>
@@ -34,4 +35,10 @@ int xquant_cuda_decode(const xquant_cuda_decode_plan* plan, const xquant_cuda_de
     if (plan->head_size == 64) return start_type<64>(params, stream);
     if (plan->head_size == 128) return start_type<128>(params, stream);
     return cudaErrorInvalidValue;
+}
+
+int64_t xquant_cuda_decode_shared_bytes(const xquant_cuda_decode_plan* plan, int row_tiles) {
+    using namespace xquant::decode;
+    return static_cast<int64_t>(plan->head_size == 64 ? shared_bytes<64>(*plan, row_tiles)
+                                                      : shared_bytes<128>(*plan, row_tiles));
 }

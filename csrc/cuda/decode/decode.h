@@ -82,5 +82,7 @@ typedef struct {
 // Both structs are read during the call, in host memory. Returns a cudaError_t.
 XQUANT_CUDA_EXPORT int xquant_cuda_decode(const xquant_cuda_decode_plan* plan, const xquant_cuda_decode_call* call,
                                           void* stream);
+// Bytes of shared memory that a block takes.
+XQUANT_CUDA_EXPORT int64_t xquant_cuda_decode_shared_bytes(const xquant_cuda_decode_plan* plan, int row_tiles);
 
 #endif

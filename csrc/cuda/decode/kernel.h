@@ -69,6 +69,7 @@ __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const Params params
     unsigned char* stages = shared_memory() + sizeof(Shared<HeadSize>);
     const StageLayout layout = stage_layout(params.plan.key_row_bytes, params.plan.value_row_bytes, HeadSize);
     const int row_tiles = params.call.row_tiles;
+    const Scores<HeadSize> scores = find_scores<HeadSize>(stages, layout.bytes, row_tiles);
     load_tables<HeadSize>(shared, params, share.head, thread);
     __syncthreads();
 
@@ -99,12 +100,12 @@ __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const Params params
         unpack_scales<HeadSize>(shared, params, share, stage + layout.small, start, thread);
         unpack_codes(shared.codes, S::kCodePitch, stage, shared.key, shared.key_quads, shared.key_masks, thread);
         __syncthreads();
-        score_keys<HeadSize, T>(shared, operands, reinterpret_cast<const float*>(stage + layout.rope), row_tiles, warp,
-                                lane);
+        score_keys<HeadSize, T>(scores, shared, operands, reinterpret_cast<const float*>(stage + layout.rope),
+                                row_tiles, warp, lane);
         __syncthreads();
         unpack_codes(shared.codes, S::kCodePitch, stage + layout.values, shared.value, shared.value_quads,
                      shared.value_masks, thread);
-        if (thread < row_tiles * 8 * kRowLanes) weigh<HeadSize>(state, shared, params, share, start, thread);
+        if (thread < row_tiles * 8 * kRowLanes) weigh<HeadSize>(state, shared, scores, params, share, start, thread);
         __syncthreads();
         add_values<HeadSize>(sums, shared, warp, lane);
     }

@@ -110,15 +110,16 @@ XQUANT_DEVICE void rotate(float (&low)[4], float (&high)[4], const Shared<HeadSi
     }
 }
 
-// Products of the tile's keys with the queries, over the warp's columns, into shared.scores.
+// Products of the tile's keys with the queries, over the warp's columns.
 template <int HeadSize, int T>
-XQUANT_DEVICE void score_keys(Shared<HeadSize>& shared, const KeyOperands<HeadSize>& operands, const float* base,
-                              int row_tiles, int warp, int lane) {
+XQUANT_DEVICE void score_keys(const Scores<HeadSize>& all_scores, const Shared<HeadSize>& shared,
+                              const KeyOperands<HeadSize>& operands, const float* base, int row_tiles, int warp,
+                              int lane) {
     using S = Shape<HeadSize>;
     const int column_warp = warp % S::kColumnWarps, token_warp = warp / S::kColumnWarps;
     const int column = column_warp * 16 + 2 * (lane % 4);
     const int steps = shared.key.octets / 2, outliers = shared.key.num_outliers;
-    float* scores = shared.scores[column_warp];
+    float* scores = all_scores.data + column_warp * all_scores.of_warp;
     // Unrolled, the tiles' operands would not fit the registers.
 #pragma unroll 1
     for (int tile = 0; tile < S::kTokenTiles; ++tile) {

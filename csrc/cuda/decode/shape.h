@@ -68,14 +68,13 @@ inline
     return layout;
 }
 
-// Everything else in shared memory, in front of the stages.
+// Everything else in shared memory, in front of the stages; behind them are the scores.
 template <int HeadSize>
 struct Shared {
     using S = Shape<HeadSize>;
     uint16_t codes[kTokens * S::kCodePitch];          // of keys, then of values; at last the output
     uint16_t weights[kRows * S::kWeightPitch];
     uint32_t rope[kTokens * S::kRopePitch];
-    float scores[S::kColumnWarps][kRows * S::kScorePitch];
     uint4 key_quads[S::kQuads];
     uint4 value_quads[S::kQuads];
     uint32_t key_masks[S::kQuads];
@@ -91,10 +90,25 @@ struct Shared {
     float padding[3];
 };
 
+// Products of queries with the columns that a warp has, [kColumnWarps][row_tiles * 8][kScorePitch]. Calls with few rows
+// take less, so that more blocks fit a multiprocessor.
 template <int HeadSize>
-size_t shared_bytes(const xquant_cuda_decode_plan& plan) {
-    const size_t stage = static_cast<size_t>(stage_layout(plan.key_row_bytes, plan.value_row_bytes, HeadSize).bytes);
-    return sizeof(Shared<HeadSize>) + kStages * stage;
+struct Scores {
+    float* data;
+    int of_warp;
+};
+
+template <int HeadSize>
+XQUANT_DEVICE Scores<HeadSize> find_scores(unsigned char* stages, int stage_bytes, int row_tiles) {
+    return {reinterpret_cast<float*>(stages + kStages * stage_bytes), row_tiles * 8 * Shape<HeadSize>::kScorePitch};
+}
+
+template <int HeadSize>
+size_t shared_bytes(const xquant_cuda_decode_plan& plan, int row_tiles) {
+    using S = Shape<HeadSize>;
+    const auto stage = static_cast<size_t>(stage_layout(plan.key_row_bytes, plan.value_row_bytes, HeadSize).bytes);
+    const auto scores = static_cast<size_t>(S::kColumnWarps * row_tiles * 8 * S::kScorePitch) * sizeof(float);
+    return sizeof(Shared<HeadSize>) + kStages * stage + scores;
 }
 
 // The share of a block, which is one sequence, one kv head and one split.

@@ -25,16 +25,16 @@ XQUANT_DEVICE float exponential(float x) { return exp2f(x * 1.4426950408889634f)
 XQUANT_DEVICE int token_of(int of_row, int index) { return of_row * 4 + index / 4 * (kTokens / 2) + index % 4; }
 
 template <int HeadSize>
-XQUANT_DEVICE void load_scores(float (&score)[kTokensOfLane], const Shared<HeadSize>& shared, const Params& params,
+XQUANT_DEVICE void load_scores(float (&score)[kTokensOfLane], const Scores<HeadSize>& scores, const Params& params,
                                int row, int of_row) {
     using S = Shape<HeadSize>;
 #pragma unroll
     for (int part = 0; part < kTokensOfLane / 4; ++part) {
         const int at = row * S::kScorePitch + token_of(of_row, part * 4);
-        float4 sum = *reinterpret_cast<const float4*>(&shared.scores[0][at]);
+        float4 sum = *reinterpret_cast<const float4*>(scores.data + at);
 #pragma unroll
         for (int warp = 1; warp < S::kColumnWarps; ++warp) {
-            const float4 more = *reinterpret_cast<const float4*>(&shared.scores[warp][at]);
+            const float4 more = *reinterpret_cast<const float4*>(scores.data + warp * scores.of_warp + at);
             sum.x += more.x;
             sum.y += more.y;
             sum.z += more.z;
@@ -56,12 +56,12 @@ XQUANT_DEVICE void load_scores(float (&score)[kTokensOfLane], const Shared<HeadS
 // Weights of a tile into shared.weights, times the values' scales and divided by the largest of these, so that FP16 has
 // room for them.
 template <int HeadSize>
-XQUANT_DEVICE void weigh(RowState& state, Shared<HeadSize>& shared, const Params& params, const Share& share,
-                         int tile_start, int thread) {
+XQUANT_DEVICE void weigh(RowState& state, Shared<HeadSize>& shared, const Scores<HeadSize>& scores,
+                         const Params& params, const Share& share, int tile_start, int thread) {
     const int row = thread / kRowLanes, of_row = thread % kRowLanes;
     const int position = share.past + row / (params.plan.num_heads / params.plan.num_kv_heads);
     float weight[kTokensOfLane], scale[kTokensOfLane];
-    load_scores<HeadSize>(weight, shared, params, row, of_row);
+    load_scores<HeadSize>(weight, scores, params, row, of_row);
     float largest = state.largest, unit = 0;
 #pragma unroll
     for (int i = 0; i < kTokensOfLane; ++i) {

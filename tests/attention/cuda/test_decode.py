@@ -1,18 +1,22 @@
 """The CUDA decode kernel, run by the emulation, against the reference."""
 
+import ctypes
 import random
 from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.attention.attention_cases import Case, Spec, make_case
+from tests.attention.attention_cases import Case, Spec, make_case, make_plan, random_runs
 from xquant_vllm.attention import reference
 
 pytest.importorskip("triton")
-from xquant_vllm.attention.gpu import cuda_decode, cuda_tables
+from xquant_vllm.attention.gpu import cuda_decode, cuda_library
 from xquant_vllm.attention.gpu.attend import Partial
+from xquant_vllm.attention.gpu.bit_addresses import bit_addresses
+from xquant_vllm.attention.gpu.cuda_tables import quads, rope_arrays
 from xquant_vllm.attention.gpu.prepared import PreparedPlan
+from xquant_vllm.projection.rope import RotaryTable
 
 # Keys and weights are rounded to the query's dtype and to FP16; of a row's largest element.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -115,3 +119,100 @@ def test_random(library, seed: int) -> None:
     # Bits that depend on which thread runs first are a race.
     for order in (1, 2 + seed):
         assert torch.equal(output, run(library, case, splits, order))
+
+
+LARGE = {
+    "long": (Spec(seqs=((1500, 1),), kv_heads=1, group=4, head_size=128, key_group=128, value_group=128), 3),
+    "long window": (Spec(seqs=((1500, 2), (900, 1)), kv_heads=1, group=8, window=300, soft_cap=20.0), 2),
+    "runs": (Spec(seqs=((400, 1),), kv_heads=2, group=4, head_size=128, allocated=1.0, seed=1), 2),
+    "more splits than tiles": (Spec(seqs=((130, 1), (3, 1)), kv_heads=2, group=2), 32),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large(library, name: str) -> None:
+    spec, splits = LARGE[name]
+    case = make_case(replace(spec, dtype=torch.bfloat16))
+    print(f"error {assert_close(run(library, case, splits), case):.1e}")
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 30.0])
+def test_extreme_scores(library, scale: float) -> None:
+    """All scores equal, and so far apart that most weights underflow."""
+    case = make_case(Spec(seqs=((200, 2),), dtype=torch.float16, group=2))
+    case = replace(case, plan=replace(case.plan, scale=scale))
+    output = run(library, case, 2)
+    if scale < 1:
+        assert_close(output, case)
+    assert output.isfinite().all()
+
+
+def test_blocks_of_a_multiprocessor(library) -> None:
+    """Three blocks fit the 227 KiB of a Hopper GPU, two the 163 KiB of an A100, at 4 bits and heads of 128."""
+    spec = Spec(head_size=128, key_group=128, value_group=128, dtype=torch.bfloat16)
+    of_plan = cuda_decode.decode_plan(PreparedPlan(make_plan(spec), torch.bfloat16))
+    assert of_plan is not None
+    library.xquant_cuda_decode_shared_bytes.restype = ctypes.c_int64
+    taken = library.xquant_cuda_decode_shared_bytes(ctypes.byref(of_plan.struct), 1) + 1024
+    print(f"{taken} bytes")
+    assert 3 * taken <= 227 * 1024
+    assert 2 * taken <= 163 * 1024
+
+
+REFUSED = {
+    "norm": Spec(norm=True),
+    "no RoPE": Spec(rope="none"),
+    "groups of a key": Spec(key_group=32),
+    "groups of a value": Spec(value_group=32),
+    "outliers of a value": Spec(value_outliers=1),
+    "many outliers": Spec(key_outliers=5),
+    "FP16 keys": Spec(key_bits=16, key_outliers=0),
+    "head size": Spec(head_size=80, key_group=80, value_group=80),
+    "joint basis": Spec(joint=True, key_group=128, value_group=128),
+    "X": Spec(kind="x", hidden_size=64),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    assert cuda_decode.decode_plan(PreparedPlan(make_plan(REFUSED[name]), torch.bfloat16)) is None
+
+
+def test_type_refused() -> None:
+    assert cuda_decode.decode_plan(PreparedPlan(make_plan(Spec()), torch.float32)) is None
+
+
+def test_takes(monkeypatch: pytest.MonkeyPatch, library) -> None:
+    case = make_case(Spec(dtype=torch.bfloat16))
+    prepared = PreparedPlan(case.plan, torch.bfloat16)
+    monkeypatch.setattr(cuda_library, "library", lambda: library)
+    assert cuda_decode.takes(prepared, case.pages, 16)
+    assert not cuda_decode.takes(prepared, case.pages, 32)
+    odd = torch.empty(2, case.pages[0].shape[1] + 8, dtype=torch.uint8)[:, :-8]
+    assert not cuda_decode.takes(prepared, (odd,), 16)
+    monkeypatch.setattr(cuda_library, "library", lambda: None)
+    assert not cuda_decode.takes(prepared, case.pages, 16)
+
+
+def test_rope_that_is_no_rotation() -> None:
+    """Tables whose angles do not grow evenly, as LongRoPE's, are left to the other kernel; a factor is no matter."""
+    angles = torch.arange(500)[:, None] * 10000.0 ** (-torch.arange(32) / 32)
+    tables = [
+        RotaryTable(1.2 * a.cos(), 1.2 * a.sin()) for a in (angles, torch.where(angles > 300, 1.1 * angles, angles))
+    ]
+    assert rope_arrays(tables[0], 32) is not None
+    assert rope_arrays(tables[1], 32) is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_quads(seed: int) -> None:
+    """Every channel is in one quad; fast ones are as many as the packing allows."""
+    runs = random_runs(random.Random(seed), 128)
+    addresses = bit_addresses(runs)
+    of_runs = quads(addresses)
+    assert sorted(of_runs.order) == list(range(addresses.shape[1]))
+    assert of_runs.masks.numel() * 4 == len(of_runs.order)
+    slow = int((of_runs.masks >> 24).sum())
+    if all(channels % 32 == 0 for _, channels in runs):
+        assert slow == 0
+    assert of_runs.any_slow == (slow > 0)

@@ -41,7 +41,13 @@ def test_product(library, dtype: torch.dtype, subnormal: bool) -> None:
 def test_load_matrices(library, transposed: bool) -> None:
     matrices = torch.arange(4 * 8 * 8, dtype=torch.int16).view(4, 8, 8)
     loaded = _run(
-        library, torch.zeros(32, 4).int(), torch.zeros(32, 2).int(), torch.zeros(32, 4), torch.float16, transposed, matrices
+        library,
+        torch.zeros(32, 4).int(),
+        torch.zeros(32, 2).int(),
+        torch.zeros(32, 4),
+        torch.float16,
+        transposed,
+        matrices,
     )
     expected = matrices.transpose(1, 2) if transposed else matrices
     two = 2 * MEMBER[:, None] + torch.arange(2)

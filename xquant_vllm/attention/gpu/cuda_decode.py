@@ -147,6 +147,8 @@ def attend(
     plan = _plan_of(prepared)
     assert library is not None
     assert plan is not None
+    if batch.max_query_len is not None:
+        rows = batch.max_query_len * (prepared.plan.num_heads // prepared.plan.projection.num_kv_heads)
     call = cuda_library.DecodeCall(
         pages=pages[0].data_ptr(),
         page_stride=pages[0].stride(0),

@@ -82,7 +82,7 @@ class StoreStream(ctypes.Structure):
         ("input", _pointer),
         ("input_stride", _int64),
         ("heads", _pointer),
-        ("runs", _pointer),
+        ("bytes", _pointer),
         ("step", _pointer),
         ("half_levels", _pointer),
         ("worth", _pointer),

@@ -97,7 +97,7 @@ class LatentArrays:
         records: int32 ``[num_kv_heads, 8]``: ``xquant_cuda_latent``.
         quads: int32 ``[num_kv_heads, head_size / 4, 4]``.
         masks: int32 ``[num_kv_heads, head_size / 4]``.
-        channels: int64 ``[num_kv_heads, head_size]``: the channel at every place of the k-order, -1 where there is none.
+        channels: int64 ``[num_kv_heads, head_size]``: the channel at every place of the k-order; -1: none.
         half_levels: FP32, likewise: half the largest code.
         row_bytes: of the longest row.
     """
@@ -186,9 +186,7 @@ class KeyArrays:
     rows: torch.Tensor
 
 
-def key_arrays(
-    chunks: list[Chunk], channels: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None
-) -> KeyArrays:
+def key_arrays(chunks: list[Chunk], channels: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None) -> KeyArrays:
     """Arrange the up-projection of keys.
 
     Args:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
+from xquant_vllm.attention.gpu import cuda_decode
 from xquant_vllm.attention.gpu.absorb import absorb
 from xquant_vllm.attention.gpu.attend import Absorbed, Batch, Partial, Scores, attend
 from xquant_vllm.attention.gpu.merge import merge
@@ -111,40 +112,43 @@ def _attend(
             DTYPE=dtype,
             PRECISION=exact,
         )
-    attend[(batch.seq_lens.shape[0] * tiles, kv_heads, splits)](
-        of_batch,
-        prepared.columns,
-        page_pointers(pages, plan.layout.block_size),
-        latent(key),
-        prepared.tail,
-        latent(value),
-        absorbed,
-        partial,
-        Scores(plan.scale, plan.logits_soft_cap or 0.0, plan.sliding_window or 0),
-        tiles,
-        GROUP=group,
-        ROWS=rows,
-        TOKENS=32 if half > 64 else 64,
-        HALF=half,
-        SPLITS=splits,
-        KEY_WIDTH=key.width,
-        KEY_KINDS=key.kinds,
-        KEY_HIGH=key.high,
-        KEY_OUTLIERS=key.most_outliers,
-        VALUE_WIDTH=value.width,
-        VALUE_KINDS=value.kinds,
-        VALUE_HIGH=value.high,
-        VALUE_OUTLIERS=value.most_outliers,
-        ABSORB_KEY=prepared.absorb_key,
-        ABSORB_VALUE=prepared.absorb_value,
-        BIAS=prepared.key_bias,
-        NORM=prepared.norm,
-        ROPE=prepared.rotates,
-        SOFT_CAP=bool(plan.logits_soft_cap),
-        WINDOW=bool(plan.sliding_window),
-        DTYPE=dtype,
-        PRECISION=exact,
-    )
+    if cuda_decode.takes(prepared, pages, rows):
+        cuda_decode.attend(prepared, query, pages, batch, partial, rows)
+    else:
+        attend[(batch.seq_lens.shape[0] * tiles, kv_heads, splits)](
+            of_batch,
+            prepared.columns,
+            page_pointers(pages, plan.layout.block_size),
+            latent(key),
+            prepared.tail,
+            latent(value),
+            absorbed,
+            partial,
+            Scores(plan.scale, plan.logits_soft_cap or 0.0, plan.sliding_window or 0),
+            tiles,
+            GROUP=group,
+            ROWS=rows,
+            TOKENS=32 if half > 64 else 64,
+            HALF=half,
+            SPLITS=splits,
+            KEY_WIDTH=key.width,
+            KEY_KINDS=key.kinds,
+            KEY_HIGH=key.high,
+            KEY_OUTLIERS=key.most_outliers,
+            VALUE_WIDTH=value.width,
+            VALUE_KINDS=value.kinds,
+            VALUE_HIGH=value.high,
+            VALUE_OUTLIERS=value.most_outliers,
+            ABSORB_KEY=prepared.absorb_key,
+            ABSORB_VALUE=prepared.absorb_value,
+            BIAS=prepared.key_bias,
+            NORM=prepared.norm,
+            ROPE=prepared.rotates,
+            SOFT_CAP=bool(plan.logits_soft_cap),
+            WINDOW=bool(plan.sliding_window),
+            DTYPE=dtype,
+            PRECISION=exact,
+        )
     merge[(tokens, kv_heads)](
         partial,
         latent(value),
