@@ -76,5 +76,5 @@ lint: venv ## check style, types and which room imports which
 
 clean: ## remove build outputs, logs and caches (not .venv, not models)
 	rm -rf build dist logs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	rm -f $(KERNELS)
+	rm -f $(KERNELS) xquant_vllm/attention/gpu/_cuda_kernels.so
 	find $(LINTED) -name __pycache__ -type d -prune -exec rm -rf {} +

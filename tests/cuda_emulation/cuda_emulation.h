@@ -54,7 +54,8 @@ unsigned __ballot_sync(unsigned mask, int predicate);
 
 namespace emulation {
 
-// Run a block for every index of the grid. cudaErrorLaunchFailure where threads wait for each other in vain.
+// Run a block for every index of the grid. cudaErrorLaunchFailure where threads wait for each other in vain, or where
+// an instruction gets what it does not take (stderr says what).
 cudaError_t launch(const std::function<void()>& thread, dim3 grid, int threads, size_t shared_bytes);
 
 unsigned char* shared_memory();

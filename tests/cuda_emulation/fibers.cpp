@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <numeric>
 #include <random>
 
@@ -27,6 +26,7 @@ const std::function<void()>* body = nullptr;
 jmp_buf scheduler;
 int running = 0;
 int order = 0;
+bool failed = false;
 
 void enter() {
     (*body)();
@@ -82,6 +82,7 @@ bool run_block(int threads, unsigned block) {
             if (fibers[static_cast<size_t>(index)].state != State::kReady) continue;
             any = true;
             run(index);
+            if (failed) return false;
         }
         if (any) continue;
         int waiting = 0, done = 0;
@@ -96,7 +97,10 @@ bool run_block(int threads, unsigned block) {
                 fibers[static_cast<size_t>(index)].state = State::kReady;
     }
     for (size_t at = 0; at < kGuardBytes; ++at)
-        if (shared_begin[shared_size + at] != kGuard) fail("a block wrote behind its shared memory");
+        if (shared_begin[shared_size + at] != kGuard) {
+            std::fprintf(stderr, "CUDA emulation: a block wrote behind its shared memory\n");
+            return false;
+        }
     return true;
 }
 
@@ -108,7 +112,8 @@ Fiber& fiber() { return fibers[static_cast<size_t>(running)]; }
 void fail(const char* what) {
     std::fprintf(stderr, "CUDA emulation: %s (block %u %u %u, thread %d)\n", what, blockIdx.x, blockIdx.y, blockIdx.z,
                  running);
-    std::abort();
+    failed = true;
+    _longjmp(scheduler, 1);
 }
 
 bool in_shared_memory(const void* begin, size_t bytes) {
@@ -138,6 +143,7 @@ const uint64_t* exchange(const uint64_t* given, int words, Combine combine) {
 
 cudaError_t launch(const std::function<void()>& thread, dim3 grid, int threads, size_t shared_bytes) {
     if (threads % kLanes != 0) return cudaErrorInvalidValue;
+    failed = false;
     body = &thread;
     while (fibers.size() < static_cast<size_t>(threads)) {
         fibers.emplace_back();

@@ -46,7 +46,7 @@ const uint64_t* exchange(const uint64_t* given, int words, Combine combine);
 
 Fiber& fiber();
 
-// Report misuse and end the process: the tests run this in a process of their own.
+// Report misuse and end the launch, which then returns an error.
 [[noreturn]] void fail(const char* what);
 
 bool in_shared_memory(const void* begin, size_t bytes);

@@ -130,7 +130,8 @@ XQUANT_DEVICE Share find_share(const Params& params) {
     share.split = static_cast<int>(blockIdx.z);
     share.first_query = call.query_start_loc[share.sequence];
     const int query_len = call.query_start_loc[share.sequence + 1] - share.first_query;
-    share.rows = query_len * (params.plan.num_heads / params.plan.num_kv_heads);
+    // The caller sees to it that there are no more; that no memory is spoilt is seen to here.
+    share.rows = min(query_len * (params.plan.num_heads / params.plan.num_kv_heads), kRows);
     share.end = call.seq_lens[share.sequence];
     share.past = share.end - query_len;
     share.oldest = 0;

@@ -21,7 +21,7 @@ XQUANT_DEVICE float code_of(float x, float unit, float half_levels) {
     return fminf(fmaxf(rintf(x / unit + half_levels), 0.0f), 2.0f * half_levels);
 }
 
-// `values` and `codes` are [channels] in shared memory, for this warp alone; values are finite.
+// `values` and `codes` are [channels] in shared memory, for this head alone; values are finite.
 XQUANT_DEVICE void store_allocated_head(const xquant_cuda_store_stream& stream, const Slot& slot, const float* values,
                                         uint8_t* codes, int head_index, int lane) {
     const xquant_cuda_store_head head = stream.heads[head_index];
@@ -70,7 +70,6 @@ XQUANT_DEVICE void store_allocated_head(const xquant_cuda_store_stream& stream, 
     __syncwarp();
     uint8_t* row = slot.page + head.codes + static_cast<int64_t>(slot.offset) * head.row_bytes;
     pack_codes(row, codes, stream.bytes + head.bytes, head.row_bytes, lane);
-    __syncwarp();
 }
 
 }  // namespace xquant::store

@@ -7,7 +7,7 @@
 
 namespace xquant::store {
 
-// `value(i)` is the group's channel i; `codes` is [group_size] in shared memory, for this warp alone.
+// `value(i)` is the group's channel i; `codes` is [group_size] in shared memory, for this group alone.
 template <typename Value>
 XQUANT_DEVICE void store_group(const xquant_cuda_store_stream& stream, const Slot& slot, const Value& value,
                                uint8_t* codes, int head, int group, int lane) {
@@ -53,7 +53,6 @@ XQUANT_DEVICE void store_group(const xquant_cuda_store_stream& stream, const Slo
     }
     __syncwarp();
     pack_codes(row, codes, stream.bytes, group_bytes, lane);
-    __syncwarp();
 }
 
 }  // namespace xquant::store

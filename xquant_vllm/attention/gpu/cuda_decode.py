@@ -117,7 +117,7 @@ def takes(prepared: PreparedPlan, pages: Sequence[torch.Tensor], rows: int) -> b
     """
     return (
         rows <= MOST_ROWS
-        and cuda_library.available()
+        and cuda_library.available(pages[0].device)
         and all(of.data_ptr() % _ALIGNMENT == 0 and of.stride(0) % _ALIGNMENT == 0 for of in pages)
         and _plan_of(prepared) is not None
     )

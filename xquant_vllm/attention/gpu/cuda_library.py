@@ -9,9 +9,14 @@ import functools
 import os
 from pathlib import Path
 
+import torch
+
 LIBRARY_PATH = Path(__file__).with_name("_cuda_kernels.so")
 ABI = 1
 """``XQUANT_CUDA_ABI``: a library of another number has other structs."""
+
+# Compute capability of the oldest GPUs that it is built for.
+_OLDEST = (8, 0)
 
 # For tests: "0" uses the Triton kernels only, "1" fails where the library cannot be loaded. Read once per process.
 OVERRIDE_VARIABLE = "XQUANT_CUDA_KERNELS"
@@ -163,6 +168,12 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def available() -> bool:
-    """Whether the library is there."""
-    return library() is not None
+@functools.cache
+def _known(device: torch.device) -> bool:
+    """Whether the library has code for a device."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= _OLDEST
+
+
+def available(device: torch.device) -> bool:
+    """Whether the library is there and runs on a device."""
+    return library() is not None and _known(device)

@@ -116,7 +116,7 @@ def does(plan: AttentionLayerPlan) -> bool:
 
 def takes(plan: AttentionLayerPlan, inputs: Sequence[torch.Tensor]) -> bool:
     """Whether the kernels do a call."""
-    return cuda_library.available() and does(plan) and all(_is_rows(x) for x in inputs)
+    return cuda_library.available(inputs[0].device) and does(plan) and all(_is_rows(x) for x in inputs)
 
 
 def _is_rows(x: torch.Tensor) -> bool:
