@@ -25,7 +25,7 @@ SETUP_FILES := pyproject.toml setup.py tools/setup_env.py $(wildcard tools/envse
 TEST_MODELS := smollm2 smollm2-mha gemma3
 LINTED := xquant_vllm tests tools examples benchmarks setup.py
 
-.PHONY: help venv kernels cuda-check model demo serve test accuracy families families-write lint clean
+.PHONY: help venv kernels cuda-check model demo serve test test-gpu accuracy families families-write lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,11 @@ serve: venv ## serve MODEL with a BITS-bit cache on PORT until Ctrl-C
 test: venv ## run the tests
 	$(VENV)/bin/python tools/prepare_model.py $(addprefix --model ,$(TEST_MODELS))
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(TEST_ARGS)
+	$(MAKE) test-gpu
+
+# In a process of its own: Triton decides when it is imported whether it interprets.
+test-gpu: venv ## run the tests of the Triton kernels, without a GPU in Triton's interpreter
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/attention/gpu -n 2
 
 accuracy: venv ## compare the accuracy of all caches per byte (an hour on two cores); writes docs/accuracy.md
 	$(VENV)/bin/python tools/prepare_model.py $(addprefix --model ,$(TEST_MODELS))

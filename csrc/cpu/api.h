@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define XQUANT_CPU_ABI 3
+#define XQUANT_CPU_ABI 4
 
 #if defined(__GNUC__)
 #define XQUANT_EXPORT __attribute__((visibility("default")))
@@ -107,6 +107,7 @@ typedef struct {
     const float* key_bias;       // [num_kv_heads, head_size] or NULL
     const float* value_bias;     // [num_kv_heads, head_size] or NULL
     const float* key_norm;       // [head_size] weight of the RMS norm of every key head, or NULL
+    const float* sinks;          // [num_heads]: scores of keys without values, or NULL
     const float* rope;           // [positions / 16, rotary_size / 2, 2, 16]: cosines, then sines, of 16 positions; NULL
     int64_t rotary_size;         // leading channels that rotate; 0 without RoPE
     int64_t rotary_positions;    // positions in the table, before it was rounded up to 16; 0 without RoPE

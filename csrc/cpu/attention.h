@@ -294,6 +294,17 @@ inline void merge(const xquant_plan& plan, int64_t rows, const State& into, cons
     }
 }
 
+// By what a row's sums are multiplied so that its weights, with that of its sink, add up to 1.
+inline float weight_unit(const xquant_plan& plan, const Task& task, int64_t row, const State& state) {
+    const float max = state.max[row], sum = state.sum[row];
+    if (!plan.sinks) return 1.0f / sum;
+    const int64_t group = group_of(plan);
+    const float sink = plan.sinks[task.kv_head * group + row % group];
+    if (sink <= max) return 1.0f / (sum + exp_nonpositive(sink - max));
+    const float keep = exp_nonpositive(max - sink);
+    return keep / (sum * keep + 1.0f);
+}
+
 inline void finish(const xquant_plan& plan, const xquant_attention_call& call, const Task& task, const State& state,
                    float* memory) {
     const int64_t rows = task.query_count * group_of(plan), head_size = plan.head_size;
@@ -314,11 +325,13 @@ inline void finish(const xquant_plan& plan, const xquant_attention_call& call, c
     });
     for (int64_t row = 0; row < rows; ++row) {
         float* head = memory + row * padded_head;
-        const float factor = 1.0f / state.sum[row];
+        const float factor = weight_unit(plan, task, row, state);
         for (int64_t i = 0; i < head_size; ++i) head[i] *= factor;
         if (plan.value_bias) {
+            // What a sink takes of the weight has no value, nor a bias.
+            const float share = plan.sinks ? state.sum[row] * factor : 1.0f;
             const float* bias = plan.value_bias + task.kv_head * head_size;
-            for (int64_t i = 0; i < head_size; ++i) head[i] += bias[i];
+            for (int64_t i = 0; i < head_size; ++i) head[i] += share * bias[i];
         }
         store_row(call.dtype, head, head_size, call.output,
                   row_element(plan, task, row, call.output_token_stride, call.output_head_stride));

@@ -48,6 +48,7 @@ class Spec:
     window: int | None = None
     soft_cap: float | None = None
     strided: bool = False
+    sinks: bool = False
     seed: int = 0
 
 
@@ -100,6 +101,7 @@ def random_spec(seed: int) -> Spec:
         strided=choose.random() < 0.5,
         seed=seed,
         allocated=choose.choice((0.0, 0.0, 0.6, 1.0)),
+        sinks=choose.random() < 0.3,
     )
 
 
@@ -197,6 +199,8 @@ def make_plan(spec: Spec) -> AttentionLayerPlan:
     )
     heads = kv_heads * spec.group
     scale = 2.0 * head_size**-0.5
+    if spec.sinks:
+        terms["sinks"] = normal(heads)
     return AttentionLayerPlan(tuple(layouts), projection, heads, scale, spec.window, spec.soft_cap, **terms)
 
 

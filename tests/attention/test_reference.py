@@ -90,7 +90,9 @@ def _dense(spec: Spec, plan, query: torch.Tensor, exact: list[torch.Tensor]) -> 
             scores = keys[first : position + 1] @ query[index, head].double() * plan.scale
             if spec.soft_cap:
                 scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
-            result[index, head] = torch.softmax(scores, 0) @ values[first : position + 1]
+            weights = scores.exp()
+            sink = plan.sinks[head].double().exp() if spec.sinks else 0.0
+            result[index, head] = weights @ values[first : position + 1] / (weights.sum() + sink)
     assert length == past + query.shape[0]
     return result
 
@@ -103,6 +105,7 @@ SPECS = {
     "no RoPE, soft cap": Spec(rope="none", soft_cap=3.0, key_bits=8, value_bits=8),
     "sliding window": Spec(window=9, block_size=32),
     "window of one": Spec(window=1),
+    "sinks": Spec(sinks=True, bias=True, soft_cap=30.0),
     "16 bits": Spec(key_bits=16, value_bits=16),
     "X": Spec(kind="x", hidden_size=72, key_group=24),
     "X of a power of two": Spec(kind="x", hidden_size=128, key_group=32, key_outliers=2),

@@ -20,12 +20,15 @@ class AttentionBatch:
         block_table: ``[num_seqs, max_blocks]`` int32, block ids; entries past a sequence's last block, and those wholly
             behind the sliding window, are arbitrary and never read.
         max_query_len: query tokens of a sequence at most, known without reading from a device; None: to be found out.
+        lengths: for every sequence its query tokens and its cached tokens, known likewise; None: not known. Cached
+            tokens of a sequence with one query token may be overstated.
     """
 
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     max_query_len: int | None = None
+    lengths: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class AttentionLayerPlan:
         value_terms: what the value latents are read from; the same as ``key_terms`` where pages hold X.
         rotation: applied to the first stream's input before anything else, or None.
         prediction: of the first stream, whose pages then hold the difference from it, or None.
+        sinks: ``[num_heads]``, FP32: of every query head the score of a key that has no value, so that weights need not
+            add up to 1; or None.
     """
 
     layouts: tuple[PageLayout, ...]
@@ -56,6 +61,7 @@ class AttentionLayerPlan:
     value_terms: tuple[LatentTerm, ...] = (LatentTerm(0, 1),)
     rotation: HadamardRotation | None = None
     prediction: Prediction | None = None
+    sinks: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         """Refuse terms that do not fit together."""
@@ -76,6 +82,14 @@ class AttentionLayerPlan:
                 raise ValueError(
                     f"the prediction's matrix must be [{own.num_heads}, {width}, {own.width}], not {list(matrix.shape)}"
                 )
+
+    @property
+    def key_bias_matters(self) -> bool:
+        """Whether a bias of keys without norm and RoPE can be seen in the output.
+
+        It moves all scores of a query alike, which softmax does not see, but a soft cap and a sink do.
+        """
+        return self.projection.key_bias is not None and (bool(self.logits_soft_cap) or self.sinks is not None)
 
     @property
     def layout(self) -> PageLayout:

@@ -2,7 +2,7 @@
 
 import ctypes
 
-ABI = 3
+ABI = 4
 """``XQUANT_CPU_ABI``: a library of another number has other structs."""
 
 _int64, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -90,6 +90,7 @@ class Plan(ctypes.Structure):
         ("key_bias", _pointer),
         ("value_bias", _pointer),
         ("key_norm", _pointer),
+        ("sinks", _pointer),
         ("rope", _pointer),
         ("rotary_size", _int64),
         ("rotary_positions", _int64),

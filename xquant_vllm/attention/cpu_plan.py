@@ -39,9 +39,7 @@ class PreparedPlan:
 
         self._kept: list[object] = []
         self._streams: dict[tuple[int, int], CpuStream] = {}
-        # A bias moves all scores of a query alike, which softmax does not see, but a soft cap does.
-        capped_bias = projection.key_bias is not None and plan.logits_soft_cap
-        absorbed = norm is None and not rotates and not capped_bias
+        absorbed = norm is None and not rotates and not plan.key_bias_matters
         up_key = fp32("up_key", projection.up_key, (kv_heads, key_width, head_size))
         up_value = fp32("up_value", projection.up_value, (kv_heads, value_width, head_size))
         struct = Plan(
@@ -67,6 +65,8 @@ class PreparedPlan:
         if norm is not None:
             struct.key_norm = self._tensor(fp32("key_norm.weight", norm.weight, (head_size,)))
             struct.key_norm_eps = norm.eps
+        if plan.sinks is not None:
+            struct.sinks = self._tensor(fp32("sinks", plan.sinks, (plan.num_heads,)))
         if rope is not None and rotates:
             if rope.rotary_size > head_size:
                 raise ValueError(f"RoPE of {rope.rotary_size} channels does not fit head_size = {head_size}")

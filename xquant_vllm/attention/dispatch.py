@@ -1,4 +1,4 @@
-"""Which implementation of the attention calls runs: the C++ kernels where they were built, else the reference."""
+"""Which implementation of the attention calls runs: Triton kernels on GPUs, C++ kernels on CPUs, else the reference."""
 
 import functools
 import os
@@ -10,10 +10,11 @@ import torch
 from xquant_vllm.attention import reference
 from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
 
-# For tests: "reference", or an instruction set of the kernels ("portable", "avx2", "avx512"). Read once per process.
+# For tests: "reference", "triton" (also on the CPU, under TRITON_INTERPRET=1), or an instruction set of the C++ kernels
+# ("portable", "avx2", "avx512"). Read once per process.
 OVERRIDE_VARIABLE = "XQUANT_ATTENTION_KERNELS"
 
-_CHOICES = ("reference", "portable", "avx2", "avx512")
+_CHOICES = ("reference", "triton", "portable", "avx2", "avx512")
 
 # Measured: decode of 8 sequences with 512 and 4096 cached tokens, 9 heads, 3 kv heads of 64 channels, 4 bits, AVX-512,
 # on 1 and 2 cores.
@@ -21,7 +22,7 @@ _REFERENCE_SLOWDOWN = "13 to 20 times"
 
 
 class AttentionKernels(Protocol):
-    """What both implementations offer; see :mod:`xquant_vllm.attention.reference`."""
+    """What all implementations offer; see :mod:`xquant_vllm.attention.reference`."""
 
     def store(
         self,
@@ -56,8 +57,10 @@ def _choose(device_type: str) -> _Choice:
     slow = cast(AttentionKernels, reference)
     if override == "reference":
         return _Choice(slow, f"attention runs on the PyTorch reference, as {OVERRIDE_VARIABLE} demands")
+    if device_type == "cuda" or override == "triton":
+        return _triton(slow, override)
     if device_type != "cpu":
-        return _Choice(slow, f"attention runs on the PyTorch reference: there are no kernels for {device_type} yet")
+        return _Choice(slow, f"attention runs on the PyTorch reference: there are no kernels for {device_type}")
     try:
         from xquant_vllm.attention import cpu
     except OSError as error:
@@ -71,6 +74,40 @@ def _choose(device_type: str) -> _Choice:
     if override and not cpu.set_isa(override):
         raise RuntimeError(f"{OVERRIDE_VARIABLE}={override} cannot be met: this processor or this build lacks it")
     return _Choice(cast(AttentionKernels, cpu), f"attention runs on the C++ kernels for {cpu.isa()}")
+
+
+def _triton(slow: AttentionKernels, override: str | None) -> _Choice:
+    try:
+        from xquant_vllm.attention.gpu import kernels
+    except ImportError as error:
+        if override:
+            raise RuntimeError(f"{OVERRIDE_VARIABLE}={override} cannot be met: {error}") from error
+        return _Choice(
+            slow,
+            "attention runs on the PyTorch reference, many times slower than the Triton kernels, because Triton cannot "
+            f"be imported ({error}); install the triton that belongs to your torch",
+        )
+    return _Choice(cast(AttentionKernels, kernels), "attention runs on the Triton kernels")
+
+
+def reserve(plan: AttentionLayerPlan, query: torch.Tensor, sequences: int) -> None:
+    """Take what memory the kernels need beside their arguments, before anything else does.
+
+    Args:
+        plan: a layer's plan.
+        query: ``[tokens, num_heads, head_size]``, the most tokens that a call may have.
+        sequences: sequences of a batch at most.
+    """
+    take = getattr(select(query.device.type), "reserve", None)
+    if take is not None:
+        take(plan, query, sequences)
+
+
+def fix(device: torch.device) -> None:
+    """From now on the kernels may not allocate."""
+    hold = getattr(select(device.type), "fix", None)
+    if hold is not None:
+        hold(device)
 
 
 def select(device_type: str) -> AttentionKernels:

@@ -108,11 +108,17 @@ def _attend(
         masked = positions > query_positions[:, None]
         if plan.sliding_window is not None:
             masked |= positions <= query_positions[:, None] - plan.sliding_window
-        weights = scores.masked_fill(masked, -torch.inf).softmax(-1)
+        scores = scores.masked_fill(masked, -torch.inf)
+        if plan.sinks is not None:
+            sinks = plan.sinks.float().view(-1, group, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat((scores, sinks), -1)
+        weights = scores.softmax(-1)[..., : positions.numel()]
         # V is absorbed: weigh the latents first, up-project once per query instead of once per cached token.
         attended = torch.einsum("hgqk,khw->qghw", weights, value_latents)
         heads = up_project(attended.flatten(0, 1), projection.up_value).unflatten(0, (-1, group))
         if projection.value_bias is not None:
-            heads = heads + projection.value_bias
+            # What a sink takes of the weight has no value, nor a bias.
+            share = weights.sum(-1).permute(2, 1, 0).unsqueeze(-1)
+            heads = heads + share * projection.value_bias
         result[begin : begin + tile.shape[0]] = heads.transpose(1, 2).flatten(1, 2).to(result.dtype)
     return result

@@ -103,10 +103,10 @@ def check_layer_kinds(kinds: Sequence[str]) -> None:
 def _unsupported(vllm_config: Any) -> Iterator[str]:
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
         yield (
-            f"no kernels for the platform {current_platform.device_type!r} yet, only for CPUs; serve on the CPU build "
-            "of vLLM, or use --attention-backend FLASH_ATTN"
+            f"no kernels for the platform {current_platform.device_type!r}, only for CUDA and CPUs; use another "
+            "--attention-backend"
         )
     yield from _unsupported_model(vllm_config.model_config)
     cache = vllm_config.cache_config

@@ -118,6 +118,9 @@ class XQuantImpl(AttentionImpl[XQuantMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("xquant: fused quantization of the attention output is not supported")
         if attn_metadata is None:
+            # vLLM measures what is left for the cache: what the kernels need must be there by now.
+            block_size = self.vllm_config.cache_config.block_size
+            dispatch.reserve(self._plan(block_size), query, self.vllm_config.scheduler_config.max_num_seqs)
             return output.zero_()
         tokens = attn_metadata.num_actual_tokens
         kernels = dispatch.select(query.device.type)

@@ -6,9 +6,15 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
+from xquant_vllm.attention import dispatch
 from xquant_vllm.attention.batch import AttentionBatch
 
 
@@ -28,12 +34,21 @@ class XQuantMetadata(AttentionMetadata):
 class XQuantMetadataBuilder(AttentionMetadataBuilder[XQuantMetadata]):
     """Builds :class:`XQuantMetadata`; reads nothing back from a device."""
 
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
+        """Batches whose sequences have the same few query tokens: their launches depend on nothing else."""
+        return AttentionCGSupport.UNIFORM_BATCH
+
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         """Check that the loader hook saw every layer: latents cannot be attended without their projections."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        dispatch.fix(device)
+        if device.type == "cuda":
+            # Leading sequences with few query tokens decode, the rest prefills.
+            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         missed = [name for name, layer in layers.items() if layer.impl.cache is None]
         if missed:
             raise RuntimeError(
@@ -52,5 +67,22 @@ class XQuantMetadataBuilder(AttentionMetadataBuilder[XQuantMetadata]):
         common = common_attn_metadata
         return XQuantMetadata(
             num_actual_tokens=common.num_actual_tokens,
-            batch=AttentionBatch(common.query_start_loc, common.seq_lens, common.block_table_tensor),
+            batch=AttentionBatch(
+                common.query_start_loc,
+                common.seq_lens,
+                common.block_table_tensor,
+                common.max_query_len,
+                _lengths(common),
+            ),
         )
+
+
+def _lengths(common: CommonAttentionMetadata) -> tuple[tuple[int, int], ...] | None:
+    """Query tokens and cached tokens of every sequence, as the host knows them; None where none prefills.
+
+    vLLM may not know yet how many drafted tokens a decoding sequence kept, but it knows of one that prefills.
+    """
+    if common.max_query_len <= 1 or common.seq_lens_cpu_upper_bound is None:
+        return None
+    query_lens = (common.query_start_loc_cpu[1:] - common.query_start_loc_cpu[:-1]).tolist()
+    return tuple(zip(query_lens, common.seq_lens_cpu_upper_bound[: len(query_lens)].tolist(), strict=True))

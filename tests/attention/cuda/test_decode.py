@@ -35,7 +35,9 @@ def run(library, case: Case, splits: int, order: int = 0) -> torch.Tensor:
         torch.full((tokens, heads, splits, 3), torch.nan),
     )
     library.xquant_emulation_order(order)
-    cuda_decode.attend(prepared, case.query, case.pages, case.batch, partial, rows, library)
+    cuda_decode.attend(
+        prepared, case.query, case.pages, case.batch, partial, case.batch.seq_lens.shape[0], rows, library
+    )
     return merge(prepared, partial, int(starts[-1]))
 
 

@@ -107,6 +107,12 @@ def _plan_of(prepared: PreparedPlan) -> DecodePlan | None:
     return _plans[id(prepared)]
 
 
+def arrange(prepared: PreparedPlan) -> None:
+    """Do now what the first call would: it allocates, and copies to the device."""
+    if cuda_library.available(prepared.columns.device):
+        _plan_of(prepared)
+
+
 def takes(prepared: PreparedPlan, pages: Sequence[torch.Tensor], rows: int) -> bool:
     """Whether the kernel does a call.
 
@@ -129,6 +135,7 @@ def attend(
     pages: Sequence[torch.Tensor],
     batch: AttentionBatch,
     partial: Partial,
+    sequences: int,
     rows: int,
     library: ctypes.CDLL | None = None,
 ) -> None:
@@ -140,6 +147,7 @@ def attend(
         pages: the call's pages.
         batch: the sequences.
         partial: ``[tokens, num_heads, splits, ...]``, written.
+        sequences: how many of the sequences, from the first on.
         rows: query tokens of a sequence, at most, times the query heads of a kv head.
         library: another library than the installed one, for tests.
     """
@@ -147,8 +155,6 @@ def attend(
     plan = _plan_of(prepared)
     assert library is not None
     assert plan is not None
-    if batch.max_query_len is not None:
-        rows = batch.max_query_len * (prepared.plan.num_heads // prepared.plan.projection.num_kv_heads)
     call = cuda_library.DecodeCall(
         pages=pages[0].data_ptr(),
         page_stride=pages[0].stride(0),
@@ -162,7 +168,7 @@ def attend(
         sums=partial.sums.data_ptr(),
         stats=partial.stats.data_ptr(),
         sum_columns=partial.sums.shape[-1],
-        num_sequences=batch.seq_lens.shape[0],
+        num_sequences=sequences,
         splits=partial.sums.shape[2],
         row_tiles=1 if rows <= MOST_ROWS // 2 else 2,
         type=_TYPES[query.dtype],

@@ -29,6 +29,7 @@ class PreparedPlan:
         value: the value latents.
         tail: bias, norm and RoPE of keys.
         value_bias: FP32 ``[num_kv_heads, 2 * half]``.
+        sinks: FP32 ``[num_heads]``.
         absorb_key: whether queries score against latents.
         absorb_value: whether latents are weighed instead of values.
     """
@@ -45,9 +46,7 @@ class PreparedPlan:
         if head_size % 2 or head_size > 256:
             raise ValueError(f"head_size = {head_size} is not supported: it must be even and at most 256")
         rope = projection.rope if projection.rope is not None and projection.rope.rotary_size else None
-        # A bias moves all scores of a query alike, which softmax does not see, but a soft cap does.
-        bias_matters = projection.key_bias is not None and bool(plan.logits_soft_cap)
-        self.absorb_key = rope is None and projection.key_norm is None and not bias_matters
+        self.absorb_key = rope is None and projection.key_norm is None and not plan.key_bias_matters
         columns, value_columns = pair_columns(head_size, rope), pair_columns(head_size, None)
         self.half = columns.numel() // 2
         self.absorb_value = _one_scale(plan.layouts, plan.value_terms, projection.up_value.shape[1])
@@ -69,18 +68,14 @@ class PreparedPlan:
             rotating=0 if rope is None else rope.rotary_size // 2,
             head_size=head_size,
         )
-        self.rope, self.norm = rope is not None, projection.key_norm is not None
-        self.key_bias = projection.key_bias is not None and not self.absorb_key
+        self.rotates, self.norm = rope is not None, projection.key_norm is not None
+        self.has_key_bias = projection.key_bias is not None and not self.absorb_key
         self.has_value_bias = projection.value_bias is not None
         self.value_bias = (
             nothing if projection.value_bias is None else arranged(projection.value_bias, value_columns).contiguous()
         )
+        self.sinks = nothing if plan.sinks is None else plan.sinks
         self.columns, self.value_columns = columns.to(device), value_columns.to(device)
-
-    @property
-    def rotates(self) -> bool:
-        """Whether any pair of channels rotates."""
-        return self.rope
 
 
 def _one_scale(layouts: tuple[PageLayout, ...], terms: tuple[LatentTerm, ...], width: int) -> bool:

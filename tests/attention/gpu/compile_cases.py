@@ -1,0 +1,49 @@
+"""Calls whose kernels are compiled: shapes of Llama-3.1-8B in BF16."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from tests.attention.attention_cases import Spec, make_plan
+from xquant_vllm.attention.batch import AttentionBatch
+from xquant_vllm.attention.gpu import launch
+
+_LLAMA = Spec(
+    kv_heads=8, group=4, head_size=128, hidden_size=4096, key_group=128, value_group=128, key_outliers=0,
+    dtype=torch.bfloat16,
+)  # fmt: skip
+SPECS = {
+    "allocated": replace(_LLAMA, allocated=1.0, seed=1),
+    "uniform": _LLAMA,
+    "outliers": replace(_LLAMA, key_outliers=1, key_bits=3),
+    "x": replace(_LLAMA, kind="x"),
+    "x without rope": replace(_LLAMA, kind="x", rope="none", key_outliers=1),
+    "deltas": replace(_LLAMA, kind="deltas", earlier=(4, 4, 4), key_bits=2),
+    "chain": replace(_LLAMA, kind="chain", earlier=(4, 4, 4), joint=True, allocated=1.0, seed=2),
+}
+
+
+def _attention(spec: Spec, lengths: list[int]) -> None:
+    """Sequences of ``lengths`` query tokens, each with 1000 cached ones."""
+    plan = make_plan(spec)
+    tokens = sum(lengths)
+    pages = [torch.zeros(1, layout.page_bytes, dtype=torch.uint8) for layout in plan.layouts]
+    batch = AttentionBatch(
+        torch.tensor([0, *lengths]).cumsum(0).int(),
+        torch.tensor(lengths).int() + 1000,
+        torch.zeros(len(lengths), 128, dtype=torch.int32),
+        max(lengths),
+    )
+    query = torch.zeros(tokens, plan.num_heads, spec.head_size, dtype=spec.dtype)
+    launch.paged_attention(query, pages, plan, batch, torch.empty_like(query))
+
+
+def _case(function: Callable[..., None], *arguments: object) -> Callable[[], None]:
+    return lambda: function(*arguments)
+
+
+CASES: dict[str, Callable[[], None]] = {}
+for _name, _spec in SPECS.items():
+    CASES[f"decode {_name}"] = _case(_attention, _spec, [1, 1, 1, 1])
+    CASES[f"prefill {_name}"] = _case(_attention, _spec, [256])

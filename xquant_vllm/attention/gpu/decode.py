@@ -1,0 +1,173 @@
+"""Decoding: few query tokens per sequence, keys rematerialized as they go; see :mod:`.attend`."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+
+from xquant_vllm.attention.batch import AttentionBatch
+from xquant_vllm.attention.gpu import cuda_decode, workspace
+from xquant_vllm.attention.gpu.absorb import absorb
+from xquant_vllm.attention.gpu.attend import Absorbed, Batch, Partial, Scores, attend
+from xquant_vllm.attention.gpu.merge import merge
+from xquant_vllm.attention.gpu.operands import LAUNCH, TOKENS, operand_type, precision
+from xquant_vllm.attention.gpu.page_pointers import page_pointers
+from xquant_vllm.attention.gpu.prepared import PreparedPlan, latent
+
+# Rows (query tokens times query heads of a kv head) of a tile at most; sequences with more rows prefill.
+MOST_ROWS = 64
+# Programs that keep a GPU busy, and splits of a sequence at most. They depend on a batch's shape alone, so that a CUDA
+# graph, which is captured once for a shape, serves every context.
+_PROGRAMS = 512
+_MOST_SPLITS = 32
+
+
+def shape_of(prepared: PreparedPlan, sequences: int, longest: int) -> tuple[int, int, int]:
+    """Rows of a tile, tiles of a sequence, splits.
+
+    Args:
+        prepared: the layer's plan.
+        sequences: sequences of the batch.
+        longest: query tokens of a sequence at most.
+    """
+    kv_heads = prepared.plan.projection.num_kv_heads
+    group = prepared.plan.num_heads // kv_heads
+    rows = min(triton.next_power_of_2(max(longest, 1) * group), MOST_ROWS)
+    rows = max(16, rows, triton.next_power_of_2(group))
+    tiles = triton.cdiv(longest, rows // group)
+    return rows, tiles, max(1, min(_MOST_SPLITS, _PROGRAMS // max(1, sequences * tiles * kv_heads)))
+
+
+def workspace_parts(
+    prepared: PreparedPlan, tokens: int, splits: int
+) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shapes and dtypes of what :func:`decode` takes of the workspace."""
+    heads, key = prepared.plan.num_heads, prepared.key
+    width = prepared.value.width if prepared.absorb_value else 2 * prepared.half
+    chunks = key.most_chunks if prepared.absorb_key else 0
+    return (
+        ((tokens, heads, splits, width), torch.float32),
+        ((tokens, heads, splits, 3), torch.float32),
+        ((tokens, heads, chunks, key.width), prepared.dtype),
+        ((tokens, heads, chunks, 1 + key.most_outliers), torch.float32),
+    )
+
+
+def decode(
+    query: torch.Tensor,
+    pages: Sequence[torch.Tensor],
+    prepared: PreparedPlan,
+    batch: AttentionBatch,
+    output: torch.Tensor,
+    sequences: int,
+    longest: int,
+) -> None:
+    """Causal attention of the first ``sequences`` sequences.
+
+    Args:
+        query: ``[num_tokens, num_heads, head_size]``, after RoPE.
+        pages: for every layout of the plan ``[num_blocks, page_bytes]`` uint8.
+        prepared: the layer's plan.
+        batch: the sequences.
+        output: ``[num_tokens, num_heads, head_size]``, written.
+        sequences: how many of the sequences.
+        longest: query tokens of one of these at most.
+    """
+    plan = prepared.plan
+    kv_heads, num_heads = plan.projection.num_kv_heads, plan.num_heads
+    # Tokens of these sequences come first, but how many they are the host need not know.
+    tokens = min(query.shape[0], sequences * longest)
+    group, half = num_heads // kv_heads, prepared.half
+    dtype, exact = operand_type(prepared.dtype), precision(prepared.dtype)
+    key, value = prepared.key, prepared.value
+    rows, tiles, splits = shape_of(prepared, sequences, longest)
+    of_batch = Batch(
+        query,
+        query.stride(0),
+        query.stride(1),
+        batch.query_start_loc,
+        batch.seq_lens,
+        batch.block_table,
+        batch.block_table.stride(0),
+        num_heads,
+    )
+    sums, stats, absorbed_query, absorbed_sums = workspace.take(
+        query.device, *workspace_parts(prepared, tokens, splits)
+    )
+    partial, absorbed = Partial(sums, stats), Absorbed(absorbed_query, absorbed_sums, key.most_chunks)
+    of_token = max(16, triton.next_power_of_2(group))
+    if prepared.absorb_key:
+        absorb[(tokens, kv_heads, key.most_chunks)](
+            of_batch,
+            prepared.columns,
+            latent(key),
+            absorbed,
+            GROUP=group,
+            ROWS=of_token,
+            HALF=half,
+            WIDTH=key.width,
+            OUTLIERS=key.most_outliers,
+            DTYPE=dtype,
+            PRECISION=exact,
+        )
+    if cuda_decode.takes(prepared, pages, longest * group):
+        cuda_decode.attend(prepared, query, pages, batch, partial, sequences, longest * group)
+    else:
+        attend[(sequences * tiles, kv_heads, splits)](
+            of_batch,
+            prepared.columns,
+            page_pointers(pages, plan.layout.block_size),
+            latent(key),
+            prepared.tail,
+            latent(value),
+            absorbed,
+            partial,
+            Scores(plan.scale, plan.logits_soft_cap or 0.0, plan.sliding_window or 0),
+            tiles,
+            GROUP=group,
+            ROWS=rows,
+            TOKENS=TOKENS,
+            HALF=half,
+            SPLITS=splits,
+            KEY_WIDTH=key.width,
+            KEY_KINDS=key.kinds,
+            KEY_HIGH=key.high,
+            KEY_OUTLIERS=key.most_outliers,
+            VALUE_WIDTH=value.width,
+            VALUE_KINDS=value.kinds,
+            VALUE_HIGH=value.high,
+            VALUE_OUTLIERS=value.most_outliers,
+            ABSORB_KEY=prepared.absorb_key,
+            ABSORB_VALUE=prepared.absorb_value,
+            BIAS=prepared.has_key_bias,
+            NORM=prepared.norm,
+            ROPE=prepared.rotates,
+            SOFT_CAP=bool(plan.logits_soft_cap),
+            WINDOW=bool(plan.sliding_window),
+            DTYPE=dtype,
+            PRECISION=exact,
+            **LAUNCH,
+        )
+    merge[(tokens, kv_heads)](
+        partial,
+        latent(value),
+        prepared.value_columns,
+        prepared.value_bias,
+        prepared.sinks,
+        batch.query_start_loc,
+        sequences,
+        output,
+        output.stride(0),
+        output.stride(1),
+        num_heads,
+        GROUP=group,
+        ROWS=of_token,
+        HALF=half,
+        SPLITS=splits,
+        WIDTH=value.width,
+        ABSORB_VALUE=prepared.absorb_value,
+        BIAS=prepared.has_value_bias,
+        SINKS=plan.sinks is not None,
+        DTYPE=dtype,
+        PRECISION=exact,
+    )

@@ -1,0 +1,39 @@
+"""The Triton kernels, as :class:`xquant_vllm.attention.dispatch.AttentionKernels` has them."""
+
+import torch
+
+from xquant_vllm.attention.batch import AttentionLayerPlan
+from xquant_vllm.attention.gpu import cuda_decode, decode, prefill, workspace
+from xquant_vllm.attention.gpu.launch import paged_attention
+from xquant_vllm.attention.gpu.prepared import prepare
+from xquant_vllm.attention.gpu.store import store
+
+__all__ = ["fix", "paged_attention", "reserve", "store"]
+
+
+def reserve(plan: AttentionLayerPlan, query: torch.Tensor, sequences: int) -> None:
+    """Make room for every batch of at most as many tokens and sequences.
+
+    Args:
+        plan: a layer's plan.
+        query: ``[tokens, num_heads, head_size]``, the most tokens that a call may have, on its device.
+        sequences: sequences of a batch at most.
+    """
+    prepared = prepare(plan, query.dtype)
+    cuda_decode.arrange(prepared)
+    tokens = query.shape[0]
+    sizes = [workspace.bytes_of(*prefill.workspace_parts(prepared, tokens, prefill.ROOM))]
+    longest = 1
+    while longest <= decode.MOST_ROWS:
+        # The fewer sequences, the more splits.
+        for count in range(1, sequences + 1):
+            _, _, splits = decode.shape_of(prepared, count, longest)
+            of_count = min(tokens, count * longest)
+            sizes.append(workspace.bytes_of(*decode.workspace_parts(prepared, of_count, splits)))
+        longest *= 2
+    workspace.reserve(query.device, max(sizes))
+
+
+def fix(device: torch.device) -> None:
+    """From now on nothing is allocated: what is reserved must do."""
+    workspace.fix(device)

@@ -1,0 +1,27 @@
+"""Dtypes of the products' operands, as Triton names them, and the tiles that kernels go by."""
+
+import torch
+import triton.language as tl
+
+# Cached tokens of a tile that is unpacked, and how programs that unpack are launched. With 64 tokens and 4 warps the
+# addresses of the codes alone take more registers than there are (1 KB of spills a thread for compute capability 9.0).
+TOKENS = 32
+LAUNCH = {"num_warps": 8, "num_stages": 2}
+
+_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def operand_type(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of a dtype.
+
+    Raises:
+        ValueError: kernels have no products of it.
+    """
+    if dtype not in _TYPES:
+        raise ValueError(f"query is {dtype}: the kernels take float16, bfloat16 and float32")
+    return _TYPES[dtype]
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products are computed: FP32 operands exactly, others as they are."""
+    return "ieee" if dtype == torch.float32 else "tf32"

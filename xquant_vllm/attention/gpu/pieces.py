@@ -1,0 +1,50 @@
+"""How the cached tokens of prefilling sequences pass through a workspace of bounded size."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring cached tokens of one sequence that are in the workspace at the same time.
+
+    Attributes:
+        sequence: index of the sequence.
+        begin: position of its first token.
+        stop: position after its last.
+        offset: where in the workspace, in tokens.
+        first: whether no piece of this sequence came before.
+        last: whether none follows.
+    """
+
+    sequence: int
+    begin: int
+    stop: int
+    offset: int
+    first: bool
+    last: bool
+
+
+def rounds(contexts: Sequence[tuple[int, int, int]], room: int) -> list[list[Piece]]:
+    """Pack contexts into rounds through the workspace, in order.
+
+    Args:
+        contexts: of every sequence its index, the oldest position that it attends to, and its length.
+        room: tokens of the workspace.
+
+    Returns:
+        The pieces of every round; together they have at most ``room`` tokens.
+    """
+    result: list[list[Piece]] = []
+    free = 0
+    for sequence, oldest, length in contexts:
+        begin = oldest
+        while begin < length:
+            if not free:
+                result.append([])
+                free = room
+            stop = min(length, begin + free)
+            result[-1].append(Piece(sequence, begin, stop, room - free, begin == oldest, stop == length))
+            free -= stop - begin
+            begin = stop
+    return result

@@ -1,0 +1,173 @@
+"""Prefill: the context is rematerialized once per call, piece by piece, and attended to as keys and values.
+
+A decoding query rematerializes keys as it goes. Here hundreds of queries attend to the same tokens, so these pass
+through a workspace of bounded size (:mod:`.pieces`), whatever the context's length.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+
+from xquant_vllm.attention.batch import AttentionBatch
+from xquant_vllm.attention.gpu import workspace
+from xquant_vllm.attention.gpu.attend import Batch, Scores
+from xquant_vllm.attention.gpu.dense import Carried, dense
+from xquant_vllm.attention.gpu.operands import LAUNCH, TOKENS, operand_type, precision
+from xquant_vllm.attention.gpu.page_pointers import page_pointers
+from xquant_vllm.attention.gpu.pieces import Piece, rounds
+from xquant_vllm.attention.gpu.prepared import PreparedPlan, latent
+from xquant_vllm.attention.gpu.rematerialize_pages import rematerialize_pages
+from xquant_vllm.attention.gpu.varlen import attend_whole
+
+# Cached tokens in the workspace at a time.
+ROOM = 16384
+_QUERIES, _KEYS = 64, 64
+
+
+def workspace_parts(prepared: PreparedPlan, tokens: int, room: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shapes and dtypes of what :func:`prefill` takes of the workspace, for at most ``tokens`` query tokens."""
+    projection, heads = prepared.plan.projection, prepared.plan.num_heads
+    rematerialized = (room, projection.num_kv_heads, projection.head_size)
+    return (
+        (rematerialized, prepared.dtype),
+        (rematerialized, prepared.dtype),
+        ((tokens, heads, projection.head_size), torch.float32),
+        ((tokens, heads), torch.float32),
+        ((tokens, heads), torch.float32),
+    )
+
+
+def prefill(
+    query: torch.Tensor,
+    pages: Sequence[torch.Tensor],
+    prepared: PreparedPlan,
+    batch: AttentionBatch,
+    output: torch.Tensor,
+    first_sequence: int = 0,
+    room: int = ROOM,
+) -> None:
+    """Causal attention of the sequences from ``first_sequence`` on; needs ``batch.lengths``.
+
+    Args:
+        query: ``[num_tokens, num_heads, head_size]``, after RoPE.
+        pages: for every layout of the plan ``[num_blocks, page_bytes]`` uint8.
+        prepared: the layer's plan.
+        batch: the sequences; those before ``first_sequence`` are left alone.
+        output: ``[num_tokens, num_heads, head_size]``, written.
+        first_sequence: first sequence to attend for.
+        room: tokens of the workspace.
+    """
+    assert batch.lengths is not None
+    window = prepared.plan.sliding_window
+    contexts, longest_query = [], 0
+    for sequence, (query_len, seq_len) in enumerate(batch.lengths[first_sequence:], first_sequence):
+        if query_len:
+            oldest = max(0, seq_len - query_len - window + 1) if window else 0
+            contexts.append((sequence, oldest, seq_len))
+            longest_query = max(longest_query, query_len)
+    keys, values, *carried = workspace.take(query.device, *workspace_parts(prepared, query.shape[0], room))
+    of_batch = Batch(
+        query,
+        query.stride(0),
+        query.stride(1),
+        batch.query_start_loc,
+        batch.seq_lens,
+        batch.block_table,
+        batch.block_table.stride(0),
+        prepared.plan.num_heads,
+    )
+    for pieces in rounds(contexts, room):
+        fields = [(p.sequence, p.begin, p.stop, p.offset, int(p.first), int(p.last)) for p in pieces]
+        described = torch.tensor(fields, dtype=torch.int32)
+        if query.device.type == "cuda":
+            described = described.pin_memory().to(query.device, non_blocking=True)
+        _rematerialize(described, pieces, pages, prepared, batch, keys, values)
+        if attend_whole(query, keys, values, prepared.plan, batch, pieces, output):
+            continue
+        _attend(described, pieces, of_batch, keys, values, Carried(*carried), prepared, longest_query, output)
+
+
+def _rematerialize(
+    described: torch.Tensor,
+    pieces: Sequence[Piece],
+    pages: Sequence[torch.Tensor],
+    prepared: PreparedPlan,
+    batch: AttentionBatch,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """Fill the workspace with a round's keys and values."""
+    key, value, half = prepared.key, prepared.value, prepared.half
+    tiles = max(triton.cdiv(piece.stop - piece.begin, TOKENS) for piece in pieces)
+    rematerialize_pages[(tiles, len(pieces), prepared.plan.projection.num_kv_heads)](
+        described,
+        prepared.columns,
+        prepared.value_columns,
+        page_pointers(pages, prepared.plan.layout.block_size),
+        batch.seq_lens,
+        batch.block_table,
+        batch.block_table.stride(0),
+        latent(key),
+        prepared.tail,
+        latent(value),
+        prepared.value_bias,
+        keys,
+        values,
+        TOKENS=TOKENS,
+        HALF=half,
+        KEY_WIDTH=key.width,
+        KEY_KINDS=key.kinds,
+        KEY_HIGH=key.high,
+        KEY_OUTLIERS=key.most_outliers,
+        VALUE_WIDTH=value.width,
+        VALUE_KINDS=value.kinds,
+        VALUE_HIGH=value.high,
+        VALUE_OUTLIERS=value.most_outliers,
+        BIAS=prepared.has_key_bias,
+        VALUE_BIAS=prepared.has_value_bias,
+        NORM=prepared.norm,
+        ROPE=prepared.rotates,
+        DTYPE=operand_type(prepared.dtype),
+        PRECISION=precision(prepared.dtype),
+        **LAUNCH,
+    )
+
+
+def _attend(
+    described: torch.Tensor,
+    pieces: Sequence[Piece],
+    of_batch: Batch,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    carried: Carried,
+    prepared: PreparedPlan,
+    longest_query: int,
+    output: torch.Tensor,
+) -> None:
+    """Attend to a round's keys and values."""
+    plan = prepared.plan
+    head_size = plan.projection.head_size
+    dense[(triton.cdiv(longest_query, _QUERIES), len(pieces), plan.num_heads)](
+        described,
+        of_batch,
+        keys,
+        values,
+        carried,
+        prepared.sinks,
+        Scores(plan.scale, plan.logits_soft_cap or 0.0, plan.sliding_window or 0),
+        output,
+        output.stride(0),
+        output.stride(1),
+        plan.projection.num_kv_heads,
+        head_size,
+        GROUP=plan.num_heads // plan.projection.num_kv_heads,
+        QUERIES=_QUERIES,
+        TOKENS=32 if head_size > 128 else _KEYS,
+        WIDTH=max(16, triton.next_power_of_2(head_size)),
+        SOFT_CAP=bool(plan.logits_soft_cap),
+        WINDOW=bool(plan.sliding_window),
+        SINKS=plan.sinks is not None,
+        DTYPE=operand_type(prepared.dtype),
+        PRECISION=precision(prepared.dtype),
+    )

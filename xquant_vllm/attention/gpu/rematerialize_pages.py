@@ -1,0 +1,119 @@
+"""Keys and values of cached tokens, written to a workspace: what prefill attends to."""
+
+import triton
+import triton.language as tl
+
+from xquant_vllm.attention.gpu.rematerialize import finish_keys, project_pairs
+
+# Columns of a piece's description: sequence, first position, position after the last, offset in the workspace, whether
+# it is the sequence's first, whether its last.
+PIECE_FIELDS = 6
+
+
+@triton.jit
+def rematerialize_pages(
+    pieces,
+    columns,
+    value_columns,
+    pages,
+    seq_lens,
+    block_table,
+    table_stride,
+    key,
+    tail,
+    value,
+    value_bias,
+    keys,
+    values,
+    TOKENS: tl.constexpr,
+    HALF: tl.constexpr,
+    KEY_WIDTH: tl.constexpr,
+    KEY_KINDS: tl.constexpr,
+    KEY_HIGH: tl.constexpr,
+    KEY_OUTLIERS: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    VALUE_KINDS: tl.constexpr,
+    VALUE_HIGH: tl.constexpr,
+    VALUE_OUTLIERS: tl.constexpr,
+    BIAS: tl.constexpr,
+    VALUE_BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    ROPE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rematerialize a tile of one piece for one kv head. Grid: ``(tiles, pieces, num_kv_heads)``.
+
+    Args:
+        pieces: int32 ``[pieces, PIECE_FIELDS]``.
+        columns: int32 ``[2 * HALF]``: channels of keys in the kernels' order; -1 is padding.
+        value_columns: likewise, of values.
+        pages: :class:`Pages`.
+        seq_lens: int32 ``[sequences]``: the host may take a sequence for longer than it is.
+        block_table: int32 ``[sequences, max_blocks]``.
+        table_stride: between its rows.
+        key: :class:`Latent` of the keys.
+        tail: :class:`KeyTail`.
+        value: :class:`Latent` of the values.
+        value_bias: FP32 ``[num_kv_heads, 2 * HALF]``.
+        keys: ``[room, num_kv_heads, head_size]``, written.
+        values: likewise.
+        TOKENS: tokens of a tile.
+        HALF: columns of half a head.
+        KEY_WIDTH: see :class:`LatentTables`, as the next three and those of values.
+        KEY_KINDS: likewise.
+        KEY_HIGH: likewise.
+        KEY_OUTLIERS: likewise.
+        VALUE_WIDTH: likewise.
+        VALUE_KINDS: likewise.
+        VALUE_HIGH: likewise.
+        VALUE_OUTLIERS: likewise.
+        BIAS: whether keys have one.
+        VALUE_BIAS: whether values have one.
+        NORM: whether keys have one.
+        ROPE: whether any pair rotates.
+        DTYPE: of the products' operands.
+        PRECISION: of the products, where operands are FP32.
+    """
+    of_piece = pieces + tl.program_id(1) * 6
+    head = tl.program_id(2)
+    sequence, begin, stop, offset = (
+        tl.load(of_piece),
+        tl.load(of_piece + 1),
+        tl.load(of_piece + 2),
+        tl.load(of_piece + 3),
+    )
+    stop = tl.minimum(stop, tl.load(seq_lens + sequence))
+    start = begin + tl.program_id(0) * TOKENS
+    if start >= stop:
+        return
+    position = start + tl.arange(0, TOKENS)
+    valid = position < stop
+    of_table = block_table + sequence.to(tl.int64) * table_stride + position // pages.block_size
+    block = tl.load(of_table, valid, 0).to(tl.int64)
+    within = position % pages.block_size
+    row = ((offset + position - begin).to(tl.int64) * tl.num_programs(2) + head)[:, None] * tail.head_size
+    half = tl.arange(0, HALF)
+
+    first, last = tl.load(key.first_chunk + head), tl.load(key.first_chunk + head + 1)
+    low, high = project_pairs(
+        pages, key, first, last, block, within, valid, TOKENS, HALF, KEY_WIDTH, KEY_KINDS, KEY_HIGH, KEY_OUTLIERS,
+        DTYPE, PRECISION,
+    )  # fmt: skip
+    low, high = finish_keys(low, high, tail, head, position, valid, HALF, BIAS, NORM, ROPE)
+    low_column, high_column = tl.load(columns + half)[None, :], tl.load(columns + HALF + half)[None, :]
+    tl.store(keys + row + low_column, low.to(DTYPE), valid[:, None] & (low_column >= 0))
+    tl.store(keys + row + high_column, high.to(DTYPE), valid[:, None] & (high_column >= 0))
+
+    first, last = tl.load(value.first_chunk + head), tl.load(value.first_chunk + head + 1)
+    low, high = project_pairs(
+        pages, value, first, last, block, within, valid, TOKENS, HALF, VALUE_WIDTH, VALUE_KINDS, VALUE_HIGH,
+        VALUE_OUTLIERS, DTYPE, PRECISION,
+    )  # fmt: skip
+    if VALUE_BIAS:
+        at = value_bias + head * (2 * HALF) + half
+        low += tl.load(at)[None, :]
+        high += tl.load(at + HALF)[None, :]
+    low_column, high_column = tl.load(value_columns + half)[None, :], tl.load(value_columns + HALF + half)[None, :]
+    tl.store(values + row + low_column, low.to(DTYPE), valid[:, None] & (low_column >= 0))
+    tl.store(values + row + high_column, high.to(DTYPE), valid[:, None] & (high_column >= 0))
