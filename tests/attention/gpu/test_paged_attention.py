@@ -1,0 +1,110 @@
+"""The Triton kernels of attention, under Triton's interpreter, against the reference."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.attention.attention_cases import Case, Spec, make_case, random_spec
+from xquant_vllm.attention import reference
+from xquant_vllm.attention.gpu import launch
+from xquant_vllm.attention.gpu.prefill import prefill
+from xquant_vllm.attention.gpu.prepared import prepare
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for the last bits of FP32, or for what operands and outputs in 16 bits leave."""
+    assert actual.dtype == expected.dtype
+    assert actual.isfinite().all()
+    allowed = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[expected.dtype]
+    error = (actual.double() - expected.double()).norm() / expected.double().norm()
+    assert error <= allowed, f"relative error {error}"
+
+
+def with_lengths(case: Case) -> Case:
+    """The case with what the host knows of its sequences; padding has no tokens."""
+    starts = case.batch.query_start_loc
+    new = (starts[1:] - starts[:-1]).tolist()
+    lengths = tuple(
+        (count, length if count else 0) for count, length in zip(new, case.batch.seq_lens.tolist(), strict=True)
+    )
+    return replace(case, batch=replace(case.batch, lengths=lengths))
+
+
+def short(spec: Spec) -> Spec:
+    """The interpreter takes milliseconds for an operation: contexts of a hundred tokens."""
+    return replace(spec, seqs=tuple((min(length, 60) + new, new) for length, new in spec.seqs[:3] if new <= 17))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_attention(seed: int) -> None:
+    spec = short(random_spec(seed))
+    print(spec)
+    case = make_case(spec) if spec.seqs else pytest.skip("no sequence is short enough")
+    assert_close(case.run(launch), case.run(reference))
+
+
+class Prefill:
+    """All sequences through a workspace of a few tokens."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def paged_attention(self, query, pages, plan, batch, output) -> None:
+        prefill(query, pages, prepare(plan, query.dtype), batch, output, room=self.room)
+
+
+@pytest.mark.parametrize("seed", range(60, 90))
+def test_prefill(seed: int) -> None:
+    spec = short(random_spec(seed))
+    print(spec)
+    case = make_case(spec) if spec.seqs else pytest.skip("no sequence is short enough")
+    room = (16, 50, 100, 1000)[seed % 4]
+    assert_close(with_lengths(case).run(Prefill(room)), case.run(reference))
+
+
+SPECS = {
+    "many splits": Spec(seqs=((700, 1), (1, 1)), kv_heads=1),
+    "speculative": Spec(seqs=((90, 4), (33, 4)), kv_heads=2, group=4),
+    "group of 16": Spec(seqs=((40, 2),), kv_heads=1, group=16, head_size=64),
+    "head of 256": Spec(seqs=((70, 1),), head_size=256, key_group=256, value_group=256, key_outliers=0, norm=True),
+    "values of several groups": Spec(seqs=((70, 1),), head_size=128, value_group=32),
+    "sinks": Spec(seqs=((70, 2), (3, 3)), sinks=True, bias=True),
+    "sinks, no RoPE": Spec(seqs=((70, 2),), sinks=True, bias=True, rope="none", kind="x"),
+    "16 bits": Spec(seqs=((40, 1),), key_bits=16, value_bits=16, key_outliers=0),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_special(name: str) -> None:
+    case = make_case(SPECS[name])
+    assert_close(case.run(launch), case.run(reference))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("allocated", [0.0, 1.0])
+def test_16_bit_operands(dtype: torch.dtype, allocated: float) -> None:
+    case = make_case(Spec(seqs=((90, 1), (70, 70)), dtype=dtype, allocated=allocated, seed=3))
+    assert_close(with_lengths(case).run(launch), case.run(reference))
+
+
+def test_decodes_and_prefills() -> None:
+    """Leading sequences with few tokens decode, the others prefill."""
+    case = make_case(Spec(seqs=((90, 1), (20, 3), (100, 60), (40, 2)), group=3))
+    assert_close(with_lengths(case).run(launch), case.run(reference))
+
+
+def test_overstated_length() -> None:
+    """The host may take a decoding sequence for longer than it is: what is not there is not read."""
+    case = with_lengths(make_case(Spec(seqs=((90, 1), (100, 60), (40, 1)))))
+    assert case.batch.lengths is not None
+    overstated = ((1, 200), (60, 100), (1, 75), *case.batch.lengths[3:])
+    expected = case.run(reference)
+    assert_close(replace(case, batch=replace(case.batch, lengths=overstated)).run(launch), expected)
+
+
+def test_wide_latents_stay_apart() -> None:
+    """A wide latent's values are rematerialized, a narrow one's are weighed as latents."""
+    narrow, wide = make_case(Spec()).plan, make_case(Spec(joint=True, kv_heads=8, head_size=64, key_group=64)).plan
+    assert prepare(narrow, torch.float32).absorb_value
+    assert not prepare(wide, torch.float32).absorb_value
