@@ -25,7 +25,7 @@ SETUP_FILES := pyproject.toml setup.py tools/setup_env.py $(wildcard tools/envse
 TEST_MODELS := smollm2 smollm2-mha gemma3
 LINTED := xquant_vllm tests tools examples benchmarks setup.py
 
-.PHONY: help venv kernels model demo serve test test-gpu accuracy families families-write lint clean
+.PHONY: help venv kernels cuda-check model demo serve test test-gpu accuracy families families-write lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ kernels: $(KERNELS) ## compile csrc/cpu, if it changed (XQUANT_BUILD_KERNELS=1: 
 
 $(KERNELS): setup.py $(wildcard csrc/cpu/*) | $(READY)
 	$(VENV)/bin/python setup.py --quiet build_kernels --inplace
+
+cuda-check: venv ## compile csrc/cuda for every GPU it is built for, and fail on spilled registers (needs nvcc, no GPU)
+	$(VENV)/bin/python tools/cuda_check.py
 
 model: venv ## prepare the checkpoint MODEL (default smollm2; or smollm2-mha, gemma3); the last line is its folder
 	@$(VENV)/bin/python tools/prepare_model.py --model $(MODEL)
@@ -78,5 +81,5 @@ lint: venv ## check style, types and which room imports which
 
 clean: ## remove build outputs, logs and caches (not .venv, not models)
 	rm -rf build dist logs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	rm -f $(KERNELS)
+	rm -f $(KERNELS) xquant_vllm/attention/gpu/_cuda_kernels.so
 	find $(LINTED) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -133,6 +133,11 @@ def dequantize_allocated(codes: torch.Tensor, scales: torch.Tensor, runs: Runs, 
     return torch.nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
+def scale_values() -> torch.Tensor:
+    """What the 256 codes of a scale stand for; FP32 on the CPU."""
+    return _scale_value(torch.arange(256, device="cpu"))
+
+
 def _scale_value(scale: torch.Tensor) -> torch.Tensor:
     """FP32 scales from their codes."""
     return torch.exp2((scale.double() - SCALE_BIAS) / SCALES_PER_OCTAVE).float()

@@ -6,7 +6,7 @@ import torch
 import triton
 
 from xquant_vllm.attention.batch import AttentionBatch
-from xquant_vllm.attention.gpu import workspace
+from xquant_vllm.attention.gpu import cuda_decode, workspace
 from xquant_vllm.attention.gpu.absorb import absorb
 from xquant_vllm.attention.gpu.attend import Absorbed, Batch, Partial, Scores, attend
 from xquant_vllm.attention.gpu.merge import merge
@@ -110,41 +110,44 @@ def decode(
             DTYPE=dtype,
             PRECISION=exact,
         )
-    attend[(sequences * tiles, kv_heads, splits)](
-        of_batch,
-        prepared.columns,
-        page_pointers(pages, plan.layout.block_size),
-        latent(key),
-        prepared.tail,
-        latent(value),
-        absorbed,
-        partial,
-        Scores(plan.scale, plan.logits_soft_cap or 0.0, plan.sliding_window or 0),
-        tiles,
-        GROUP=group,
-        ROWS=rows,
-        TOKENS=TOKENS,
-        HALF=half,
-        SPLITS=splits,
-        KEY_WIDTH=key.width,
-        KEY_KINDS=key.kinds,
-        KEY_HIGH=key.high,
-        KEY_OUTLIERS=key.most_outliers,
-        VALUE_WIDTH=value.width,
-        VALUE_KINDS=value.kinds,
-        VALUE_HIGH=value.high,
-        VALUE_OUTLIERS=value.most_outliers,
-        ABSORB_KEY=prepared.absorb_key,
-        ABSORB_VALUE=prepared.absorb_value,
-        BIAS=prepared.has_key_bias,
-        NORM=prepared.norm,
-        ROPE=prepared.rotates,
-        SOFT_CAP=bool(plan.logits_soft_cap),
-        WINDOW=bool(plan.sliding_window),
-        DTYPE=dtype,
-        PRECISION=exact,
-        **LAUNCH,
-    )
+    if cuda_decode.takes(prepared, pages, longest * group):
+        cuda_decode.attend(prepared, query, pages, batch, partial, sequences, longest * group)
+    else:
+        attend[(sequences * tiles, kv_heads, splits)](
+            of_batch,
+            prepared.columns,
+            page_pointers(pages, plan.layout.block_size),
+            latent(key),
+            prepared.tail,
+            latent(value),
+            absorbed,
+            partial,
+            Scores(plan.scale, plan.logits_soft_cap or 0.0, plan.sliding_window or 0),
+            tiles,
+            GROUP=group,
+            ROWS=rows,
+            TOKENS=TOKENS,
+            HALF=half,
+            SPLITS=splits,
+            KEY_WIDTH=key.width,
+            KEY_KINDS=key.kinds,
+            KEY_HIGH=key.high,
+            KEY_OUTLIERS=key.most_outliers,
+            VALUE_WIDTH=value.width,
+            VALUE_KINDS=value.kinds,
+            VALUE_HIGH=value.high,
+            VALUE_OUTLIERS=value.most_outliers,
+            ABSORB_KEY=prepared.absorb_key,
+            ABSORB_VALUE=prepared.absorb_value,
+            BIAS=prepared.has_key_bias,
+            NORM=prepared.norm,
+            ROPE=prepared.rotates,
+            SOFT_CAP=bool(plan.logits_soft_cap),
+            WINDOW=bool(plan.sliding_window),
+            DTYPE=dtype,
+            PRECISION=exact,
+            **LAUNCH,
+        )
     merge[(tokens, kv_heads)](
         partial,
         latent(value),

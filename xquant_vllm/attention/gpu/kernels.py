@@ -3,7 +3,7 @@
 import torch
 
 from xquant_vllm.attention.batch import AttentionLayerPlan
-from xquant_vllm.attention.gpu import decode, prefill, workspace
+from xquant_vllm.attention.gpu import cuda_decode, decode, prefill, workspace
 from xquant_vllm.attention.gpu.launch import paged_attention
 from xquant_vllm.attention.gpu.prepared import prepare
 from xquant_vllm.attention.gpu.prepared_store import prepare_store
@@ -22,6 +22,7 @@ def reserve(plan: AttentionLayerPlan, query: torch.Tensor, sequences: int) -> No
     """
     prepared = prepare(plan, query.dtype)
     prepare_store(plan)
+    cuda_decode.arrange(prepared)
     tokens = query.shape[0]
     sizes = [workspace.bytes_of(*prefill.workspace_parts(prepared, tokens, prefill.ROOM))]
     sizes.append(workspace.bytes_of(*workspace_parts(plan, tokens)))

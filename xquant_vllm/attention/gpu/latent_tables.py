@@ -204,9 +204,10 @@ def latent_tables(
             of_rows = up[head, chunk.first_row : chunk.first_row + channels]
             own = chunk.fields["num_outliers"]
             scaled[index, :channels] = of_rows * chunk.factor.to(device).unsqueeze(1)
-            # The code of an outlier channel is 0, and what is stored beside the codes takes its place.
+            # The code of an outlier channel is 0, and what is stored beside the codes takes its place. Rows are rounded
+            # as for the product: scale times codes and zero point nearly cancel, so what rounding does to both must, too.
             if chunk.fields["kind"] == UNIFORM:
-                sums[index] = of_rows[own:].sum(0)
+                sums[index] = of_rows[own:].to(dtype).float().sum(0)
             outliers[index, :own] = of_rows[:own]
             index += 1
     starts = torch.tensor([0, *(len(of_head) for of_head in of_heads)]).cumsum(0)

@@ -1,6 +1,7 @@
 """Dtypes of the products' operands, as Triton names them, and the tiles that kernels go by."""
 
 import torch
+import triton
 import triton.language as tl
 
 # Cached tokens of a tile that is unpacked, and how programs that unpack are launched. With 64 tokens and 4 warps the
@@ -9,6 +10,11 @@ TOKENS = 32
 LAUNCH = {"num_warps": 8, "num_stages": 2}
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the products' operands, for queries of a dtype; Triton's interpreter has no products of BF16."""
+    return torch.float32 if dtype == torch.bfloat16 and triton.knobs.runtime.interpret else dtype
 
 
 def operand_type(dtype: torch.dtype) -> tl.dtype:

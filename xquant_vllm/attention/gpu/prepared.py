@@ -6,6 +6,7 @@ import torch
 
 from xquant_vllm.attention.batch import AttentionLayerPlan
 from xquant_vllm.attention.gpu.latent_tables import LatentTables, latent_tables
+from xquant_vllm.attention.gpu.operands import product_dtype
 from xquant_vllm.attention.gpu.pairs import arranged, pair_columns
 from xquant_vllm.attention.gpu.rematerialize import KeyTail
 from xquant_vllm.attention.gpu.unpack import Latent
@@ -95,7 +96,13 @@ _prepared: dict[tuple[int, torch.dtype], PreparedPlan] = {}
 
 
 def prepare(plan: AttentionLayerPlan, dtype: torch.dtype) -> PreparedPlan:
-    """The prepared plan, made on first use and forgotten together with the plan."""
+    """The prepared plan, made on first use and forgotten together with the plan.
+
+    Args:
+        plan: the layer's plan.
+        dtype: of the queries.
+    """
+    dtype = product_dtype(dtype)
     at = (id(plan), dtype)
     prepared = _prepared.get(at)
     if prepared is None:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from xquant_vllm.attention.batch import AttentionLayerPlan
-from xquant_vllm.attention.gpu import workspace
+from xquant_vllm.attention.gpu import cuda_store, workspace
 from xquant_vllm.attention.gpu.latent_tables import ALLOCATED, FP16, UNIFORM
 from xquant_vllm.attention.gpu.page_pointers import page_pointers
 from xquant_vllm.attention.gpu.predict import subtract_product, subtract_terms
@@ -45,6 +45,9 @@ def store(
     """Quantize what new tokens bring into their slots; see :func:`reference.store`."""
     tokens = inputs[0].shape[0]
     if not tokens:
+        return
+    if cuda_store.takes(plan, inputs):
+        cuda_store.store(pages, plan, slot_mapping, inputs)
         return
     prepared = prepare_store(plan)
     block_size = plan.layout.block_size

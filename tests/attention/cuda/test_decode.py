@@ -1,0 +1,220 @@
+"""The CUDA decode kernel, run by the emulation, against the reference."""
+
+import ctypes
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.attention.attention_cases import Case, Spec, make_case, make_plan, random_runs
+from xquant_vllm.attention import reference
+
+pytest.importorskip("triton")
+from xquant_vllm.attention.gpu import cuda_decode, cuda_library
+from xquant_vllm.attention.gpu.attend import Partial
+from xquant_vllm.attention.gpu.bit_addresses import bit_addresses
+from xquant_vllm.attention.gpu.cuda_tables import quads, rope_arrays
+from xquant_vllm.attention.gpu.prepared import PreparedPlan
+from xquant_vllm.projection.rope import RotaryTable
+
+# Keys and weights are rounded to the query's dtype and to FP16; of a row's largest element.
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def run(library, case: Case, splits: int, order: int = 0) -> torch.Tensor:
+    """Output of the kernel and of a merge in FP64, ``[tokens, num_heads, head_size]``."""
+    plan = case.plan
+    prepared = PreparedPlan(plan, case.query.dtype)
+    tokens, heads, group = case.query.shape[0], plan.num_heads, plan.num_heads // plan.projection.num_kv_heads
+    starts = case.batch.query_start_loc
+    rows = int((starts[1:] - starts[:-1]).max()) * group
+    assert cuda_decode.decode_plan(prepared) is not None
+    partial = Partial(
+        torch.full((tokens, heads, splits, prepared.value.width), torch.nan),
+        torch.full((tokens, heads, splits, 3), torch.nan),
+    )
+    library.xquant_emulation_order(order)
+    cuda_decode.attend(
+        prepared, case.query, case.pages, case.batch, partial, case.batch.seq_lens.shape[0], rows, library
+    )
+    return merge(prepared, partial, int(starts[-1]))
+
+
+def merge(prepared: PreparedPlan, partial: Partial, tokens: int) -> torch.Tensor:
+    plan, value = prepared.plan, prepared.value
+    projection, group = plan.projection, plan.num_heads // plan.projection.num_kv_heads
+    sums, stats = partial.sums[:tokens].double(), partial.stats[:tokens].double()
+    largest = stats[..., 0]
+    assert not largest.isnan().any()
+    there = largest > -torch.inf
+    factor = torch.where(there, (largest - largest.amax(-1, keepdim=True)).exp(), 0.0)
+    stats = torch.where(there[..., None], stats, 0.0)
+    sums = (factor[..., None] * torch.where(there[..., None], sums, 0.0)).sum(2)
+    zeros, total = ((factor * stats[..., index]).sum(2, keepdim=True) for index in (2, 1))
+    result = torch.empty(tokens, plan.num_heads, 2 * prepared.half, dtype=torch.float64)
+    # In FP32, whatever the operands' dtype: that is the merge kernel's business.
+    exact = PreparedPlan(plan, torch.float32).value
+    for head in range(plan.num_heads):
+        chunk = int(value.first_chunk[head // group])
+        up, of_zero = exact.up[chunk].double(), exact.up_sum[chunk].double()
+        result[:, head] = (sums[:, head] @ up + zeros[:, head] * of_zero) / total[:, head]
+        if projection.value_bias is not None:
+            result[:, head] += prepared.value_bias[head // group].double()
+    out = torch.empty(tokens, plan.num_heads, projection.head_size, dtype=torch.float64)
+    out[..., prepared.value_columns[prepared.value_columns >= 0].long()] = result[..., prepared.value_columns >= 0]
+    return out
+
+
+def assert_close(actual: torch.Tensor, case: Case) -> float:
+    """Returns the largest error relative to its row's largest element."""
+    exact = replace(case, query=case.query.float())
+    expected = exact.run(reference)[: actual.shape[0]].double()
+    assert actual.isfinite().all()
+    error = ((actual - expected).abs() / expected.abs().amax(-1, keepdim=True)).max().item()
+    assert error <= TOLERANCE[case.query.dtype], f"off by {error:.2e} of a row's largest element"
+    return error
+
+
+def random_decode(seed: int) -> tuple[Spec, int]:
+    """A call that the kernel takes, and the number of splits."""
+    choose = random.Random(1000 + seed)
+    head_size = choose.choice((64, 64, 128))
+    group = choose.choice((1, 2, 3, 4, 5, 7, 8))
+    most = 16 // group
+    seqs = []
+    for _ in range(choose.randint(1, 3)):
+        new = choose.randint(0, most) if seqs and choose.random() < 0.4 else choose.choice((1, 1, most))
+        seqs.append((new + choose.choice((0, choose.randint(0, 70), choose.randint(60, 300))), new))
+    bits = (8, 4, 4, 3, 2)
+    spec = Spec(
+        seqs=tuple(seqs),
+        kv_heads=choose.randint(1, 2),
+        group=group,
+        head_size=head_size,
+        key_bits=choose.choice(bits),
+        value_bits=choose.choice(bits),
+        key_group=head_size,
+        value_group=head_size,
+        key_outliers=choose.choice((0, 1, 1, 4)),
+        allocated=choose.choice((0.0, 0.5, 1.0)),
+        block_size=choose.choice((16, 16, 32, 48, 64, 128)),
+        dtype=choose.choice((torch.bfloat16, torch.bfloat16, torch.float16)),
+        bias=choose.random() < 0.4,
+        rope=choose.choice(("neox", "neox", "interleaved")),
+        rotary_size=choose.choice((None, None, head_size // 2)),
+        window=choose.choice((None, None, 1, 7, 64, 100)),
+        soft_cap=choose.choice((None, None, 20.0)),
+        strided=choose.random() < 0.5,
+        seed=seed,
+    )
+    return spec, choose.choice((1, 1, 2, 3, 7))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random(library, seed: int) -> None:
+    spec, splits = random_decode(seed)
+    print(spec)
+    case = make_case(spec)
+    output = run(library, case, splits)
+    print(f"error {assert_close(output, case):.1e}")
+    # Bits that depend on which thread runs first are a race.
+    for order in (1, 2 + seed):
+        assert torch.equal(output, run(library, case, splits, order))
+
+
+LARGE = {
+    "long": (Spec(seqs=((1500, 1),), kv_heads=1, group=4, head_size=128, key_group=128, value_group=128), 3),
+    "long window": (Spec(seqs=((1500, 2), (900, 1)), kv_heads=1, group=8, window=300, soft_cap=20.0), 2),
+    "runs": (Spec(seqs=((400, 1),), kv_heads=2, group=4, head_size=128, allocated=1.0, seed=1), 2),
+    "more splits than tiles": (Spec(seqs=((130, 1), (3, 1)), kv_heads=2, group=2), 32),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large(library, name: str) -> None:
+    spec, splits = LARGE[name]
+    case = make_case(replace(spec, dtype=torch.bfloat16))
+    print(f"error {assert_close(run(library, case, splits), case):.1e}")
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 30.0])
+def test_extreme_scores(library, scale: float) -> None:
+    """All scores equal, and so far apart that most weights underflow."""
+    case = make_case(Spec(seqs=((200, 2),), dtype=torch.float16, group=2))
+    case = replace(case, plan=replace(case.plan, scale=scale))
+    output = run(library, case, 2)
+    if scale < 1:
+        assert_close(output, case)
+    assert output.isfinite().all()
+
+
+def test_blocks_of_a_multiprocessor(library) -> None:
+    """Three blocks fit the 227 KiB of a Hopper GPU, two the 163 KiB of an A100, at 4 bits and heads of 128."""
+    spec = Spec(head_size=128, key_group=128, value_group=128, dtype=torch.bfloat16)
+    of_plan = cuda_decode.decode_plan(PreparedPlan(make_plan(spec), torch.bfloat16))
+    assert of_plan is not None
+    library.xquant_cuda_decode_shared_bytes.restype = ctypes.c_int64
+    taken = library.xquant_cuda_decode_shared_bytes(ctypes.byref(of_plan.struct), 1) + 1024
+    print(f"{taken} bytes")
+    assert 3 * taken <= 227 * 1024
+    assert 2 * taken <= 163 * 1024
+
+
+REFUSED = {
+    "norm": Spec(norm=True),
+    "no RoPE": Spec(rope="none"),
+    "groups of a key": Spec(key_group=32),
+    "groups of a value": Spec(value_group=32),
+    "outliers of a value": Spec(value_outliers=1),
+    "many outliers": Spec(key_outliers=5),
+    "FP16 keys": Spec(key_bits=16, key_outliers=0),
+    "head size": Spec(head_size=80, key_group=80, value_group=80),
+    "joint basis": Spec(joint=True, key_group=128, value_group=128),
+    "X": Spec(kind="x", hidden_size=64),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    assert cuda_decode.decode_plan(PreparedPlan(make_plan(REFUSED[name]), torch.bfloat16)) is None
+
+
+def test_type_refused() -> None:
+    assert cuda_decode.decode_plan(PreparedPlan(make_plan(Spec()), torch.float32)) is None
+
+
+def test_takes(monkeypatch: pytest.MonkeyPatch, library) -> None:
+    case = make_case(Spec(dtype=torch.bfloat16))
+    prepared = PreparedPlan(case.plan, torch.bfloat16)
+    monkeypatch.setattr(cuda_library, "library", lambda: library)
+    assert cuda_decode.takes(prepared, case.pages, 16)
+    assert not cuda_decode.takes(prepared, case.pages, 32)
+    odd = torch.empty(2, case.pages[0].shape[1] + 8, dtype=torch.uint8)[:, :-8]
+    assert not cuda_decode.takes(prepared, (odd,), 16)
+    monkeypatch.setattr(cuda_library, "library", lambda: None)
+    assert not cuda_decode.takes(prepared, case.pages, 16)
+
+
+def test_rope_that_is_no_rotation() -> None:
+    """Tables whose angles do not grow evenly, as LongRoPE's, are left to the other kernel; a factor is no matter."""
+    angles = torch.arange(500)[:, None] * 10000.0 ** (-torch.arange(32) / 32)
+    tables = [
+        RotaryTable(1.2 * a.cos(), 1.2 * a.sin()) for a in (angles, torch.where(angles > 300, 1.1 * angles, angles))
+    ]
+    assert rope_arrays(tables[0], 32) is not None
+    assert rope_arrays(tables[1], 32) is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_quads(seed: int) -> None:
+    """Every channel is in one quad; fast ones are as many as the packing allows."""
+    runs = random_runs(random.Random(seed), 128)
+    addresses = bit_addresses(runs)
+    of_runs = quads(addresses)
+    assert sorted(of_runs.order) == list(range(addresses.shape[1]))
+    assert of_runs.masks.numel() * 4 == len(of_runs.order)
+    slow = int((of_runs.masks >> 24).sum())
+    if all(channels % 32 == 0 for _, channels in runs):
+        assert slow == 0
+    assert of_runs.any_slow == (slow > 0)

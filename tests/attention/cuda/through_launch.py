@@ -1,0 +1,40 @@
+"""A process of its own for test_launch.py: Triton's interpreter must be chosen before Triton is imported.
+
+python through_launch.py LIBRARY
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+
+from tests.attention.attention_cases import Spec, make_case
+from xquant_vllm.attention import reference
+from xquant_vllm.attention.gpu import cuda_decode, cuda_library, launch
+
+SPECS = (
+    Spec(seqs=((150, 1), (70, 2)), dtype=torch.float16, bias=True),
+    Spec(seqs=((150, 1), (70, 2)), dtype=torch.float16, allocated=1.0, group=1),
+)
+
+
+def main() -> None:
+    library = cuda_library.load(Path(sys.argv[1]))
+    cuda_library.library = lambda: library
+    calls = []
+    attend = cuda_decode.attend
+    cuda_decode.attend = lambda *of_call: (calls.append(of_call), attend(*of_call))
+    for spec in SPECS:
+        case = make_case(spec)
+        tokens = int(case.batch.query_start_loc[-1])
+        output, expected = (case.run(kernels)[:tokens].float() for kernels in (launch, reference))
+        error = (output - expected).abs().max() / expected.abs().max()
+        assert error < 4e-3, error
+    assert len(calls) == len(SPECS)
+
+
+if __name__ == "__main__":
+    main()
