@@ -90,17 +90,19 @@ def _triton(slow: AttentionKernels, override: str | None) -> _Choice:
     return _Choice(cast(AttentionKernels, kernels), "attention runs on the Triton kernels")
 
 
-def reserve(plan: AttentionLayerPlan, query: torch.Tensor, sequences: int) -> None:
+def reserve(plan: AttentionLayerPlan, tokens: int, sequences: int, dtype: torch.dtype, device: torch.device) -> None:
     """Take what memory the kernels need beside their arguments, before anything else does.
 
     Args:
         plan: a layer's plan.
-        query: ``[tokens, num_heads, head_size]``, the most tokens that a call may have.
+        tokens: query tokens of a batch at most.
         sequences: sequences of a batch at most.
+        dtype: of the queries.
+        device: where.
     """
-    take = getattr(select(query.device.type), "reserve", None)
+    take = getattr(select(device.type), "reserve", None)
     if take is not None:
-        take(plan, query, sequences)
+        take(plan, tokens, sequences, dtype, device)
 
 
 def fix(device: torch.device) -> None:

@@ -86,6 +86,18 @@ class XQuantImpl(AttentionImpl[XQuantMetadata]):
             )
         return plan
 
+    def reserve(self, block_size: int, device: torch.device) -> None:
+        """Take the memory that the kernels need for the largest batch.
+
+        Args:
+            block_size: slots per page.
+            device: where.
+        """
+        scheduler = self.vllm_config.scheduler_config
+        dtype = self.vllm_config.model_config.dtype
+        tokens = scheduler.max_num_batched_tokens
+        dispatch.reserve(self._plan(block_size), tokens, scheduler.max_num_seqs, dtype, device)
+
     def _pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The layer's own pages and those that it reads too; all go by one block table."""
         return (_pages(kv_cache), *(_pages(attention.kv_cache) for attention in self._earlier))
@@ -119,8 +131,7 @@ class XQuantImpl(AttentionImpl[XQuantMetadata]):
             raise NotImplementedError("xquant: fused quantization of the attention output is not supported")
         if attn_metadata is None:
             # vLLM measures what is left for the cache: what the kernels need must be there by now.
-            block_size = self.vllm_config.cache_config.block_size
-            dispatch.reserve(self._plan(block_size), query, self.vllm_config.scheduler_config.max_num_seqs)
+            self.reserve(self.vllm_config.cache_config.block_size, query.device)
             return output.zero_()
         tokens = attn_metadata.num_actual_tokens
         kernels = dispatch.select(query.device.type)

@@ -45,7 +45,6 @@ class XQuantMetadataBuilder(AttentionMetadataBuilder[XQuantMetadata]):
         """Check that the loader hook saw every layer: latents cannot be attended without their projections."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        dispatch.fix(device)
         if device.type == "cuda":
             # Leading sequences with few query tokens decode, the rest prefills.
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
@@ -56,6 +55,8 @@ class XQuantMetadataBuilder(AttentionMetadataBuilder[XQuantMetadata]):
                 f"--load-format {vllm_config.load_config.load_format} loads without vLLM's post-processing of weights; "
                 "use --load-format auto"
             )
+        for layer in layers.values():
+            layer.impl.reserve(kv_cache_spec.block_size, device)
 
     def build(
         self,
@@ -64,6 +65,8 @@ class XQuantMetadataBuilder(AttentionMetadataBuilder[XQuantMetadata]):
         fast_build: bool = False,
     ) -> XQuantMetadata:
         """Pick what the attention call needs from vLLM's metadata."""
+        # All layers have reserved what they need, and a graph may be captured with this batch.
+        dispatch.fix(self.device)
         common = common_attn_metadata
         return XQuantMetadata(
             num_actual_tokens=common.num_actual_tokens,

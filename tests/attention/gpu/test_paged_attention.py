@@ -32,15 +32,17 @@ def with_lengths(case: Case) -> Case:
 
 
 def short(spec: Spec) -> Spec:
-    """The interpreter takes milliseconds for an operation: contexts of a hundred tokens."""
-    return replace(spec, seqs=tuple((min(length, 60) + new, new) for length, new in spec.seqs[:3] if new <= 17))
+    """The interpreter takes milliseconds for an operation: a few tokens, and groups that make few chunks."""
+    seqs = tuple((min(length, 50) + new, new) for length, new in spec.seqs[:2] if new <= 17) or ((20, 2),)
+    small = spec.hidden_size // 8 if spec.kind in ("x", "deltas") else spec.kv_heads * spec.head_size // 8
+    return replace(spec, seqs=seqs, allocated=1.0 if small > 16 and spec.kind != "deltas" else spec.allocated)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(30))
 def test_attention(seed: int) -> None:
     spec = short(random_spec(seed))
     print(spec)
-    case = make_case(spec) if spec.seqs else pytest.skip("no sequence is short enough")
+    case = make_case(spec)
     assert_close(case.run(launch), case.run(reference))
 
 
@@ -54,11 +56,11 @@ class Prefill:
         prefill(query, pages, prepare(plan, query.dtype), batch, output, room=self.room)
 
 
-@pytest.mark.parametrize("seed", range(60, 90))
+@pytest.mark.parametrize("seed", range(60, 75))
 def test_prefill(seed: int) -> None:
     spec = short(random_spec(seed))
     print(spec)
-    case = make_case(spec) if spec.seqs else pytest.skip("no sequence is short enough")
+    case = make_case(spec)
     room = (16, 50, 100, 1000)[seed % 4]
     assert_close(with_lengths(case).run(Prefill(room)), case.run(reference))
 

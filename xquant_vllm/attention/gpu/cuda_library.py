@@ -18,8 +18,8 @@ ABI = 1
 # Compute capability of the oldest GPUs that it is built for.
 _OLDEST = (8, 0)
 
-# "1" uses the library, and fails where it cannot be loaded; else the Triton kernels serve, until these kernels have been
-# seen to run on a GPU. Read once per process.
+# "1" uses the library, and fails where it cannot be loaded. Else the Triton kernels serve, until these were seen to run
+# on a GPU. Read once per process.
 OVERRIDE_VARIABLE = "XQUANT_CUDA_KERNELS"
 
 _int32, _int64, _float, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p

@@ -12,18 +12,19 @@ from xquant_vllm.attention.gpu.store import store, workspace_parts
 __all__ = ["fix", "paged_attention", "reserve", "store"]
 
 
-def reserve(plan: AttentionLayerPlan, query: torch.Tensor, sequences: int) -> None:
-    """Make room for every batch of at most as many tokens and sequences.
+def reserve(plan: AttentionLayerPlan, tokens: int, sequences: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Make room for every batch of at most as many tokens and sequences, and the tables of a layer.
 
     Args:
-        plan: a layer's plan.
-        query: ``[tokens, num_heads, head_size]``, the most tokens that a call may have, on its device.
+        plan: the layer's plan.
+        tokens: query tokens of a batch at most.
         sequences: sequences of a batch at most.
+        dtype: of the queries.
+        device: where.
     """
-    prepared = prepare(plan, query.dtype)
+    prepared = prepare(plan, dtype)
     prepare_store(plan)
     cuda_decode.arrange(prepared)
-    tokens = query.shape[0]
     sizes = [workspace.bytes_of(*prefill.workspace_parts(prepared, tokens, prefill.ROOM))]
     sizes.append(workspace.bytes_of(*workspace_parts(plan, tokens)))
     longest = 1
@@ -34,7 +35,7 @@ def reserve(plan: AttentionLayerPlan, query: torch.Tensor, sequences: int) -> No
             of_count = min(tokens, count * longest)
             sizes.append(workspace.bytes_of(*decode.workspace_parts(prepared, of_count, splits)))
         longest *= 2
-    workspace.reserve(query.device, max(sizes))
+    workspace.reserve(device, max(sizes))
 
 
 def fix(device: torch.device) -> None:

@@ -205,7 +205,7 @@ def latent_tables(
             own = chunk.fields["num_outliers"]
             scaled[index, :channels] = of_rows * chunk.factor.to(device).unsqueeze(1)
             # The code of an outlier channel is 0, and what is stored beside the codes takes its place. Rows are rounded
-            # as for the product: scale times codes and zero point nearly cancel, so what rounding does to both must, too.
+            # as for the product: scale times code and zero point nearly cancel, so what rounding does to both must.
             if chunk.fields["kind"] == UNIFORM:
                 sums[index] = of_rows[own:].to(dtype).float().sum(0)
             outliers[index, :own] = of_rows[:own]

@@ -19,22 +19,14 @@ def bytes_of(*parts: tuple[tuple[int, ...], torch.dtype]) -> int:
 
 
 def reserve(device: torch.device, size: int) -> None:
-    """Make room for ``size`` bytes.
-
-    Raises:
-        RuntimeError: the buffer is fixed and smaller.
-    """
+    """Make room for ``size`` bytes. Not for use once graphs were captured: the buffer may move."""
     buffer = _buffers.get(device)
-    if buffer is not None and buffer.numel() >= size:
-        return
-    if device in _fixed:
-        held = 0 if buffer is None else buffer.numel()
-        raise RuntimeError(f"xquant: attention needs {size} bytes of workspace, but only {held} were reserved")
-    _buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
+    if buffer is None or buffer.numel() < size:
+        _buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def fix(device: torch.device) -> None:
-    """From now on the buffer neither grows nor moves."""
+    """From now on :func:`take` finds everything reserved, or fails."""
     _fixed.add(device)
 
 
@@ -50,8 +42,18 @@ def take(device: torch.device, *parts: tuple[tuple[int, ...], torch.dtype]) -> l
     Args:
         device: where.
         parts: shapes and dtypes.
+
+    Raises:
+        RuntimeError: the buffer is fixed and too small.
     """
-    reserve(device, bytes_of(*parts))
+    needed = bytes_of(*parts)
+    held = _buffers[device].numel() if device in _buffers else 0
+    if needed > held:
+        if device in _fixed:
+            raise RuntimeError(f"xquant: attention needs {needed} bytes of workspace, but only {held} were reserved")
+        reserve(device, needed)
+    if device not in _buffers:
+        reserve(device, 0)
     buffer, start, taken = _buffers[device], 0, []
     for shape, dtype in parts:
         size = math.prod(shape) * dtype.itemsize

@@ -1,0 +1,54 @@
+"""vLLM with the Triton kernels in Triton's interpreter: metadata, mixed batches and the workspace, without a GPU.
+
+The kernels are the same that a GPU runs; the interpreter takes them through the whole way of a token, slowly.
+"""
+
+import pytest
+
+from tests.e2e.engine_process import NUM_LOGITS
+from tests.tiny_models import save_tiny_model
+
+pytestmark = pytest.mark.e2e
+
+PROMPT = [(7 * i * i + 3 * i + 5) % 300 + 3 for i in range(40)]
+TRITON = {"XQUANT_ATTENTION_KERNELS": "triton", "TRITON_INTERPRET": "1"}
+ENGINE = {
+    "dtype": "float32",
+    "skip_tokenizer_init": True,
+    "max_model_len": 64,
+    "kv_cache_memory_bytes": 16 << 20,
+    # The long prompt takes several chunks, which prefill beside sequences that decode.
+    "max_num_batched_tokens": 32,
+    "max_num_seqs": 4,
+    "block_size": 16,
+    "max_logprobs": NUM_LOGITS,
+    "logprobs_mode": "raw_logits",
+}
+TASKS = [{"kind": "next_logits", "prompts": [PROMPT[:5], PROMPT], "max_tokens": 2}]
+SETTINGS = {
+    "latents": {"bits": 4, "cache": "latent"},
+    "deltas of X": {"bits": 4, "cache": "x", "method": "xquant-cl", "first_layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("triton"), "llama")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_same_logits(engines, model, name):
+    expected = engines.run(model, "xquant", TASKS, xquant=SETTINGS[name], **ENGINE)
+    actual = engines.run(model, "xquant", TASKS, xquant=SETTINGS[name], environment=TRITON, **ENGINE)
+    assert "attention runs on the Triton kernels" in actual.log
+    assert actual.cache_tokens == expected.cache_tokens
+    for ours, theirs in zip(actual.tasks[0]["logits"], expected.tasks[0]["logits"], strict=True):
+        assert_same(ours, theirs)
+
+
+def assert_same(actual, expected):
+    """One prompt's logits of every step; the kernels differ in the order of additions, and seldom in a code."""
+    assert len(actual) == len(expected)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert max(abs(ours[token] - theirs[token]) for token in theirs) < 0.02
