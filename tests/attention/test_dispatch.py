@@ -45,8 +45,8 @@ def test_prefers_the_kernels(override) -> None:
 
 
 def test_other_devices_take_the_reference(override) -> None:
-    assert dispatch.select("cuda") is reference
-    assert "cuda" in dispatch.describe("cuda")
+    assert dispatch.select("xpu") is reference
+    assert "xpu" in dispatch.describe("xpu")
 
 
 def test_reference_on_demand(override) -> None:
@@ -94,3 +94,10 @@ def test_demand_without_library(tmp_path: Path) -> None:
     done = _describe_elsewhere(tmp_path, None, **{dispatch.OVERRIDE_VARIABLE: "avx2"})
     assert done.returncode != 0
     assert "XQUANT_ATTENTION_KERNELS=avx2 cannot be met" in done.stderr
+
+
+def test_cuda_takes_triton() -> None:
+    from xquant_vllm.attention.gpu import kernels
+
+    assert dispatch.select("cuda") is kernels
+    assert "Triton" in dispatch.describe("cuda")

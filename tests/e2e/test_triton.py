@@ -25,21 +25,13 @@ ENGINE = {
     "logprobs_mode": "raw_logits",
 }
 TASKS = [{"kind": "next_logits", "prompts": [PROMPT[:5], PROMPT], "max_tokens": 2}]
-SETTINGS = {
-    "latents": {"bits": 4, "cache": "latent"},
-    "deltas of X": {"bits": 4, "cache": "x", "method": "xquant-cl", "first_layers": 1},
-}
+SETTINGS = {"bits": 4, "cache": "latent"}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("triton"), "llama")
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_same_logits(engines, model, name):
-    expected = engines.run(model, "xquant", TASKS, xquant=SETTINGS[name], **ENGINE)
-    actual = engines.run(model, "xquant", TASKS, xquant=SETTINGS[name], environment=TRITON, **ENGINE)
+def test_same_logits(engines, tmp_path):
+    model = save_tiny_model(tmp_path, "llama")
+    expected = engines.run(model, "xquant", TASKS, xquant=SETTINGS, **ENGINE)
+    actual = engines.run(model, "xquant", TASKS, xquant=SETTINGS, environment=TRITON, **ENGINE)
     assert "attention runs on the Triton kernels" in actual.log
     assert actual.cache_tokens == expected.cache_tokens
     for ours, theirs in zip(actual.tasks[0]["logits"], expected.tasks[0]["logits"], strict=True):

@@ -87,7 +87,10 @@ def _triton(slow: AttentionKernels, override: str | None) -> _Choice:
             "attention runs on the PyTorch reference, many times slower than the Triton kernels, because Triton cannot "
             f"be imported ({error}); install the triton that belongs to your torch",
         )
-    return _Choice(cast(AttentionKernels, kernels), "attention runs on the Triton kernels")
+    text = (
+        "attention runs on the Triton kernels, which were checked in Triton's interpreter and have not yet run on a GPU"
+    )
+    return _Choice(cast(AttentionKernels, kernels), text)
 
 
 def reserve(plan: AttentionLayerPlan, tokens: int, sequences: int, dtype: torch.dtype, device: torch.device) -> None:
