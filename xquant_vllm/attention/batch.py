@@ -49,6 +49,8 @@ class AttentionLayerPlan:
         prediction: of the first stream, whose pages then hold the difference from it, or None.
         sinks: ``[num_heads]``, FP32: of every query head the score of a key that has no value, so that weights need not
             add up to 1; or None.
+        kernel_device: where the kernels run, if the projection's matrices were left on the host: kernels that have
+            matrices of their own read them once.
     """
 
     layouts: tuple[PageLayout, ...]
@@ -62,6 +64,7 @@ class AttentionLayerPlan:
     rotation: HadamardRotation | None = None
     prediction: Prediction | None = None
     sinks: torch.Tensor | None = None
+    kernel_device: torch.device | None = None
 
     def __post_init__(self) -> None:
         """Refuse terms that do not fit together."""
@@ -90,6 +93,11 @@ class AttentionLayerPlan:
         It moves all scores of a query alike, which softmax does not see, but a soft cap and a sink do.
         """
         return self.projection.key_bias is not None and (bool(self.logits_soft_cap) or self.sinks is not None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the kernels run."""
+        return self.kernel_device or self.projection.up_key.device
 
     @property
     def layout(self) -> PageLayout:

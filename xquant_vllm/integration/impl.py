@@ -7,7 +7,7 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
-from xquant_vllm.attention import dispatch
+from xquant_vllm.attention import dispatch, reference
 from xquant_vllm.attention.batch import AttentionLayerPlan
 from xquant_vllm.integration.checks import unsupported_model
 from xquant_vllm.integration.layer_cache import LayerCache
@@ -68,7 +68,9 @@ class XQuantImpl(AttentionImpl[XQuantMetadata]):
             cache: how its cache is written and read.
             earlier: vLLM's ``Attention`` of the layers whose pages are read too.
         """
-        self.cache, self._earlier = cache, tuple(earlier)
+        device = cache.projection.up_key.device
+        arranges = device.type != "cpu" and dispatch.select(device.type) is not reference
+        self.cache, self._earlier = cache.on_host() if arranges else cache, tuple(earlier)
         self._plans.clear()
 
     def _plan(self, block_size: int) -> AttentionLayerPlan:

@@ -1,7 +1,7 @@
 """How one layer's cache is written and read: what surgery leaves behind and the implementation works with."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,12 +23,24 @@ class LayerCache:
         rotation: of the layer input before it is stored, or None.
         prediction_matrix: ``[1, width of the earlier layers' streams, width of the own]``, FP32, for a chain of
             latents; None for a chain of X, whose earlier layers add up to the prediction.
+        kernel_device: where the kernels run, if the up-projections were left on the host.
     """
 
     format: LayerFormat
     projection: LayerProjection
     rotation: HadamardRotation | None = None
     prediction_matrix: torch.Tensor | None = None
+    kernel_device: torch.device | None = None
+
+    def on_host(self) -> "LayerCache":
+        """The same with its up-projections on the host, for kernels that arrange them once and keep the result.
+
+        They are in FP32 and, where pages hold X, as many as the rows of ``qkv_proj`` that they replace: memory that
+        the cache can use.
+        """
+        projection = self.projection
+        moved = replace(projection, up_key=projection.up_key.cpu(), up_value=projection.up_value.cpu())
+        return replace(self, projection=moved, kernel_device=projection.up_key.device)
 
     @property
     def earlier_terms(self) -> tuple[LatentTerm, ...]:
@@ -93,4 +105,5 @@ class LayerCache:
             value_terms=self.value_terms,
             rotation=self.rotation,
             prediction=self.prediction,
+            kernel_device=self.kernel_device,
         )

@@ -40,7 +40,7 @@ def report(impls: Sequence[Any], quantized: int, factors: str) -> None:
             "rows cannot be exchanged for down-projections; the other layers stay quantized",
             quantized,
         )
-    device = impls[0].cache.projection.up_key.device.type
+    device = config.device_config.device_type
     fast = dispatch.select(device) is not reference
     logger.log(logging.INFO if fast else logging.WARNING, "xquant: %s", dispatch.describe(device))
 

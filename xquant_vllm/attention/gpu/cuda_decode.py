@@ -56,8 +56,8 @@ def decode_plan(prepared: PreparedPlan) -> DecodePlan | None:
     key, value = latent_arrays(key_chunks, head_size), latent_arrays(value_chunks, head_size)
     columns = prepared.columns
     bias = None if projection.key_bias is None else arranged(projection.key_bias, columns)
-    of_keys = key_arrays(key_chunks, key.channels, arranged(projection.up_key, columns), bias)
-    device = projection.up_key.device
+    of_keys = key_arrays(key_chunks, key.channels, arranged(projection.up_key.to(prepared.plan.device), columns), bias)
+    device = prepared.plan.device
     tensors = {
         "key": key.records,
         "value": value.records,

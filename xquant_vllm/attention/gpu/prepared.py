@@ -43,7 +43,7 @@ class PreparedPlan:
         """
         projection = plan.projection
         self.plan, self.dtype = plan, dtype
-        device, head_size = projection.up_key.device, projection.head_size
+        device, head_size = plan.device, projection.head_size
         if head_size % 2 or head_size > 256:
             raise ValueError(f"head_size = {head_size} is not supported: it must be even and at most 256")
         rope = projection.rope if projection.rope is not None and projection.rope.rotary_size else None
@@ -51,11 +51,11 @@ class PreparedPlan:
         columns, value_columns = pair_columns(head_size, rope), pair_columns(head_size, None)
         self.half = columns.numel() // 2
         self.absorb_value = _one_scale(plan.layouts, plan.value_terms, projection.up_value.shape[1])
-        self.key = latent_tables(plan.layouts, plan.key_terms, arranged(projection.up_key, columns), dtype)
+        self.key = latent_tables(plan.layouts, plan.key_terms, arranged(projection.up_key.to(device), columns), dtype)
         self.value = latent_tables(
             plan.layouts,
             plan.value_terms,
-            arranged(projection.up_value, value_columns),
+            arranged(projection.up_value.to(device), value_columns),
             dtype,
             at_most=_MOST_ABSORBED if self.absorb_value else 128,
         )

@@ -23,7 +23,7 @@ class PreparedStore:
         Raises:
             ValueError: the kernels cannot do what the plan demands; with the reason.
         """
-        device = plan.projection.up_key.device
+        device = plan.device
         first = plan.layout.streams[0]
         if plan.rotation is not None and plan.rotation.size != first.num_heads * first.width:
             raise ValueError(

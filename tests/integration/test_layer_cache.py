@@ -1,0 +1,22 @@
+"""A layer's cache whose up-projections stay on the host."""
+
+import torch
+
+from xquant_vllm.attention.gpu.prepared import PreparedPlan
+from xquant_vllm.codec.layout import StreamFormat
+from xquant_vllm.integration.formats import LayerFormat, LayerShape
+from xquant_vllm.integration.layer_cache import LayerCache
+from xquant_vllm.projection.rematerialize import LayerProjection
+
+
+def test_on_host() -> None:
+    projection = LayerProjection(torch.randn(2, 32, 32), torch.randn(2, 32, 32))
+    form = LayerFormat(LayerShape(0, 64, 2, 32), "latent", (StreamFormat(2, 32, 4, 32),) * 2)
+    cache = LayerCache(form, projection)
+    moved = cache.on_host()
+    arguments = {"num_heads": 4, "scale": 1.0, "sliding_window": None, "logits_soft_cap": None}
+    plan = moved.plan(16, [], **arguments)
+    assert plan.device == projection.up_key.device
+    assert plan.projection.up_key.device.type == plan.projection.up_value.device.type == "cpu"
+    expected = PreparedPlan(cache.plan(16, [], **arguments), torch.bfloat16)
+    assert torch.equal(PreparedPlan(plan, torch.bfloat16).key.up, expected.key.up)
