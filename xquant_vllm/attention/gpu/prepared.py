@@ -13,6 +13,8 @@ from xquant_vllm.attention.gpu.unpack import Latent
 from xquant_vllm.attention.latents import LatentTerm
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
 
+# Channels of a chunk of keys. With 128 the unpacking of a tile took more registers than there are.
+_KEY_CHUNK = 64
 # Value latents up to this many channels are weighed as they are: their sums stay in registers.
 _MOST_ABSORBED = 256
 
@@ -51,7 +53,9 @@ class PreparedPlan:
         columns, value_columns = pair_columns(head_size, rope), pair_columns(head_size, None)
         self.half = columns.numel() // 2
         self.absorb_value = _one_scale(plan.layouts, plan.value_terms, projection.up_value.shape[1])
-        self.key = latent_tables(plan.layouts, plan.key_terms, arranged(projection.up_key.to(device), columns), dtype)
+        self.key = latent_tables(
+            plan.layouts, plan.key_terms, arranged(projection.up_key.to(device), columns), dtype, _KEY_CHUNK
+        )
         self.value = latent_tables(
             plan.layouts,
             plan.value_terms,
