@@ -52,10 +52,11 @@ demo: venv ## serve MODEL with a BITS-bit cache (METHOD xquant or xquant-cl), ch
 serve: venv ## serve MODEL with a BITS-bit cache on PORT until Ctrl-C
 	$(VENV)/bin/python examples/demo.py --serve --model $(MODEL) --bits '$(BITS)' --method $(METHOD) --port $(PORT) $(DEMO_ARGS)
 
-# Engines in the tests use one thread each, so two files of tests run side by side on two cores.
+# Engines in the tests use one thread each, so two files of tests run side by side on two cores; in their own order, which
+# ends with short ones, so that neither core waits for the other.
 test: venv ## run the tests
 	$(VENV)/bin/python tools/prepare_model.py $(addprefix --model ,$(TEST_MODELS))
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(TEST_ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 	$(MAKE) test-gpu
 
 # In a process of its own: Triton decides when it is imported whether it interprets.
