@@ -237,11 +237,11 @@ def test_reads_nothing_back(monkeypatch) -> None:
 def test_reserves_what_it_takes(monkeypatch) -> None:
     """Nothing is allocated after :func:`kernels.fix`."""
     case = make_store_case(Spec(kind="deltas", earlier=(4, 2), hidden_size=2048), 2, "normal")
-    query = torch.zeros(2, case.plan.num_heads, case.plan.projection.head_size)
+    device = torch.device("cpu")
     monkeypatch.setattr(workspace, "_buffers", {})
     monkeypatch.setattr(workspace, "_fixed", set())
-    kernels.reserve(case.plan, query, 2)
-    kernels.fix(query.device)
+    kernels.reserve(case.plan, 2, 2, torch.float32, device)
+    kernels.fix(device)
     gpu.store((case.memory[:, : case.plan.layout.page_bytes], *case.earlier), case.plan, case.slots, case.inputs)
 
 
