@@ -6,11 +6,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tests.attention.attention_cases import random_runs
-from xquant_vllm.attention.gpu import workspace
+from tests.attention.attention_cases import Spec, make_plan, random_runs
+from xquant_vllm.attention.gpu import decode, workspace
 from xquant_vllm.attention.gpu.bit_addresses import bit_addresses
 from xquant_vllm.attention.gpu.pairs import arranged, pair_columns
 from xquant_vllm.attention.gpu.pieces import rounds
+from xquant_vllm.attention.gpu.prepared import prepare
 from xquant_vllm.codec.packing import pack
 from xquant_vllm.projection.rope import RotaryTable
 
@@ -77,3 +78,18 @@ def test_workspace() -> None:
     with pytest.raises(RuntimeError, match="workspace, but only"):
         workspace.take(CPU, ((10000,), torch.float32))
     workspace.release(CPU)
+
+
+@pytest.mark.parametrize("longest", [1, 4, 64])
+@pytest.mark.parametrize("sequences", [1, 7, 300])
+def test_largest_batches(sequences: int, longest: int) -> None:
+    plan = make_plan(Spec(kv_heads=3))
+    prepared = prepare(plan, torch.float32)
+
+    def size(count: int) -> int:
+        splits = decode.shape_of(prepared, count, longest)[2]
+        return workspace.bytes_of(*decode.workspace_parts(prepared, count * longest, splits))
+
+    tried = decode.largest_batches(prepared, sequences, longest)
+    assert tried <= set(range(1, sequences + 1))
+    assert max(map(size, tried)) == max(map(size, range(1, sequences + 1)))

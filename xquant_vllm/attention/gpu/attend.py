@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from xquant_vllm.attention.gpu.rematerialize import finish_keys, project_pairs
+from xquant_vllm.attention.gpu.softmax import to_scores, weigh
 from xquant_vllm.attention.gpu.unpack import HAS_UNIFORM, load_numbers, load_outlier, load_scales, locate
 
 
@@ -240,22 +241,11 @@ def attend(
             low, high = finish_keys(low, high, tail, head, position, valid, HALF, BIAS, NORM, ROPE)
             product = tl.dot(low_query, tl.trans(low.to(DTYPE)), input_precision=PRECISION)
             product += tl.dot(high_query, tl.trans(high.to(DTYPE)), input_precision=PRECISION)
-        score = product * scores.scale
-        if SOFT_CAP:
-            # tanh; exp may overflow, and 1 - 2 / inf is right.
-            score = scores.soft_cap * (1 - 2 / (1 + tl.exp(2 * score / scores.soft_cap)))
+        score = to_scores(product, scores, SOFT_CAP)
         visible = valid[None, :] & (position[None, :] <= query_position[:, None])
         if WINDOW:
             visible &= position[None, :] > query_position[:, None] - scores.window
-        score = tl.where(visible, score, float("-inf"))
-
-        now = tl.maximum(largest, tl.max(score, 1))
-        # A row may see nothing yet.
-        shift = tl.where(now == float("-inf"), 0.0, now)
-        weight = tl.exp(score - shift[:, None])
-        decay = tl.exp(largest - shift)
-        largest = now
-        total = total * decay + tl.sum(weight, 1)
+        weight, decay, largest, total = weigh(score, visible, largest, total)
         if ABSORB_VALUE:
             page, codes = locate(pages, value, value_first, block, within)
             number = load_numbers(value, value_first, codes, valid, VALUE_WIDTH, VALUE_KINDS, VALUE_HIGH).to(DTYPE)

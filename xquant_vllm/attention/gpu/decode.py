@@ -8,9 +8,9 @@ import triton
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu import cuda_decode, workspace
 from xquant_vllm.attention.gpu.absorb import absorb
-from xquant_vllm.attention.gpu.attend import Absorbed, Batch, Partial, Scores, attend
+from xquant_vllm.attention.gpu.arguments import describe_batch, describe_scores, products, unpacking
+from xquant_vllm.attention.gpu.attend import Absorbed, Partial, attend
 from xquant_vllm.attention.gpu.merge import merge
-from xquant_vllm.attention.gpu.operands import LAUNCH, TOKENS, operand_type, precision
 from xquant_vllm.attention.gpu.page_pointers import page_pointers
 from xquant_vllm.attention.gpu.prepared import PreparedPlan, latent
 
@@ -36,6 +36,17 @@ def shape_of(prepared: PreparedPlan, sequences: int, longest: int) -> tuple[int,
     rows = max(16, rows, triton.next_power_of_2(group))
     tiles = triton.cdiv(longest, rows // group)
     return rows, tiles, max(1, min(_MOST_SPLITS, _PROGRAMS // max(1, sequences * tiles * kv_heads)))
+
+
+def largest_batches(prepared: PreparedPlan, sequences: int, longest: int) -> set[int]:
+    """Numbers of sequences, up to ``sequences``, of which one needs the most memory.
+
+    With the splits it grows in the sequences, so it is the most that have so many splits.
+    """
+    _, tiles, _ = shape_of(prepared, 1, longest)
+    of_sequence = tiles * prepared.plan.projection.num_kv_heads
+    most = (_PROGRAMS // (splits * of_sequence) for splits in range(1, _MOST_SPLITS + 1))
+    return {sequences, 1, *(count for count in most if 1 <= count <= sequences)}
 
 
 def workspace_parts(
@@ -78,19 +89,9 @@ def decode(
     # Tokens of these sequences come first, but how many they are the host need not know.
     tokens = min(query.shape[0], sequences * longest)
     group, half = num_heads // kv_heads, prepared.half
-    dtype, exact = operand_type(prepared.dtype), precision(prepared.dtype)
     key, value = prepared.key, prepared.value
     rows, tiles, splits = shape_of(prepared, sequences, longest)
-    of_batch = Batch(
-        query,
-        query.stride(0),
-        query.stride(1),
-        batch.query_start_loc,
-        batch.seq_lens,
-        batch.block_table,
-        batch.block_table.stride(0),
-        num_heads,
-    )
+    of_batch = describe_batch(query, batch)
     sums, stats, absorbed_query, absorbed_sums = workspace.take(
         query.device, *workspace_parts(prepared, tokens, splits)
     )
@@ -107,8 +108,7 @@ def decode(
             HALF=half,
             WIDTH=key.width,
             OUTLIERS=key.most_outliers,
-            DTYPE=dtype,
-            PRECISION=exact,
+            **products(prepared),
         )
     if cuda_decode.takes(prepared, pages, longest * group):
         cuda_decode.attend(prepared, query, pages, batch, partial, sequences, longest * group)
@@ -122,31 +122,16 @@ def decode(
             latent(value),
             absorbed,
             partial,
-            Scores(plan.scale, plan.logits_soft_cap or 0.0, plan.sliding_window or 0),
+            describe_scores(plan),
             tiles,
             GROUP=group,
             ROWS=rows,
-            TOKENS=TOKENS,
-            HALF=half,
             SPLITS=splits,
-            KEY_WIDTH=key.width,
-            KEY_KINDS=key.kinds,
-            KEY_HIGH=key.high,
-            KEY_OUTLIERS=key.most_outliers,
-            VALUE_WIDTH=value.width,
-            VALUE_KINDS=value.kinds,
-            VALUE_HIGH=value.high,
-            VALUE_OUTLIERS=value.most_outliers,
             ABSORB_KEY=prepared.absorb_key,
             ABSORB_VALUE=prepared.absorb_value,
-            BIAS=prepared.has_key_bias,
-            NORM=prepared.norm,
-            ROPE=prepared.rotates,
             SOFT_CAP=bool(plan.logits_soft_cap),
             WINDOW=bool(plan.sliding_window),
-            DTYPE=dtype,
-            PRECISION=exact,
-            **LAUNCH,
+            **unpacking(prepared),
         )
     merge[(tokens, kv_heads)](
         partial,
@@ -168,6 +153,5 @@ def decode(
         ABSORB_VALUE=prepared.absorb_value,
         BIAS=prepared.has_value_bias,
         SINKS=plan.sinks is not None,
-        DTYPE=dtype,
-        PRECISION=exact,
+        **products(prepared),
     )

@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from xquant_vllm.attention.gpu.rematerialize_pages import load_piece
+from xquant_vllm.attention.gpu.softmax import to_scores, weigh
+
 
 class Carried(NamedTuple):
     """What is carried from one piece of a sequence to the next, FP32."""
@@ -41,7 +44,7 @@ def dense(
     """Attend to one piece. Grid: ``(tiles of queries, pieces, num_heads)``.
 
     Args:
-        pieces: int32 ``[pieces, PIECE_FIELDS]``.
+        pieces: int32 ``[pieces, len(PIECE_FIELDS)]``.
         batch: :class:`Batch`.
         keys: ``[room, num_kv_heads, head_size]``.
         values: likewise.
@@ -63,14 +66,8 @@ def dense(
         DTYPE: of the products' operands.
         PRECISION: of the products, where operands are FP32.
     """
-    of_piece = pieces + tl.program_id(1) * 6
     head = tl.program_id(2)
-    sequence, begin, stop, offset = (
-        tl.load(of_piece),
-        tl.load(of_piece + 1),
-        tl.load(of_piece + 2),
-        tl.load(of_piece + 3),
-    )
+    sequence, begin, stop, offset, is_first, is_last = load_piece(pieces, tl.program_id(1))
     first_query = tl.load(batch.query_start_loc + sequence)
     query_len = tl.load(batch.query_start_loc + sequence + 1) - first_query
     tile_first = tl.program_id(0) * QUERIES
@@ -91,7 +88,7 @@ def dense(
     largest = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     sums = tl.zeros([QUERIES, WIDTH], tl.float32)
-    if tl.load(of_piece + 4) == 0:
+    if is_first == 0:
         largest = tl.load(carried.largest + row, row_valid, float("-inf"))
         total = tl.load(carried.total + row, row_valid, 0.0)
         sums = tl.load(carried.sums + row[:, None] * head_size + channel[None, :], there, 0.0)
@@ -107,25 +104,16 @@ def dense(
         of_key = at[:, None] + channel[None, :]
         key_there = valid[:, None] & (channel < head_size)[None, :]
         key = tl.load(keys + of_key, key_there, 0.0)
-        score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scores.scale
-        if SOFT_CAP:
-            # tanh; exp may overflow, and 1 - 2 / inf is right.
-            score = scores.soft_cap * (1 - 2 / (1 + tl.exp(2 * score / scores.soft_cap)))
+        product = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        score = to_scores(product, scores, SOFT_CAP)
         visible = valid[None, :] & (key_position[None, :] <= position[:, None])
         if WINDOW:
             visible &= key_position[None, :] > position[:, None] - scores.window
-        score = tl.where(visible, score, float("-inf"))
-        now = tl.maximum(largest, tl.max(score, 1))
-        # A row may see nothing yet.
-        shift = tl.where(now == float("-inf"), 0.0, now)
-        weight = tl.exp(score - shift[:, None])
-        decay = tl.exp(largest - shift)
-        largest = now
-        total = total * decay + tl.sum(weight, 1)
+        weight, decay, largest, total = weigh(score, visible, largest, total)
         value = tl.load(values + of_key, key_there, 0.0)
         sums = sums * decay[:, None] + tl.dot(weight.to(DTYPE), value, input_precision=PRECISION)
 
-    if tl.load(of_piece + 5) == 0:
+    if is_last == 0:
         tl.store(carried.largest + row, largest, row_valid)
         tl.store(carried.total + row, total, row_valid)
         tl.store(carried.sums + row[:, None] * head_size + channel[None, :], sums, there)

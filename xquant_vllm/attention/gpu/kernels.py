@@ -29,8 +29,7 @@ def reserve(plan: AttentionLayerPlan, tokens: int, sequences: int, dtype: torch.
     sizes.append(workspace.bytes_of(*workspace_parts(plan, tokens)))
     longest = 1
     while longest <= decode.MOST_ROWS:
-        # The fewer sequences, the more splits.
-        for count in range(1, sequences + 1):
+        for count in decode.largest_batches(prepared, sequences, longest):
             _, _, splits = decode.shape_of(prepared, count, longest)
             of_count = min(tokens, count * longest)
             sizes.append(workspace.bytes_of(*decode.workspace_parts(prepared, of_count, splits)))

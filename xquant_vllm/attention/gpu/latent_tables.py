@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import triton
 
 from xquant_vllm.attention.gpu.bit_addresses import COLUMNS, bit_addresses
 from xquant_vllm.attention.latents import LatentTerm
@@ -181,9 +182,7 @@ def latent_tables(
     device, heads = up.device, up.shape[0]
     of_heads = [latent_chunks(layouts, terms, head, at_most) for head in range(heads)]
     every = [chunk for of_head in of_heads for chunk in of_head]
-    width = 16
-    while width < max(chunk.addresses.shape[1] for chunk in every):
-        width *= 2
+    width = max(16, triton.next_power_of_2(max(chunk.addresses.shape[1] for chunk in every)))
     most_outliers = max(chunk.fields["num_outliers"] for chunk in every)
     tables: dict[bytes, int] = {}
     addresses: list[torch.Tensor] = []

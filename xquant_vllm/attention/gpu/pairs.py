@@ -1,6 +1,7 @@
 """Which channel of a head stands where: kernels keep a head as two halves whose channels pair up under RoPE."""
 
 import torch
+import triton
 
 from xquant_vllm.projection.rope import RotaryTable
 
@@ -24,9 +25,7 @@ def pair_columns(head_size: int, rope: RotaryTable | None) -> torch.Tensor:
     passing = torch.arange((head_size - rotary) // 2)
     low = torch.cat((low, rotary + passing))
     high = torch.cat((high, rotary + passing.numel() + passing))
-    half = 16
-    while half < low.numel():
-        half *= 2
+    half = max(16, triton.next_power_of_2(low.numel()))
     padding = half - low.numel()
     return torch.cat([torch.nn.functional.pad(part, (0, padding), value=-1) for part in (low, high)]).to(torch.int32)
 

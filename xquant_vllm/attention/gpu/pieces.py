@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# Columns of a piece's description to a kernel: its attributes, in their order.
+PIECE_FIELDS = ("sequence", "begin", "stop", "offset", "first", "last")
+
 
 @dataclass(frozen=True)
 class Piece:

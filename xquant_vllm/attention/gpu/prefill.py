@@ -11,11 +11,12 @@ import triton
 
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu import workspace
-from xquant_vllm.attention.gpu.attend import Batch, Scores
+from xquant_vllm.attention.gpu.arguments import describe_batch, describe_scores, products, unpacking
+from xquant_vllm.attention.gpu.attend import Batch
 from xquant_vllm.attention.gpu.dense import Carried, dense
-from xquant_vllm.attention.gpu.operands import LAUNCH, TOKENS, operand_type, precision
+from xquant_vllm.attention.gpu.operands import TOKENS
 from xquant_vllm.attention.gpu.page_pointers import page_pointers
-from xquant_vllm.attention.gpu.pieces import Piece, rounds
+from xquant_vllm.attention.gpu.pieces import PIECE_FIELDS, Piece, rounds
 from xquant_vllm.attention.gpu.prepared import PreparedPlan, latent
 from xquant_vllm.attention.gpu.rematerialize_pages import rematerialize_pages
 from xquant_vllm.attention.gpu.varlen import attend_whole
@@ -67,19 +68,9 @@ def prefill(
             contexts.append((sequence, oldest, seq_len))
             longest_query = max(longest_query, query_len)
     keys, values, *carried = workspace.take(query.device, *workspace_parts(prepared, query.shape[0], room))
-    of_batch = Batch(
-        query,
-        query.stride(0),
-        query.stride(1),
-        batch.query_start_loc,
-        batch.seq_lens,
-        batch.block_table,
-        batch.block_table.stride(0),
-        prepared.plan.num_heads,
-    )
+    of_batch = describe_batch(query, batch)
     for pieces in rounds(contexts, room):
-        fields = [(p.sequence, p.begin, p.stop, p.offset, int(p.first), int(p.last)) for p in pieces]
-        described = torch.tensor(fields, dtype=torch.int32)
+        described = torch.tensor([[int(getattr(p, name)) for name in PIECE_FIELDS] for p in pieces], dtype=torch.int32)
         if query.device.type == "cuda":
             described = described.pin_memory().to(query.device, non_blocking=True)
         _rematerialize(described, pieces, pages, prepared, batch, keys, values)
@@ -98,7 +89,6 @@ def _rematerialize(
     values: torch.Tensor,
 ) -> None:
     """Fill the workspace with a round's keys and values."""
-    key, value, half = prepared.key, prepared.value, prepared.half
     tiles = max(triton.cdiv(piece.stop - piece.begin, TOKENS) for piece in pieces)
     rematerialize_pages[(tiles, len(pieces), prepared.plan.projection.num_kv_heads)](
         described,
@@ -108,29 +98,14 @@ def _rematerialize(
         batch.seq_lens,
         batch.block_table,
         batch.block_table.stride(0),
-        latent(key),
+        latent(prepared.key),
         prepared.tail,
-        latent(value),
+        latent(prepared.value),
         prepared.value_bias,
         keys,
         values,
-        TOKENS=TOKENS,
-        HALF=half,
-        KEY_WIDTH=key.width,
-        KEY_KINDS=key.kinds,
-        KEY_HIGH=key.high,
-        KEY_OUTLIERS=key.most_outliers,
-        VALUE_WIDTH=value.width,
-        VALUE_KINDS=value.kinds,
-        VALUE_HIGH=value.high,
-        VALUE_OUTLIERS=value.most_outliers,
-        BIAS=prepared.has_key_bias,
         VALUE_BIAS=prepared.has_value_bias,
-        NORM=prepared.norm,
-        ROPE=prepared.rotates,
-        DTYPE=operand_type(prepared.dtype),
-        PRECISION=precision(prepared.dtype),
-        **LAUNCH,
+        **unpacking(prepared),
     )
 
 
@@ -155,7 +130,7 @@ def _attend(
         values,
         carried,
         prepared.sinks,
-        Scores(plan.scale, plan.logits_soft_cap or 0.0, plan.sliding_window or 0),
+        describe_scores(plan),
         output,
         output.stride(0),
         output.stride(1),
@@ -168,6 +143,5 @@ def _attend(
         SOFT_CAP=bool(plan.logits_soft_cap),
         WINDOW=bool(plan.sliding_window),
         SINKS=plan.sinks is not None,
-        DTYPE=operand_type(prepared.dtype),
-        PRECISION=precision(prepared.dtype),
+        **products(prepared),
     )

@@ -3,11 +3,24 @@
 import triton
 import triton.language as tl
 
+from xquant_vllm.attention.gpu.pieces import PIECE_FIELDS
 from xquant_vllm.attention.gpu.rematerialize import finish_keys, project_pairs
 
-# Columns of a piece's description: sequence, first position, position after the last, offset in the workspace, whether
-# it is the sequence's first, whether its last.
-PIECE_FIELDS = 6
+_FIELDS = tl.constexpr(len(PIECE_FIELDS))
+
+
+@triton.jit
+def load_piece(pieces, index):
+    """A piece's description, in the order of ``PIECE_FIELDS``."""
+    of_piece = pieces + index * _FIELDS
+    return (
+        tl.load(of_piece),
+        tl.load(of_piece + 1),
+        tl.load(of_piece + 2),
+        tl.load(of_piece + 3),
+        tl.load(of_piece + 4),
+        tl.load(of_piece + 5),
+    )
 
 
 @triton.jit
@@ -45,7 +58,7 @@ def rematerialize_pages(
     """Rematerialize a tile of one piece for one kv head. Grid: ``(tiles, pieces, num_kv_heads)``.
 
     Args:
-        pieces: int32 ``[pieces, PIECE_FIELDS]``.
+        pieces: int32 ``[pieces, len(PIECE_FIELDS)]``.
         columns: int32 ``[2 * HALF]``: channels of keys in the kernels' order; -1 is padding.
         value_columns: likewise, of values.
         pages: :class:`Pages`.
@@ -75,14 +88,8 @@ def rematerialize_pages(
         DTYPE: of the products' operands.
         PRECISION: of the products, where operands are FP32.
     """
-    of_piece = pieces + tl.program_id(1) * 6
     head = tl.program_id(2)
-    sequence, begin, stop, offset = (
-        tl.load(of_piece),
-        tl.load(of_piece + 1),
-        tl.load(of_piece + 2),
-        tl.load(of_piece + 3),
-    )
+    sequence, begin, stop, offset, _, _ = load_piece(pieces, tl.program_id(1))
     stop = tl.minimum(stop, tl.load(seq_lens + sequence))
     start = begin + tl.program_id(0) * TOKENS
     if start >= stop:

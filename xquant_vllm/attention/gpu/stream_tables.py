@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import triton
 
 from xquant_vllm.attention.gpu.code_bytes import ROWS, code_bytes
 from xquant_vllm.attention.gpu.latent_tables import ALLOCATED, FP16, UNIFORM, latent_chunks
@@ -46,10 +47,6 @@ class StreamTables:
     outliers: bool
 
 
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
-
-
 def stream_tables(layout: PageLayout, index: int, device: torch.device) -> StreamTables:
     """Describe stream ``index`` of a layout to the quantizing kernel."""
     stream = layout.streams[index]
@@ -65,8 +62,8 @@ def stream_tables(layout: PageLayout, index: int, device: torch.device) -> Strea
         for chunk in latent_chunks((layout,), (LatentTerm(0, index),), head, at_most=stream.width):
             fields = chunk.fields | {"first": head * stream.width + chunk.first_row, "table": tables[runs]}
             pieces.append([fields.get(name, 0) for name in FIELDS])
-    row_bytes = _power_of_two(max(table.shape[1] for table in of_bytes))
-    width = _power_of_two(max(piece[FIELDS.index("channels")] for piece in pieces))
+    row_bytes = triton.next_power_of_2(max(table.shape[1] for table in of_bytes))
+    width = triton.next_power_of_2(max(piece[FIELDS.index("channels")] for piece in pieces))
     bits = torch.cat([table[ROWS.index("bits")] for table in of_bytes])
     kind, largest = ALLOCATED, 0
     if isinstance(stream, StreamFormat):

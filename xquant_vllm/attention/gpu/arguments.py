@@ -1,0 +1,56 @@
+"""What several kernels are handed alike: the batch, the scores, and what they are compiled for."""
+
+from typing import Any
+
+import torch
+
+from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
+from xquant_vllm.attention.gpu.attend import Batch, Scores
+from xquant_vllm.attention.gpu.operands import LAUNCH, TOKENS, operand_type, precision
+from xquant_vllm.attention.gpu.prepared import PreparedPlan
+
+
+def describe_batch(query: torch.Tensor, batch: AttentionBatch) -> Batch:
+    """The batch as kernels read it; ``query`` is ``[num_tokens, num_heads, head_size]``."""
+    return Batch(
+        query,
+        query.stride(0),
+        query.stride(1),
+        batch.query_start_loc,
+        batch.seq_lens,
+        batch.block_table,
+        batch.block_table.stride(0),
+        query.shape[1],
+    )
+
+
+def describe_scores(plan: AttentionLayerPlan) -> Scores:
+    """Scale, soft cap and window as kernels read them."""
+    return Scores(plan.scale, plan.logits_soft_cap or 0.0, plan.sliding_window or 0)
+
+
+def products(prepared: PreparedPlan) -> dict[str, Any]:
+    """Operands and precision of a kernel's products."""
+    return {"DTYPE": operand_type(prepared.dtype), "PRECISION": precision(prepared.dtype)}
+
+
+def unpacking(prepared: PreparedPlan) -> dict[str, Any]:
+    """What kernels that rematerialize keys and values from pages are compiled for, and how they are launched."""
+    key, value = prepared.key, prepared.value
+    return {
+        "TOKENS": TOKENS,
+        "HALF": prepared.half,
+        "KEY_WIDTH": key.width,
+        "KEY_KINDS": key.kinds,
+        "KEY_HIGH": key.high,
+        "KEY_OUTLIERS": key.most_outliers,
+        "VALUE_WIDTH": value.width,
+        "VALUE_KINDS": value.kinds,
+        "VALUE_HIGH": value.high,
+        "VALUE_OUTLIERS": value.most_outliers,
+        "BIAS": prepared.has_key_bias,
+        "NORM": prepared.norm,
+        "ROPE": prepared.rotates,
+        **products(prepared),
+        **LAUNCH,
+    }

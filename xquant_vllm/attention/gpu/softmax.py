@@ -1,0 +1,36 @@
+"""Device functions: from products to weights, a tile of keys after another."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def to_scores(product, scores, SOFT_CAP: tl.constexpr):
+    """Products ``[rows, tokens]`` FP32 scaled and capped; ``scores`` is :class:`Scores`."""
+    score = product * scores.scale
+    if SOFT_CAP:
+        # tanh; exp may overflow, and 1 - 2 / inf is right.
+        score = scores.soft_cap * (1 - 2 / (1 + tl.exp(2 * score / scores.soft_cap)))
+    return score
+
+
+@triton.jit
+def weigh(score, visible, largest, total):
+    """One step of the online softmax.
+
+    Args:
+        score: ``[rows, tokens]``, FP32.
+        visible: which of them a row sees.
+        largest: ``[rows]``, FP32: the largest score before.
+        total: ``[rows]``, FP32: the sum of weights before.
+
+    Returns:
+        Weights ``[rows, tokens]``, by what sums so far shrink ``[rows]``, and the new ``largest`` and ``total``.
+    """
+    score = tl.where(visible, score, float("-inf"))
+    now = tl.maximum(largest, tl.max(score, 1))
+    # A row may see nothing yet.
+    shift = tl.where(now == float("-inf"), 0.0, now)
+    weight = tl.exp(score - shift[:, None])
+    decay = tl.exp(largest - shift)
+    return weight, decay, now, total * decay + tl.sum(weight, 1)
