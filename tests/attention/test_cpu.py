@@ -27,7 +27,7 @@ except OSError as error:
         raise  # they can be built here, so they must be tested: install the package
     pytest.skip(f"no kernels: {error}", allow_module_level=True)
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "vnni")
 # The portable kernels have no fused multiply-add; the largest relative error seen is 4e-6.
 FP32_TOLERANCE = 1e-5
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
