@@ -90,6 +90,10 @@ inline void accumulate_values(const xquant_plan& plan, const Pages& pages, int64
                               int64_t start, int64_t first, int64_t last, const State& state,
                               const Scratch& scratch) {
     for_chunks(plan.value, kv_head, [&](const Chunk& chunk) {
+        if (kIntegers && values_in_integers(plan, kv_head, chunk)) {
+            accumulate_integer_values(plan, pages, kv_head, rows, start, first, last, chunk, state, scratch);
+            return;
+        }
         load_value_latents(plan, pages, kv_head, start, first, last, chunk, scratch);
         Product product;
         product.depth = last - first;

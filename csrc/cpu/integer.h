@@ -7,7 +7,7 @@
 #pragma once
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
-constexpr bool kIntegerKeys = true;
+constexpr bool kIntegers = true;
 
 // A segment of a tile: what its sums are multiplied by. Rows of [tokens] are kTile apart.
 struct Segment {
@@ -173,5 +173,5 @@ inline void interleave_codes(const uint8_t* codes, int64_t words, int64_t channe
     }
 }
 #else
-constexpr bool kIntegerKeys = false;
+constexpr bool kIntegers = false;
 #endif

@@ -28,6 +28,7 @@ namespace {
 #include "integer.h"
 #include "load_keys.h"
 #include "softmax.h"
+#include "integer_values.h"
 #include "attention.h"
 #include "quantize.h"
 #include "rotate.h"

@@ -23,7 +23,7 @@ inline void load_key_latents(const xquant_plan& plan, const Pages& pages, int64_
 
 // Whether keys of a chunk are made by integer.h: codes of one term, and no FP16 numbers among them.
 inline bool in_integers(const xquant_plan& plan, int64_t kv_head, const Chunk& chunk) {
-    if (!kIntegerKeys || !plan.key_integers || chunk.last - chunk.first > 1) return false;
+    if (!kIntegers || !plan.key_integers || chunk.last - chunk.first > 1) return false;
     const HeadView view = head_view(plan, plan.key.terms[chunk.first], kv_head);
     const xquant_chunk& pieces = view.head.chunks[chunk.index];
     for (int64_t i = pieces.begin; i < pieces.end; ++i) {

@@ -9,6 +9,9 @@ struct Scratch {
     float* outliers; // [outlier channels][kTile]
     float* keys;     // [head_size][kTile]
     float* weights;  // [rows][kTile]
+    int32_t* integers; // [rows][kTile / 2], weights
+    float* units;    // [rows], of them
+    float* sums;     // [rows]
     float* values;   // [kTile][value_stride]
     float* added;    // [kRun][value_stride], of a term that is added to them
     RunScratch run;  // for a chunk of keys or of values
@@ -36,6 +39,9 @@ struct Scratch {
         outliers = take(most_outliers(plan.key) * kTile);
         keys = take(plan.head_size * kTile);
         weights = take(rows * kTile);
+        integers = (int32_t*)take(rows * (kTile / 2));
+        units = take(rows);
+        sums = take(rows);
         values = take(kTile * value_stride);
         added = take(kRun * value_stride);
         const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };

@@ -18,7 +18,8 @@ from xquant_vllm.attention.cpu_abi import Head, Latent, Stream
 from xquant_vllm.codec.allocated import STEP
 from xquant_vllm.projection.integer_up import BYTE_BITS, LARGEST_BYTE
 
-_LARGEST_WORD = 2**15 - 1
+# So that integers of 8 bits are multiples of a power of two, and stay exact.
+_LARGEST_WORD = LARGEST_BYTE * 256
 _LARGEST_SUM = 2**31 - 1
 _WORD_STEPS = 256
 # Of a unit: an up-projection of integers of 8 bits that went through FP32 is this close to them.
@@ -45,7 +46,7 @@ class IntegerKeys:
 
 
 @dataclass(frozen=True)
-class _Segment:
+class Segment:
     """Channels that share scales: the first and, for each, steps of codes, what zeros count, largest codes, bits."""
 
     first: int
@@ -66,7 +67,7 @@ def integer_keys(up_key: torch.Tensor, latent: Latent) -> IntegerKeys:
     integers = torch.zeros(kv_heads, width // 2, head_size, dtype=torch.int32)
     words, units, sums = [], [], []
     for kv_head in range(kv_heads):
-        for segment in _segments(latent, kv_head):
+        for segment in segments(latent, kv_head):
             count = len(segment.step)
             # In FP64: only the rounding to integers is to be lost.
             weighted = up_key[kv_head, segment.first : segment.first + count].double() * segment.step.unsqueeze(-1)
@@ -88,7 +89,7 @@ def integer_keys(up_key: torch.Tensor, latent: Latent) -> IntegerKeys:
     )
 
 
-def _bytes(weighted: torch.Tensor, segment: _Segment) -> tuple[int, torch.Tensor] | None:
+def _bytes(weighted: torch.Tensor, segment: Segment) -> tuple[int, torch.Tensor] | None:
     """Channels of 16 bits and the unit, if the channels of few bits are integers of 8 bits; else None."""
     num_words = int((segment.bits > BYTE_BITS).sum())
     few = weighted[num_words:]
@@ -104,14 +105,14 @@ def _bytes(weighted: torch.Tensor, segment: _Segment) -> tuple[int, torch.Tensor
     return (num_words, unit) if fits and _sums_fit(weighted, unit, segment) else None
 
 
-def _word_unit(weighted: torch.Tensor, segment: _Segment) -> torch.Tensor:
+def _word_unit(weighted: torch.Tensor, segment: Segment) -> torch.Tensor:
     """The unit of columns of which all integers have 16 bits."""
     codes = segment.largest.unsqueeze(-1)
     sums = (weighted.abs() * codes).sum(0) / (_LARGEST_SUM - codes.sum())
     return torch.maximum(weighted.abs().amax(0) / _LARGEST_WORD, sums).clamp_min(1e-30)
 
 
-def _sums_fit(weighted: torch.Tensor, unit: torch.Tensor, segment: _Segment) -> bool:
+def _sums_fit(weighted: torch.Tensor, unit: torch.Tensor, segment: Segment) -> bool:
     sums = ((weighted.abs() / unit + 1) * segment.largest.unsqueeze(-1)).sum(0)
     return bool((sums <= _LARGEST_SUM).all())
 
@@ -126,8 +127,8 @@ def _rows(integers: torch.Tensor, num_words: int) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def _segments(latent: Latent, kv_head: int) -> list[_Segment]:
-    """In the order in which for_chunks (csrc/cpu/layout.h) comes to them."""
+def segments(latent: Latent, kv_head: int) -> list[Segment]:
+    """Segments of a latent head in the order in which for_chunks (csrc/cpu/layout.h) comes to them."""
     segments, row = [], 0
     for index in range(latent.num_terms):
         term = latent.terms[index]
@@ -143,7 +144,7 @@ def _segments(latent: Latent, kv_head: int) -> list[_Segment]:
     return segments
 
 
-def _segment(stream: Stream, head: Head, members: list[int], row: int) -> _Segment:
+def _segment(stream: Stream, head: Head, members: list[int], row: int) -> Segment:
     pieces = [head.pieces[i] for i in members]
     channels = torch.tensor([piece.channels for piece in pieces])
     bits = torch.tensor([piece.bits for piece in pieces]).repeat_interleave(channels)
@@ -151,8 +152,8 @@ def _segment(stream: Stream, head: Head, members: list[int], row: int) -> _Segme
     first = row + pieces[0].channel
     if stream.allocated:
         step = torch.tensor([STEP[piece.bits] for piece in pieces]).double().repeat_interleave(channels)
-        return _Segment(first, step, -largest / 2, largest, bits)
+        return Segment(first, step, -largest / 2, largest, bits)
     step = torch.ones_like(largest)
     if pieces[0].channel == 0:  # their codes stand for nothing: the FP16 numbers are multiplied by themselves
         step[: stream.outlier_channels] = 0
-    return _Segment(first, step, torch.ones_like(largest), largest, bits)
+    return Segment(first, step, torch.ones_like(largest), largest, bits)
