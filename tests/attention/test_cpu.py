@@ -30,8 +30,8 @@ except OSError as error:
     pytest.skip(f"no kernels: {error}", allow_module_level=True)
 
 ISAS = ("portable", "avx2", "avx512", "vnni")
-# The portable kernels have no fused multiply-add; the largest relative error seen is 4e-6. Of "vnni" it is 2e-4: weights
-# are rounded to 16 bits, and what many tokens' values average to is small.
+# The portable kernels have no fused multiply-add; the largest relative error seen is 4e-6. Of "vnni" it is 2e-4: it
+# rounds weights to 16 bits, and what many tokens' values average to is small.
 TOLERANCES = dict.fromkeys(ISAS, 1e-5) | {"vnni": 5e-4}
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from xquant_vllm.codec.allocated import AllocatedFormat
-from xquant_vllm.codec.layout import Stream, StreamFormat
 from xquant_vllm.codec.allocation import STEP
+from xquant_vllm.codec.layout import Stream, StreamFormat
 from xquant_vllm.projection.basis import factorize
 from xquant_vllm.projection.integer_up import with_integer_up
 
@@ -53,6 +53,17 @@ def test_same_function_in_integers(weight: torch.Tensor, stream: Stream, rounded
     alone = (basis.down.double() @ integer.up.double()).mT.flatten(0, 1)
     assert lost < 0.4 * (alone - weight.double()).norm() / weight.norm()
     assert (integer.down.norm(dim=1) < 1.5 * basis.down.norm(dim=1) + 0.05 * basis.down.norm(dim=1).max()).all()
+
+
+def test_joint_basis(weight: torch.Tensor) -> None:
+    basis = factorize(weight, HEADS, "joint", outlier_channels=1, rotate=True, seed=0, dtype=torch.float32)
+    width = HEADS * SIZE
+    integer = with_integer_up(basis, StreamFormat(1, width, 4, width, 1))
+    units = integer.up[:, 1:].double()
+    units = units / (units.abs().amax(1, keepdim=True) / 127)
+    assert (units - units.round()).abs().max() < 1e-3
+    rebuilt = torch.cat([(integer.down[0].double() @ up.double()).T for up in integer.up])
+    assert (rebuilt - weight.double()).norm() / weight.norm() < 2e-3
 
 
 @pytest.mark.parametrize("bits", [8, 16])

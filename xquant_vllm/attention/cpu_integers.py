@@ -1,13 +1,13 @@
-"""Key up-projections in integers, which the C++ kernels multiply by codes without dequantizing them (csrc/cpu/integer.h).
+"""Key up-projections in integers, by which the C++ kernels multiply codes as they are (csrc/cpu/integer.h).
 
 A *segment* is what shares a scale and a zero of a token: a piece of a uniform stream, a chunk of an allocated one. For
 its channels ``up = unit * integers``, with a unit for every column, and with ``latent = scale * code + zero`` a key is
-``scale * unit * (integers^T codes) + zero * sums``. Allocated streams have steps and zeros of channels besides: ``latent =
-scale * (step * code + zero)``, with ``zero = -step * largest code / 2``, so the steps are part of the integers and the
-zeros part of the sums.
+``scale * unit * (integers^T codes) + zero * sums``. Allocated streams have steps and zeros of channels besides:
+``latent = scale * (step * code + zero)``, with ``zero = -step * largest code / 2``, so the steps are part of the integers
+and the zeros part of the sums.
 
-Integers have 8 bits where the up-projection was rounded to such (projection/integer_up.py) and codes have 4 bits or fewer,
-else 16. In a segment with both kinds those of 16 bits come first and count units of 1/256.
+Integers have 8 bits where the up-projection was rounded to such (projection/integer_up.py) and codes have 4 bits or
+fewer, else 16. In a segment with both kinds those of 16 bits come first and count units of 1/256.
 """
 
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ def integer_keys(up_key: torch.Tensor, latent: Latent) -> IntegerKeys:
 
     Args:
         up_key: ``[num_kv_heads, width, head_size]`` FP32.
-        latent: what it projects up. Terms that add to others, and FP16 numbers, have integers, too, but no use for them.
+        latent: what it projects up. Terms that add to others and FP16 numbers have no use for their integers.
     """
     kv_heads, width, head_size = up_key.shape
     integers = torch.zeros(kv_heads, width // 2, head_size, dtype=torch.int32)

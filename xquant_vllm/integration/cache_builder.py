@@ -105,8 +105,7 @@ class CacheBuilder:
     def _latents(self, form: LayerFormat, parameters: LayerParameters) -> tuple[LayerCache, torch.Tensor]:
         """Keys and values have bases of their own."""
         key, value = self._factors.layer_factors(parameters.weights(form))
-        if len(key.down) == len(key.up):  # a latent for every kv head
-            key = with_integer_up(key, form.streams[0])
+        key = with_integer_up(key, form.streams[0])
         cache = LayerCache(form, parameters.projection(key.up, value.up))
         return cache, torch.cat([_rows_of(basis) for basis in (key, value)])
 
