@@ -3,8 +3,8 @@
 A *segment* is what shares a scale and a zero of a token: a piece of a uniform stream, a chunk of an allocated one. For
 its channels ``up = unit * integers``, with a unit for every column, and with ``latent = scale * code + zero`` a key is
 ``scale * unit * (integers^T codes) + zero * sums``. Allocated streams have steps and zeros of channels besides:
-``latent = scale * (step * code + zero)``, with ``zero = -step * largest code / 2``, so the steps are part of the integers
-and the zeros part of the sums.
+``latent = scale * (step * code + zero)``, with ``zero = -step * largest code / 2``, so the steps are part of the
+integers and the zeros part of the sums.
 
 Integers have 8 bits where the up-projection was rounded to such (projection/integer_up.py) and codes have 4 bits or
 fewer, else 16. In a segment with both kinds those of 16 bits come first and count units of 1/256.
