@@ -21,7 +21,7 @@ class Spread:
     def of(cls, numbers: Sequence[float]) -> "Spread":
         """Of at least one number."""
         ordered = sorted(numbers)
-        low, _, high = statistics.quantiles(ordered, n=4) if len(ordered) > 1 else ordered * 3
+        low, _, high = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
         return cls(statistics.median(ordered), low, high, ordered[0], ordered[-1], len(ordered))
 
     def scaled(self, factor: float) -> dict[str, float]:
