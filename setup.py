@@ -39,11 +39,12 @@ COMMON_FLAGS = [
 ]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2_FLAGS]
+VNNI_FLAGS = ["-mavx512vnni", "-mavx512vbmi", *AVX512_FLAGS]
 # Ending of a source file's stem -> what its instructions need. The order is also the order of linking, after the
 # files without such an ending: of an inline function that several files define, the linker keeps the first, and that
 # one must run on every processor.
-ISA_FLAGS = {"_portable": [], "_avx2": AVX2_FLAGS, "_avx512": AVX512_FLAGS}
-X86_ONLY = {"_avx2", "_avx512"}
+ISA_FLAGS = {"_portable": [], "_avx2": AVX2_FLAGS, "_avx512": AVX512_FLAGS, "_vnni": VNNI_FLAGS}
+X86_ONLY = {"_avx2", "_avx512", "_vnni"}
 
 
 CUDA_SOURCES = Path("csrc") / "cuda"

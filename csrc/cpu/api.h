@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define XQUANT_CPU_ABI 4
+#define XQUANT_CPU_ABI 5
 
 #if defined(__GNUC__)
 #define XQUANT_EXPORT __attribute__((visibility("default")))
@@ -103,6 +103,14 @@ typedef struct {
     int64_t key_absorbed;        // 1: keys have neither norm nor RoPE, so queries are multiplied by up_key instead
     const float* up_key;         // [num_kv_heads, key.width, head_size]; absorbed: [num_kv_heads, head_size, key.width
                                  // rounded up to 16], the rest of a row zero
+    // up_key in integers, for integer.h; NULL: keys are rematerialized in FP32. A segment is what shares a scale and a
+    // zero: a piece of a uniform stream, a chunk of an allocated one. See cpu_integers.py.
+    const int32_t* key_integers; // [num_kv_heads, key.width / 2, head_size]: of a segment first INT16 of two channels, then
+                                 // INT8 of four, from row (first channel / 2) on
+    const int64_t* key_words;    // [num_kv_heads, key_segments]: channels of a segment in INT16
+    const float* key_units;      // [num_kv_heads, key_segments, head_size]
+    const float* key_sums;       // [num_kv_heads, key_segments, head_size]
+    int64_t key_segments;
     const float* up_value;       // [num_kv_heads, value.width, head_size rounded up to 16], the rest of a row zero
     const float* key_bias;       // [num_kv_heads, head_size] or NULL
     const float* value_bias;     // [num_kv_heads, head_size] or NULL
@@ -165,7 +173,7 @@ typedef struct {
 XQUANT_EXPORT const char* xquant_cpu_store(const xquant_plan* plan, const xquant_store_call* call);
 XQUANT_EXPORT const char* xquant_cpu_attention(const xquant_plan* plan, const xquant_attention_call* call);
 
-// The instruction set in use: "avx512", "avx2" or "portable".
+// The instruction set in use: "vnni" (AVX-512 with it), "avx512", "avx2" or "portable".
 XQUANT_EXPORT const char* xquant_cpu_isa(void);
 // Use another one, or NULL for the best; 0 where this machine or this build lacks it. Not for use during a call.
 XQUANT_EXPORT int xquant_cpu_set_isa(const char* name);

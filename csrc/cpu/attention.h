@@ -10,125 +10,6 @@
 // norms nor turns it: then queries are multiplied by up_key instead, and score against the latents themselves.
 #pragma once
 
-struct Scratch {
-    float* query;    // [rows][query_width], times the scale
-    float* latents;  // [channels of a chunk][kTile]
-    float* keys;     // [head_size][kTile]
-    float* weights;  // [rows][kTile]
-    float* values;   // [kTile][value_stride]
-    float* added;    // [kRun][value_stride], of a term that is added to them
-    RunScratch run;  // for a chunk of keys or of values
-    float* head;     // [head_size], of a query to be absorbed
-    int64_t query_width;
-    int64_t value_stride;
-    int64_t floats;  // size of all of it
-
-    // Without memory only the size is right.
-    Scratch(const xquant_plan& plan, int64_t rows, float* memory) {
-        floats = 0;
-        const auto take = [this, memory](int64_t count) {
-            const int64_t at = floats;
-            floats += round_up(count, kPad);
-            return memory ? memory + at : nullptr;
-        };
-        const ChunkSize keys_at_once(plan.key), values_at_once(plan.value);
-        // A row of values has room for unpack_rows to write past its last piece.
-        value_stride = round_up(values_at_once.channels, kPad) + kPad;
-        query_width = plan.key_absorbed ? round_up(plan.key.width, kPad) : plan.head_size;
-        query = take(rows * query_width);
-        latents = take(keys_at_once.channels * kTile);
-        keys = take(plan.head_size * kTile);
-        weights = take(rows * kTile);
-        values = take(kTile * value_stride);
-        added = take(kRun * value_stride);
-        const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
-        run.bytes = (uint8_t*)take(round_up(larger(keys_at_once.bytes, values_at_once.bytes), 16) * 4 + kPad);
-        run.codes = (uint8_t*)take(round_up(larger(keys_at_once.channels, values_at_once.channels), 16) * 4 + kPad);
-        head = take(plan.head_size);
-    }
-};
-
-inline int64_t attention_scratch(const xquant_plan& plan, int64_t rows) {
-    const Scratch scratch(plan, rows, nullptr);
-    // finish() keeps the up-projected heads where the weights and all before them were.
-    const int64_t heads = rows * round_up(plan.head_size, kPad);
-    return scratch.floats > heads ? scratch.floats : heads;
-}
-
-inline int64_t group_of(const xquant_plan& plan) { return plan.num_heads / plan.num_kv_heads; }
-
-// Rows are query tokens times the query heads of the kv head.
-inline int64_t row_element(const xquant_plan& plan, const Task& task, int64_t row, int64_t token_stride,
-                           int64_t head_stride) {
-    const int64_t group = group_of(plan);
-    return (task.query_begin + row / group) * token_stride + (task.kv_head * group + row % group) * head_stride;
-}
-
-// Addresses of the runs of 16 slots of one sequence.
-struct Pages {
-    const xquant_plan& plan;
-    const xquant_attention_call& call;
-    const int32_t* blocks;
-
-    // Block ids are checked before any page is read.
-    bool has(int64_t position) const {
-        const int64_t block = blocks[position / plan.block_size];
-        return block >= 0 && block < call.num_blocks;
-    }
-    const uint8_t* page(const xquant_term& term, int64_t position) const {
-        const xquant_pages& pages = call.pages[term.page];
-        return pages.data + blocks[position / plan.block_size] * pages.stride;
-    }
-    int64_t slot(int64_t position) const { return position % plan.block_size; }
-};
-
-// A chunk of the key latents of tokens start + [first, last), channel-major.
-inline void load_key_latents(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t start,
-                             int64_t first, int64_t last, const Chunk& chunk, const Scratch& scratch) {
-    for (int64_t i = chunk.first; i < chunk.last; ++i) {
-        const xquant_term& term = plan.key.terms[i];
-        const HeadView view = head_view(plan, term, kv_head);
-        for (int64_t run = first; run < last; run += kRun) {
-            const int64_t position = start + run;
-            const uint8_t* page = pages.page(term, position);
-            if (term.stream.allocated) {  // never added
-                unpack_allocated_channels(view, page, pages.slot(position), chunk.index, scratch.latents + run, kTile,
-                                          scratch.run);
-                continue;
-            }
-            const auto unpack = i == chunk.first ? unpack_channels<false> : unpack_channels<true>;
-            unpack(view, page, pages.slot(position), chunk.index, scratch.latents + run, kTile, scratch.run.bytes);
-        }
-    }
-}
-
-// Keys of tokens start + [first, last), channel-major; both bounds are multiples of 16.
-inline void load_keys(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t start, int64_t first,
-                      int64_t last, const Scratch& scratch) {
-    const float* up = plan.up_key + kv_head * plan.key.width * plan.head_size;
-    float* keys = scratch.keys + first;
-    for_chunks(plan.key, kv_head, [&](const Chunk& chunk) {
-        load_key_latents(plan, pages, kv_head, start, first, last, chunk, scratch);
-        Product product;
-        product.depth = chunk.channels;
-        product.a = up + chunk.row * plan.head_size;
-        product.lda = plan.head_size;
-        product.b = scratch.latents + first;
-        product.ldb = kTile;
-        product.c = keys;
-        product.ldc = kTile;
-        product.accumulate = chunk.row > 0;
-        gemm<Order::kTransposed>(plan.head_size, last - first, product);
-    });
-    if (plan.key_bias) add_bias(plan.key_bias + kv_head * plan.head_size, plan.head_size, keys, kTile, last - first);
-    if (plan.key_norm) normalize(plan.key_norm, plan.key_norm_eps, plan.head_size, keys, kTile, last - first);
-    if (plan.rope) {
-        for (int64_t run = first; run < last; run += kRun) {
-            rotate(plan, (start + run) / kRun, scratch.keys + run, kTile);
-        }
-    }
-}
-
 // Scores of tokens start + [first, last) for all rows, by their keys or, absorbed, by their latents.
 inline void score(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t rows, int64_t start,
                   int64_t first, int64_t last, const Scratch& scratch) {
@@ -209,6 +90,10 @@ inline void accumulate_values(const xquant_plan& plan, const Pages& pages, int64
                               int64_t start, int64_t first, int64_t last, const State& state,
                               const Scratch& scratch) {
     for_chunks(plan.value, kv_head, [&](const Chunk& chunk) {
+        if (kIntegers && values_in_integers(plan, kv_head, chunk)) {
+            accumulate_integer_values(plan, pages, kv_head, rows, start, first, last, chunk, state, scratch);
+            return;
+        }
         load_value_latents(plan, pages, kv_head, start, first, last, chunk, scratch);
         Product product;
         product.depth = last - first;

@@ -14,10 +14,12 @@ const char* const kOutOfMemory = "out of memory for scratch";
 bool supported(const Kernels& kernels) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (&kernels == &kAvx512Kernels) {
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (&kernels == &kVnniKernels) {
+        return avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
     }
+    if (&kernels == &kAvx512Kernels) return avx512;
     // F16C is not asked for: no CPU has FMA3 without it.
     if (&kernels == &kAvx2Kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
@@ -28,6 +30,7 @@ bool supported(const Kernels& kernels) {
 const Kernels* find(const char* name) {
     const Kernels* const all[] = {
 #if defined(__x86_64__)
+        &kVnniKernels,
         &kAvx512Kernels,
         &kAvx2Kernels,
 #endif

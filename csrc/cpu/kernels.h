@@ -64,6 +64,7 @@ extern const Kernels kPortableKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kVnniKernels;
 #endif
 
 }  // namespace xquant

@@ -62,24 +62,36 @@ private:
     }
 };
 
+inline int64_t most_outliers(const xquant_latent& latent) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < latent.num_terms; ++i) {
+        const int64_t count = latent.terms[i].stream.outlier_channels;
+        if (count > most) most = count;
+    }
+    return most;
+}
+
 // A chunk of the terms [first, last), whose channels are added, at `row` of the latent.
 struct Chunk {
     int64_t first, last;
     int64_t index;  // of the head's chunks, the same in all of the terms
     int64_t row;
     int64_t channels;
+    int64_t segment;  // the first; see cpu_integers.py
 };
 
 // Call visit(chunk) for all stored channels of a latent that a kv head reads, in ascending order.
 template <typename Visit>
 inline void for_chunks(const xquant_latent& latent, int64_t kv_head, const Visit& visit) {
-    int64_t row = 0;
+    int64_t row = 0, segment = 0;
     for (int64_t first = 0, last; first < latent.num_terms; first = last) {
         for (last = first + 1; last < latent.num_terms && latent.terms[last].adds;) ++last;
         const xquant_stream& stream = latent.terms[first].stream;
         const xquant_head& head = stream.heads[stream.num_heads == 1 ? 0 : kv_head];
         for (int64_t i = 0; i < head.num_chunks; ++i) {
-            visit(Chunk{first, last, i, row + head.chunks[i].channel, head.chunks[i].channels});
+            const xquant_chunk& chunk = head.chunks[i];
+            visit(Chunk{first, last, i, row + chunk.channel, chunk.channels, segment});
+            segment += stream.allocated ? 1 : chunk.end - chunk.begin;
         }
         row += stream.width;
     }

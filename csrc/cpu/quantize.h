@@ -120,7 +120,7 @@ inline AllocatedScale choose_scale(const xquant_head& head, const float* x, int6
     float smallest = INFINITY;
 #pragma GCC unroll 9
     for (int i = 0; i < kCandidates; ++i) {
-        const float scale = token_scale(codes[i]), error = reduce_add_halves(errors[i]) * scale * scale;
+        const float scale = token_scale(codes[i]), error = reduce_add(errors[i]) * scale * scale;
         if (error < smallest) {
             smallest = error;
             best = {codes[i], true};

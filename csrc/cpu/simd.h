@@ -48,40 +48,31 @@ inline vf minimum(vf a, vf b) {
 #endif
 }
 
-// Lanes are folded in a fixed order, the same for a given instruction set.
+// Lanes are folded by halves: a fixed order, the same for a given instruction set.
+template <typename Fold>
+inline float fold(vf x, const Fold& of) {
+    typedef float v4 __attribute__((vector_size(16)));
+    v4 quarters[kLanes / 4];
+    memcpy(quarters, &x, sizeof x);
+#pragma GCC unroll 4
+    for (int64_t count = kLanes / 8; count > 0; count /= 2) {
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < count; ++i) quarters[i] = of(quarters[i], quarters[i + count]);
+    }
+    const v4 two = of(quarters[0], __builtin_shuffle(quarters[0], (__typeof__(quarters[0] > quarters[0])){2, 3, 0, 1}));
+    return of(two, __builtin_shuffle(two, (__typeof__(two > two)){1, 0, 3, 2}))[0];
+}
+
 inline float reduce_max(vf x) {
-    float result = x[0];
-    for (int64_t i = 1; i < kLanes; ++i) result = x[i] > result ? x[i] : result;
-    return result;
+    return fold(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 inline float reduce_min(vf x) {
-    float result = x[0];
-    for (int64_t i = 1; i < kLanes; ++i) result = x[i] < result ? x[i] : result;
-    return result;
+    return fold(x, [](auto a, auto b) { return a < b ? a : b; });
 }
 
 inline float reduce_add(vf x) {
-    float result = x[0];
-    for (int64_t i = 1; i < kLanes; ++i) result += x[i];
-    return result;
-}
-
-// Likewise in fewer steps, by halves.
-inline float reduce_add_halves(vf x) {
-#if defined(__AVX2__)
-#if defined(__AVX512F__)
-    const __m256 eight =
-        _mm512_maskz_extractf32x8_ps(0xff, (__m512)x, 0) + _mm512_maskz_extractf32x8_ps(0xff, (__m512)x, 1);
-#else
-    const __m256 eight = (__m256)x;
-#endif
-    const __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
-    const __m128 two = four + _mm_movehl_ps(four, four);
-    return two[0] + two[1];
-#else
-    return (x[0] + x[2]) + (x[1] + x[3]);
-#endif
+    return fold(x, [](auto a, auto b) { return a + b; });
 }
 
 inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }

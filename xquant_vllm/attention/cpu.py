@@ -26,6 +26,9 @@ from xquant_vllm.attention.cpu_plan import PreparedPlan, prepare
 
 LIBRARY_PATH = Path(__file__).with_name("_cpu_kernels.so")
 
+# The instruction set that multiplies integers.
+INTEGER_ISA = "vnni"
+
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -76,7 +79,7 @@ _library = _load()
 
 
 def isa() -> str:
-    """The instruction set in use: ``avx512``, ``avx2`` or ``portable``."""
+    """The instruction set in use: ``vnni``, ``avx512``, ``avx2`` or ``portable``."""
     return str(_library.xquant_cpu_isa().decode())
 
 
@@ -168,7 +171,7 @@ def store(
     Raises:
         ValueError: a tensor has the wrong type, shape or strides, or a slot is out of range.
     """
-    prepared = prepare(plan)
+    prepared = prepare(plan, isa() == INTEGER_ISA)
     structs, num_blocks = _pages(prepared, pages)
     if len(inputs) != len(prepared.input_elements):
         raise ValueError(f"{len(inputs)} inputs were given, the pages have {len(prepared.input_elements)} streams")
@@ -203,7 +206,7 @@ def paged_attention(
     Raises:
         ValueError: a tensor has the wrong type, shape or strides, or the batch names tokens or blocks out of range.
     """
-    prepared = prepare(plan)
+    prepared = prepare(plan, isa() == INTEGER_ISA)
     structs, num_blocks = _pages(prepared, pages)
     for name, tensor in (("query", query), ("output", output)):
         if tensor.ndim != 3 or tensor.shape[1:] != prepared.heads or tensor.stride(2) != 1:

@@ -2,7 +2,7 @@
 
 import ctypes
 
-ABI = 4
+ABI = 5
 """``XQUANT_CPU_ABI``: a library of another number has other structs."""
 
 _int64, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -86,6 +86,11 @@ class Plan(ctypes.Structure):
         ("head_size", _int64),
         ("key_absorbed", _int64),
         ("up_key", _pointer),
+        ("key_integers", _pointer),
+        ("key_words", _pointer),
+        ("key_units", _pointer),
+        ("key_sums", _pointer),
+        ("key_segments", _int64),
         ("up_value", _pointer),
         ("key_bias", _pointer),
         ("value_bias", _pointer),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from xquant_vllm.attention.batch import AttentionLayerPlan
 from xquant_vllm.attention.cpu_abi import Latent, Plan, Stream, Term
+from xquant_vllm.attention.cpu_integers import integer_keys
 from xquant_vllm.attention.cpu_streams import LANES, CpuStream, cpu_stream
 from xquant_vllm.attention.latents import LatentTerm
 from xquant_vllm.projection.rope import RotaryTable
@@ -25,8 +26,13 @@ class PreparedPlan:
         heads: query heads and their size.
     """
 
-    def __init__(self, plan: AttentionLayerPlan) -> None:
-        """Check the plan and rearrange what the kernels read in another order."""
+    def __init__(self, plan: AttentionLayerPlan, with_integers: bool = False) -> None:
+        """Check the plan and rearrange what the kernels read in another order.
+
+        Args:
+            plan: the plan.
+            with_integers: for kernels that multiply integers (csrc/cpu/integer.h).
+        """
         layout, projection = plan.layout, plan.projection
         kv_heads, head_size = projection.num_kv_heads, projection.head_size
         key_width, value_width = projection.up_key.shape[1], projection.up_value.shape[1]
@@ -58,6 +64,8 @@ class PreparedPlan:
             sliding_window=plan.sliding_window or 0,
             soft_cap=plan.logits_soft_cap or 0.0,
         )
+        if with_integers and not absorbed:
+            self._add_integers(struct, up_key)
         if projection.key_bias is not None and not absorbed:
             struct.key_bias = self._tensor(fp32("key_bias", projection.key_bias, (kv_heads, head_size)))
         if projection.value_bias is not None:
@@ -80,6 +88,14 @@ class PreparedPlan:
         self.page_bytes = [pages.page_bytes for pages in plan.layouts]
         self.input_elements = [stream.num_heads * stream.width for stream in layout.streams]
         self.heads = (plan.num_heads, head_size)
+
+    def _add_integers(self, struct: Plan, up_key: torch.Tensor) -> None:
+        keys = integer_keys(up_key, struct.key)
+        struct.key_integers = self._tensor(keys.integers)
+        struct.key_words = self._tensor(keys.words)
+        struct.key_units = self._tensor(keys.units)
+        struct.key_sums = self._tensor(keys.sums)
+        struct.key_segments = keys.units.shape[1]
 
     def _add_store(self, struct: Plan, plan: AttentionLayerPlan) -> None:
         """What happens to the first stream's input before it is quantized."""
@@ -158,10 +174,10 @@ def _tiled_table(table: RotaryTable) -> torch.Tensor:
     return tiled
 
 
-def prepare(plan: AttentionLayerPlan) -> PreparedPlan:
+def prepare(plan: AttentionLayerPlan, with_integers: bool) -> PreparedPlan:
     """The prepared plan, made on first use and forgotten together with the plan."""
     prepared = prepared_plans.get(id(plan))
     if prepared is None:
-        prepared = prepared_plans[id(plan)] = PreparedPlan(plan)
+        prepared = prepared_plans[id(plan)] = PreparedPlan(plan, with_integers)
         weakref.finalize(plan, prepared_plans.pop, id(plan), None)
     return prepared

@@ -11,10 +11,10 @@ from xquant_vllm.attention import reference
 from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
 
 # For tests: "reference", "triton" (also on the CPU, under TRITON_INTERPRET=1), or an instruction set of the C++ kernels
-# ("portable", "avx2", "avx512"). Read once per process.
+# ("portable", "avx2", "avx512", "vnni"). Read once per process.
 OVERRIDE_VARIABLE = "XQUANT_ATTENTION_KERNELS"
 
-_CHOICES = ("reference", "triton", "portable", "avx2", "avx512")
+_CHOICES = ("reference", "triton", "portable", "avx2", "avx512", "vnni")
 
 # Measured: decode of 8 sequences with 512 and 4096 cached tokens, 9 heads, 3 kv heads of 64 channels, 4 bits, AVX-512,
 # on 1 and 2 cores.

@@ -17,6 +17,7 @@ from xquant_vllm.integration.layer_cache import LayerCache
 from xquant_vllm.integration.settings import XQuantSettings
 from xquant_vllm.projection.basis import LatentBasis
 from xquant_vllm.projection.chain import chain_prediction, chain_up_projection, input_up_projection
+from xquant_vllm.projection.integer_up import with_integer_up
 from xquant_vllm.projection.joint_kv import JointKVBasis
 from xquant_vllm.projection.predicted import PredictedLink
 from xquant_vllm.projection.rematerialize import HeadNorm, LayerProjection
@@ -104,6 +105,7 @@ class CacheBuilder:
     def _latents(self, form: LayerFormat, parameters: LayerParameters) -> tuple[LayerCache, torch.Tensor]:
         """Keys and values have bases of their own."""
         key, value = self._factors.layer_factors(parameters.weights(form))
+        key = with_integer_up(key, form.streams[0])
         cache = LayerCache(form, parameters.projection(key.up, value.up))
         return cache, torch.cat([_rows_of(basis) for basis in (key, value)])
 

@@ -1,0 +1,86 @@
+// What one task has in flight, and where the pages of its sequence are.
+#pragma once
+
+struct Scratch {
+    float* query;    // [rows][query_width], times the scale
+    float* latents;  // [channels of a chunk][kTile], or pairs of their codes
+    float* scales;   // [kTile] of a segment
+    float* zeros;    // [kTile] of a segment
+    float* outliers; // [outlier channels][kTile]
+    float* keys;     // [head_size][kTile]
+    float* weights;  // [rows][kTile]
+    int32_t* integers; // [rows][kTile / 2], weights
+    float* units;    // [rows], of them
+    float* sums;     // [rows]
+    float* values;   // [kTile][value_stride]
+    float* added;    // [kRun][value_stride], of a term that is added to them
+    RunScratch run;  // for a chunk of keys or of values
+    float* head;     // [head_size], of a query to be absorbed
+    int64_t query_width;
+    int64_t value_stride;
+    int64_t floats;  // size of all of it
+
+    // Without memory only the size is right.
+    Scratch(const xquant_plan& plan, int64_t rows, float* memory) {
+        floats = 0;
+        const auto take = [this, memory](int64_t count) {
+            const int64_t at = floats;
+            floats += round_up(count, kPad);
+            return memory ? memory + at : nullptr;
+        };
+        const ChunkSize keys_at_once(plan.key), values_at_once(plan.value);
+        // A row of values has room for unpack_rows to write past its last piece.
+        value_stride = round_up(values_at_once.channels, kPad) + kPad;
+        query_width = plan.key_absorbed ? round_up(plan.key.width, kPad) : plan.head_size;
+        query = take(rows * query_width);
+        latents = take(keys_at_once.channels * kTile);
+        scales = take(kTile);
+        zeros = take(kTile);
+        outliers = take(most_outliers(plan.key) * kTile);
+        keys = take(plan.head_size * kTile);
+        weights = take(rows * kTile);
+        integers = (int32_t*)take(rows * (kTile / 2));
+        units = take(rows);
+        sums = take(rows);
+        values = take(kTile * value_stride);
+        added = take(kRun * value_stride);
+        const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
+        run.bytes = (uint8_t*)take(round_up(larger(keys_at_once.bytes, values_at_once.bytes), 16) * 4 + kPad);
+        run.codes = (uint8_t*)take(round_up(larger(keys_at_once.channels, values_at_once.channels), 16) * 4 + kPad);
+        head = take(plan.head_size);
+    }
+};
+
+inline int64_t attention_scratch(const xquant_plan& plan, int64_t rows) {
+    const Scratch scratch(plan, rows, nullptr);
+    // finish() keeps the up-projected heads where the weights and all before them were.
+    const int64_t heads = rows * round_up(plan.head_size, kPad);
+    return scratch.floats > heads ? scratch.floats : heads;
+}
+
+inline int64_t group_of(const xquant_plan& plan) { return plan.num_heads / plan.num_kv_heads; }
+
+// Rows are query tokens times the query heads of the kv head.
+inline int64_t row_element(const xquant_plan& plan, const Task& task, int64_t row, int64_t token_stride,
+                           int64_t head_stride) {
+    const int64_t group = group_of(plan);
+    return (task.query_begin + row / group) * token_stride + (task.kv_head * group + row % group) * head_stride;
+}
+
+// Addresses of the runs of 16 slots of one sequence.
+struct Pages {
+    const xquant_plan& plan;
+    const xquant_attention_call& call;
+    const int32_t* blocks;
+
+    // Block ids are checked before any page is read.
+    bool has(int64_t position) const {
+        const int64_t block = blocks[position / plan.block_size];
+        return block >= 0 && block < call.num_blocks;
+    }
+    const uint8_t* page(const xquant_term& term, int64_t position) const {
+        const xquant_pages& pages = call.pages[term.page];
+        return pages.data + blocks[position / plan.block_size] * pages.stride;
+    }
+    int64_t slot(int64_t position) const { return position % plan.block_size; }
+};
