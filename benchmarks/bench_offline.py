@@ -94,9 +94,8 @@ def text(result: dict[str, Any]) -> str:
         cells = []
         for what in ("decode", "prefill"):
             rate, ratio = row[f"{what}_tokens_per_second"], row[f"{what}_ratio"]
-            cells.append(
-                f"{what} {rate['median']:7.1f} tokens/s  {ratio['median']:.2f}x ({ratio['low']:.2f}-{ratio['high']:.2f})"
-            )
+            spread = f"({ratio['low']:.2f}-{ratio['high']:.2f})"
+            cells.append(f"{what} {rate['median']:7.1f} tokens/s  {ratio['median']:.2f}x {spread}")
         lines.append(f"  {row['context']:6d} tokens  {METHODS[row['method']].label:18s} {'   '.join(cells)}")
     caches = (f"{METHODS[name].label} {tokens:,}" for name, tokens in result["cache_tokens"].items())
     lines.append(f"  cache tokens in {result['cache_mib']} MiB: {', '.join(caches)}")
@@ -107,7 +106,7 @@ def text(result: dict[str, Any]) -> str:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT / "models" / "smollm2-135m-instruct"), help="folder or hub name")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["xquant", "kivi"], help="beside the 16-bit one")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["xquant", "kivi"], help="beside 16bit")
     parser.add_argument("--contexts", nargs="+", type=int, default=[512, 4096], help="prompt tokens of a sequence")
     parser.add_argument("--sequences", type=int, default=8, help="that decode together")
     parser.add_argument("--steps", type=int, default=16, help="timed decode steps of a round")
@@ -115,7 +114,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", help="of the model")
     parser.add_argument("--cache-mib", type=int, default=1024, help="of every method")
     parser.add_argument("--enforce-eager", action="store_true", help="do not compile the model")
-    parser.add_argument("--logs", type=Path, default=ROOT / "logs" / "bench_offline", help="folder of the engines' logs")
+    parser.add_argument("--logs", type=Path, default=ROOT / "logs" / "bench_offline", help="folder of the logs")
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the result there, too")
     return parser.parse_args(arguments)

@@ -15,11 +15,13 @@ class Method:
         name: what options and tables call it.
         label: for people.
         engine: arguments of ``vllm.LLM``; `vllm serve` has options of the same names.
+        absent_on_cpu: why CPUs do not have it, though vLLM starts; None where they do, or where vLLM refuses itself.
     """
 
     name: str
     label: str
     engine: dict[str, Any] = field(default_factory=dict)
+    absent_on_cpu: str | None = None
 
     def flags(self) -> list[str]:
         """The options of `vllm serve`."""
@@ -38,7 +40,12 @@ METHODS = {
     for method in (
         Method(BASELINE, "16 bit"),
         Method("fp8", "FP8", {"kv_cache_dtype": "fp8"}),
-        Method("turboquant", "TurboQuant 4 bits", {"kv_cache_dtype": "turboquant_4bit_nc"}),
+        Method(
+            "turboquant",
+            "TurboQuant 4 bits",
+            {"kv_cache_dtype": "turboquant_4bit_nc"},
+            "vLLM's TurboQuant kernels are for GPUs; on CPUs it takes the pages for those of its own CPU_ATTN",
+        ),
         _plugin("kivi", "KIVI 4 bits", "kivi", {"bits": 4}),
         _plugin("kivi-2", "KIVI 2 bits", "kivi", {"bits": 2}),
         _plugin("xquant", "xquant 4 bits", "xquant", {"bits": 4}),

@@ -28,4 +28,3 @@ def measure_roofs(rounds: int = _ROUNDS) -> Roofs:
         rounds,
     )
     return Roofs(2 * _COPIED_BYTES / min(taken["copy"]), size**3 / min(taken["fp32"]), size**3 / min(taken["int8"]))
-

@@ -1,7 +1,7 @@
 """A vLLM engine in a process of its own, which answers orders on its standard input, one JSON line each.
 
-An order names sequences, context, steps and a seed; the answer has the seconds of the prefill of all prompts and of every
-decode step after it. The engine runs in the process itself, so a step is what the model and the scheduler take.
+An order names sequences, context, steps and a seed; the answer has the seconds of the prefill of all prompts and of
+every decode step after it. The engine runs in the process itself, so a step is what the model and the scheduler take.
 """
 
 import json
@@ -25,8 +25,9 @@ def main() -> None:
     from vllm import LLM
 
     llm = LLM(**arguments)
-    blocks = llm.llm_engine.vllm_config.cache_config
-    print(json.dumps({"cache_tokens": blocks.num_gpu_blocks * blocks.block_size}), file=answers, flush=True)
+    # As vLLM counts them for sequences of max_model_len.
+    cache_tokens = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+    print(json.dumps({"cache_tokens": cache_tokens}), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(run(llm.llm_engine, **json.loads(line))), file=answers, flush=True)
 

@@ -1,5 +1,6 @@
 """Several engines at once, each in a process of its own."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -50,10 +51,8 @@ class Engine:
     def run(self, **order: Any) -> dict[str, Any]:
         """Give an order and wait; see :func:`benchmarks.offline.engine.run`."""
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # _answer says why
             print(json.dumps(order), file=self._process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # _answer says why
         return self._answer()
 
     def stop(self) -> None:

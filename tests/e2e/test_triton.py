@@ -41,7 +41,7 @@ def test_same_logits(engines, tmp_path):
 
 
 def assert_same(actual, expected):
-    """One prompt's logits of every step; kernels differ in the order of additions (5e-6), and seldom in a code (0.04)."""
+    """One prompt's logits of every step; kernels differ in the order of additions (5e-6), seldom in a code (0.04)."""
     assert len(actual) == len(expected)
     for ours, theirs in zip(actual, expected, strict=True):
         assert ours.keys() == theirs.keys()
