@@ -13,6 +13,8 @@ METHOD ?= xquant
 DEMO_ARGS ?=
 # More options for benchmarks/compare_accuracy.py
 ACCURACY_ARGS ?=
+# More options for benchmarks/bench_cpu.py
+BENCH_ARGS ?=
 # More options for pytest, e.g. make test TEST_ARGS="-m 'not e2e'"
 TEST_ARGS ?=
 
@@ -25,7 +27,7 @@ SETUP_FILES := pyproject.toml setup.py tools/setup_env.py $(wildcard tools/envse
 TEST_MODELS := smollm2 smollm2-mha gemma3
 LINTED := xquant_vllm tests tools examples benchmarks setup.py
 
-.PHONY: help venv kernels cuda-check model demo serve test test-gpu accuracy families families-write lint clean
+.PHONY: help venv kernels cuda-check model demo serve test test-gpu accuracy bench-cpu families families-write lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +69,10 @@ accuracy: venv ## compare the accuracy of all caches per byte (an hour on two co
 	$(VENV)/bin/python tools/prepare_model.py $(addprefix --model ,$(TEST_MODELS))
 	$(VENV)/bin/python benchmarks/compare_accuracy.py --write --models models/smollm2-135m-instruct \
 		models/smollm2-135m-instruct-mha models/gemma-3-270m $(ACCURACY_ARGS)
+
+bench-cpu: venv ## measure decode, serving under memory pressure, and the kernels, against 16 bit (a quarter of an hour)
+	$(VENV)/bin/python tools/prepare_model.py --model smollm2
+	$(VENV)/bin/python benchmarks/bench_cpu.py $(BENCH_ARGS)
 
 families: venv ## check that docs/families.md says what the last run of all tests covered
 	$(VENV)/bin/python tools/family_table.py
