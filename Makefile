@@ -25,9 +25,10 @@ SETUP_FILES := pyproject.toml setup.py tools/setup_env.py $(wildcard tools/envse
 	tools/vllm-metadata/pyproject.toml
 # What the tests read; prepared before them, so that no test's time is spent on downloads.
 TEST_MODELS := smollm2 smollm2-mha gemma3
-LINTED := xquant_vllm tests tools examples benchmarks setup.py
+DOCKERFILES := docker/Dockerfile docker/Dockerfile.cpu
+LINTED := xquant_vllm tests tools examples benchmarks docker setup.py
 
-.PHONY: help venv kernels cuda-check model demo serve test test-gpu accuracy bench-cpu families families-write lint clean
+.PHONY: help venv kernels cuda-check model demo serve test test-gpu accuracy bench-cpu families families-write dist lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,11 +81,16 @@ families: venv ## check that docs/families.md says what the last run of all test
 families-write: venv ## write the table of docs/families.md from the last run of all tests
 	$(VENV)/bin/python tools/family_table.py --write
 
-lint: venv ## check style, types and which room imports which
+dist: venv ## build the source distribution and, from it, the wheel (kernels inside if they compile) into dist/
+	$(VENV)/bin/python -m build --no-isolation
+
+lint: venv ## check style, types, which room imports which, Dockerfiles and shell scripts
 	$(VENV)/bin/ruff check $(LINTED)
 	$(VENV)/bin/ruff format --check $(LINTED)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/hadolint $(DOCKERFILES)
+	$(VENV)/bin/shellcheck .ci/run docker/*.sh
 
 clean: ## remove build outputs, logs and caches (not .venv, not models)
 	rm -rf build dist logs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

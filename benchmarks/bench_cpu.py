@@ -2,11 +2,11 @@
 
 The last line is a JSON object:
 
-* ``decode_ratio_512``, ``decode_ratio_4096``: decode throughput of 8 sequences with so many tokens of context, 4 bits per
-  head, relative to vLLM's CPU_ATTN on BF16 (bench_offline.py);
+* ``decode_ratio_512``, ``decode_ratio_4096``: decode throughput of 8 sequences with so many tokens of context, 4 bits
+  per head, relative to vLLM's CPU_ATTN on BF16 (bench_offline.py);
 * ``kivi_ratio_512``: likewise of the KIVI cache;
-* ``pressure_ratio``: total throughput over HTTP under a multi-turn load whose histories fit xquant's cache and not the 16-bit
-  one in the same memory (bench_serving.py);
+* ``pressure_ratio``: total throughput over HTTP under a multi-turn load whose histories fit xquant's cache and not the
+  16-bit one in the same memory (bench_serving.py);
 * ``roof_fraction``: share of its binding roof that the attention operation alone reaches, the smaller of two contexts
   (bench_decode_attention.py).
 

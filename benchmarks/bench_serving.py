@@ -31,8 +31,8 @@ from xquant_vllm.offline.texts import python_docs_to_evaluate  # noqa: E402
 
 _STARTUP_SECONDS = 900
 _CACHE_TOKENS = r"KV cache size: ([\d,]+) tokens"
-# Sizes of the loads: a pressure load's histories take about 0.9 of what xquant's cache holds at 4 bits, three times what
-# 16 bit holds.
+# Sizes of the loads: a pressure load's histories take about 0.9 of what xquant's cache holds at 4 bits, three times
+# what 16 bit holds.
 _SIZES: dict[str, dict[str, Any]] = {
     "quick": {
         "cache_mib": 96,

@@ -1,9 +1,9 @@
 """The requests of a load, the same for every method: made from a seed, written as a file for `vllm bench serve`.
 
-**pressure** is a multi-turn load: users come back round robin, each with a history that has grown by what was said last.
-A cache that holds all histories prefills only what is new; a smaller one has evicted a history just before its user comes
-back (least recently used goes first), and prefills all of it again. Replies are part of the script, so that every server
-sees the same text whatever it answers.
+**pressure** is a multi-turn load: users come back round robin, each with a history that has grown by what was said
+last. A cache that holds all histories prefills only what is new; a smaller one has evicted a history just before its
+user comes back (least recently used goes first), and prefills all of it again. Replies are part of the script, so that
+every server sees the same text whatever it answers.
 
 **arrivals** are unrelated requests with random lengths that arrive as a Poisson process.
 """
