@@ -50,7 +50,7 @@ _CONCURRENCY = 4
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
-    options = _options(arguments)
+    options = parse(arguments)
     try:
         result = run(options)
     except ServerError as error:
@@ -134,7 +134,8 @@ def serve(method: Method, trace: Trace, cache_mib: int, options: argparse.Namesp
     return measured, int(found.group(1).replace(",", ""))
 
 
-def _options(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT / "models" / "smollm2-135m-instruct"), help="folder or hub name")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="caches to compare")
