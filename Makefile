@@ -28,7 +28,8 @@ TEST_MODELS := smollm2 smollm2-mha gemma3
 DOCKERFILES := docker/Dockerfile docker/Dockerfile.cpu
 LINTED := xquant_vllm tests tools examples benchmarks docker setup.py
 
-.PHONY: help venv kernels cuda-check model demo serve test test-gpu accuracy bench-cpu families families-write dist lint clean
+.PHONY: help venv kernels cuda-check model demo serve test test-models test-gpu accuracy bench-cpu families \
+	families-write dist lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,19 +56,20 @@ demo: venv ## serve MODEL with a BITS-bit cache (METHOD xquant or xquant-cl), ch
 serve: venv ## serve MODEL with a BITS-bit cache on PORT until Ctrl-C
 	$(VENV)/bin/python examples/demo.py --serve --model $(MODEL) --bits '$(BITS)' --method $(METHOD) --port $(PORT) $(DEMO_ARGS)
 
-# Engines in the tests use one thread each, so two files of tests run side by side on two cores; in their own order, which
-# ends with short ones, so that neither core waits for the other.
-test: venv ## run the tests
+test-models: venv ## prepare the checkpoints that the tests read
 	$(VENV)/bin/python tools/prepare_model.py $(addprefix --model ,$(TEST_MODELS))
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
+
+# Two files of tests run side by side on two cores, and all that they start has one thread: with two each, the four would
+# wait for each other most of the time. In their own order, which ends with short ones, so that no core idles at the end.
+test: test-models ## run the tests
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 	$(MAKE) test-gpu
 
 # In a process of its own: Triton decides when it is imported whether it interprets.
 test-gpu: venv ## run the tests of the Triton kernels, without a GPU in Triton's interpreter
-	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/attention/gpu -n 2
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/attention/gpu -n 2
 
-accuracy: venv ## compare the accuracy of all caches per byte (an hour on two cores); writes docs/accuracy.md
-	$(VENV)/bin/python tools/prepare_model.py $(addprefix --model ,$(TEST_MODELS))
+accuracy: test-models ## compare the accuracy of all caches per byte (an hour on two cores); writes docs/accuracy.md
 	$(VENV)/bin/python benchmarks/compare_accuracy.py --write --models models/smollm2-135m-instruct \
 		models/smollm2-135m-instruct-mha models/gemma-3-270m $(ACCURACY_ARGS)
 
