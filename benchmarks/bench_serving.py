@@ -25,27 +25,14 @@ from benchmarks.methods import BASELINE, METHODS, Method  # noqa: E402
 from benchmarks.serving import report  # noqa: E402
 from benchmarks.serving.client import send  # noqa: E402
 from benchmarks.serving.metrics import Watch  # noqa: E402
-from benchmarks.serving.trace import Trace, arrivals, pressure  # noqa: E402
+from benchmarks.serving.sizes import FULL, QUICK, make_trace, plain_cache_tokens  # noqa: E402
+from benchmarks.serving.trace import RunningText, Trace  # noqa: E402
 from examples.vllm_process import Progress, ServerError, VllmServer, free_port  # noqa: E402
 from xquant_vllm.offline.texts import python_docs_to_evaluate  # noqa: E402
 
 _STARTUP_SECONDS = 900
 _CACHE_TOKENS = r"KV cache size: ([\d,]+) tokens"
-# Sizes of the loads: a pressure load's histories take about 0.9 of what xquant's cache holds at 4 bits, three times
-# what 16 bit holds.
-_SIZES: dict[str, dict[str, Any]] = {
-    "quick": {
-        "cache_mib": 96,
-        "pressure": {"users": 16, "turns": 4, "history_words": 480, "turn_words": 24, "output_tokens": 8},
-        "arrivals": {"requests": 16, "rate": 1.0, "prompt_words": 128, "output_tokens": 16},
-    },
-    "full": {
-        "cache_mib": 192,
-        "pressure": {"users": 24, "turns": 8, "history_words": 640, "turn_words": 24, "output_tokens": 12},
-        "arrivals": {"requests": 96, "rate": 1.0, "prompt_words": 256, "output_tokens": 64},
-    },
-}
-_CONCURRENCY = 4
+_SERVER_OPTIONS = ("dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,16 +56,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ServerError: no server runs at all, or one failed in the middle.
     """
-    sizes = _SIZES["quick" if options.quick else "full"]
-    cache_mib = options.cache_mib or sizes["cache_mib"]
+    sizes = QUICK if options.quick else FULL
+    cache_mib = options.cache_mib or sizes.cache_mib
+    text, plain_tokens = _read_model(options, cache_mib << 20)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in options.methods}
     cache_tokens: dict[str, int] = {}
     on_cpu = not torch.cuda.is_available()
     absent = {name: why for name in options.methods if on_cpu and (why := METHODS[name].absent_on_cpu)}
-    trace: Trace | None = None
+    about: dict[str, Any] = {}
     for repeat in range(options.repeats):
         # Other texts in every repeat, the same for every method.
-        trace = make_trace(options.trace, sizes[options.trace], repeat)
+        trace, about = make_trace(options.trace, sizes, text, plain_tokens, repeat)
         for method in (METHODS[name] for name in options.methods if name not in absent):
             print(f"{method.label}, repeat {repeat + 1} of {options.repeats}", file=sys.stderr, flush=True)
             try:
@@ -89,33 +77,36 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 absent[method.name] = str(error)
             else:
                 runs[method.name].append(measured)
-    assert trace is not None
+    if not any(runs.values()):
+        raise ServerError("; ".join(f"{METHODS[name].label}: {why}" for name, why in absent.items()))
     return {
         "benchmark": "serving",
         "machine": machine_facts(),
         "model": Path(options.model).name,
         "cache_mib": cache_mib,
         "compiled": not options.enforce_eager,
-        "trace": {"name": trace.name, "requests": len(trace.prompts), **sizes[options.trace]},
+        "server": {name: getattr(options, name) for name in _SERVER_OPTIONS},
+        "trace": about,
         "repeats": options.repeats,
         "rows": report.summarize({name: of for name, of in runs.items() if of}, cache_tokens),
         "absent": absent,
     }
 
 
-def make_trace(name: str, sizes: dict[str, Any], seed: int) -> Trace:
-    """The load of a repeat."""
-    text = python_docs_to_evaluate()
-    if name == "pressure":
-        return pressure(text, concurrency=_CONCURRENCY, seed=seed, **sizes)
-    return arrivals(text, seed=seed, **sizes)
+def _read_model(options: argparse.Namespace, cache_bytes: int) -> tuple[RunningText, int]:
+    """Text in the model's tokens, and how many tokens a 16-bit cache holds."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    text = RunningText(AutoTokenizer.from_pretrained(options.model), python_docs_to_evaluate())
+    item_bytes = 4 if options.dtype == "float32" else 2
+    return text, plain_cache_tokens(AutoConfig.from_pretrained(options.model), cache_bytes, item_bytes)
 
 
 def serve(method: Method, trace: Trace, cache_mib: int, options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """One server's life: what was measured, and how many tokens its cache holds."""
-    arguments = [options.model, "--dtype", options.dtype, "--max-model-len", str(options.max_model_len)]
-    arguments += ["--kv-cache-memory-bytes", str(cache_mib << 20), "--max-num-seqs", str(options.max_num_seqs)]
-    arguments += ["--max-num-batched-tokens", str(options.max_num_batched_tokens)]
+    arguments = [options.model, "--kv-cache-memory-bytes", str(cache_mib << 20)]
+    for name in _SERVER_OPTIONS:
+        arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     arguments += [*method.flags(), *(["--enforce-eager"] if options.enforce_eager else [])]
     log = options.logs / f"{method.name}.log"
     with VllmServer(arguments, log, free_port()) as server:
@@ -138,7 +129,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT / "models" / "smollm2-135m-instruct"), help="folder or hub name")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="caches to compare")
+    parser.add_argument("--methods", "--backends", nargs="+", choices=METHODS, help="caches to compare")
     parser.add_argument("--trace", choices=("pressure", "arrivals"), default="pressure", help="the load")
     parser.add_argument("--quick", action="store_true", help="16 bit and xquant, a short load, once: five minutes")
     parser.add_argument("--repeats", type=int, help="of every method, interleaved (default 3, with --quick 1)")

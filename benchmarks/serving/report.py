@@ -8,13 +8,17 @@ from benchmarks.methods import BASELINE, METHODS
 
 # Key of a run's result, what the table calls it, its format.
 COLUMNS = (
+    ("request_throughput", "requests/s", ".2f"),
     ("total_token_throughput", "tokens/s", ".1f"),
     ("output_throughput", "output tokens/s", ".1f"),
     ("mean_ttft_ms", "TTFT ms", ".0f"),
     ("p99_ttft_ms", "p99", ".0f"),
     ("mean_tpot_ms", "TPOT ms", ".1f"),
     ("p99_tpot_ms", "p99", ".1f"),
+    ("mean_itl_ms", "ITL ms", ".1f"),
+    ("p99_itl_ms", "p99", ".1f"),
     ("peak_running", "peak running", ".0f"),
+    ("peak_waiting", "peak waiting", ".0f"),
     ("preemptions", "preemptions", ".0f"),
     ("prefix_hit_rate", "prefix hits", ".0%"),
 )

@@ -13,8 +13,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-Words = Callable[[int], str]
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -44,27 +43,44 @@ class Trace:
         path.write_text("\n".join(lines) + "\n")
 
 
-def words(text: str, seed: int) -> Words:
-    """A source of running text: each call continues behind the last one, at a place of its own for every seed."""
-    of_text = text.split()
-    position = random.Random(seed).randrange(len(of_text))
+class RunningText:
+    """A text in tokens of the model that is served, so that prompts have the lengths that they are said to have."""
 
-    def following(count: int) -> str:
-        nonlocal position
-        taken = [of_text[(position + i) % len(of_text)] for i in range(count)]
-        position += count
-        return " ".join(taken)
+    def __init__(self, tokenizer: Any, text: str) -> None:
+        """Take a tokenizer of transformers and a text long enough that places in it differ."""
+        self._tokenizer = tokenizer
+        self._tokens = self.tokens_of(text)
 
-    return following
+    def tokens_of(self, text: str) -> list[int]:
+        """Without those that the server puts before every prompt."""
+        tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return tokens
+
+    def from_tokens(self, tokens: list[int]) -> str:
+        """The text, of about as many tokens when it is read again."""
+        text: str = self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        return text
+
+    def source(self, seed: int) -> Callable[[int], list[int]]:
+        """Calls with a number of tokens, each of which continues behind the last one, from a place of the seed's."""
+        position = random.Random(seed).randrange(len(self._tokens))
+
+        def following(count: int) -> list[int]:
+            nonlocal position
+            taken = [self._tokens[(position + i) % len(self._tokens)] for i in range(count)]
+            position += count
+            return taken
+
+        return following
 
 
 def pressure(
-    text: str,
+    text: RunningText,
     *,
     users: int,
     turns: int,
-    history_words: int,
-    turn_words: int,
+    history_tokens: int,
+    turn_tokens: int,
     output_tokens: int,
     concurrency: int,
     seed: int,
@@ -72,34 +88,36 @@ def pressure(
     """Every user's first turn, then every user's second, and so on.
 
     Args:
-        text: what is talked about, long enough that histories differ.
+        text: what is talked about.
         users: who come back round robin.
         turns: of every user, the first with the whole history.
-        history_words: of a user's first prompt.
-        turn_words: by which a history grows from turn to turn, the scripted reply included.
+        history_tokens: of a user's first prompt.
+        turn_tokens: by which a history grows from turn to turn, the scripted reply included.
         output_tokens: of every answer.
         concurrency: requests under way.
         seed: of where in the text users begin.
     """
-    sources = [words(text, seed * users + user) for user in range(users)]
+    sources = [text.source(seed * users + user) for user in range(users)]
     # A first line of one's own: no two users share a prefix.
-    histories = [f"Conversation {seed}-{user}. {source(history_words)}" for user, source in enumerate(sources)]
+    histories = [text.tokens_of(f"Conversation {seed}-{user}. ") for user in range(users)]
     prompts = []
     for turn in range(turns):
-        for user, source in enumerate(sources):
-            if turn:
-                histories[user] = f"{histories[user]} {source(turn_words)}"
-            prompts.append(histories[user])
+        for history, source in zip(histories, sources, strict=True):
+            history += source(turn_tokens if turn else history_tokens - len(history))
+            prompts.append(text.from_tokens(history))
     outputs = (output_tokens,) * len(prompts)
     return Trace("pressure", tuple(prompts), outputs, concurrency, None, seed)
 
 
-def arrivals(text: str, *, requests: int, rate: float, prompt_words: int, output_tokens: int, seed: int) -> Trace:
-    """Prompts of half to one and a half times ``prompt_words``, answers of half to one and a half ``output_tokens``."""
+def arrivals(
+    text: RunningText, *, requests: int, rate: float, prompt_tokens: int, output_tokens: int, seed: int
+) -> Trace:
+    """Prompts of half to one and a half times ``prompt_tokens``, answers likewise of ``output_tokens``."""
     drawn = random.Random(seed)
     prompts, outputs = [], []
     for index in range(requests):
-        source = words(text, seed * requests + index)
-        prompts.append(f"Request {seed}-{index}. {source(round(prompt_words * (0.5 + drawn.random())))}")
+        source = text.source(seed * requests + index)
+        begin = text.tokens_of(f"Request {seed}-{index}. ")
+        prompts.append(text.from_tokens(begin + source(round(prompt_tokens * (0.5 + drawn.random())))))
         outputs.append(max(1, round(output_tokens * (0.5 + drawn.random()))))
     return Trace("arrivals", tuple(prompts), tuple(outputs), None, rate, seed)
