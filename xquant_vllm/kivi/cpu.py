@@ -1,9 +1,9 @@
 """The C++ kernels of csrc/cpu/kivi: :mod:`xquant_vllm.kivi.reference`, fast, on CPUs.
 
 What is guaranteed is what :mod:`xquant_vllm.attention.cpu` guarantees, whose library, instruction set and threads these
-are: ``store`` writes the reference's bytes (a NaN or a zero may differ in its sign), and the output of a query token has
-the same bits whatever else is in the batch and however many threads work; with ``exact_step=False`` also however its
-prompt was cut into chunks.
+are: ``store`` writes the reference's bytes (a NaN or a zero may differ in its sign), and the output of a query token
+has the same bits whatever else is in the batch and however many threads work; with ``exact_step=False`` also however
+its prompt was cut into chunks.
 """
 
 import ctypes
