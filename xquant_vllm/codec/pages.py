@@ -9,8 +9,8 @@ from xquant_vllm.codec.packing import pack, packed_size, unpack
 from xquant_vllm.codec.quantizer import dequantize, quantize, to_fp16
 
 
-def _section(pages: torch.Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """View bytes ``start...`` of every page as ``[num_blocks, *shape]`` of ``dtype``."""
+def section(pages: torch.Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """View bytes ``start...`` of every page ``[num_blocks, page_bytes]`` as ``[num_blocks, *shape]`` of ``dtype``."""
     count = dtype.itemsize
     for size in shape:
         count *= size
@@ -26,10 +26,10 @@ def _sections(
     heads, groups, scales = stream.num_heads, stream.num_groups, stream.num_scales
     code_shape = (heads, block_size, groups, stream.row_bytes // groups)
     return (
-        _section(pages, at.codes, code_shape, torch.uint8),
-        _section(pages, at.scales, (heads, scales, block_size), torch.float16),
-        _section(pages, at.zeros, (heads, scales, block_size), torch.float16),
-        _section(pages, at.outliers, (heads, stream.outlier_channels, block_size), torch.float16),
+        section(pages, at.codes, code_shape, torch.uint8),
+        section(pages, at.scales, (heads, scales, block_size), torch.float16),
+        section(pages, at.zeros, (heads, scales, block_size), torch.float16),
+        section(pages, at.outliers, (heads, stream.outlier_channels, block_size), torch.float16),
     )
 
 
@@ -48,22 +48,12 @@ def store_latents(
     slots = slot_mapping[: latents[0].shape[0]]
     kept = torch.nonzero(slots >= 0).squeeze(1)
     slots = slots[kept]
-    block, offset = slots // layout.block_size, slots % layout.block_size
     for stream, at, x in zip(layout.streams, layout.offsets, latents, strict=True):
         x = x[kept].reshape(kept.numel(), stream.num_heads, stream.width)
         if isinstance(stream, AllocatedFormat):
             _store_allocated(pages, stream, at, layout.block_size, slots, x)
-            continue
-        code_view, scale_view, zero_view, outlier_view = _sections(pages, stream, at, layout.block_size)
-        if not stream.quantized:
-            code_view[block, :, offset] = pack(to_fp16(x.float()).unflatten(-1, (-1, stream.group_size)), stream.bits)
-            continue
-        codes, scales, zeros, outliers = quantize(x, stream.bits, stream.group_size, stream.outlier_channels)
-        code_view[block, :, offset] = pack(codes, stream.bits)
-        scale_view[block, :, :, offset] = scales
-        zero_view[block, :, :, offset] = zeros
-        if stream.outlier_channels:
-            outlier_view[block, :, :, offset] = outliers
+        else:
+            store_uniform(pages, stream, at, layout.block_size, slots, x)
 
 
 def load_latents(pages: torch.Tensor, layout: PageLayout, block_ids: torch.Tensor, stream_index: int) -> torch.Tensor:
@@ -103,8 +93,46 @@ def load_slots(pages: torch.Tensor, layout: PageLayout, slots: torch.Tensor, str
     stream, at = layout.streams[stream_index], layout.offsets[stream_index]
     if isinstance(stream, AllocatedFormat):
         return _load_allocated(pages, stream, at, layout.block_size, slots)
-    block, offset = slots // layout.block_size, slots % layout.block_size
-    codes, scales, zeros, outliers = _sections(pages, stream, at, layout.block_size)
+    return load_uniform(pages, stream, at, layout.block_size, slots)
+
+
+def store_uniform(
+    pages: torch.Tensor,
+    stream: StreamFormat,
+    at: StreamOffsets,
+    block_size: int,
+    slots: torch.Tensor,
+    x: torch.Tensor,
+) -> None:
+    """Quantize one uniform stream into slots.
+
+    Args:
+        pages: ``[num_blocks, page_bytes]`` uint8.
+        stream: the stream.
+        at: where its sections are.
+        block_size: slots per page.
+        slots: ``[n]`` integer, none negative.
+        x: ``[n, num_heads, width]``.
+    """
+    block, offset = slots // block_size, slots % block_size
+    code_view, scale_view, zero_view, outlier_view = _sections(pages, stream, at, block_size)
+    if not stream.quantized:
+        code_view[block, :, offset] = pack(to_fp16(x.float()).unflatten(-1, (-1, stream.group_size)), stream.bits)
+        return
+    codes, scales, zeros, outliers = quantize(x, stream.bits, stream.group_size, stream.outlier_channels)
+    code_view[block, :, offset] = pack(codes, stream.bits)
+    scale_view[block, :, :, offset] = scales
+    zero_view[block, :, :, offset] = zeros
+    if stream.outlier_channels:
+        outlier_view[block, :, :, offset] = outliers
+
+
+def load_uniform(
+    pages: torch.Tensor, stream: StreamFormat, at: StreamOffsets, block_size: int, slots: torch.Tensor
+) -> torch.Tensor:
+    """Slots ``[n]`` of one uniform stream, see :func:`store_uniform`, as ``[n, num_heads, width]``, FP32."""
+    block, offset = slots // block_size, slots % block_size
+    codes, scales, zeros, outliers = _sections(pages, stream, at, block_size)
     return _dequantize(
         stream,
         codes[block, :, offset],
@@ -128,9 +156,9 @@ def _allocated_sections(
     """Per head codes ``[B, N, bytes]``, and scales ``[B, H, N]``, as views of pages."""
     codes, start = [], at.codes
     for runs in stream.runs:
-        codes.append(_section(pages, start, (block_size, run_bytes(runs)), torch.uint8))
+        codes.append(section(pages, start, (block_size, run_bytes(runs)), torch.uint8))
         start += block_size * run_bytes(runs)
-    return codes, _section(pages, at.scales, (stream.num_heads, block_size), torch.uint8)
+    return codes, section(pages, at.scales, (stream.num_heads, block_size), torch.uint8)
 
 
 def _store_allocated(
