@@ -45,6 +45,16 @@ inline void load_factors(const HeadView& view, const uint8_t* page, int64_t slot
     }
 }
 
+// Whether the codes of a uniform chunk need not become bytes first: see interleave_piece.
+inline bool straight(const HeadView& view, const xquant_chunk& pieces, const int64_t* words) {
+    for (int64_t i = pieces.begin; i < pieces.end; ++i) {
+        const xquant_piece& piece = view.head.pieces[i];
+        if (words[i - pieces.begin] || (piece.bits != 4 && piece.bits != 2)) return false;
+        if (piece.channels * piece.bits / 8 % 16) return false;
+    }
+    return true;
+}
+
 // Keys of a chunk of tokens start + [first, last), added to scratch.keys or the first there. True if bias and RoPE are
 // done, too.
 inline bool load_integer_keys(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t start, int64_t first,
@@ -69,6 +79,15 @@ inline bool load_integer_keys(const xquant_plan& plan, const Pages& pages, int64
     finish.rope = plan.rope ? plan.rope + start / kRun * finish.half * 2 * kRun : nullptr;
     for (int64_t run = first; run < last; run += kRun) {
         const uint8_t* page = pages.page(term, start + run);
+        if (!allocated && straight(view, pieces, words)) {
+            const uint8_t* row = page + view.codes(pages.slot(start + run));
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t bits = piece_of[i].bits, size = piece_of[i].channels * bits / 8;
+                const auto interleave = bits == 4 ? interleave_piece<4> : interleave_piece<2>;
+                interleave(row + piece_of[i].byte, view.head.row_bytes, size, codes + channel_of(i) / 2 * kTile + run);
+            }
+            continue;
+        }
         unpack_codes(view, page, pages.slot(start + run), pieces, scratch.run);
         for (int64_t i = 0; i < count; ++i) {
             const int64_t first_channel = channel_of(i);

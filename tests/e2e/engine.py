@@ -97,6 +97,7 @@ class Engines:
         tasks: list[dict[str, Any]],
         *,
         xquant: Any = None,
+        kivi: Any = None,
         environment: dict[str, str] | None = None,
         **engine: Any,
     ) -> Result:
@@ -107,6 +108,7 @@ class Engines:
             backend: value of ``attention_backend``.
             tasks: see ``engine_process.py``.
             xquant: the xquant settings, or None to pass none.
+            kivi: the kivi settings, likewise.
             environment: further environment variables.
             engine: further arguments of ``vllm.LLM``.
 
@@ -114,8 +116,9 @@ class Engines:
             EngineFailed: the process failed.
         """
         arguments = {**DEFAULTS, "model": str(model), "attention_backend": backend, **engine}
-        if xquant is not None:
-            arguments["additional_config"] = {"xquant": xquant}
+        additional = {key: value for key, value in (("xquant", xquant), ("kivi", kivi)) if value is not None}
+        if additional:
+            arguments["additional_config"] = additional
         request = json.dumps({"engine": arguments, "tasks": tasks, "environment": environment}, sort_keys=True)
         key = hashlib.sha256(request.encode()).hexdigest()[:16]
         if key not in self._results:

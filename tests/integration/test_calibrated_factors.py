@@ -17,7 +17,8 @@ from xquant_vllm.cli.main import main
 from xquant_vllm.integration.factor_header import FactorHeader, read_header
 from xquant_vllm.integration.factors import FactorProvider, HeadShard, LayerWeights, check_factors
 from xquant_vllm.integration.formats import LayerFormat, LayerShape, layer_formats
-from xquant_vllm.integration.settings import SettingsError, parse_settings, settings_of
+from xquant_vllm.integration.setting_errors import SettingsError
+from xquant_vllm.integration.settings import parse_settings, settings_of
 from xquant_vllm.offline.checkpoint import open_checkpoint
 from xquant_vllm.projection.calibrated import layer_budget
 from xquant_vllm.projection.factor_file import FACTORS_FILE, HEADER_FILE

@@ -21,7 +21,8 @@ from xquant_vllm.integration.factor_header import (
 )
 from xquant_vllm.integration.factor_settings import refuse_factors
 from xquant_vllm.integration.factors import FactorProvider, HeadShard, LayerWeights, check_factors, spec_of
-from xquant_vllm.integration.settings import SettingsError, parse_settings, settings_of
+from xquant_vllm.integration.setting_errors import SettingsError
+from xquant_vllm.integration.settings import parse_settings, settings_of
 from xquant_vllm.projection.factor_file import (
     FACTORS_FILE,
     FORMAT_VERSION,

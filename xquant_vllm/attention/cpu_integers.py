@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from xquant_vllm.attention.cpu_abi import Head, Latent, Stream
-from xquant_vllm.codec.allocated import STEP
+from xquant_vllm.codec.allocation import STEP
 from xquant_vllm.projection.integer_up import BYTE_BITS, LARGEST_BYTE
 
 # So that integers of 8 bits are multiples of a power of two, and stay exact.

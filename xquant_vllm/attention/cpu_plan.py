@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from xquant_vllm.attention.batch import AttentionLayerPlan
 from xquant_vllm.attention.cpu_abi import Latent, Plan, Stream, Term
-from xquant_vllm.attention.cpu_integers import integer_keys
+from xquant_vllm.attention.cpu_integers import IntegerKeys, integer_keys
 from xquant_vllm.attention.cpu_streams import LANES, CpuStream, cpu_stream
 from xquant_vllm.attention.latents import LatentTerm
 from xquant_vllm.projection.rope import RotaryTable
@@ -24,6 +24,7 @@ class PreparedPlan:
         page_bytes: bytes of a page, for the layer's own pages and for those that it reads too.
         input_elements: channels of all heads, for every stream of the own pages.
         heads: query heads and their size.
+        integer_keys: the key up-projection in integers, or None.
     """
 
     def __init__(self, plan: AttentionLayerPlan, with_integers: bool = False) -> None:
@@ -43,6 +44,7 @@ class PreparedPlan:
         norm, rope = projection.key_norm, projection.rope
         rotates = rope is not None and rope.rotary_size > 0
 
+        self.integer_keys: IntegerKeys | None = None
         self._kept: list[object] = []
         self._streams: dict[tuple[int, int], CpuStream] = {}
         absorbed = norm is None and not rotates and not plan.key_bias_matters
@@ -90,7 +92,7 @@ class PreparedPlan:
         self.heads = (plan.num_heads, head_size)
 
     def _add_integers(self, struct: Plan, up_key: torch.Tensor) -> None:
-        keys = integer_keys(up_key, struct.key)
+        keys = self.integer_keys = integer_keys(up_key, struct.key)
         struct.key_integers = self._tensor(keys.integers)
         struct.key_words = self._tensor(keys.words)
         struct.key_units = self._tensor(keys.units)

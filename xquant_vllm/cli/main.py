@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     # torch takes seconds to import: not for --help.
     from xquant_vllm.integration.checks import UnsupportedError
-    from xquant_vllm.integration.settings import SettingsError
+    from xquant_vllm.integration.setting_errors import SettingsError
     from xquant_vllm.offline.refused import RefusedError
 
     try:

@@ -1,4 +1,4 @@
-"""The attention backend as vLLM's selector sees it."""
+"""The attention backends as vLLM's selector sees them."""
 
 from typing import ClassVar
 
@@ -13,28 +13,13 @@ from xquant_vllm.integration.metadata import XQuantMetadataBuilder
 from xquant_vllm.integration.registration import BACKEND_NAME
 
 
-class XQuantBackend(AttentionBackend):
-    """Pages of quantized latents instead of keys and values."""
+class PagedBackend(AttentionBackend):
+    """Pages whose bytes only this package reads."""
 
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    # The page format comes from the xquant settings; these name the model's own dtype and change nothing.
+    # The page format comes from the backend's settings; these name the model's own dtype and change nothing.
     supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "float16", "bfloat16"]
-
-    @staticmethod
-    def get_name() -> str:
-        """Name of the enum member."""
-        return BACKEND_NAME
-
-    @staticmethod
-    def get_impl_cls() -> type[XQuantImpl]:
-        """The per-layer implementation."""
-        return XQuantImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[XQuantMetadataBuilder]:
-        """The metadata builder."""
-        return XQuantMetadataBuilder
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
@@ -53,10 +38,29 @@ class XQuantBackend(AttentionBackend):
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        """Connectors move keys and values; these pages hold neither."""
+        """Connectors move keys and values; these pages hold neither as such."""
         return False
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """Layouts that keep the bytes of a page together; each layer may have its own page size."""
         return (KVCacheLayout.LBNHC, KVCacheLayout.LBHNC, KVCacheLayout.BLNHC, KVCacheLayout.BLHNC)
+
+
+class XQuantBackend(PagedBackend):
+    """Pages of quantized latents instead of keys and values."""
+
+    @staticmethod
+    def get_name() -> str:
+        """Name of the enum member."""
+        return BACKEND_NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[XQuantImpl]:
+        """The per-layer implementation."""
+        return XQuantImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[XQuantMetadataBuilder]:
+        """The metadata builder."""
+        return XQuantMetadataBuilder

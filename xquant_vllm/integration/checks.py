@@ -6,7 +6,9 @@ from typing import Any
 from xquant_vllm.codec.layout import BLOCK_SIZE_MULTIPLE
 from xquant_vllm.integration.factors import check_factors
 from xquant_vllm.integration.formats import LayerShape, layer_formats
-from xquant_vllm.integration.settings import SettingsError, XQuantSettings, settings_of
+from xquant_vllm.integration.registration import BACKEND_NAME
+from xquant_vllm.integration.setting_errors import SettingsError
+from xquant_vllm.integration.settings import XQuantSettings, settings_of
 
 SUPPORTED_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 # Methods that propose tokens without a model of their own, so without attention layers that would need a cache.
@@ -21,16 +23,17 @@ class UnsupportedError(ValueError):
     """A vLLM feature that does not work together with this backend."""
 
 
-def unsupported_model(problem: str) -> UnsupportedError:
-    """The error for a model, or one of its modules, that this backend cannot serve; ends with what to do instead.
+def unsupported_model(problem: str, backend: str = BACKEND_NAME) -> UnsupportedError:
+    """The error for a model, or one of its modules, that a backend cannot serve; ends with what to do instead.
 
     A function and not a subclass: an error that changes its own message does not survive pickling, and vLLM sends
     errors between processes.
 
     Args:
         problem: the model or module by name, and what about it is not supported; no full stop.
+        backend: name of the backend.
     """
-    return UnsupportedError(f"xquant: {problem}; {OTHER_BACKEND}")
+    return UnsupportedError(f"{backend.lower()}: {problem}; {OTHER_BACKEND}")
 
 
 def check_config(vllm_config: Any) -> None:
@@ -100,7 +103,8 @@ def check_layer_kinds(kinds: Sequence[str]) -> None:
         )
 
 
-def _unsupported(vllm_config: Any) -> Iterator[str]:
+def unsupported_features(vllm_config: Any) -> Iterator[str]:
+    """What no backend of this package does: for every such feature asked for a line with what to do."""
     from vllm.platforms import current_platform
 
     if not (current_platform.is_cpu() or current_platform.is_cuda()):
@@ -109,28 +113,13 @@ def _unsupported(vllm_config: Any) -> Iterator[str]:
             "--attention-backend"
         )
     yield from _unsupported_model(vllm_config.model_config)
-    cache = vllm_config.cache_config
-    if cache.cache_dtype not in SUPPORTED_CACHE_DTYPES:
-        yield (
-            f"--kv-cache-dtype {cache.cache_dtype} names the format of cached keys and values, which this backend "
-            'replaces; leave it out and set bits in --additional-config \'{"xquant": {"bits": 4}}\''
-        )
-    if cache.user_specified_block_size and cache.block_size % BLOCK_SIZE_MULTIPLE:
-        yield f"--block-size {cache.block_size} would misalign the pages; set a multiple of {BLOCK_SIZE_MULTIPLE}"
-    if getattr(cache, "kv_sharing_fast_prefill", False):
+    if getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False):
         yield "--kv-sharing-fast-prefill needs layers that share keys and values, which is not supported; leave it out"
-    if vllm_config.lora_config is not None:
-        yield (
-            "--enable-lora is not supported: adapters would change the key and value projections after they were "
-            "factorized; merge the adapter into the checkpoint"
-        )
     if vllm_config.kv_transfer_config is not None:
         yield (
             "KV connectors (--kv-transfer-config, KV offloading) are not supported: they move keys and values, not "
-            "latents; leave them out"
+            "quantized pages; leave them out"
         )
-    if vllm_config.load_config.load_format == "ipc_cache":
-        yield "--load-format ipc_cache skips the factorization of the weights; use auto"
     parallel = vllm_config.parallel_config
     for option, size in (
         ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
@@ -144,6 +133,25 @@ def _unsupported(vllm_config: Any) -> Iterator[str]:
             f"speculative decoding by {speculative.method!r} is not supported, because its draft layers would need a "
             f"cache of their own; use one of {', '.join(SPECULATIVE_WITHOUT_DRAFT_MODEL)}"
         )
+
+
+def _unsupported(vllm_config: Any) -> Iterator[str]:
+    yield from unsupported_features(vllm_config)
+    cache = vllm_config.cache_config
+    if cache.cache_dtype not in SUPPORTED_CACHE_DTYPES:
+        yield (
+            f"--kv-cache-dtype {cache.cache_dtype} names the format of cached keys and values, which this backend "
+            'replaces; leave it out and set bits in --additional-config \'{"xquant": {"bits": 4}}\''
+        )
+    if cache.user_specified_block_size and cache.block_size % BLOCK_SIZE_MULTIPLE:
+        yield f"--block-size {cache.block_size} would misalign the pages; set a multiple of {BLOCK_SIZE_MULTIPLE}"
+    if vllm_config.lora_config is not None:
+        yield (
+            "--enable-lora is not supported: adapters would change the key and value projections after they were "
+            "factorized; merge the adapter into the checkpoint"
+        )
+    if vllm_config.load_config.load_format == "ipc_cache":
+        yield "--load-format ipc_cache skips the factorization of the weights; use auto"
 
 
 def _unsupported_model(model: Any) -> Iterator[str]:

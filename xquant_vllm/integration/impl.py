@@ -4,57 +4,29 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
-from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
+from vllm.v1.attention.backend import AttentionLayer
 
 from xquant_vllm.attention import dispatch, reference
 from xquant_vllm.attention.batch import AttentionLayerPlan
-from xquant_vllm.integration.checks import unsupported_model
 from xquant_vllm.integration.layer_cache import LayerCache
 from xquant_vllm.integration.loader import install_loader_hook
-from xquant_vllm.integration.metadata import XQuantMetadata
+from xquant_vllm.integration.metadata import PagedMetadata
+from xquant_vllm.integration.paged_impl import PagedImpl, pages_of, refuse_output_scales
+from xquant_vllm.integration.registration import BACKEND_NAME
 from xquant_vllm.integration.settings import settings_of
 
 
-class XQuantImpl(AttentionImpl[XQuantMetadata]):
+class XQuantImpl(PagedImpl):
     """Stores latents as codes and attends over them.
 
     ``cache`` is set by the loader hook once the weights are there.
     """
 
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int | None = None,
-        alibi_slopes: list[float] | None = None,
-        sliding_window: int | None = None,
-        kv_cache_dtype: str = "auto",
-        logits_soft_cap: float | None = None,
-        attn_type: str = AttentionType.DECODER,
-        kv_sharing_target_layer_name: str | None = None,
-        **unsupported: Any,
-    ) -> None:
+    backend_name = BACKEND_NAME
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Keep the layer's shape; refuse what the kernels do not do."""
-        self.vllm_config = get_current_vllm_config()
-        who = self.vllm_config.model_config.architecture
-        if alibi_slopes is not None:
-            raise unsupported_model(f"{who} uses ALiBi, which is not supported")
-        if kv_sharing_target_layer_name is not None:
-            raise unsupported_model(
-                f"{who} has a layer that shares the cache of {kv_sharing_target_layer_name}, which is not supported"
-            )
-        for name, value in unsupported.items():
-            if value is not None:
-                raise unsupported_model(f"{who} asks its attention for {name}, which is not supported")
-        self.num_heads = num_heads
-        self.head_size = head_size
-        self.scale = float(scale)
-        self.num_kv_heads = num_kv_heads or num_heads
-        self.sliding_window = sliding_window
-        self.kv_cache_dtype = kv_cache_dtype
-        self.logits_soft_cap = logits_soft_cap or None
+        super().__init__(*args, **kwargs)
         self.settings = settings_of(self.vllm_config)
         self.cache: LayerCache | None = None
         self._earlier: tuple[Any, ...] = ()
@@ -102,7 +74,7 @@ class XQuantImpl(AttentionImpl[XQuantMetadata]):
 
     def _pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The layer's own pages and those that it reads too; all go by one block table."""
-        return (_pages(kv_cache), *(_pages(attention.kv_cache) for attention in self._earlier))
+        return (pages_of(kv_cache), *(pages_of(attention.kv_cache) for attention in self._earlier))
 
     def forward(
         self,
@@ -111,7 +83,7 @@ class XQuantImpl(AttentionImpl[XQuantMetadata]):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: XQuantMetadata | None,
+        attn_metadata: PagedMetadata | None,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
@@ -129,8 +101,7 @@ class XQuantImpl(AttentionImpl[XQuantMetadata]):
             output_scale: not supported.
             output_block_scale: not supported.
         """
-        if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError("xquant: fused quantization of the attention output is not supported")
+        refuse_output_scales(BACKEND_NAME, output_scale, output_block_scale)
         if attn_metadata is None:
             # vLLM measures what is left for the cache: what the kernels need must be there by now.
             self.reserve(self.vllm_config.cache_config.block_size, query.device)
@@ -162,8 +133,3 @@ class XQuantImpl(AttentionImpl[XQuantMetadata]):
         assert self.cache is not None
         plan = self._plan(kv_cache.shape[2])
         kernels.store(self._pages(kv_cache), plan, slot_mapping, self.cache.inputs(key, value))
-
-
-def _pages(kv_cache: torch.Tensor) -> torch.Tensor:
-    """The cache that vLLM binds, as ``[num_blocks, page_bytes]``, without a copy."""
-    return kv_cache.view(kv_cache.shape[0], -1)

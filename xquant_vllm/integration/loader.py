@@ -2,18 +2,15 @@
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.model_loader import base_loader
 from vllm.model_executor.models.utils import extract_layer_index
 
 from xquant_vllm.integration.cache_builder import layer_weights
 from xquant_vllm.integration.cache_spec import publish_page_size
-from xquant_vllm.integration.checks import unsupported_model
 from xquant_vllm.integration.coverage import describe_coverage
 from xquant_vllm.integration.effective_weight import effective_linear
 from xquant_vllm.integration.factors import FactorProvider
@@ -21,9 +18,9 @@ from xquant_vllm.integration.formats import LayerShape, layer_formats
 from xquant_vllm.integration.modules import DenseLinear
 from xquant_vllm.integration.operations import key_value_rows
 from xquant_vllm.integration.recognize import AttentionParts, recognize
-from xquant_vllm.integration.registration import BACKEND_NAME
 from xquant_vllm.integration.report import report
 from xquant_vllm.integration.surgery import Surgeon
+from xquant_vllm.integration.weight_hook import backend_layers, wrap_weight_processing
 
 logger = logging.getLogger("vllm.xquant_vllm")
 
@@ -35,56 +32,36 @@ def install_loader_hook() -> None:
 
     It is the last moment at which the weights are there and the quantization methods have not repacked them.
     """
-    original = base_loader.process_weights_after_loading
-    if getattr(original, _HOOKED, False):
+    wrap_weight_processing(_HOOKED, _process)
+
+
+def _process(original: Callable[[], None], model: Any) -> None:
+    layers = _xquant_layers(model)
+    if not layers:
+        original()
         return
-
-    def process_weights_after_loading(model: Any, model_config: Any, target_device: torch.device) -> None:
-        layers = _xquant_layers(model)
-        if not layers:
-            original(model, model_config, target_device)
-            return
-        parts = [recognize(*layer) for layer in layers]
-        impl = layers[0][2].impl
-        factors = FactorProvider.for_engine(impl.vllm_config, impl.settings)
-        # Packed weights cannot be read before they are processed. Layers may build on each other, so all of them wait.
-        quantized = sum(not _is_plain(part.qkv_proj) for part in parts)
-        if quantized:
-            original(model, model_config, target_device)
-        start = time.perf_counter()
-        _operate(layers, parts, factors, processed=quantized > 0)
-        seconds = time.perf_counter() - start
-        if not quantized:
-            original(model, model_config, target_device)
-        model.load_weights = _refuse_new_weights
-        report([attention.impl for _, _, attention in layers], quantized, factors.describe(seconds))
-        logger.info("xquant: %s", describe_coverage(model))
-
-    setattr(process_weights_after_loading, _HOOKED, True)
-    base_loader.process_weights_after_loading = process_weights_after_loading
+    parts = [recognize(*layer) for layer in layers]
+    impl = layers[0][2].impl
+    factors = FactorProvider.for_engine(impl.vllm_config, impl.settings)
+    # Packed weights cannot be read before they are processed. Layers may build on each other, so all of them wait.
+    quantized = sum(not _is_plain(part.qkv_proj) for part in parts)
+    if quantized:
+        original()
+    start = time.perf_counter()
+    _operate(layers, parts, factors, processed=quantized > 0)
+    seconds = time.perf_counter() - start
+    if not quantized:
+        original()
+    model.load_weights = _refuse_new_weights
+    report([attention.impl for _, _, attention in layers], quantized, factors.describe(seconds))
+    logger.info("xquant: %s", describe_coverage(model))
 
 
 def _xquant_layers(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
     """All attention layers of this backend as (name of the owner, owner, attention); refuse layers that escaped it."""
     from xquant_vllm.integration.impl import XQuantImpl  # which installs this hook, so it cannot be imported above
 
-    attentions = [(name, module) for name, module in model.named_modules() if isinstance(module, Attention)]
-    layers, escaped = [], []
-    for name, attention in attentions:
-        if isinstance(attention.impl, XQuantImpl):
-            owner_name = name.rpartition(".")[0]
-            layers.append((owner_name, model.get_submodule(owner_name), attention))
-        else:
-            escaped.append((name, attention))
-    if layers and escaped:
-        config = layers[0][2].impl.vllm_config.attention_config
-        if not config.backend_per_kind:
-            name, attention = escaped[0]
-            raise unsupported_model(
-                f"{name} was given the backend {attention.attn_backend.get_name()} although {BACKEND_NAME} was asked "
-                "for"
-            )
-    return layers
+    return backend_layers(model, XQuantImpl)
 
 
 def _refuse_new_weights(*_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""Per-batch metadata of the backend."""
+"""Per-batch metadata of the backends."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from xquant_vllm.attention.batch import AttentionBatch
 
 
 @dataclass
-class XQuantMetadata(AttentionMetadata):
+class PagedMetadata(AttentionMetadata):
     """One batch, shared by the layers of a KV cache group.
 
     Attributes:
@@ -31,8 +31,37 @@ class XQuantMetadata(AttentionMetadata):
     batch: AttentionBatch
 
 
-class XQuantMetadataBuilder(AttentionMetadataBuilder[XQuantMetadata]):
-    """Builds :class:`XQuantMetadata`; reads nothing back from a device."""
+class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
+    """Builds :class:`PagedMetadata`; reads nothing back from a device."""
+
+    def __init__(
+        self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        """Nothing but what vLLM keeps; its own is abstract."""
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> PagedMetadata:
+        """Pick what the attention call needs from vLLM's metadata."""
+        common = common_attn_metadata
+        return PagedMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            batch=AttentionBatch(
+                common.query_start_loc,
+                common.seq_lens,
+                common.block_table_tensor,
+                common.max_query_len,
+                _lengths(common),
+            ),
+        )
+
+
+class XQuantMetadataBuilder(PagedMetadataBuilder):
+    """Makes sure that every layer has its projections and its memory."""
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
@@ -63,21 +92,11 @@ class XQuantMetadataBuilder(AttentionMetadataBuilder[XQuantMetadata]):
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-    ) -> XQuantMetadata:
+    ) -> PagedMetadata:
         """Pick what the attention call needs from vLLM's metadata."""
         # All layers have reserved what they need, and a graph may be captured with this batch.
         dispatch.fix(self.device)
-        common = common_attn_metadata
-        return XQuantMetadata(
-            num_actual_tokens=common.num_actual_tokens,
-            batch=AttentionBatch(
-                common.query_start_loc,
-                common.seq_lens,
-                common.block_table_tensor,
-                common.max_query_len,
-                _lengths(common),
-            ),
-        )
+        return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
 
 def _lengths(common: CommonAttentionMetadata) -> tuple[tuple[int, int], ...] | None:

@@ -1,9 +1,10 @@
 """Two seams of vLLM's platform class: the check of a finished configuration, and backend selection on the CPU."""
 
+from pkgutil import resolve_name
 from typing import Any
 
 from xquant_vllm import __version__
-from xquant_vllm.integration.registration import BACKEND_NAME, selects_xquant
+from xquant_vllm.integration.registration import BACKENDS, selected_backends
 
 _WRAPPED = "_xquant_wrapped"
 
@@ -27,10 +28,8 @@ def _wrap_config_check(platform: Any) -> None:
 
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
         original(vllm_config)
-        if selects_xquant(vllm_config.attention_config):
-            from xquant_vllm.integration.checks import check_config
-
-            check_config(vllm_config)
+        for name in selected_backends(vllm_config.attention_config):
+            resolve_name(BACKENDS[name].check)(vllm_config)
             _mark_compile_cache(vllm_config)
 
     platform.check_and_update_config = classmethod(check_and_update_config)
@@ -46,7 +45,7 @@ def _mark_compile_cache(vllm_config: Any) -> None:
 
 
 def _wrap_cpu_selection(platform: Any) -> None:
-    """Let the CPU platform select this backend.
+    """Let the CPU platform select the backends of this package.
 
     It knows only its own: for any other it logs a line and silently serves the unquantized cache. What is validated
     here is what the CUDA platform validates for every backend.
@@ -56,7 +55,7 @@ def _wrap_cpu_selection(platform: Any) -> None:
     def get_attn_backend_cls(
         cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
-        if getattr(selected_backend, "name", None) != BACKEND_NAME:
+        if getattr(selected_backend, "name", None) not in BACKENDS:
             return original(selected_backend, attn_selector_config, num_heads)
         reasons = selected_backend.get_class().validate_configuration(
             device_capability=None, **attn_selector_config._asdict()
@@ -69,7 +68,8 @@ def _wrap_cpu_selection(platform: Any) -> None:
             model = get_current_vllm_config().model_config
             raise unsupported_model(
                 f"{model.architecture} ({model.model}) has an attention layer that cannot be served: "
-                f"{'; '.join(reasons)} ({attn_selector_config})"
+                f"{'; '.join(reasons)} ({attn_selector_config})",
+                selected_backend.name,
             )
         return selected_backend.get_path()
 

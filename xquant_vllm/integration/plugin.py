@@ -6,9 +6,9 @@ logger = logging.getLogger("vllm.xquant_vllm")
 
 
 def register() -> None:
-    """Make ``--attention-backend xquant`` known to vLLM. Idempotent; changes nothing for other backends.
+    """Make ``--attention-backend xquant`` and ``kivi`` known to vLLM. Idempotent; changes nothing for other backends.
 
-    Everything heavy waits until the backend is selected: the platform checks act only on configurations that ask for
+    Everything heavy waits until a backend is selected: the platform checks act only on configurations that ask for
     it, and the loader hook is installed when the first layer is built with it.
     """
     import vllm
@@ -21,7 +21,8 @@ def register() -> None:
         return
 
     from xquant_vllm.integration.platform import wrap_platform
-    from xquant_vllm.integration.registration import get_member
+    from xquant_vllm.integration.registration import BACKENDS, get_member
 
-    get_member()
+    for name in BACKENDS:
+        get_member(name)
     wrap_platform()

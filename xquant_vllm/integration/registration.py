@@ -1,29 +1,55 @@
-"""The member ``XQUANT`` of vLLM's enum of attention backends."""
+"""The members of vLLM's enum of attention backends that this package adds.
 
-from typing import TYPE_CHECKING
+Named here by dotted path: vLLM wants paths, and what is not selected need not be imported.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 BACKEND_NAME = "XQUANT"
-_BACKEND_PATH = "xquant_vllm.integration.backend.XQuantBackend"
+KIVI_BACKEND_NAME = "KIVI"
 
 
-def get_member() -> "AttentionBackendEnum":
-    """The enum member, registered on first use in a process."""
+class Backend(NamedTuple):
+    """Where a backend is found.
+
+    Attributes:
+        path: of its class.
+        check: of the function that refuses configurations, called with vLLM's.
+    """
+
+    path: str
+    check: str
+
+
+BACKENDS = {
+    BACKEND_NAME: Backend(
+        "xquant_vllm.integration.backend.XQuantBackend", "xquant_vllm.integration.checks.check_config"
+    ),
+    KIVI_BACKEND_NAME: Backend(
+        "xquant_vllm.kivi.integration.backend.KiviBackend", "xquant_vllm.kivi.integration.checks.check_config"
+    ),
+}
+
+
+def get_member(name: str = BACKEND_NAME) -> "AttentionBackendEnum":
+    """The enum member of a backend, registered on first use in a process."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    if BACKEND_NAME in AttentionBackendEnum.__members__:
-        return AttentionBackendEnum[BACKEND_NAME]
-    member = AttentionBackendEnum.register(BACKEND_NAME, _BACKEND_PATH)
+    if name in AttentionBackendEnum.__members__:
+        return AttentionBackendEnum[name]
+    member = AttentionBackendEnum.register(name, BACKENDS[name].path)
     # An enum member pickles by value. A spawned process unpickles its config before it loads any plugin and would not
     # know the value; pickled as a call of this function, the member registers itself there.
-    member.__reduce_ex__ = lambda protocol: (get_member, ())  # type: ignore[method-assign, assignment, misc]
+    member.__reduce_ex__ = lambda protocol: (get_member, (name,))  # type: ignore[method-assign, assignment, misc]
     return member
 
 
-def selects_xquant(attention_config: object) -> bool:
-    """Whether a vLLM ``AttentionConfig`` asks for this backend, for all layers or for a kind of layers."""
+def selected_backends(attention_config: object) -> list[str]:
+    """Those of this package's backends that a vLLM ``AttentionConfig`` asks for, for all or for a kind of layers."""
     chosen = [getattr(attention_config, "backend", None)]
     chosen += list((getattr(attention_config, "backend_per_kind", None) or {}).values())
-    return any(getattr(backend, "name", None) == BACKEND_NAME for backend in chosen)
+    names = {getattr(backend, "name", None) for backend in chosen}
+    return [name for name in BACKENDS if name in names]

@@ -1,16 +1,15 @@
 """The settings that users give as ``--additional-config '{"xquant": {...}}'``, checked once and frozen."""
 
-import difflib
 import json
 import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from xquant_vllm.codec.layout import UNIFORM_BITS
 from xquant_vllm.codec.packing import UNQUANTIZED_BITS
+from xquant_vllm.integration.setting_errors import SettingsError, explained, refuse
 
 CONFIG_KEY = "xquant"
 # Overrides single settings in tests, as JSON. Users set --additional-config.
@@ -22,10 +21,21 @@ _CHAIN_DEFAULTS = {"x": (3, 0), "latent": (1, 4)}
 
 
 _BITS_ADVICE = 'set 8, 4, 3 or 2, or {"key": 4, "value": 2}'
-
-
-class SettingsError(ValueError):
-    """A setting that cannot work; the message names it, its value, why, and what to set."""
+_ADVICE = {
+    "method": 'set "xquant" or "xquant-cl"',
+    "bits": _BITS_ADVICE,
+    "cache": 'set "x" or "latent", or leave it out',
+    "first_layers_bits": _BITS_ADVICE,
+    "anchor_bits": _BITS_ADVICE,
+    "anchor_interval": "set a number of layers, 0 for a single chain, or leave it out",
+    "skip_layers": "set a list of layers such as [0, 1]",
+    "group_size": "set a multiple of 8 such as 64, or leave it out",
+    "first_layers": "set a number of layers, 0 for none",
+    "outlier_channels": 'set a number of channels, or {"key": 1, "value": 0}',
+    "rotate": "set true or false",
+    "basis": 'set "head" or "joint"',
+    "factor_cache": "set true or false",
+}
 
 
 class PerStream(BaseModel):
@@ -40,15 +50,11 @@ class PerStream(BaseModel):
         return f"key {self.key} / value {self.value}"
 
 
-def _refuse(why: str, instead: str) -> PydanticCustomError:
-    return PydanticCustomError("xquant", "{why}; {instead}", {"why": why, "instead": instead})
-
-
 def _check_bits(bits: PerStream | None) -> PerStream | None:
     if bits is not None:
         for stream, value in (("key", bits.key), ("value", bits.value)):
             if value not in UNIFORM_BITS:
-                raise _refuse(
+                raise refuse(
                     f"no page format has {value}-bit codes ({stream})",
                     'set 8, 4, 3 or 2 (or 16 for no quantization), or one for each as {"key": 4, "value": 2}',
                 )
@@ -115,47 +121,47 @@ class XQuantSettings(BaseModel):
     @classmethod
     def _packable(cls, value: int | None) -> int | None:
         if value is not None and (value < 8 or value % 8):
-            raise _refuse("a group is packed into whole bytes", "set a multiple of 8 such as 32, 64 or 128")
+            raise refuse("a group is packed into whole bytes", "set a multiple of 8 such as 32, 64 or 128")
         return value
 
     @field_validator("first_layers", "anchor_interval")
     @classmethod
     def _counts_layers(cls, value: int | None) -> int | None:
         if value is not None and value < 0:
-            raise _refuse("it counts layers", "set 0 (none) or more")
+            raise refuse("it counts layers", "set 0 (none) or more")
         return value
 
     @field_validator("skip_layers")
     @classmethod
     def _names_layers(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if any(index < 0 for index in value):
-            raise _refuse("layers are counted from 0", "set a list of numbers such as [0, 1]")
+            raise refuse("layers are counted from 0", "set a list of numbers such as [0, 1]")
         return tuple(sorted(set(value)))
 
     @field_validator("outlier_channels")
     @classmethod
     def _counts_channels(cls, value: PerStream) -> PerStream:
         if min(value.key, value.value) < 0:
-            raise _refuse("it counts channels", "set 0 (none) or more; 1 suits every model tried")
+            raise refuse("it counts channels", "set 0 (none) or more; 1 suits every model tried")
         return value
 
     @model_validator(mode="after")
     def _together(self) -> "XQuantSettings":
         none_first = self.first_layers == 0 or (self.first_layers is None and self.method == "xquant")
         if self.first_layers_bits is not None and none_first:
-            raise _refuse(
+            raise refuse(
                 "first_layers_bits is set but first_layers is 0, so no layer would use it",
                 "set first_layers to the number of layers, or leave first_layers_bits out",
             )
         if self.method == "xquant":
             for name, value in (("anchor_interval", self.anchor_interval), ("anchor_bits", self.anchor_bits)):
                 if value:
-                    raise _refuse(
+                    raise refuse(
                         f"{name} is set but the method is 'xquant', whose layers do not build on each other",
                         f'set method to "xquant-cl", or leave {name} out',
                     )
         if self.anchor_bits is not None and self.anchor_interval == 0:
-            raise _refuse(
+            raise refuse(
                 "anchor_bits is set but anchor_interval is 0, so the only anchors are the first layers",
                 "set anchor_interval, or first_layers_bits instead",
             )
@@ -227,7 +233,7 @@ def parse_settings(raw: Mapping[str, Any] | None) -> XQuantSettings:
     try:
         return XQuantSettings.model_validate(raw)
     except ValidationError as error:
-        raise SettingsError("\n".join(_explain(problem, raw) for problem in error.errors())) from None
+        raise explained(error, raw, CONFIG_KEY, XQuantSettings.model_fields, _ADVICE) from None
 
 
 def settings_of(vllm_config: Any) -> XQuantSettings:
@@ -254,34 +260,3 @@ def _override() -> Mapping[str, Any]:
     if not isinstance(override, Mapping):
         raise SettingsError(f"xquant: {OVERRIDE_VARIABLE} = {text!r} is not a JSON object; unset it")
     return override
-
-
-def _explain(problem: Any, raw: Mapping[str, Any]) -> str:
-    """One line for one of pydantic's errors."""
-    names = [str(part) for part in problem["loc"]]
-    if problem["type"] == "extra_forbidden":
-        known = list(XQuantSettings.model_fields) if len(names) == 1 else ["key", "value"]
-        close = difflib.get_close_matches(names[-1], known, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        where = "xquant: " if len(names) == 1 else f"xquant: setting {names[0]!r}: "
-        return f"{where}unknown setting {names[-1]!r}; {hint}known are {', '.join(known)}"
-    if not names:
-        return f"xquant: {problem['msg']}"
-    value: Any = raw.get(names[0])
-    advice = {
-        "method": 'set "xquant" or "xquant-cl"',
-        "bits": _BITS_ADVICE,
-        "cache": 'set "x" or "latent", or leave it out',
-        "first_layers_bits": _BITS_ADVICE,
-        "anchor_bits": _BITS_ADVICE,
-        "anchor_interval": "set a number of layers, 0 for a single chain, or leave it out",
-        "skip_layers": "set a list of layers such as [0, 1]",
-        "group_size": "set a multiple of 8 such as 64, or leave it out",
-        "first_layers": "set a number of layers, 0 for none",
-        "outlier_channels": 'set a number of channels, or {"key": 1, "value": 0}',
-        "rotate": "set true or false",
-        "basis": 'set "head" or "joint"',
-        "factor_cache": "set true or false",
-    }
-    why = problem["msg"] if problem["type"] == "xquant" else f"{problem['msg']}; {advice[names[0]]}"
-    return f"xquant: setting {'.'.join(names)!r}: {value!r} cannot work: {why}"

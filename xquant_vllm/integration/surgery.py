@@ -27,7 +27,7 @@ from xquant_vllm.projection.rematerialize import rematerialize_keys, remateriali
 _PROBE_TOKENS = 16
 # Relative error of rematerialized against original keys and values, by the dtype they are computed in. An unforeseen
 # treatment of keys is wrong by a large part of their size; quantized activations of a quantized layer are not.
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 class Surgeon:
@@ -58,7 +58,7 @@ class Surgeon:
                 f"{parts.name}.qkv_proj has {weight.shape[0]} output rows, expected {parts.q_size} for queries and "
                 f"2 x {parts.kv_size} for keys and values"
             )
-        hidden, positions = _probe(parts, weight)
+        hidden, positions = probe(parts, weight.shape[1], weight)
         in_place = getattr(parts.qkv_proj, "weight", None) is not None and (
             parts.qkv_proj.weight.data_ptr() == weight.data_ptr()
         )
@@ -82,14 +82,20 @@ def _wrap_child(module: nn.Module, child: str, wrap: Any) -> None:
         setattr(module, child, wrap(original))
 
 
-def _probe(parts: AttentionParts, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random layer inputs at positions over the whole range of the model."""
+def probe(parts: AttentionParts, hidden_size: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random layer inputs ``[num_tokens, hidden_size]`` at positions over the whole range of the model.
+
+    Args:
+        parts: the module that they are for.
+        hidden_size: channels.
+        like: a tensor of the inputs' dtype on their device.
+    """
     generator = torch.Generator(device="cpu").manual_seed(0)
     # Loading happens under the default dtype of the model: name every dtype.
-    hidden = torch.randn(_PROBE_TOKENS, weight.shape[1], generator=generator, dtype=torch.float32, device="cpu")
+    hidden = torch.randn(_PROBE_TOKENS, hidden_size, generator=generator, dtype=torch.float32, device="cpu")
     last = 1024 if parts.rope is None else parts.rope.cos.shape[0] - 1
     positions = torch.linspace(0, last, _PROBE_TOKENS, dtype=torch.float64, device="cpu").long()
-    return hidden.to(weight), positions.to(weight.device)
+    return hidden.to(like), positions.to(like.device)
 
 
 def _exact_latents(
@@ -135,7 +141,7 @@ def _verify(
         rematerialize_keys(key_latents, positions, cache.projection).flatten(1),
         rematerialize_values(value_latents, cache.projection).flatten(1),
     )
-    tolerance = _TOLERANCE[before[0].dtype]
+    tolerance = TOLERANCE[before[0].dtype]
     for what, expected, actual in zip(("queries", "keys", "values"), before, rebuilt, strict=True):
         error = ((actual - expected.float()).norm() / expected.float().norm().clamp_min(1e-30)).item()
         if not error <= tolerance:

@@ -1,0 +1,56 @@
+"""The caches that are compared when serving, as data: what `vllm serve` and `vllm.LLM` are told."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+BASELINE = "16bit"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One cache.
+
+    Attributes:
+        name: what options and tables call it.
+        label: for people.
+        engine: arguments of ``vllm.LLM``; `vllm serve` has options of the same names.
+        absent_on_cpu: why CPUs do not have it, though vLLM starts; None where they do, or where vLLM refuses itself.
+    """
+
+    name: str
+    label: str
+    engine: dict[str, Any] = field(default_factory=dict)
+    absent_on_cpu: str | None = None
+
+    def flags(self) -> list[str]:
+        """The options of `vllm serve`."""
+        words = []
+        for name, value in self.engine.items():
+            words += [f"--{name.replace('_', '-')}", json.dumps(value) if isinstance(value, dict) else str(value)]
+        return words
+
+
+def _plugin(name: str, label: str, backend: str, settings: dict[str, Any]) -> Method:
+    return Method(name, label, {"attention_backend": backend, "additional_config": {backend: settings}})
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method(BASELINE, "16 bit"),
+        Method("fp8", "FP8", {"kv_cache_dtype": "fp8"}),
+        Method(
+            "turboquant",
+            "TurboQuant 4 bits",
+            {"kv_cache_dtype": "turboquant_4bit_nc"},
+            "vLLM's TurboQuant kernels are for GPUs; on CPUs it takes the pages for those of its own CPU_ATTN",
+        ),
+        _plugin("kivi", "KIVI 4 bits", "kivi", {"bits": 4}),
+        _plugin("kivi-2", "KIVI 2 bits", "kivi", {"bits": 2}),
+        _plugin("xquant", "xquant 4 bits", "xquant", {"bits": 4}),
+        _plugin("xquant-3", "xquant 3 bits", "xquant", {"bits": 3}),
+        _plugin("xquant-2", "xquant 2 bits", "xquant", {"bits": 2}),
+        _plugin("xquant-cl", "xquant-cl 4 bits", "xquant", {"method": "xquant-cl", "bits": 4}),
+    )
+}

@@ -1,0 +1,65 @@
+"""A vLLM engine in a process of its own, which answers orders on its standard input, one JSON line each.
+
+An order names sequences, context, steps and a seed; the answer has the seconds of the prefill of all prompts and of
+every decode step after it. The engine runs in the process itself, so a step is what the model and the scheduler take.
+"""
+
+import json
+import os
+import random
+import sys
+import time
+from typing import Any
+
+# Decode steps before those that are timed.
+_WARM_UP_STEPS = 2
+
+
+def main() -> None:
+    """Start the engine that the argument describes, say that it is ready, and answer."""
+    arguments = json.loads(sys.argv[1])
+    # Whatever vLLM prints goes to the log; only answers go where they are read.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    from vllm import LLM
+
+    llm = LLM(**arguments)
+    # As vLLM counts them for sequences of max_model_len.
+    cache_tokens = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+    print(json.dumps({"cache_tokens": cache_tokens}), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(run(llm.llm_engine, **json.loads(line))), file=answers, flush=True)
+
+
+def run(engine: Any, *, sequences: int, context: int, steps: int, seed: int) -> dict[str, Any]:
+    """Prefill and decode random prompts of ``context`` tokens, all sequences together."""
+    from vllm import SamplingParams
+
+    drawn = random.Random(seed)
+    vocabulary = engine.vllm_config.model_config.get_vocab_size()
+    sampling = SamplingParams(max_tokens=_WARM_UP_STEPS + steps + 1, ignore_eos=True, temperature=0, detokenize=False)
+    for index in range(sequences):
+        prompt = [drawn.randrange(vocabulary // 2) for _ in range(context)]
+        engine.add_request(f"{seed}-{context}-{index}-{time.monotonic_ns()}", {"prompt_token_ids": prompt}, sampling)
+    began = time.perf_counter()
+    started: set[str] = set()
+    while len(started) < sequences:
+        started |= {output.request_id for output in engine.step()}
+    prefill = time.perf_counter() - began
+    for _ in range(_WARM_UP_STEPS):
+        engine.step()
+    taken = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        finished = engine.step()
+        taken.append(time.perf_counter() - began)
+        if len(finished) != sequences:
+            raise RuntimeError(f"{len(finished)} of {sequences} sequences decoded in one step: the cache is too small")
+    while engine.has_unfinished_requests():
+        engine.step()
+    return {"prefill": prefill, "steps": taken}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Everything about KIVI that knows vLLM."""
