@@ -26,7 +26,7 @@ class ResidualPages(NamedTuple):
     pages: Any
     stride: Any
     block_size: Any
-    values: Any
+    values_at: Any
     block_table: Any
     table_stride: Any
 

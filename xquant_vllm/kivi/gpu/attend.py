@@ -198,7 +198,7 @@ def attend(
             weight -= of_quantized
         valid &= position >= first_value
         values = exact_rows(
-            residual, residual.values, residual_table, head, position, valid, HEAD_SIZE, RESIDUAL
+            residual, residual.values_at, residual_table, head, position, valid, HEAD_SIZE, RESIDUAL
         )[:, None]  # fmt: skip
         value = tl.load(values + value_channel[None, :], valid[:, None] & value_there[None, :], 0.0)
         sums += tl.dot(weight.to(DTYPE), value.to(DTYPE), input_precision=PRECISION)

@@ -67,7 +67,7 @@ def store_tokens(
     to = page.to(tl.pointer_type(RESIDUAL)) + row
     tl.store(to[:, None] + channel[None, :], key.to(RESIDUAL), kept)
     at = (values + of_token * value_token_stride + head * value_head_stride)[:, None] + channel[None, :]
-    to = (page + residual.values).to(tl.pointer_type(RESIDUAL)) + row
+    to = (page + residual.values_at).to(tl.pointer_type(RESIDUAL)) + row
     tl.store(to[:, None] + channel[None, :], tl.load(at, kept, 0.0).to(RESIDUAL), kept)
 
     # Rows are groups of tokens. The codes of a byte, ``row_bytes`` channels apart, are BYTES columns apart.
