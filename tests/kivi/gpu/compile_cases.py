@@ -16,8 +16,8 @@ _LLAMA = Spec(
     kv_heads=8, group=4, head_size=128, residual_tokens=128, block_size=128, exact_step=True, dtype=torch.bfloat16
 )  # fmt: skip
 SPECS = {
-    "4 bits": _LLAMA,
-    "2 bits, before RoPE": replace(_LLAMA, bits=2, key_group_size=128, value_group_size=128, rope="neox"),
+    "KIVI 4": _LLAMA,
+    "KIVI* 2": replace(_LLAMA, bits=2, key_group_size=128, value_group_size=128, rope="neox"),
 }
 
 
