@@ -61,7 +61,7 @@ test: venv ## run the tests
 
 # In a process of its own: Triton decides when it is imported whether it interprets.
 test-gpu: venv ## run the tests of the Triton kernels, without a GPU in Triton's interpreter
-	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/attention/gpu -n 2
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/attention/gpu tests/kivi/gpu -n 2
 
 accuracy: venv ## compare the accuracy of all caches per byte (an hour on two cores); writes docs/accuracy.md
 	$(VENV)/bin/python tools/prepare_model.py $(addprefix --model ,$(TEST_MODELS))

@@ -25,7 +25,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, MockTensor
 
-
 # Bytes of shared memory that a program may have. 8.6 and 8.9, which run what is compiled for 8.0, have 101376.
 SHARED = {80: 101376, 90: 232448, 100: 232448}
 

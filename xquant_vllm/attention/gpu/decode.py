@@ -15,6 +15,7 @@ from xquant_vllm.attention.gpu.page_pointers import page_pointers
 from xquant_vllm.attention.gpu.prepared import PreparedPlan, latent
 from xquant_vllm.attention.gpu.tiling import shape_of
 
+
 def workspace_parts(
     prepared: PreparedPlan, tokens: int, splits: int
 ) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:

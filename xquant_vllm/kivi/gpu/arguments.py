@@ -8,7 +8,7 @@ from xquant_vllm.kivi.pages import QuantizedLayout, ResidualLayout
 
 
 class QuantizedPages(NamedTuple):
-    """Quantized pages, uint8; offsets of their sections and the stride between pages are bytes. Key codes start at 0."""
+    """Quantized pages, uint8; offsets of sections and the stride between pages are bytes. Key codes start at 0."""
 
     pages: Any
     stride: Any

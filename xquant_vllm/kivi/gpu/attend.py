@@ -157,7 +157,7 @@ def attend(
             KEY_GROUP, TOKENS, HALF, ROPE,
         )  # fmt: skip
         score = to_scores(_products(low_query, high_query, low, high, DTYPE, PRECISION), scores, SOFT_CAP)
-        visible = row_valid[:, None] & valid[None, :]
+        visible = valid[None, :]
         if WINDOW:
             visible &= position[None, :] > query_position[:, None] - scores.window
         weight, decay, largest, total = weigh(score, visible, largest, total)
