@@ -13,6 +13,8 @@ METHOD ?= xquant
 DEMO_ARGS ?=
 # More options for benchmarks/compare_accuracy.py
 ACCURACY_ARGS ?=
+# More options for benchmarks/bench_cpu.py
+BENCH_ARGS ?=
 # More options for pytest, e.g. make test TEST_ARGS="-m 'not e2e'"
 TEST_ARGS ?=
 
@@ -23,9 +25,11 @@ SETUP_FILES := pyproject.toml setup.py tools/setup_env.py $(wildcard tools/envse
 	tools/vllm-metadata/pyproject.toml
 # What the tests read; prepared before them, so that no test's time is spent on downloads.
 TEST_MODELS := smollm2 smollm2-mha gemma3
-LINTED := xquant_vllm tests tools examples benchmarks setup.py
+DOCKERFILES := docker/Dockerfile docker/Dockerfile.cpu
+LINTED := xquant_vllm tests tools examples benchmarks docker setup.py
 
-.PHONY: help venv kernels cuda-check model demo serve test test-gpu accuracy families families-write lint clean
+.PHONY: help venv kernels cuda-check model demo serve test test-models test-gpu accuracy bench-cpu families \
+	families-write dist lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,7 +41,7 @@ $(READY): $(SETUP_FILES)
 
 kernels: $(KERNELS) ## compile csrc/cpu, if it changed (XQUANT_BUILD_KERNELS=1: fail if it does not compile)
 
-$(KERNELS): setup.py $(wildcard csrc/cpu/*) | $(READY)
+$(KERNELS): setup.py $(wildcard csrc/cpu/* csrc/cpu/kivi/*) | $(READY)
 	$(VENV)/bin/python setup.py --quiet build_kernels --inplace
 
 cuda-check: venv ## compile csrc/cuda for every GPU it is built for, and fail on spilled registers (needs nvcc, no GPU)
@@ -52,21 +56,26 @@ demo: venv ## serve MODEL with a BITS-bit cache (METHOD xquant or xquant-cl), ch
 serve: venv ## serve MODEL with a BITS-bit cache on PORT until Ctrl-C
 	$(VENV)/bin/python examples/demo.py --serve --model $(MODEL) --bits '$(BITS)' --method $(METHOD) --port $(PORT) $(DEMO_ARGS)
 
-# Engines in the tests use one thread each, so two files of tests run side by side on two cores; in their own order, which
-# ends with short ones, so that neither core waits for the other.
-test: venv ## run the tests
+test-models: venv ## prepare the checkpoints that the tests read
 	$(VENV)/bin/python tools/prepare_model.py $(addprefix --model ,$(TEST_MODELS))
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
+
+# Two files of tests run side by side on two cores, and all that they start has one thread: with two each, the four would
+# wait for each other most of the time. In their own order, which ends with short ones, so that no core idles at the end.
+test: test-models ## run the tests
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 	$(MAKE) test-gpu
 
 # In a process of its own: Triton decides when it is imported whether it interprets.
 test-gpu: venv ## run the tests of the Triton kernels, without a GPU in Triton's interpreter
-	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/attention/gpu tests/kivi/gpu -n 2
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/attention/gpu tests/kivi/gpu -n 2
 
-accuracy: venv ## compare the accuracy of all caches per byte (an hour on two cores); writes docs/accuracy.md
-	$(VENV)/bin/python tools/prepare_model.py $(addprefix --model ,$(TEST_MODELS))
+accuracy: test-models ## compare the accuracy of all caches per byte (an hour on two cores); writes docs/accuracy.md
 	$(VENV)/bin/python benchmarks/compare_accuracy.py --write --models models/smollm2-135m-instruct \
 		models/smollm2-135m-instruct-mha models/gemma-3-270m $(ACCURACY_ARGS)
+
+bench-cpu: venv ## measure decode, serving under memory pressure, and the kernels, against 16 bit (a quarter of an hour)
+	$(VENV)/bin/python tools/prepare_model.py --model smollm2
+	$(VENV)/bin/python benchmarks/bench_cpu.py $(BENCH_ARGS)
 
 families: venv ## check that docs/families.md says what the last run of all tests covered
 	$(VENV)/bin/python tools/family_table.py
@@ -74,11 +83,16 @@ families: venv ## check that docs/families.md says what the last run of all test
 families-write: venv ## write the table of docs/families.md from the last run of all tests
 	$(VENV)/bin/python tools/family_table.py --write
 
-lint: venv ## check style, types and which room imports which
+dist: venv ## build the source distribution and, from it, the wheel (kernels inside if they compile) into dist/
+	$(VENV)/bin/python -m build --no-isolation
+
+lint: venv ## check style, types, which room imports which, Dockerfiles and shell scripts
 	$(VENV)/bin/ruff check $(LINTED)
 	$(VENV)/bin/ruff format --check $(LINTED)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/hadolint $(DOCKERFILES)
+	$(VENV)/bin/shellcheck .ci/run docker/*.sh
 
 clean: ## remove build outputs, logs and caches (not .venv, not models)
 	rm -rf build dist logs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -44,8 +44,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "max_num_seqs": options.sequences,
         "kv_cache_memory_bytes": options.cache_mib << 20,
         "enforce_eager": options.enforce_eager,
-        # Every round has prompts of its own, but a benchmark of prefill must not depend on it.
-        "enable_prefix_caching": False,
+        "enable_prefix_caching": options.same_prompts,
         "seed": 0,
     }
     names = [BASELINE, *(name for name in options.methods if name != BASELINE)]
@@ -55,9 +54,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             taken: dict[str, list[dict[str, Any]]] = {engine.method.name: [] for engine in engines.engines}
             for turn in range(options.rounds):
                 for engine in engines.engines:
-                    order = {"sequences": options.sequences, "context": context, "steps": options.steps, "seed": turn}
+                    seed = 0 if options.same_prompts else turn
+                    order = {"sequences": options.sequences, "context": context, "steps": options.steps, "seed": seed}
                     taken[engine.method.name].append(engine.run(**order))
-            rows += [_row(name, context, options.sequences, taken) for name in taken]
+            rows += [_row(name, context, options.sequences, taken, options.same_prompts) for name in taken]
         cache_tokens, absent = engines.cache_tokens, engines.absent
     return {
         "benchmark": "offline",
@@ -72,11 +72,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _row(name: str, context: int, sequences: int, taken: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def _row(
+    name: str, context: int, sequences: int, taken: dict[str, list[dict[str, Any]]], same_prompts: bool
+) -> dict[str, Any]:
     steps = {method: [statistics.median(turn["steps"]) for turn in turns] for method, turns in taken.items()}
     prefills = {method: [turn["prefill"] for turn in turns] for method, turns in taken.items()}
     row: dict[str, Any] = {"method": name, "context": context}
     for what, seconds, tokens in (("decode", steps, sequences), ("prefill", prefills, sequences * context)):
+        if what == "prefill" and same_prompts:
+            continue
         row[f"{what}_tokens_per_second"] = Spread.of([tokens / taken for taken in seconds[name]]).scaled(1)
         if BASELINE in seconds:
             pairs = zip(seconds[name], seconds[BASELINE], strict=True)
@@ -93,6 +97,8 @@ def text(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         cells = []
         for what in ("decode", "prefill"):
+            if f"{what}_ratio" not in row:
+                continue
             rate, ratio = row[f"{what}_tokens_per_second"], row[f"{what}_ratio"]
             spread = f"({ratio['low']:.2f}-{ratio['high']:.2f})"
             cells.append(f"{what} {rate['median']:7.1f} tokens/s  {ratio['median']:.2f}x {spread}")
@@ -113,6 +119,11 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="turns of every method")
     parser.add_argument("--dtype", default="bfloat16", help="of the model")
     parser.add_argument("--cache-mib", type=int, default=1024, help="of every method")
+    parser.add_argument(
+        "--same-prompts",
+        action="store_true",
+        help="the same prompts in every round, from the prefix cache but in the first: measures decoding alone",
+    )
     parser.add_argument("--enforce-eager", action="store_true", help="do not compile the model")
     parser.add_argument("--logs", type=Path, default=ROOT / "logs" / "bench_offline", help="folder of the logs")
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")

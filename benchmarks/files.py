@@ -12,3 +12,8 @@ def write_json(path: Path, result: Any) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(json.dumps(result, indent=1) + "\n")
     beside.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """What :func:`write_json` wrote."""
+    return json.loads(path.read_text())

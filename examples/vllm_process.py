@@ -78,11 +78,19 @@ def _before_exec() -> None:
 class VllmServer:
     """One server in a session of its own, its output in a log file. Use it as a context: leaving stops the server."""
 
-    def __init__(self, arguments: list[str], log: Path, port: int, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        log: Path,
+        port: int,
+        environment: dict[str, str] | None = None,
+        program: list[str] | None = None,
+    ) -> None:
         self.port = port
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = [vllm_command(), "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
+        program = program or [vllm_command(), "serve"]
+        command = [*program, *arguments, "--host", "127.0.0.1", "--port", str(port)]
         environment = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",

@@ -74,8 +74,13 @@ def check(python: Path) -> None:
     say(f"vllm {done.stdout.strip().splitlines()[-1]} is ready")
 
 
-def set_up(environment: Path) -> None:
-    """All steps, in order. The stamp is written last: without it, the next run repairs."""
+def set_up(environment: Path, wheel: Path | None) -> None:
+    """All steps, in order. The stamp is written last: without it, the next run repairs.
+
+    Args:
+        environment: folder of the environment.
+        wheel: folder with a wheel of this package to install; None for the sources, editable, with tests' tools.
+    """
     stamp = environment / ".ready"
     finished_before = stamp.exists()
     system.check_python()
@@ -93,7 +98,10 @@ def set_up(environment: Path) -> None:
     packages.install_vllm(pip, PROJECT, trust_installed=finished_before)
     packages.drop_misfits(pip, site_packages)
     packages.install_vllm_metadata(pip, PROJECT, site_packages)
-    packages.install_package(pip, PROJECT)
+    if wheel is None:
+        packages.install_package(pip, PROJECT)
+    else:
+        packages.install_wheel(pip, wheel)
     packages.drop_misfits(pip, site_packages)
     check(python)
     system.advise_on_headers()
@@ -104,9 +112,10 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--environment", type=Path, default=PROJECT / ".venv", help="folder (default: .venv)")
+    parser.add_argument("--wheel", type=Path, help="install the wheel in this folder, without tools (docker/)")
     arguments = parser.parse_args()
     try:
-        set_up(arguments.environment.absolute())
+        set_up(arguments.environment.absolute(), arguments.wheel)
     except SetupError as error:
         return stop(str(error))
     except KeyboardInterrupt:

@@ -131,34 +131,50 @@ inline void load_queries(const xquant_plan& plan, const xquant_attention_call& c
     }
 }
 
+// The tokens of a chunk that a task sees.
+struct Context {
+    int64_t begin, end;
+
+    Context(const Task& task, int64_t chunk) : begin(chunk * kChunk), end(begin + kChunk) {
+        if (task.oldest > begin) begin = task.oldest;
+        if (task.end < end) end = task.end;
+    }
+
+    // Call visit(start, first, last) for its tiles: tokens start + [first, last).
+    template <typename Visit>
+    void for_tiles(const Visit& visit) const {
+        for (int64_t start = begin / kTile * kTile; start < end; start += kTile) {
+            visit(start, begin > start ? begin - start : 0, end < start + kTile ? end - start : kTile);
+        }
+    }
+};
+
+// The state of rows that have seen nothing.
+inline void clear(const xquant_plan& plan, int64_t rows, const State& state) {
+    for (int64_t row = 0; row < rows; ++row) {
+        state.max[row] = -INFINITY;
+        state.sum[row] = 0.0f;
+    }
+    memset(state.accumulator, 0, rows * round_up(plan.value.width, kPad) * sizeof(float));
+}
+
 inline bool attend(const xquant_plan& plan, const xquant_attention_call& call, const Task& task, int64_t chunk,
                    const State& state, float* memory) {
     const int64_t rows = task.query_count * group_of(plan);
     const Scratch scratch(plan, rows, memory);
     const Pages pages{plan, call, call.block_table + task.sequence * call.block_table_stride};
-    const int64_t width = round_up(plan.value.width, kPad);
+    const Context context(task, chunk);
     load_queries(plan, call, task, rows, scratch);
-    for (int64_t row = 0; row < rows; ++row) {
-        state.max[row] = -INFINITY;
-        state.sum[row] = 0.0f;
-    }
-    memset(state.accumulator, 0, rows * width * sizeof(float));
-
-    const int64_t chunk_begin = chunk * kChunk, chunk_end = chunk_begin + kChunk;
-    const int64_t begin = task.oldest > chunk_begin ? task.oldest : chunk_begin;
-    const int64_t end = task.end < chunk_end ? task.end : chunk_end;
-    // Blocks are checked before any is read: a block is never shorter than a run.
-    for (int64_t position = begin / kRun * kRun; position < end; position += kRun) {
-        if (!pages.has(position)) return false;
-    }
-    for (int64_t start = begin / kTile * kTile; start < end; start += kTile) {
-        const int64_t first = begin > start ? begin - start : 0;
-        const int64_t last = end < start + kTile ? end - start : kTile;
+    clear(plan, rows, state);
+    if (!pages.have(context.begin, context.end)) return false;
+    context.for_tiles([&](int64_t start, int64_t first, int64_t last) {
+        const int64_t next = start + kTile, after = next + kTile;
+        pages.prefetch_tile(task.kv_head, next, after < task.end ? after : task.end);
         const int64_t first_column = first / kRun * kRun, last_column = round_up(last, kRun);
         score(plan, pages, task.kv_head, rows, start, first_column, last_column, scratch);
         weigh(plan, task, rows, start, first_column, last_column, state, scratch);
         accumulate_values(plan, pages, task.kv_head, rows, start, first, last, state, scratch);
-    }
+    });
     return true;
 }
 
@@ -190,10 +206,13 @@ inline float weight_unit(const xquant_plan& plan, const Task& task, int64_t row,
     return keep / (sum * keep + 1.0f);
 }
 
-inline void finish(const xquant_plan& plan, const xquant_attention_call& call, const Task& task, const State& state,
-                   float* memory) {
-    const int64_t rows = task.query_count * group_of(plan), head_size = plan.head_size;
-    const int64_t width = round_up(plan.value.width, kPad), padded_head = round_up(head_size, kPad);
+// Heads [rows][head_size rounded up to 16] from weighed sums of value latents.
+inline void up_project(const xquant_plan& plan, const Task& task, int64_t rows, const State& state, float* heads) {
+    const int64_t width = round_up(plan.value.width, kPad), padded_head = round_up(plan.head_size, kPad);
+    if (!plan.up_value) {
+        memcpy(heads, state.accumulator, rows * width * sizeof(float));
+        return;
+    }
     const float* up = plan.up_value + task.kv_head * plan.value.width * padded_head;
     // Not all channels at once: what lies behind those of a chunk is padding or was not stored.
     for_chunks(plan.value, task.kv_head, [&](const Chunk& chunk) {
@@ -203,11 +222,18 @@ inline void finish(const xquant_plan& plan, const xquant_attention_call& call, c
         product.lda = width;
         product.b = up + chunk.row * padded_head;
         product.ldb = padded_head;
-        product.c = memory;
+        product.c = heads;
         product.ldc = padded_head;
         product.accumulate = chunk.row > 0;
         gemm<Order::kPlain>(rows, padded_head, product);
     });
+}
+
+inline void finish(const xquant_plan& plan, const xquant_attention_call& call, const Task& task, const State& state,
+                   float* memory) {
+    const int64_t rows = task.query_count * group_of(plan), head_size = plan.head_size;
+    const int64_t padded_head = round_up(head_size, kPad);
+    up_project(plan, task, rows, state, memory);
     for (int64_t row = 0; row < rows; ++row) {
         float* head = memory + row * padded_head;
         const float factor = weight_unit(plan, task, row, state);

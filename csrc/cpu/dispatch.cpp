@@ -1,50 +1,12 @@
-// Entry points: check the input, pick the instruction set, spread the work over threads.
+// Entry points for latents: check the input, spread the work over threads.
 #include "api.h"
 
-#include <cstring>
-
-#include "kernels.h"
-#include "schedule.h"
+#include "isa.h"
+#include "run_attention.h"
 
 namespace xquant {
-namespace {
 
-const char* const kOutOfMemory = "out of memory for scratch";
-
-bool supported(const Kernels& kernels) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (&kernels == &kVnniKernels) {
-        return avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
-    }
-    if (&kernels == &kAvx512Kernels) return avx512;
-    // F16C is not asked for: no CPU has FMA3 without it.
-    if (&kernels == &kAvx2Kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-    return &kernels == &kPortableKernels;
-}
-
-// NULL where it is not available.
-const Kernels* find(const char* name) {
-    const Kernels* const all[] = {
-#if defined(__x86_64__)
-        &kVnniKernels,
-        &kAvx512Kernels,
-        &kAvx2Kernels,
-#endif
-        &kPortableKernels,
-    };
-    for (const Kernels* kernels : all) {
-        if (supported(*kernels) && (!name || !std::strcmp(name, kernels->name))) return kernels;
-    }
-    return nullptr;
-}
-
-std::atomic<const Kernels*> chosen{find(nullptr)};
-
-const char* check(const xquant_plan& plan, const xquant_attention_call& call) {
+const char* check_batch(const xquant_plan& plan, const xquant_attention_call& call) {
     for (int64_t sequence = 0; sequence < call.num_seqs; ++sequence) {
         const int64_t begin = call.query_start_loc[sequence], end = call.query_start_loc[sequence + 1];
         if (begin < 0 || end < begin || end > call.num_tokens) {
@@ -59,77 +21,41 @@ const char* check(const xquant_plan& plan, const xquant_attention_call& call) {
     return nullptr;
 }
 
-class Attention {
-public:
-    Attention(const xquant_plan& plan, const xquant_attention_call& call) : plan_(plan), call_(call) {}
+namespace {
 
-    const char* run() {
-        thread_local Schedule schedule;
-        thread_local Buffer states;
-        schedule.build(plan_, call_, omp_get_max_threads());
-        schedule_ = &schedule;
-        states_ = states.get(schedule.state_floats);
-        if (schedule.state_floats && !states_) return kOutOfMemory;
-        parallel_for(schedule.units.size(), true, [this](int64_t i) { run_unit(schedule_->units[i]); });
-        if (!error_.load()) {
-            parallel_for(schedule.splits.size(), true, [this](int64_t i) { run_split(schedule_->splits[i]); });
+// Channels that are dequantized for one kv head of a token, and channels that they make up.
+struct Channels {
+    double unpacked = 0;
+    double multiplied = 0;
+
+    Channels(const xquant_latent& latent, int64_t kv_head) {
+        for (int64_t i = 0; i < latent.num_terms; ++i) {
+            const xquant_stream& stream = latent.terms[i].stream;
+            const double stored = double(stream.heads[stream.num_heads == 1 ? 0 : kv_head].channels);
+            unpacked += stored;
+            if (!latent.terms[i].adds) multiplied += stored;
         }
-        return error_.load();
     }
+};
 
-private:
-    // Memory of this thread: two states of the largest task, then the kernels' scratch.
-    float* memory() {
-        thread_local Buffer buffer;
-        const int64_t rows = schedule_->rows;
-        float* memory = buffer.get(2 * state_floats(plan_, rows) + kernels_.attention_scratch(plan_, rows));
-        if (!memory) error_ = kOutOfMemory;
-        return memory;
+// What the cached tokens of a layer of latents cost, and their kernels.
+struct Latents {
+    const xquant_plan& plan;
+    const xquant_attention_call& call;
+    const Kernels& kernels;
+
+    double cost(int64_t rows, int64_t kv_head) const {
+        const Channels key(plan.key, kv_head), value(plan.value, kv_head);
+        const double task_rows = double(rows), head_size = double(plan.head_size);
+        const double keys =
+            plan.key_absorbed ? task_rows * key.multiplied : key.multiplied * head_size + task_rows * head_size;
+        return keys + 8.0 * (key.unpacked + value.unpacked) + task_rows * value.multiplied;
     }
-
-    bool attend(const Task& task, int64_t chunk, const State& state, float* scratch) {
-        if (kernels_.attend(plan_, call_, task, chunk, state, scratch)) return true;
-        error_ = "block_table names a block that pages does not have";
-        return false;
+    int64_t scratch(int64_t rows) const { return kernels.attention_scratch(plan, rows); }
+    const char* attend(const Task& task, int64_t chunk, const State& state, float* scratch) const {
+        if (kernels.attend(plan, call, task, chunk, state, scratch)) return nullptr;
+        return "block_table names a block that pages does not have";
     }
-
-    void run_unit(const Unit& unit) {
-        float* memory = this->memory();
-        if (!memory || error_.load(std::memory_order_relaxed)) return;
-        const Task& task = schedule_->tasks[unit.task];
-        const int64_t rows = rows_of(plan_, task), floats = state_floats(plan_, rows);
-        float* scratch = memory + 2 * floats;
-        if (unit.state >= 0) {
-            attend(task, unit.first_chunk, state_at(states_ + unit.state, rows), scratch);
-            return;
-        }
-        const State total = state_at(memory, rows), part = state_at(memory + floats, rows);
-        if (!attend(task, unit.first_chunk, total, scratch)) return;
-        for (int64_t chunk = unit.first_chunk + 1; chunk <= unit.last_chunk; ++chunk) {
-            if (!attend(task, chunk, part, scratch)) return;
-            kernels_.merge(plan_, rows, total, part);
-        }
-        kernels_.finish(plan_, call_, task, total, scratch);
-    }
-
-    void run_split(const Split& split) {
-        float* memory = this->memory();
-        if (!memory) return;
-        const Task& task = schedule_->tasks[split.task];
-        const int64_t rows = rows_of(plan_, task), floats = state_floats(plan_, rows);
-        const State total = state_at(states_ + split.state, rows);
-        for (int64_t i = 1; i < split.chunks; ++i) {
-            kernels_.merge(plan_, rows, total, state_at(states_ + split.state + i * floats, rows));
-        }
-        kernels_.finish(plan_, call_, task, total, memory);
-    }
-
-    const xquant_plan& plan_;
-    const xquant_attention_call& call_;
-    const Kernels& kernels_ = *chosen.load();
-    const Schedule* schedule_ = nullptr;
-    float* states_ = nullptr;
-    std::atomic<const char*> error_{nullptr};
 };
 
 }  // namespace
@@ -145,7 +71,7 @@ const char* xquant_cpu_store(const xquant_plan* plan, const xquant_store_call* c
             return "slot_mapping names a slot that pages does not have";
         }
     }
-    const Kernels& kernels = *chosen.load();
+    const Kernels& kernels = chosen_kernels();
     const int64_t floats = kernels.store_scratch(*plan);
     // Waking the other threads takes longer than quantizing some thousand numbers.
     int64_t channels = plan->prediction.num_terms * plan->prediction.width;
@@ -166,20 +92,8 @@ const char* xquant_cpu_store(const xquant_plan* plan, const xquant_store_call* c
 }
 
 const char* xquant_cpu_attention(const xquant_plan* plan, const xquant_attention_call* call) {
-    const char* error = check(*plan, *call);
-    return error ? error : Attention(*plan, *call).run();
+    const char* error = check_batch(*plan, *call);
+    return error ? error : Attention<Latents>({*plan, *call, chosen_kernels()}).run();
 }
-
-const char* xquant_cpu_isa(void) { return chosen.load()->name; }
-
-int xquant_cpu_set_isa(const char* name) {
-    const Kernels* kernels = find(name);
-    if (kernels) chosen = kernels;
-    return kernels != nullptr;
-}
-
-int xquant_cpu_threads(void) { return omp_get_max_threads(); }
-
-int xquant_cpu_abi(void) { return XQUANT_CPU_ABI; }
 
 }  // extern "C"

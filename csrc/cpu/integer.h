@@ -176,15 +176,9 @@ inline void interleave_codes(const uint8_t* codes, int64_t words, int64_t channe
 // the piece's bytes of a token, a multiple of 16.
 template <int kBits>
 inline void interleave_piece(const uint8_t* codes, int64_t row_bytes, int64_t size, int32_t* to) {
-    const auto low = [](vi a, vi b) { return (vi)_mm512_maskz_unpacklo_epi32(0xffff, (__m512i)a, (__m512i)b); };
-    const auto high = [](vi a, vi b) { return (vi)_mm512_maskz_unpackhi_epi32(0xffff, (__m512i)a, (__m512i)b); };
     for (int64_t byte = 0; byte < size; byte += 16) {
-        vi rows[4];  // tokens i, 4 + i, 8 + i, 12 + i
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) rows[i] = load_rows(codes + i * row_bytes + byte, 4 * row_bytes);
-        const vi a = low(rows[0], rows[2]), b = high(rows[0], rows[2]);
-        const vi c = low(rows[1], rows[3]), d = high(rows[1], rows[3]);
-        const vi quads[4] = {low(a, c), high(a, c), low(b, d), high(b, d)};
+        vi quads[4];
+        transpose_words(codes + byte, row_bytes, quads);
 #pragma GCC unroll 4
         for (int field = 0; field < 8 / kBits; ++field) {
 #pragma GCC unroll 4

@@ -6,6 +6,7 @@
 #define XQUANT_CPU_KERNELS_H
 
 #include "api.h"
+#include "kivi/kivi_api.h"
 
 namespace xquant {
 
@@ -58,6 +59,18 @@ struct Kernels {
     // Normalize, up-project and write the output.
     void (*finish)(const xquant_plan& plan, const xquant_attention_call& call, const Task& task, const State& state,
                    float* scratch);
+
+    // KIVI; merge and finish are the same.
+    int64_t (*kivi_store_scratch)(const xquant_kivi_plan& plan);
+    int64_t (*kivi_attention_scratch)(const xquant_kivi_plan& plan, int64_t rows);
+    // Store `count` tokens, at most kStoreTokens.
+    void (*kivi_store)(const xquant_kivi_plan& plan, const xquant_kivi_store_call& call, int64_t first, int64_t count,
+                       float* scratch);
+    // Quantize a group of a sequence's keys from residual pages. False when a block table names a block that is not there.
+    bool (*kivi_store_group)(const xquant_kivi_plan& plan, const xquant_kivi_store_call& call, int64_t sequence,
+                             int64_t group, float* scratch);
+    bool (*kivi_attend)(const xquant_kivi_plan& plan, const xquant_kivi_attention_call& call, const Task& task,
+                        int64_t chunk, const State& state, float* scratch);
 };
 
 extern const Kernels kPortableKernels;

@@ -33,11 +33,19 @@ namespace {
 #include "quantize.h"
 #include "rotate.h"
 #include "store.h"
+#include "kivi/pages.h"
+#include "kivi/scratch.h"
+#include "kivi/exact.h"
+#include "kivi/integer_keys.h"
+#include "kivi/keys.h"
+#include "kivi/attention.h"
+#include "kivi/store.h"
 
 }  // namespace
 
 const Kernels XQUANT_KERNELS = {
     XQUANT_KERNELS_NAME, store_scratch, attention_scratch, store_tokens, attend, merge, finish,
+    kivi_store_scratch, kivi_attention_scratch, kivi_store_tokens, kivi_store_group, kivi_attend,
 };
 
 }  // namespace xquant

@@ -20,10 +20,25 @@ inline uint16_t saturating_half(float x) {
     return float_to_half(x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x);
 }
 
+// FP16.
 struct GroupParameters {
     uint16_t scale;
     uint16_t zero;
 };
+
+// Of a group between `low` and `high`; NaN if there is one in it.
+inline GroupParameters group_parameters(float low, float high, bool unordered, int64_t bits) {
+    if (unordered) return {0x7e00, 0x7e00};
+    const uint16_t zero = saturating_half(low);
+    const float levels = (float)((1 << bits) - 1);
+    return {saturating_half((high - half_to_float(zero)) / levels), zero};
+}
+
+// Codes of numbers, rounded by kRounder; of a constant group, or one with a NaN, 0.
+inline vf group_codes(vf x, vf scale, vf zero, int64_t bits) {
+    const vf codes = minimum(maximum((x - zero) / scale, vf{}), broadcast((float)((1 << bits) - 1)));
+    return select(scale > 0.0f, codes, vf{}) + kRounder;
+}
 
 // Quantize `count` numbers, a multiple of kLanes; writes as many codes.
 inline GroupParameters quantize_group(const float* x, int64_t count, int64_t bits, uint8_t* codes) {
@@ -38,21 +53,9 @@ inline GroupParameters quantize_group(const float* x, int64_t count, int64_t bit
     int32_t any = 0;
     for (int64_t lane = 0; lane < kLanes; ++lane) any |= unordered[lane];
 
-    const float levels = (float)((1 << bits) - 1);
-    GroupParameters result;
-    result.zero = any ? 0x7e00 : saturating_half(reduce_min(low));
-    const float zero = half_to_float(result.zero);
-    result.scale = any ? 0x7e00 : saturating_half((reduce_max(high) - zero) / levels);
-    const float step = half_to_float(result.scale);
-    if (!(step > 0.0f)) {  // a constant group, or one with a NaN
-        memset(codes, 0, count);
-        return result;
-    }
-    const vf top = broadcast(levels);
-    for (int64_t i = 0; i < count; i += kLanes) {
-        const vf scaled = minimum(maximum((load(x + i) - zero) / step, vf{}), top);
-        store_codes(codes + i, scaled + kRounder);
-    }
+    const GroupParameters result = group_parameters(reduce_min(low), reduce_max(high), any, bits);
+    const vf scale = broadcast(half_to_float(result.scale)), zero = broadcast(half_to_float(result.zero));
+    for (int64_t i = 0; i < count; i += kLanes) store_codes(codes + i, group_codes(load(x + i), scale, zero, bits));
     return result;
 }
 

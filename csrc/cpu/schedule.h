@@ -58,21 +58,6 @@ inline int64_t rows_of(const xquant_plan& plan, const Task& task) {
     return task.query_count * (plan.num_heads / plan.num_kv_heads);
 }
 
-// Channels that are dequantized for one kv head of a token, and channels that they make up.
-struct Channels {
-    double unpacked = 0;
-    double multiplied = 0;
-
-    Channels(const xquant_latent& latent, int64_t kv_head) {
-        for (int64_t i = 0; i < latent.num_terms; ++i) {
-            const xquant_stream& stream = latent.terms[i].stream;
-            const double stored = double(stream.heads[stream.num_heads == 1 ? 0 : kv_head].channels);
-            unpacked += stored;
-            if (!latent.terms[i].adds) multiplied += stored;
-        }
-    }
-};
-
 inline int64_t pad(int64_t floats) { return (floats + kPad - 1) / kPad * kPad; }
 
 // Floats of the state of a task with `rows` rows: a multiple of kPad.
@@ -105,7 +90,9 @@ struct Schedule {
     int64_t state_floats = 0;  // of all chunks of split tasks
     int64_t rows = 0;          // of the largest task
 
-    void build(const xquant_plan& plan, const xquant_attention_call& call, int threads);
+    // `cost` says what a cached token costs a task with so many rows of a kv head; the unit is of no account.
+    template <typename Cost>
+    void build(const xquant_plan& plan, const xquant_attention_call& call, int threads, const Cost& cost);
 
 private:
     void add_tasks(const xquant_plan& plan, const xquant_attention_call& call);
@@ -128,7 +115,8 @@ inline void Schedule::add_tasks(const xquant_plan& plan, const xquant_attention_
     }
 }
 
-inline void Schedule::build(const xquant_plan& plan, const xquant_attention_call& call, int threads) {
+template <typename Cost>
+inline void Schedule::build(const xquant_plan& plan, const xquant_attention_call& call, int threads, const Cost& cost) {
     tasks.clear();
     units.clear();
     splits.clear();
@@ -137,19 +125,13 @@ inline void Schedule::build(const xquant_plan& plan, const xquant_attention_call
     double total = 0;
     for (size_t index = 0; index < tasks.size(); ++index) {
         const Task& task = tasks[index];
-        const double task_rows = double(rows_of(plan, task));
-        const Channels key(plan.key, task.kv_head), value(plan.value, task.kv_head);
-        const double keys = plan.key_absorbed
-                                ? task_rows * key.multiplied
-                                : key.multiplied * plan.head_size + task_rows * double(plan.head_size);
-        const double per_token = keys + 8.0 * (key.unpacked + value.unpacked) + task_rows * value.multiplied;
-        const double cost = per_token * double(task.end - task.oldest);
-        units.push_back({int64_t(index), task.oldest / kChunk, (task.end - 1) / kChunk, -1, cost});
-        total += cost;
+        const double whole = cost(rows_of(plan, task), task.kv_head) * double(task.end - task.oldest);
+        units.push_back({int64_t(index), task.oldest / kChunk, (task.end - 1) / kChunk, -1, whole});
+        total += whole;
     }
     // Cut what would keep the other threads waiting. Results do not depend on this: see kChunk.
-    const size_t whole = units.size();
-    for (size_t index = 0; threads > 1 && index < whole; ++index) {
+    const size_t count = units.size();
+    for (size_t index = 0; threads > 1 && index < count; ++index) {
         const Unit unit = units[index];
         const int64_t chunks = unit.last_chunk - unit.first_chunk + 1;
         if (chunks == 1 || unit.cost * threads * 4 < total) continue;

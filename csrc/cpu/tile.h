@@ -31,7 +31,7 @@ struct Scratch {
         const ChunkSize keys_at_once(plan.key), values_at_once(plan.value);
         // A row of values has room for unpack_rows to write past its last piece.
         value_stride = round_up(values_at_once.channels, kPad) + kPad;
-        query_width = plan.key_absorbed ? round_up(plan.key.width, kPad) : plan.head_size;
+        query_width = round_up(plan.key_absorbed ? plan.key.width : plan.head_size, kPad);
         query = take(rows * query_width);
         latents = take(keys_at_once.channels * kTile);
         scales = take(kTile);
@@ -67,20 +67,60 @@ inline int64_t row_element(const xquant_plan& plan, const Task& task, int64_t ro
     return (task.query_begin + row / group) * token_stride + (task.kv_head * group + row % group) * head_stride;
 }
 
+// Whether the blocks of positions [begin, end) are some of `num_blocks`.
+inline bool have_blocks(const int32_t* blocks, int64_t block_size, int64_t num_blocks, int64_t begin, int64_t end) {
+    for (int64_t position = begin; position < end; position = (position / block_size + 1) * block_size) {
+        const int64_t block = blocks[position / block_size];
+        if (block < 0 || block >= num_blocks) return false;
+    }
+    return true;
+}
+
+// Ask for what a run of a latent head is unpacked from.
+inline void prefetch_run(const HeadView& view, const uint8_t* page, int64_t slot) {
+    prefetch(page + view.codes(slot), kRun * view.head.row_bytes);
+    if (view.stream.allocated) {
+        __builtin_prefetch(page + view.token_scale(slot));
+        return;
+    }
+    for (int64_t piece = 0; piece < view.head.num_pieces; ++piece) {
+        __builtin_prefetch(page + view.scale(piece, slot));
+        __builtin_prefetch(page + view.zero(piece, slot));
+    }
+    for (int64_t channel = 0; channel < view.stream.outlier_channels; ++channel) {
+        __builtin_prefetch(page + view.outlier(channel, slot));
+    }
+}
+
 // Addresses of the runs of 16 slots of one sequence.
 struct Pages {
     const xquant_plan& plan;
     const xquant_attention_call& call;
     const int32_t* blocks;
 
-    // Block ids are checked before any page is read.
-    bool has(int64_t position) const {
-        const int64_t block = blocks[position / plan.block_size];
-        return block >= 0 && block < call.num_blocks;
+    // Whether there are blocks of tokens [begin, end); asked before any page is read.
+    bool have(int64_t begin, int64_t end) const {
+        return have_blocks(blocks, plan.block_size, call.num_blocks, begin, end);
     }
-    const uint8_t* page(const xquant_term& term, int64_t position) const {
-        const xquant_pages& pages = call.pages[term.page];
+    // Of the layer's own pages, or of others that it reads.
+    const uint8_t* page(int64_t index, int64_t position) const {
+        const xquant_pages& pages = call.pages[index];
         return pages.data + blocks[position / plan.block_size] * pages.stride;
     }
+    const uint8_t* page(const xquant_term& term, int64_t position) const { return page(term.page, position); }
     int64_t slot(int64_t position) const { return position % plan.block_size; }
+
+    // Ask for the pages of tokens [begin, end): sections are short and far apart, so the processor does not foresee them.
+    void prefetch_tile(int64_t kv_head, int64_t begin, int64_t end) const {
+        const auto of = [&](const xquant_latent& latent, int64_t position) {
+            for (int64_t i = 0; i < latent.num_terms; ++i) {
+                const xquant_term& term = latent.terms[i];
+                prefetch_run(head_view(plan, term, kv_head), page(term, position), slot(position));
+            }
+        };
+        for (int64_t position = begin; position < end; position += kRun) {
+            of(plan.key, position);
+            of(plan.value, position);
+        }
+    }
 };

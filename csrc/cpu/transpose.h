@@ -2,6 +2,18 @@
 #pragma once
 
 #if defined(__AVX512F__)
+// Transposes of the 4 x 4 32-bit numbers that each quarter of the four vectors holds.
+inline void transpose_quarters(vi (&rows)[4]) {
+    const auto low = [](vi a, vi b) { return (vi)_mm512_maskz_unpacklo_epi32(0xffff, (__m512i)a, (__m512i)b); };
+    const auto high = [](vi a, vi b) { return (vi)_mm512_maskz_unpackhi_epi32(0xffff, (__m512i)a, (__m512i)b); };
+    const vi a = low(rows[0], rows[2]), b = high(rows[0], rows[2]);
+    const vi c = low(rows[1], rows[3]), d = high(rows[1], rows[3]);
+    rows[0] = low(a, c);
+    rows[1] = high(a, c);
+    rows[2] = low(b, d);
+    rows[3] = high(b, d);
+}
+
 // 16 x 16 bytes in four vectors, rows 4i ... 4i + 3 in vector i. Columns 4m ... 4m + 3 come out in vector m, or, not
 // kOrdered, columns m, 4 + m, 8 + m, 12 + m, which is cheaper.
 template <bool kOrdered>
@@ -16,15 +28,7 @@ inline void transpose_block(vi (&rows)[4]) {
         if (kOrdered) rows[i] = shuffle_lanes(rows[i], order);
         rows[i] = shuffle_lanes(__builtin_shuffle(rows[i], quads), order);
     }
-    // 16 bytes hold four columns of four rows now; 4 x 4 transposes of 32-bit numbers put a column together.
-    const auto low = [](vi a, vi b) { return (vi)_mm512_maskz_unpacklo_epi32(0xffff, (__m512i)a, (__m512i)b); };
-    const auto high = [](vi a, vi b) { return (vi)_mm512_maskz_unpackhi_epi32(0xffff, (__m512i)a, (__m512i)b); };
-    const vi a = low(rows[0], rows[2]), b = high(rows[0], rows[2]);
-    const vi c = low(rows[1], rows[3]), d = high(rows[1], rows[3]);
-    rows[0] = low(a, c);
-    rows[1] = high(a, c);
-    rows[2] = low(b, d);
-    rows[3] = high(b, d);
+    transpose_quarters(rows);  // 16 bytes hold four columns of four rows now
 }
 
 // Four rows of 16 bytes, `stride` apart.
@@ -34,6 +38,12 @@ inline vi load_rows(const uint8_t* from, int64_t stride) {
     rows = _mm512_mask_broadcast_i32x4(rows, 0x00f0, row(1));
     rows = _mm512_mask_broadcast_i32x4(rows, 0x0f00, row(2));
     return (vi)_mm512_mask_broadcast_i32x4(rows, 0xf000, row(3));
+}
+
+// Four 32-bit numbers of 16 rows become four rows of 16.
+inline void transpose_words(const uint8_t* from, int64_t stride, vi (&words)[4]) {
+    for (int i = 0; i < 4; ++i) words[i] = load_rows(from + i * stride, 4 * stride);
+    transpose_quarters(words);
 }
 
 // 16 bytes of 16 rows become 16 rows of 16 bytes.

@@ -122,6 +122,16 @@ def install_vllm_metadata(pip: Pip, project: Path, site_packages: Path) -> None:
     drop_blank_lines(site_packages, "vllm")
 
 
+def install_wheel(pip: Pip, folder: Path) -> None:
+    """Install the wheel of this package that a folder holds, and nothing else: all that it requires came with vLLM."""
+    wheels = sorted(folder.glob("xquant_vllm-*.whl"))
+    if len(wheels) != 1:
+        found = ", ".join(wheel.name for wheel in wheels) or "none"
+        raise SetupError(f"--wheel {folder} must hold one wheel of xquant-vllm, found: {found}; build it: make dist")
+    say(f"installing {wheels[0].name}")
+    pip.install("--quiet", "--no-index", str(wheels[0]))
+
+
 def install_package(pip: Pip, project: Path) -> None:
     """Install this package, editable, with its tools.
 

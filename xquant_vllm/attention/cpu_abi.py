@@ -2,7 +2,7 @@
 
 import ctypes
 
-ABI = 5
+ABI = 6
 """``XQUANT_CPU_ABI``: a library of another number has other structs."""
 
 _int64, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p

@@ -1,0 +1,155 @@
+"""Serve a model with every cache in turn, in the same memory, under the same load over HTTP, and compare.
+
+    python benchmarks/bench_serving.py --quick
+    python benchmarks/bench_serving.py --methods 16bit fp8 kivi xquant xquant-cl --trace pressure --repeats 3
+
+One server at a time, `vllm serve` as users start it, and vLLM's own `vllm bench serve` as the client. Repeats are
+interleaved: every method once, then every method again. What is printed is explained in docs/benchmarks.md.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from benchmarks.cpu.machine import machine_facts  # noqa: E402
+from benchmarks.files import write_json  # noqa: E402
+from benchmarks.methods import BASELINE, METHODS, Method  # noqa: E402
+from benchmarks.serving import report  # noqa: E402
+from benchmarks.serving.client import send  # noqa: E402
+from benchmarks.serving.metrics import Watch  # noqa: E402
+from benchmarks.serving.sizes import FULL, QUICK, make_trace, plain_cache_tokens  # noqa: E402
+from benchmarks.serving.trace import RunningText, Trace  # noqa: E402
+from examples.vllm_process import Progress, ServerError, VllmServer, free_port  # noqa: E402
+from xquant_vllm.offline.texts import python_docs_to_evaluate  # noqa: E402
+
+_STARTUP_SECONDS = 900
+_CACHE_TOKENS = r"KV cache size: ([\d,]+) tokens"
+_SERVER_OPTIONS = ("dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    options = parse(arguments)
+    try:
+        result = run(options)
+    except ServerError as error:
+        print(f"bench_serving: {error}", file=sys.stderr)
+        return 1
+    if options.out:
+        write_json(options.out, result)
+        report.plot(result, options.out.with_suffix(".png"))
+    print(json.dumps(result) if options.json else report.table(result))
+    return 0
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Serve and measure.
+
+    Raises:
+        ServerError: no server runs at all, or one failed in the middle.
+    """
+    sizes = QUICK if options.quick else FULL
+    cache_mib = options.cache_mib or sizes.cache_mib
+    text, plain_tokens = _read_model(options, cache_mib << 20)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in options.methods}
+    cache_tokens: dict[str, int] = {}
+    on_cpu = not torch.cuda.is_available()
+    absent = {name: why for name in options.methods if on_cpu and (why := METHODS[name].absent_on_cpu)}
+    about: dict[str, Any] = {}
+    for repeat in range(options.repeats):
+        # Other texts in every repeat, the same for every method.
+        trace, about = make_trace(options.trace, sizes, text, plain_tokens, repeat)
+        for method in (METHODS[name] for name in options.methods if name not in absent):
+            print(f"{method.label}, repeat {repeat + 1} of {options.repeats}", file=sys.stderr, flush=True)
+            try:
+                measured, cache_tokens[method.name] = serve(method, trace, cache_mib, options)
+            except ServerError as error:
+                if repeat or method.name == BASELINE:
+                    raise
+                absent[method.name] = str(error)
+            else:
+                runs[method.name].append(measured)
+    if not any(runs.values()):
+        raise ServerError("; ".join(f"{METHODS[name].label}: {why}" for name, why in absent.items()))
+    return {
+        "benchmark": "serving",
+        "machine": machine_facts(),
+        "model": Path(options.model).name,
+        "cache_mib": cache_mib,
+        "compiled": not options.enforce_eager,
+        "server": {name: getattr(options, name) for name in _SERVER_OPTIONS},
+        "trace": about,
+        "repeats": options.repeats,
+        "rows": report.summarize({name: of for name, of in runs.items() if of}, cache_tokens),
+        "absent": absent,
+    }
+
+
+def _read_model(options: argparse.Namespace, cache_bytes: int) -> tuple[RunningText, int]:
+    """Text in the model's tokens, and how many tokens a 16-bit cache holds."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    text = RunningText(AutoTokenizer.from_pretrained(options.model), python_docs_to_evaluate())
+    item_bytes = 4 if options.dtype == "float32" else 2
+    return text, plain_cache_tokens(AutoConfig.from_pretrained(options.model), cache_bytes, item_bytes)
+
+
+def serve(method: Method, trace: Trace, cache_mib: int, options: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """One server's life: what was measured, and how many tokens its cache holds."""
+    arguments = [options.model, "--kv-cache-memory-bytes", str(cache_mib << 20)]
+    for name in _SERVER_OPTIONS:
+        arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    arguments += [*method.flags(), *(["--enforce-eager"] if options.enforce_eager else [])]
+    log = options.logs / f"{method.name}.log"
+    with VllmServer(arguments, log, free_port()) as server:
+        server.wait(server.is_healthy, "it was ready", _STARTUP_SECONDS, Progress(method.label))
+        found = server.find(_CACHE_TOKENS)
+        assert found is not None
+        with Watch(server.url) as watch:
+            measured = send(trace, server.url, options.model, log.with_name(f"{method.name}-client.log"))
+    queries, hits = watch.counts["prefix_queries"], watch.counts["prefix_hits"]
+    measured |= {
+        "peak_running": watch.peak_running,
+        "peak_waiting": watch.peak_waiting,
+        "preemptions": watch.counts["preemptions"],
+        "prefix_hit_rate": hits / queries if queries else 0.0,
+    }
+    return measured, int(found.group(1).replace(",", ""))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(ROOT / "models" / "smollm2-135m-instruct"), help="folder or hub name")
+    parser.add_argument("--methods", "--backends", nargs="+", choices=METHODS, help="caches to compare")
+    parser.add_argument("--trace", choices=("pressure", "arrivals"), default="pressure", help="the load")
+    parser.add_argument("--quick", action="store_true", help="16 bit and xquant, a short load, once: five minutes")
+    parser.add_argument("--repeats", type=int, help="of every method, interleaved (default 3, with --quick 1)")
+    parser.add_argument("--cache-mib", type=int, help="cache memory of every method")
+    parser.add_argument("--dtype", default="bfloat16", help="of the model")
+    parser.add_argument("--max-model-len", type=int, default=2048, help="of every server")
+    parser.add_argument("--max-num-seqs", type=int, default=16, help="of every server")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=2048, help="of every server")
+    parser.add_argument("--enforce-eager", action="store_true", help="do not compile the model")
+    parser.add_argument("--logs", type=Path, default=ROOT / "logs" / "bench_serving", help="folder of the logs")
+    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the result there, and a plot beside it")
+    options = parser.parse_args(arguments)
+    if options.methods is None:
+        options.methods = [BASELINE, "xquant"] if options.quick else [*METHODS]
+    if options.repeats is None:
+        options.repeats = 1 if options.quick else 3
+    options.enforce_eager |= options.quick
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

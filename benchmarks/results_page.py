@@ -1,0 +1,101 @@
+"""The tables of docs/benchmarks.md, made from result files: no figure is typed by hand.
+
+    python benchmarks/results_page.py --write
+
+A table stands between ``<!-- table: FILE -->``, the file below benchmarks/results, and ``<!-- end of table -->``.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.files import read_json  # noqa: E402
+from benchmarks.methods import METHODS  # noqa: E402
+from benchmarks.serving import report  # noqa: E402
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+RESULTS = ROOT / "benchmarks" / "results"
+_TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def page(text: str, results: Path) -> str:
+    """The page with all its tables made anew."""
+
+    def fresh(found: re.Match[str]) -> str:
+        result = read_json(results / found.group(2))
+        return f"{found.group(1)}\n{table(result)}\n\n{_source(result, found.group(2))}\n{found.group(3)}"
+
+    return _TABLE.sub(fresh, text)
+
+
+def table(result: dict[str, Any]) -> str:
+    """A result as Markdown."""
+    kind = result["benchmark"]
+    if kind == "serving":
+        return report.table(result)
+    return _offline(result) if kind == "offline" else _operation(result)
+
+
+def _offline(result: dict[str, Any]) -> str:
+    whats = [what for what in ("decode", "prefill") if f"{what}_ratio" in result["rows"][0]]
+    head = ["context", "cache", *(f"{what} tokens/s | {what}, times 16 bit" for what in whats)]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * (2 + 2 * len(whats))]
+    for row in result["rows"]:
+        cells = [str(row["context"]), METHODS[row["method"]].label]
+        for what in whats:
+            cells += [f"{row[f'{what}_tokens_per_second']['median']:.1f}", _spread(row[f"{what}_ratio"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _operation(result: dict[str, Any]) -> str:
+    lines = [
+        "| layer | shape | cache | microseconds | times CPU_ATTN BF16 | of the roof |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        time = row["microseconds"]
+        lines.append(
+            f"| {row['model']} | {row['shape']} | {row['variant']} | {time['median']:.0f} "
+            f"({time['low']:.0f}-{time['high']:.0f}) | {_spread(row['speed_of_baseline'])} | "
+            f"{row['roof']:.0%}, {row['binding']} |"
+        )
+    return "\n".join(lines)
+
+
+def _spread(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
+
+
+def _source(result: dict[str, Any], file: str) -> str:
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    return (
+        f"From `benchmarks/results/{file}`: {machine['processor']}, {machine['threads']} threads "
+        f"({machine['instruction_set']}), {versions}, commit {machine['commit']}, {machine['date']}."
+    )
+
+
+def main() -> int:
+    """Write the page, or say whether it is up to date."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="write the page (default: only compare)")
+    options = parser.parse_args()
+    text = PAGE.read_text()
+    new = page(text, RESULTS)
+    if options.write:
+        PAGE.write_text(new)
+    elif new != text:
+        print(f"{PAGE} is not what the results say: run benchmarks/results_page.py --write", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
