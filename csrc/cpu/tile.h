@@ -78,7 +78,7 @@ inline bool have_blocks(const int32_t* blocks, int64_t block_size, int64_t num_b
 
 // Ask for the cache lines of some bytes; of an address that is not mapped nothing happens.
 inline void prefetch(const uint8_t* from, int64_t bytes) {
-    for (const uint8_t* at = from; at < from + bytes; at += 64) __builtin_prefetch(at);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at);
 }
 
 // Ask for what a run of a latent head is unpacked from.

@@ -2,9 +2,9 @@
 
 import pytest
 
-from benchmarks import bench_cpu, bench_serving, sweep
+from benchmarks import bench_cpu, bench_serving
 from benchmarks.cpu.timing import Spread, in_turns, ratios
-from benchmarks.files import read_json, write_json
+from benchmarks.files import write_json
 from benchmarks.methods import METHODS
 from benchmarks.serving import metrics, report
 
@@ -77,20 +77,6 @@ def test_summary_names_what_is_missing() -> None:
         "roof_fraction": 0.55,
         "kivi_ratio_512": None,
     }
-
-
-def test_sweep_resumes(tmp_path, capsys) -> None:
-    points = sweep.points(["a/m1", "a/m2"], ["pressure"], ["16bit", "xquant"])
-    assert sweep.missing(points, tmp_path) == points
-
-    def broken() -> dict:
-        raise RuntimeError("no memory")
-
-    assert sweep.run(points, tmp_path, [(points[0], lambda: {"rows": []}), (points[1], broken)]) == 1
-    assert "m2 under pressure failed: no memory" in capsys.readouterr().err
-    assert sweep.missing(points, tmp_path) == points[1:]
-    assert read_json(points[0].file(tmp_path)) == {"rows": []}
-    assert [path.name for path in tmp_path.iterdir()] == ["m1--pressure--16bit+xquant.json"]
 
 
 def test_result_files_are_whole(tmp_path) -> None:
