@@ -121,14 +121,21 @@ inline void unpack_piece_pair(const uint8_t* first, const uint8_t* second, int64
         }
     } else {
         const int64_t size = channels * kBits / 8;
-        for (int64_t i = 0; i < size; i += kLanes) {
+        int64_t i = 0;
+        for (; i + kLanes <= size; i += kLanes) {
             const vi bytes = pair_bytes(first + i, second + i);
-            // A narrow field's excess would overwrite the next one's start, which is not rewritten in this order.
-            const __mmask16 mine = size - i < kLanes ? (1 << (size - i)) - 1 : 0xffff;
 #pragma GCC unroll 4
             for (int64_t field = 0; field < 8 / kBits; ++field) {
-                _mm512_mask_storeu_epi32(to + field * size + i, mine, (__m512i)pair_field<kBits>(bytes, field));
+                _mm512_storeu_si512(to + field * size + i, (__m512i)pair_field<kBits>(bytes, field));
             }
+        }
+        if (i == size) return;
+        // A narrow field's excess would overwrite the next one's start, which is not rewritten in this order.
+        const vi bytes = pair_bytes(first + i, second + i);
+        const __mmask16 mine = (1 << (size - i)) - 1;
+#pragma GCC unroll 4
+        for (int64_t field = 0; field < 8 / kBits; ++field) {
+            _mm512_mask_storeu_epi32(to + field * size + i, mine, (__m512i)pair_field<kBits>(bytes, field));
         }
     }
 }
