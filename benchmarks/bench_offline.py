@@ -23,7 +23,6 @@ from benchmarks.files import write_json  # noqa: E402
 from benchmarks.methods import BASELINE, METHODS  # noqa: E402
 from benchmarks.offline.engines import Engines  # noqa: E402
 
-
 # Tokens that the first sequences may decode while the others are prefilled.
 _DECODED_EARLY = 240
 

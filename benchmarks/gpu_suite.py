@@ -99,7 +99,7 @@ _BEGAN = time.perf_counter()
 
 def is_failure(row: dict[str, Any]) -> bool:
     """Whether a check or a timing shows that one of our kernels is wrong or does not run."""
-    ours = row.get("kind", "xquant") == "xquant"
+    ours = row.get("kind", "xquant") in ("xquant", "kivi")
     return ours and row["status"] in ("failed", "wrong")
 
 

@@ -8,61 +8,15 @@ the timed inputs and counts for nothing.
 import functools
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Call = Callable[[], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is attended to, in several sets.
-
-    Attributes:
-        queries: ``[sets, batch, query_len, heads, head_size]``; the last tokens of their sequences.
-        keys: ``[sets, batch, padded seq_len, kv_heads, head_size]``; contiguous, so also pages of ``block_size``.
-        values: likewise.
-        seq_len: tokens of every sequence.
-        block_size: tokens of a page; divides the padded length.
-    """
-
-    queries: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    seq_len: int
-    block_size: int
-
-    @property
-    def query_len(self) -> int:
-        """Query tokens of every sequence."""
-        return self.queries.shape[2]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A baseline's calls, one for each set of a problem.
-
-    Attributes:
-        calls: return ``[batch, query_len, heads, head_size]`` in any shape with these elements.
-        keys: what the first call reads of the first sequence, ``[seq_len, kv_heads, head_size]`` FP32.
-        values: likewise.
-        queries: likewise, ``[query_len, heads, head_size]``.
-        allowed: error that its own arithmetic may cause.
-    """
-
-    calls: list[Call]
-    keys: torch.Tensor
-    values: torch.Tensor
-    queries: torch.Tensor
-    allowed: float = 2e-2
-
-    def expected(self) -> torch.Tensor:
-        """What the first call must return of the first sequence, FP32."""
-        return exact_attention(self.queries, self.keys, self.values)
+from benchmarks.gpu import kivi
+from benchmarks.gpu.problem import Call, Prepared, Problem, causal_mask, exact_attention
 
 
 @dataclass(frozen=True)
@@ -75,6 +29,7 @@ class Baseline:
         number_bytes: of a cached number, scales included.
         needs: imports what it needs; raises where it cannot be used here.
         prepare: its calls for a problem; raises where it does not offer this.
+        own: whether it is of this repository: it may be slow, but not wrong.
     """
 
     name: str
@@ -82,6 +37,12 @@ class Baseline:
     number_bytes: float
     needs: Callable[[], Any]
     prepare: Callable[[Problem], Prepared]
+    own: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Of its rows in the results."""
+        return "kivi" if self.own else f"{self.bits}-bit"
 
     def unavailable(self) -> str | None:
         """Why it cannot be used here; None where it can."""
@@ -92,29 +53,14 @@ class Baseline:
         return None
 
 
-def exact_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Causal attention of the last tokens of one sequence in FP32, straight from its definition."""
-    query_len, heads, size = query.shape
-    group = heads // keys.shape[1]
-    of_groups = query.unflatten(1, (-1, group))
-    later = causal_mask(query_len, keys.shape[0], query.device).logical_not()
-    result = torch.empty_like(query)
-    for begin in range(0, query_len, 256):
-        tile = slice(begin, begin + 256)
-        scores = torch.einsum("qhgs,khs->hgqk", of_groups[tile], keys) * size**-0.5
-        weights = scores.masked_fill(later[tile], -torch.inf).softmax(-1)
-        result[tile] = torch.einsum("hgqk,khs->qhgs", weights, values).flatten(1, 2)
-    return result
-
-
-def causal_mask(query_len: int, seq_len: int, device: torch.device) -> torch.Tensor:
-    """Which tokens the last ``query_len`` of a sequence see."""
-    return torch.ones(query_len, seq_len, dtype=torch.bool, device=device).tril(seq_len - query_len)
-
-
 def _as_given(problem: Problem, calls: list[Call]) -> Prepared:
-    keys, values = (x[0, 0, : problem.seq_len].float() for x in (problem.keys, problem.values))
-    return Prepared(calls, keys, values, problem.queries[0, 0].float())
+    keys, values = (x[0, 0, : problem.seq_len] for x in (problem.keys, problem.values))
+    return Prepared(calls, _expected(problem, keys, values))
+
+
+def _expected(problem: Problem, keys: torch.Tensor, values: torch.Tensor) -> Call:
+    """Of attention over these keys and values of the first sequence, ``[seq_len, kv_heads, head_size]``."""
+    return lambda: exact_attention(problem.queries[0, 0].float(), keys.float(), values.float())
 
 
 def _gpu(package: str | None = None) -> None:
@@ -218,9 +164,7 @@ def _vllm(bits: int, problem: Problem) -> Prepared:
         )
 
     prepared = _as_given(numbers, [functools.partial(attend, index) for index in range(sets)])
-    if bits == 8:  # weights are rounded to FP8, too
-        return Prepared(prepared.calls, prepared.keys, prepared.values, prepared.queries, allowed=6e-2)
-    return prepared
+    return replace(prepared, allowed=6e-2) if bits == 8 else prepared  # weights are rounded to FP8, too
 
 
 # --- xformers ---
@@ -274,7 +218,7 @@ def _xformers_4(problem: Problem) -> Prepared:
     _, operator = _xformers_split()
     (keys, first_keys), (values, first_values) = (_int4(x, problem.seq_len) for x in (problem.keys, problem.values))
     calls = _xformers_calls(problem, keys, values, operator)
-    return Prepared(calls, first_keys, first_values, problem.queries[0, 0].float())
+    return Prepared(calls, _expected(problem, first_keys, first_values))
 
 
 def _int4(x: torch.Tensor, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -306,4 +250,15 @@ BASELINES = (
     Baseline("xformers", 16, 2, _xformers, _xformers_16),
     Baseline("vLLM flash attention, paged, FP8", 8, 1, _vllm_fp8, functools.partial(_vllm, 8)),
     Baseline("xformers split-K, int4", 4, 0.5 + 4 / 128, _xformers_split, _xformers_4),
+    *(
+        Baseline(
+            f"KIVI, {bits} bits",
+            bits,
+            bits / 8 + 4 / kivi.GROUP,
+            kivi.needs,
+            functools.partial(kivi.prepare, bits),
+            own=True,
+        )
+        for bits in (4, 2)
+    ),
 )

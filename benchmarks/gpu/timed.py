@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.baselines import BASELINES, Baseline, Prepared, Problem
+from benchmarks.gpu.baselines import BASELINES, Baseline
 from benchmarks.gpu.checks import relative_errors, stored_numbers
 from benchmarks.gpu.cost import Cost, Roofs, attention_cost, dense_attention_cost, floor, store_cost
 from benchmarks.gpu.kernels import KERNELS
 from benchmarks.gpu.layers import Model, Shape, fill_pages, make_layer, page_bytes_of
+from benchmarks.gpu.problem import Prepared, Problem
 from benchmarks.gpu.timing import Calls, Timing, measure
 from xquant_vllm.attention import reference
 from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
@@ -248,7 +249,7 @@ def _variant_name(name: str, kernels: str) -> str:
 
 
 def _of_baseline(request: Request, baseline: Baseline) -> Row:
-    return row_of(request, baseline.name, f"{baseline.bits}-bit")
+    return row_of(request, baseline.name, baseline.kind)
 
 
 def _attention_group(
@@ -293,7 +294,7 @@ def _attention_group(
                 continue
             cost = dense_attention_cost(
                 model.heads, model.kv_heads, model.head_size, lengths, query_lens,
-                baseline.number_bytes * dtype.itemsize / 2, dtype.itemsize,
+                (prepared.number_bytes or baseline.number_bytes) * dtype.itemsize / 2, dtype.itemsize,
             )  # fmt: skip
             row = _of_baseline(request, baseline)
             variants.append(_Variant(row, prepared.calls, cost, _error_of(prepared, problem), prepared.allowed))

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import report
-from benchmarks.gpu.baselines import BASELINES, Problem
+from benchmarks.gpu import kivi, report
+from benchmarks.gpu.baselines import BASELINES
 from benchmarks.gpu.cases import Spec, make_plan
 from benchmarks.gpu.checks import Check, plan_checks, relative_errors, run_check
 from benchmarks.gpu.cost import (
@@ -29,6 +29,7 @@ from benchmarks.gpu.cost import (
 )
 from benchmarks.gpu.kernels import Kernels
 from benchmarks.gpu.layers import FORMATS, LLAMA_2, LLAMA_3, TINY, fill_pages, make_layer, shapes
+from benchmarks.gpu.problem import Problem, exact_attention
 from benchmarks.gpu.timing import Timing, measure
 from benchmarks.gpu.workers import Worker, WorkerError, each
 from xquant_vllm.attention import reference
@@ -345,6 +346,20 @@ def test_dense_attention_is_attention(query_len: int) -> None:
     assert BASELINES[0].unavailable() is None
     assert len(prepared.calls) == 2
     assert relative_errors(prepared.calls[0]()[0], prepared.expected())[1] < 1e-5
+
+
+@pytest.mark.parametrize(("bits", "most"), [(4, 0.12), (2, 0.6)])
+def test_kivi_pages_hold_the_problem(bits: int, most: float) -> None:
+    pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(2, 3, 2, 4, 64, generator=generator)
+    keys, values = (torch.randn(2, 3, 304, 2, 64, generator=generator) for _ in range(2))
+    prepared = kivi.prepare(bits, Problem(queries, keys, values, 300, 16))
+    assert len(prepared.calls) == 2
+    exact = exact_attention(queries[0, 0], keys[0, 0, :300], values[0, 0, :300])
+    assert 1e-3 < relative_errors(prepared.expected(), exact)[0] < most
+    # 256 of 300 keys and 172 of 300 values are quantized.
+    assert prepared.number_bytes == pytest.approx(2 - (428 / 600) * (2 - bits / 8 - 4 / 32))
 
 
 def test_missing_baselines_are_named() -> None:

@@ -57,7 +57,7 @@ class Choice(Generic[_Kernels]):
 
 
 def choose(
-    device_type: str, slow: _Kernels, load_cpu: Callable[[], _Kernels], load_triton: Callable[[], _Kernels] | None
+    device_type: str, slow: _Kernels, load_cpu: Callable[[], _Kernels], load_triton: Callable[[], _Kernels]
 ) -> Choice[_Kernels]:
     """The implementation for tensors on devices of this type, or that which the override variable demands.
 
@@ -65,7 +65,7 @@ def choose(
         device_type: "cpu", ...
         slow: the PyTorch reference.
         load_cpu: imports the C++ kernels; raises OSError where they were not built.
-        load_triton: imports the Triton kernels; raises ImportError where Triton is missing. None: there are none.
+        load_triton: imports the Triton kernels; raises ImportError where Triton is missing.
 
     Raises:
         ValueError: the override variable has an unknown value.
@@ -76,7 +76,7 @@ def choose(
         raise ValueError(f"{OVERRIDE_VARIABLE}={override} is unknown: set one of {', '.join(_CHOICES)}, or unset it")
     if override == "reference":
         return Choice(slow, f"attention runs on the PyTorch reference, as {OVERRIDE_VARIABLE} demands")
-    if load_triton is not None and (device_type == "cuda" or override == "triton"):
+    if device_type == "cuda" or override == "triton":
         return _triton(slow, load_triton, override)
     if device_type != "cpu":
         return Choice(slow, f"attention runs on the PyTorch reference: there are no kernels for {device_type}")

@@ -1,4 +1,4 @@
-"""Which implementation of KIVI's calls runs: C++ kernels on CPUs, else the reference."""
+"""Which implementation of KIVI's calls runs: Triton kernels on GPUs, C++ kernels on CPUs, else the reference."""
 
 import functools
 from typing import Protocol, cast
@@ -44,9 +44,37 @@ def _load_cpu() -> KiviKernels:
     return cast(KiviKernels, cpu)
 
 
+def _load_triton() -> KiviKernels:
+    from xquant_vllm.kivi.gpu import kernels
+
+    return cast(KiviKernels, kernels)
+
+
 @functools.cache
 def _choose(device_type: str) -> Choice[KiviKernels]:
-    return choose(device_type, cast(KiviKernels, reference), _load_cpu, None)
+    return choose(device_type, cast(KiviKernels, reference), _load_cpu, _load_triton)
+
+
+def reserve(plan: KiviLayerPlan, tokens: int, sequences: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Take what memory the kernels need beside their arguments, before anything else does.
+
+    Args:
+        plan: a layer's plan.
+        tokens: query tokens of a batch at most.
+        sequences: sequences of a batch at most.
+        dtype: of the queries.
+        device: where.
+    """
+    take = getattr(select(device.type), "reserve", None)
+    if take is not None:
+        take(plan, tokens, sequences, dtype, device)
+
+
+def fix(device: torch.device) -> None:
+    """From now on the kernels may not allocate."""
+    hold = getattr(select(device.type), "fix", None)
+    if hold is not None:
+        hold(device)
 
 
 def select(device_type: str) -> KiviKernels:

@@ -1,6 +1,7 @@
 """KIVI's Triton kernels, under Triton's interpreter, against the reference: outputs, and every byte of the pages."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 
 from benchmarks.gpu.checks import TOLERANCE, relative_errors
 from tests.kivi.kivi_cases import POISON, Sequences, Spec, random_spec
+from xquant_vllm.attention.dispatch import OVERRIDE_VARIABLE
 from xquant_vllm.attention.gpu import tiling, workspace
-from xquant_vllm.kivi import reference
+from xquant_vllm.kivi import dispatch, reference
 from xquant_vllm.kivi.gpu import kernels, store
 from xquant_vllm.kivi.plan import KiviBatch
 
@@ -90,17 +92,28 @@ def test_special(name: str) -> None:
     check(*SPECS[name], Triton(lengths=False))
 
 
+@pytest.fixture
+def _chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """These kernels are chosen for the CPU, too."""
+    monkeypatch.setenv(OVERRIDE_VARIABLE, "triton")
+    dispatch._choose.cache_clear()
+    yield
+    dispatch._choose.cache_clear()
+    workspace.release(CPU)
+
+
+@pytest.mark.usefixtures("_chosen")
 def test_what_is_reserved_suffices() -> None:
     spec = Spec((65, 3), kv_heads=1, group=2)
     sequences = Sequences(spec)
     sequences.run([[62, 0]])
     workspace.release(CPU)
-    kernels.reserve(sequences.plan, 8, 2, spec.dtype, CPU)
-    kernels.fix(CPU)
-    try:
-        sequences.run([[1, 1], [2, 2]], Triton(lengths=False))
-    finally:
-        workspace.release(CPU)
+    dispatch.reserve(sequences.plan, 8, 2, spec.dtype, CPU)
+    dispatch.fix(CPU)
+    assert dispatch.select("cpu") is kernels
+    sequences.run([[1, 1], [2, 2]], Triton(lengths=False))
+    with pytest.raises(RuntimeError, match="bytes of workspace, but only"):
+        workspace.take(CPU, ((1 << 30,), torch.uint8))
 
 
 def test_padding_is_left_alone() -> None:
