@@ -22,9 +22,9 @@ import torch  # noqa: E402
 from benchmarks.cpu.layers import BLOCK_SIZE, MODELS, Model, decode_batch, filled_pages, make_plan  # noqa: E402
 from benchmarks.cpu.operation import BASELINE, add_options, report, variant_row  # noqa: E402
 from benchmarks.cpu.plain import PlainLayers  # noqa: E402
-from benchmarks.cpu.roofs import measure_roofs  # noqa: E402
+from benchmarks.cpu.roofs import roof_calls, roofs_of  # noqa: E402
 from benchmarks.cpu.timing import in_turns  # noqa: E402
-from benchmarks.cpu.work import Roofs, Work, decode_work, plain_decode_bytes  # noqa: E402
+from benchmarks.cpu.work import Work, decode_work, plain_decode_bytes  # noqa: E402
 from xquant_vllm.attention import cpu  # noqa: E402
 
 
@@ -38,18 +38,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--layers", type=int, help="layers of a call (default: as many as the model has)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    roofs = measure_roofs()
     rows = []
     for model in (MODELS[name] for name in options.models):
         for sequences in options.sequences:
             for context in options.contexts:
-                rows += _rows(model, sequences, context, options, roofs)
-    return report("decode attention", rows, roofs, options)
+                rows += _rows(model, sequences, context, options)
+    return report("decode attention", rows, options)
 
 
-def _rows(
-    model: Model, sequences: int, context: int, options: argparse.Namespace, roofs: Roofs
-) -> list[dict[str, Any]]:
+def _rows(model: Model, sequences: int, context: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     layers = options.layers or model.layers
     batch = decode_batch(sequences, context)
     blocks = sequences * -(-context // BLOCK_SIZE)
@@ -71,7 +68,8 @@ def _rows(
             name = f"{'xquant' if holds == 'latent' else 'xquant X'} {bits} bits"
             calls[name] = partial(attend, plan, pages)
             work[name] = decode_work(plan, sequences, context)
-    taken = in_turns(calls, options.rounds)
+    taken = in_turns({**calls, **roof_calls()}, options.rounds)
+    roofs = roofs_of(taken)
     return [
         {"model": model.name, "shape": f"{sequences} x {context}", "sequences": sequences, "context": context}
         | variant_row(name, taken, layers, work[name], roofs)

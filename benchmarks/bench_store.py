@@ -22,9 +22,9 @@ import torch  # noqa: E402
 from benchmarks.cpu.layers import BLOCK_SIZE, MODELS, Model, filled_pages, latents, make_plan  # noqa: E402
 from benchmarks.cpu.operation import BASELINE, add_options, report, variant_row  # noqa: E402
 from benchmarks.cpu.plain import PlainLayers  # noqa: E402
-from benchmarks.cpu.roofs import measure_roofs  # noqa: E402
+from benchmarks.cpu.roofs import roof_calls, roofs_of  # noqa: E402
 from benchmarks.cpu.timing import in_turns  # noqa: E402
-from benchmarks.cpu.work import Roofs, Work, store_work  # noqa: E402
+from benchmarks.cpu.work import Work, store_work  # noqa: E402
 from xquant_vllm.attention import cpu  # noqa: E402
 
 
@@ -35,17 +35,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--tokens", nargs="+", type=int, default=[8, 512], help="stored by one call in every layer")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    roofs = measure_roofs()
     rows = [
         row
         for model in (MODELS[name] for name in options.models)
         for tokens in options.tokens
-        for row in _rows(model, tokens, options, roofs)
+        for row in _rows(model, tokens, options)
     ]
-    return report("store", rows, roofs, options)
+    return report("store", rows, options)
 
 
-def _rows(model: Model, tokens: int, options: argparse.Namespace, roofs: Roofs) -> list[dict[str, Any]]:
+def _rows(model: Model, tokens: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     blocks = max(4, -(-tokens // BLOCK_SIZE))
     slots = torch.randperm(blocks * BLOCK_SIZE, generator=torch.Generator().manual_seed(5))[:tokens]
     calls: dict[str, Callable[[], object]] = {BASELINE: PlainLayers(model, blocks, model.layers).store(tokens, slots)}
@@ -61,7 +60,8 @@ def _rows(model: Model, tokens: int, options: argparse.Namespace, roofs: Roofs) 
         name = f"xquant {bits} bits"
         calls[name] = partial(store, plan, pages, inputs)
         work[name] = store_work(plan, tokens)
-    taken = in_turns(calls, options.rounds)
+    taken = in_turns({**calls, **roof_calls()}, options.rounds)
+    roofs = roofs_of(taken)
     return [
         {"model": model.name, "shape": f"{tokens} tokens", "tokens": tokens}
         | variant_row(name, taken, model.layers, work[name], roofs)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +37,17 @@ def variant_row(name: str, taken: dict[str, list[float]], layers: int, work: Wor
         "speed_of_baseline": ratios(taken, name, BASELINE).scaled(1),
         "roof": floor / spread.median,
         "binding": binding,
+        "roofs": asdict(roofs),
         "bytes": work.bytes,
         "multiply_adds": {"fp32": work.fp32, "int16": work.int16, "int8": work.int8},
     }
 
 
-def report(what: str, rows: list[dict[str, Any]], roofs: Roofs, options: argparse.Namespace) -> dict[str, Any]:
+def report(what: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
     """Print and keep."""
     result = {
         "benchmark": what,
         "machine": machine_facts(),
-        "roofs": {
-            "copy_bytes_per_second": roofs.bytes_per_second,
-            "fp32_multiply_adds_per_second": roofs.fp32,
-            "int8_multiply_adds_per_second": roofs.int8,
-        },
         "rows": rows,
     }
     if options.out:
@@ -58,11 +55,7 @@ def report(what: str, rows: list[dict[str, Any]], roofs: Roofs, options: argpars
     if options.json:
         print(json.dumps(result))
         return result
-    print(
-        f"{what}: microseconds per layer (quartiles), on {options.threads} threads. Roofs: copy "
-        f"{roofs.bytes_per_second / 1e9:.1f} GB/s, FP32 {roofs.fp32 / 1e9:.0f} and INT8 {roofs.int8 / 1e9:.0f} "
-        "billion multiply-adds a second"
-    )
+    print(f"{what}: microseconds per layer (quartiles), on {options.threads} threads")
     for row in rows:
         time, speed = row["microseconds"], row["speed_of_baseline"]
         print(

@@ -1,17 +1,19 @@
 """What this machine reaches: bandwidth of a large copy, rates of large matrix products."""
 
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
 import torch
 
-from benchmarks.cpu.timing import in_turns
 from benchmarks.cpu.work import Roofs
 
-_COPIED_BYTES = 2**28
-_MATRIX_SIZE = 1536
-_ROUNDS = 5
+_COPIED_BYTES = 2**27
+_MATRIX_SIZE = 1024
+_COPY, _FP32, _INT8 = "roof: copy", "roof: FP32", "roof: INT8"
 
 
-def measure_roofs(rounds: int = _ROUNDS) -> Roofs:
-    """With torch's threads, as many as it is set to; the fastest of each, as a roof is what can be reached."""
+def roof_calls() -> dict[str, Callable[[], object]]:
+    """Calls to be timed in turns with what is measured, so that both meet the same machine."""
     generator = torch.Generator().manual_seed(0)
     source = torch.zeros(_COPIED_BYTES, dtype=torch.uint8)
     target = torch.ones_like(source)
@@ -19,12 +21,18 @@ def measure_roofs(rounds: int = _ROUNDS) -> Roofs:
     left, right = (torch.randn(size, size, generator=generator) for _ in range(2))
     product = torch.empty_like(left)
     small, other = (torch.randint(-127, 128, (size, size), dtype=torch.int8, generator=generator) for _ in range(2))
-    taken = in_turns(
-        {
-            "copy": lambda: target.copy_(source),
-            "fp32": lambda: torch.mm(left, right, out=product),
-            "int8": lambda: torch._int_mm(small, other),
-        },
-        rounds,
+    return {
+        _COPY: lambda: target.copy_(source),
+        _FP32: lambda: torch.mm(left, right, out=product),
+        _INT8: lambda: torch._int_mm(small, other),
+    }
+
+
+def roofs_of(taken: Mapping[str, Sequence[float]]) -> Roofs:
+    """The roofs of the rounds in which :func:`roof_calls` were timed; medians, as what is measured is one."""
+    products = _MATRIX_SIZE**3
+    return Roofs(
+        2 * _COPIED_BYTES / statistics.median(taken[_COPY]),
+        products / statistics.median(taken[_FP32]),
+        products / statistics.median(taken[_INT8]),
     )
-    return Roofs(2 * _COPIED_BYTES / min(taken["copy"]), size**3 / min(taken["fp32"]), size**3 / min(taken["int8"]))

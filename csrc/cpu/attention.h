@@ -168,6 +168,8 @@ inline bool attend(const xquant_plan& plan, const xquant_attention_call& call, c
     clear(plan, rows, state);
     if (!pages.have(context.begin, context.end)) return false;
     context.for_tiles([&](int64_t start, int64_t first, int64_t last) {
+        const int64_t next = start + kTile, after = next + kTile;
+        pages.prefetch_tile(task.kv_head, next, after < task.end ? after : task.end);
         const int64_t first_column = first / kRun * kRun, last_column = round_up(last, kRun);
         score(plan, pages, task.kv_head, rows, start, first_column, last_column, scratch);
         weigh(plan, task, rows, start, first_column, last_column, state, scratch);

@@ -22,8 +22,9 @@ struct IntegerWeights {
     int64_t width;
 };
 
+// Inlined into something large, GCC 12 keeps the sums in memory.
 template <int kRows, int kVectors>
-inline void integer_values_block(const IntegerWeights& p, int64_t row, int64_t column) {
+__attribute__((noinline)) void integer_values_block(const IntegerWeights& p, int64_t row, int64_t column) {
     __m512i sums[kRows][kVectors];
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
@@ -73,7 +74,7 @@ inline void integer_values(const IntegerWeights& p, int64_t rows, int64_t channe
 
 struct RowOfIntegers {
     float unit;
-    float sum;  // of the integers, times the unit
+    vf integers;  // added up by lanes
 };
 
 // Weights [columns] of a row times the tokens' scales, as integers of 16 bits, two in a lane.
@@ -91,7 +92,7 @@ inline RowOfIntegers integer_weights(const float* weights, const float* scales, 
         total += (vi)x;
         _mm256_storeu_si256((__m256i*)(to + j / 2), _mm512_maskz_cvtsepi32_epi16(0xffff, x));
     }
-    return {unit, unit * reduce_add(to_float(total))};
+    return {unit, to_float(total)};
 }
 
 // Field `field` of kBits bits of two tokens' bytes in a lane.
@@ -202,18 +203,22 @@ inline void accumulate_integer_values(const xquant_plan& plan, const Pages& page
         }
         // What was rounded off a weight is to be multiplied by a code's distance from the middle, not by the code.
         const float middle = allocated ? 0.0f : float((1 << view.head.pieces[pieces.begin + i].bits) - 1) / 2;
+        // So zeros become what the middle stands for.
+        for (int64_t j = begin; j < end; j += kLanes) {
+            store(scratch.zeros + j, load(scratch.zeros + j) + load(scratch.scales + j) * middle);
+        }
         for (int64_t row = 0; row < rows; ++row) {
             const float* weights = scratch.weights + row * kTile;
             const RowOfIntegers integers = integer_weights(weights + begin, scratch.scales + begin, end - begin,
                                                            scratch.integers + row * (kTile / 2));
             scratch.units[row] = integers.unit;
-            scratch.sums[row] = integers.sum;
-            if (allocated) continue;
-            vf sum = {};
-            for (int64_t j = begin; j < end; j += kLanes) {
-                sum += load(weights + j) * (load(scratch.zeros + j) + load(scratch.scales + j) * middle);
+            if (allocated) {
+                scratch.sums[row] = integers.unit * reduce_add(integers.integers);
+                continue;
             }
-            scratch.sums[row] = reduce_add(sum) - integers.sum * middle;
+            vf sum = integers.integers * (-integers.unit * middle);
+            for (int64_t j = begin; j < end; j += kLanes) sum += load(weights + j) * load(scratch.zeros + j);
+            scratch.sums[row] = reduce_add(sum);
         }
         IntegerWeights p;
         p.pairs = (end - begin) / 2;

@@ -76,6 +76,22 @@ inline bool have_blocks(const int32_t* blocks, int64_t block_size, int64_t num_b
     return true;
 }
 
+// Ask for what a run of a latent head is unpacked from.
+inline void prefetch_run(const HeadView& view, const uint8_t* page, int64_t slot) {
+    prefetch(page + view.codes(slot), kRun * view.head.row_bytes);
+    if (view.stream.allocated) {
+        __builtin_prefetch(page + view.token_scale(slot));
+        return;
+    }
+    for (int64_t piece = 0; piece < view.head.num_pieces; ++piece) {
+        __builtin_prefetch(page + view.scale(piece, slot));
+        __builtin_prefetch(page + view.zero(piece, slot));
+    }
+    for (int64_t channel = 0; channel < view.stream.outlier_channels; ++channel) {
+        __builtin_prefetch(page + view.outlier(channel, slot));
+    }
+}
+
 // Addresses of the runs of 16 slots of one sequence.
 struct Pages {
     const xquant_plan& plan;
@@ -93,4 +109,18 @@ struct Pages {
     }
     const uint8_t* page(const xquant_term& term, int64_t position) const { return page(term.page, position); }
     int64_t slot(int64_t position) const { return position % plan.block_size; }
+
+    // Ask for the pages of tokens [begin, end): sections are short and far apart, so the processor does not foresee them.
+    void prefetch_tile(int64_t kv_head, int64_t begin, int64_t end) const {
+        const auto of = [&](const xquant_latent& latent, int64_t position) {
+            for (int64_t i = 0; i < latent.num_terms; ++i) {
+                const xquant_term& term = latent.terms[i];
+                prefetch_run(head_view(plan, term, kv_head), page(term, position), slot(position));
+            }
+        };
+        for (int64_t position = begin; position < end; position += kRun) {
+            of(plan.key, position);
+            of(plan.value, position);
+        }
+    }
 };

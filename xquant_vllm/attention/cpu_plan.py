@@ -78,12 +78,7 @@ class PreparedPlan:
         if plan.sinks is not None:
             struct.sinks = self._tensor(fp32("sinks", plan.sinks, (plan.num_heads,)))
         if rope is not None and rotates:
-            if rope.rotary_size > head_size:
-                raise ValueError(f"RoPE of {rope.rotary_size} channels does not fit head_size = {head_size}")
-            struct.rope = self._tensor(_tiled_table(rope))
-            struct.rotary_size = rope.rotary_size
-            struct.rotary_positions = rope.cos.shape[0]
-            struct.rotary_interleaved = int(rope.interleaved)
+            self._kept.append(set_rope(struct, rope))
         self._add_store(struct, plan)
         self.struct = struct
         self.pointer = ctypes.byref(struct)
@@ -130,7 +125,9 @@ class PreparedPlan:
     def _stream(self, plan: AttentionLayerPlan, page: int, index: int) -> Stream:
         stream = self._streams.get((page, index))
         if stream is None:
-            stream = self._streams[page, index] = cpu_stream(plan.layouts[page], index)
+            layout = plan.layouts[page]
+            stream = cpu_stream(layout.streams[index], layout.offsets[index], layout.block_size)
+            self._streams[page, index] = stream
         return stream.struct
 
     def _tensor(self, tensor: torch.Tensor) -> int:
@@ -174,6 +171,22 @@ def _tiled_table(table: RotaryTable) -> torch.Tensor:
         tiled_tables[id(table)] = tiled
         weakref.finalize(table, tiled_tables.pop, id(table), None)
     return tiled
+
+
+def set_rope(struct: Plan, rope: RotaryTable) -> torch.Tensor:
+    """Let keys be turned; returns what the struct points to from now on.
+
+    Raises:
+        ValueError: more channels turn than a head has, or the table is not FP32 on the CPU.
+    """
+    if rope.rotary_size > struct.head_size:
+        raise ValueError(f"RoPE of {rope.rotary_size} channels does not fit head_size = {struct.head_size}")
+    table = _tiled_table(rope)
+    struct.rope = table.data_ptr()
+    struct.rotary_size = rope.rotary_size
+    struct.rotary_positions = rope.cos.shape[0]
+    struct.rotary_interleaved = int(rope.interleaved)
+    return table
 
 
 def prepare(plan: AttentionLayerPlan, with_integers: bool) -> PreparedPlan:

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from xquant_vllm.attention.cpu_abi import Chunk, Head, Piece, Stream
+from xquant_vllm.attention.cpu_abi import Chunk, Head, Piece
+from xquant_vllm.attention.cpu_abi import Stream as CStream
 from xquant_vllm.codec.allocated import AllocatedFormat, channel_tables
 from xquant_vllm.codec.allocation import Runs
-from xquant_vllm.codec.layout import PageLayout
+from xquant_vllm.codec.layout import Stream, StreamOffsets
 from xquant_vllm.codec.packing import packed_size
 
 # Rows that vectors run along are padded to this, and chunks that others follow end at a multiple (kPad in csrc/cpu).
@@ -31,17 +32,16 @@ class CpuStream:
         kept: what it points to.
     """
 
-    struct: Stream
+    struct: CStream
     kept: list[object]
 
 
-def cpu_stream(layout: PageLayout, index: int) -> CpuStream:
-    """Stream ``index`` of the pages of a layout.
+def cpu_stream(stream: Stream, at: StreamOffsets, block_size: int) -> CpuStream:
+    """A stream of pages of so many slots, and where its sections are.
 
     Raises:
         ValueError: the runs of an allocated stream cannot be cut into chunks.
     """
-    stream, at = layout.streams[index], layout.offsets[index]
     kept: list[object] = []
     allocated = isinstance(stream, AllocatedFormat)
     if isinstance(stream, AllocatedFormat):
@@ -55,9 +55,9 @@ def cpu_stream(layout: PageLayout, index: int) -> CpuStream:
     codes = at.codes
     for head in heads:
         head.codes = codes
-        codes += layout.block_size * head.row_bytes
+        codes += block_size * head.row_bytes
     array = _array(Head, heads, kept)
-    struct = Stream(
+    struct = CStream(
         stream.num_heads, stream.width, int(allocated), outlier_channels, array, at.scales, at.zeros, at.outliers
     )
     return CpuStream(struct, kept)

@@ -2,8 +2,9 @@
 
 import functools
 import os
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar, cast
 
 import torch
 
@@ -44,45 +45,64 @@ class AttentionKernels(Protocol):
         """Causal attention of query tokens over their sequences' pages."""
 
 
-class _Choice(NamedTuple):
-    kernels: AttentionKernels
+_Kernels = TypeVar("_Kernels")
+
+
+@dataclass(frozen=True)
+class Choice(Generic[_Kernels]):
+    """What runs, and one line for the log that says so and, if it is the slow one, what to do about it."""
+
+    kernels: _Kernels
     text: str
 
 
-@functools.cache
-def _choose(device_type: str) -> _Choice:
+def choose(
+    device_type: str, slow: _Kernels, load_cpu: Callable[[], _Kernels], load_triton: Callable[[], _Kernels] | None
+) -> Choice[_Kernels]:
+    """The implementation for tensors on devices of this type, or that which the override variable demands.
+
+    Args:
+        device_type: "cpu", ...
+        slow: the PyTorch reference.
+        load_cpu: imports the C++ kernels; raises OSError where they were not built.
+        load_triton: imports the Triton kernels; raises ImportError where Triton is missing. None: there are none.
+
+    Raises:
+        ValueError: the override variable has an unknown value.
+        RuntimeError: what the override variable demands is not available.
+    """
     override = os.environ.get(OVERRIDE_VARIABLE)
     if override and override not in _CHOICES:
         raise ValueError(f"{OVERRIDE_VARIABLE}={override} is unknown: set one of {', '.join(_CHOICES)}, or unset it")
-    slow = cast(AttentionKernels, reference)
     if override == "reference":
-        return _Choice(slow, f"attention runs on the PyTorch reference, as {OVERRIDE_VARIABLE} demands")
-    if device_type == "cuda" or override == "triton":
-        return _triton(slow, override)
+        return Choice(slow, f"attention runs on the PyTorch reference, as {OVERRIDE_VARIABLE} demands")
+    if load_triton is not None and (device_type == "cuda" or override == "triton"):
+        return _triton(slow, load_triton, override)
     if device_type != "cpu":
-        return _Choice(slow, f"attention runs on the PyTorch reference: there are no kernels for {device_type}")
+        return Choice(slow, f"attention runs on the PyTorch reference: there are no kernels for {device_type}")
     try:
+        kernels = load_cpu()
         from xquant_vllm.attention import cpu
     except OSError as error:
         if override:
             raise RuntimeError(f"{OVERRIDE_VARIABLE}={override} cannot be met: {error}") from error
-        return _Choice(
+        return Choice(
             slow,
             f"attention runs on the PyTorch reference, {_REFERENCE_SLOWDOWN} slower than the C++ kernels, because "
             f"these cannot be loaded ({error}); install g++ and reinstall xquant-vllm",
         )
     if override and not cpu.set_isa(override):
         raise RuntimeError(f"{OVERRIDE_VARIABLE}={override} cannot be met: this processor or this build lacks it")
-    return _Choice(cast(AttentionKernels, cpu), f"attention runs on the C++ kernels for {cpu.isa()}")
+    return Choice(kernels, f"attention runs on the C++ kernels for {cpu.isa()}")
 
 
-def _triton(slow: AttentionKernels, override: str | None) -> _Choice:
+def _triton(slow: _Kernels, load: Callable[[], _Kernels], override: str | None) -> Choice[_Kernels]:
     try:
-        from xquant_vllm.attention.gpu import kernels
+        kernels = load()
     except ImportError as error:
         if override:
             raise RuntimeError(f"{OVERRIDE_VARIABLE}={override} cannot be met: {error}") from error
-        return _Choice(
+        return Choice(
             slow,
             "attention runs on the PyTorch reference, many times slower than the Triton kernels, because Triton cannot "
             f"be imported ({error}); install the triton that belongs to your torch",
@@ -90,7 +110,24 @@ def _triton(slow: AttentionKernels, override: str | None) -> _Choice:
     text = (
         "attention runs on the Triton kernels, which were checked in Triton's interpreter and have not yet run on a GPU"
     )
-    return _Choice(cast(AttentionKernels, kernels), text)
+    return Choice(kernels, text)
+
+
+def _load_cpu() -> AttentionKernels:
+    from xquant_vllm.attention import cpu
+
+    return cast(AttentionKernels, cpu)
+
+
+def _load_triton() -> AttentionKernels:
+    from xquant_vllm.attention.gpu import kernels
+
+    return cast(AttentionKernels, kernels)
+
+
+@functools.cache
+def _choose(device_type: str) -> Choice[AttentionKernels]:
+    return choose(device_type, cast(AttentionKernels, reference), _load_cpu, _load_triton)
 
 
 def reserve(plan: AttentionLayerPlan, tokens: int, sequences: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -1,9 +1,11 @@
-"""Which implementation of KIVI's calls runs: so far the PyTorch reference."""
+"""Which implementation of KIVI's calls runs: C++ kernels on CPUs, else the reference."""
 
+import functools
 from typing import Protocol, cast
 
 import torch
 
+from xquant_vllm.attention.dispatch import Choice, choose
 from xquant_vllm.kivi import reference
 from xquant_vllm.kivi.plan import KiviBatch, KiviLayerPlan
 
@@ -36,11 +38,22 @@ class KiviKernels(Protocol):
         """Causal attention of query tokens over their sequences' pages."""
 
 
+def _load_cpu() -> KiviKernels:
+    from xquant_vllm.kivi import cpu
+
+    return cast(KiviKernels, cpu)
+
+
+@functools.cache
+def _choose(device_type: str) -> Choice[KiviKernels]:
+    return choose(device_type, cast(KiviKernels, reference), _load_cpu, None)
+
+
 def select(device_type: str) -> KiviKernels:
-    """The implementation for tensors on devices of this type ("cpu", ...)."""
-    return cast(KiviKernels, reference)
+    """The implementation for tensors on devices of this type ("cpu", ...); see :func:`.attention.dispatch.choose`."""
+    return _choose(device_type).kernels
 
 
 def describe(device_type: str) -> str:
     """One line for the log: what runs and, if it is the slow one, why."""
-    return f"attention runs on the PyTorch reference: there are no kernels for {device_type}"
+    return _choose(device_type).text

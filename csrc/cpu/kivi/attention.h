@@ -20,6 +20,35 @@ struct KiviTile {
 
 inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
+// Ask for what a tile's tokens from position `start` on, before `end`, are read from. Pages are scattered, and a head's
+// part of one is too short for the processor to notice that it is read in order.
+inline void prefetch_tile(const KiviTile& tile, int64_t start, int64_t end) {
+    const xquant_kivi_plan& plan = tile.plan;
+    const KeyView keys{plan, tile.task.kv_head};
+    const HeadView values = head_view(plan.layer, plan.layer.value.terms[0], tile.task.kv_head);
+    const FirstExact newest = tile.first_exact(tile.rows - 1), oldest = tile.first_exact(0);
+    for (int64_t run = start; run < end && run < start + kTile; run += kRun) {
+        const uint8_t* page = tile.pages.page(0, run);
+        const int64_t slot = tile.pages.slot(run);
+        if (run < newest.key) {
+            prefetch(page + keys.codes(slot), kRun * keys.row_bytes());
+            if (run % plan.key_group_size == 0 || run == start) {
+                prefetch(page + keys.scale(slot), plan.layer.head_size * 2);
+                prefetch(page + keys.zero(slot), plan.layer.head_size * 2);
+            }
+        }
+        if (run < newest.value) {
+            prefetch(page + values.codes(slot), kRun * values.head.row_bytes);
+            for (int64_t i = 0; i < values.head.num_pieces; ++i) {
+                prefetch(page + values.scale(i, slot), kRun * 2);
+                prefetch(page + values.zero(i, slot), kRun * 2);
+            }
+        }
+        if (run + kRun > oldest.key) prefetch(tile.residual.key(run), kRun * tile.residual.row_bytes());
+        if (run + kRun > oldest.value) prefetch(tile.residual.value(run), kRun * tile.residual.row_bytes());
+    }
+}
+
 // Scores of tokens start + [first, last), multiples of 16, for all rows.
 inline void kivi_score(const KiviTile& tile, int64_t start, int64_t first, int64_t last) {
     // Boundaries grow with the row.
@@ -108,6 +137,7 @@ inline bool kivi_attend(const xquant_kivi_plan& plan, const xquant_kivi_attentio
     if (!pages.have(context.begin, context.end) || !residual.have(exact, context.end)) return false;
     context.for_tiles([&](int64_t start, int64_t first, int64_t last) {
         const int64_t first_column = first / kRun * kRun, last_column = round_up(last, kRun);
+        prefetch_tile(tile, start + kTile, task.end);
         kivi_score(tile, start, first_column, last_column);
         weigh(plan.layer, task, rows, start, first_column, last_column, state, base);
         kivi_accumulate(tile, start, first, last, state);

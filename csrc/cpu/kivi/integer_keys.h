@@ -13,12 +13,11 @@ inline bool keys_in_integers(const KeyView& view) { return view.row_bytes() % 16
 // A row of queries in integers.
 inline void fold_integers(const float* query, int64_t row, int64_t head_size, float middle, const KiviScratch& scratch) {
     float* folded = scratch.folded;
-    vf top = {}, offset = {}, sum = {};
+    vf top = {}, offset = {};  // as if all codes were the middle
     for (int64_t i = 0; i < head_size; i += kLanes) {
         const vf q = load(query + i), x = q * load(scratch.scales + i);
         store(folded + i, x);
-        offset += q * load(scratch.zeros + i);
-        sum += x;
+        offset += q * load(scratch.zeros + i) + x * middle;
         top = maximum(x > 0.0f ? x : -x, top);
     }
     const float largest = reduce_max(top), unit = largest * (1.0f / 32512.0f);
@@ -33,11 +32,12 @@ inline void fold_integers(const float* query, int64_t row, int64_t head_size, fl
         _mm_storeu_si128((__m128i*)(high + head_size + i), _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)x));
     }
     scratch.units[row] = unit;
-    scratch.offsets[row] = reduce_add(offset) + (reduce_add(sum) - unit * reduce_add(to_float(total))) * middle;
+    scratch.offsets[row] = reduce_add(offset - to_float(total) * (unit * middle));
 }
 
+// Not inlined: see integer_values_block.
 template <int kRows, int kVectors>
-inline void integer_scores_block(const KiviScratch& scratch, const int32_t* codes, int64_t quads, int64_t row,
+__attribute__((noinline)) void integer_scores_block(const KiviScratch& scratch, const int32_t* codes, int64_t quads, int64_t row,
                                  float* scores) {
     __m512i high[kRows][kVectors], low[kRows][kVectors];
 #pragma GCC unroll 4
