@@ -67,7 +67,7 @@ test: test-models ## run the tests
 
 # In a process of its own: Triton decides when it is imported whether it interprets.
 test-gpu: venv ## run the tests of the Triton kernels, without a GPU in Triton's interpreter
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/attention/gpu -n 2
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/attention/gpu tests/kivi/gpu -n 2
 
 accuracy: test-models ## compare the accuracy of all caches per byte (an hour on two cores); writes docs/accuracy.md
 	$(VENV)/bin/python benchmarks/compare_accuracy.py --write --models models/smollm2-135m-instruct \

@@ -3,6 +3,7 @@
 import pydoc_data.topics
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,19 @@ def documentation(tokenizer) -> list[int]:
     """Tokens of a few thousand words of prose: the language reference that ships with Python."""
     text = "\n".join(pydoc_data.topics.topics[name] for name in ("assignment", "compound", "operator-summary"))
     return tokenizer.encode(text)
+
+
+@pytest.fixture(params=("portable", "avx2", "avx512", "vnni"))
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The C++ kernels use this instruction set; afterwards the best one, and as many threads as before."""
+    import torch
+
+    from xquant_vllm.attention import cpu
+
+    threads = torch.get_num_threads()
+    if not cpu.set_isa(request.param):
+        pytest.skip(f"this machine has no {request.param}")
+    assert cpu.isa() == request.param
+    yield request.param
+    cpu.set_isa(None)
+    torch.set_num_threads(threads)

@@ -5,8 +5,8 @@ from typing import Any
 
 from benchmarks.serving.trace import RunningText, Trace, arrivals, pressure
 
-# All histories of a pressure load, in what a 16-bit cache of the same memory holds. An xquant cache of 4 bits holds
-# 3.45 for SmolLM2; the rest is for blocks that are not full and for answers, which nobody asks for again.
+# All histories of a pressure load, as multiples of what a 16-bit cache of the same memory holds. An xquant cache of 4
+# bits holds 3.45 for SmolLM2; the rest is for blocks that are not full and for answers, which nobody asks for again.
 _PRESSURE = 3.0
 _CONCURRENCY = 4
 

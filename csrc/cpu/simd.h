@@ -106,8 +106,3 @@ inline vf load_half(const uint8_t* from) {
     return (vf)((special ? (magnitude | 0x7f800000) : scaled) | ((bits & 0x8000) << 16));
 #endif
 }
-
-// Ask for memory that is read soon.
-inline void prefetch(const uint8_t* from, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at);
-}

@@ -1,6 +1,5 @@
 """The C++ kernels against the reference."""
 
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +12,7 @@ from tests.attention import attention_cases
 from tests.attention.attention_cases import Case, Spec, make_plan, random_spec
 from tests.attention.integer_case import on_integers
 from tests.attention.stored_pages import assert_same_pages, make_store_case
+from tests.cpu_kernels import assert_close, bits, has_kernels
 from xquant_vllm.attention import reference
 from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
 from xquant_vllm.attention.latents import LatentTerm, Prediction
@@ -22,51 +22,15 @@ from xquant_vllm.codec.pages import load_slots
 from xquant_vllm.codec.rotation import hadamard_rotation
 from xquant_vllm.projection.rematerialize import LayerProjection
 
-try:
-    from xquant_vllm.attention import cpu, cpu_plan
-except OSError as error:
-    if shutil.which("g++"):
-        raise  # they can be built here, so they must be tested: install the package
-    pytest.skip(f"no kernels: {error}", allow_module_level=True)
+if not has_kernels():
+    pytest.skip("no kernels", allow_module_level=True)
 
-ISAS = ("portable", "avx2", "avx512", "vnni")
-# The portable kernels have no fused multiply-add; the largest relative error seen is 4e-6. Of "vnni" it is 2e-4: it
-# rounds weights to 16 bits, and what many tokens' values average to is small.
-TOLERANCES = dict.fromkeys(ISAS, 1e-5) | {"vnni": 5e-4}
-ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    if not cpu.set_isa(request.param):
-        pytest.skip(f"this machine has no {request.param}")
-    assert cpu.isa() == request.param
-    yield request.param
-    cpu.set_isa(None)
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+from xquant_vllm.attention import cpu, cpu_plan
 
 
 def make_case(spec: Spec) -> Case:
     """Of a key up-projection that is exact in integers; test_keys_in_16_bits takes others."""
     return on_integers(attention_cases.make_case(spec))
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> None:
-    assert actual.dtype == expected.dtype
-    rounding = ROUNDING[expected.dtype]
-    actual, expected = actual.float(), expected.float()
-    tolerance = TOLERANCES[cpu.isa()] if tolerance is None else tolerance
-    allowed = tolerance * expected.abs().amax(-1, keepdim=True) + rounding * expected.abs()
-    assert expected.isfinite().all()
-    assert actual.isfinite().all()
-    worst = ((actual - expected).abs() - allowed).max()
-    assert worst <= 0, f"off by {worst} more than allowed"
 
 
 # --- Attention ---
@@ -88,7 +52,7 @@ def test_keys_by_integers_are_exact(isa: str, spec: Spec) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_keys_in_16_bits(isa: str, seed: int) -> None:
+def test_keys_in_16bits(isa: str, seed: int) -> None:
     """Any up-projection: rounded to 16 bits."""
     case = attention_cases.make_case(random_spec(seed))
     assert_close(case.run(cpu), case.run(reference), 2e-3)
@@ -251,10 +215,6 @@ INVARIANT = {
 }
 
 
-def _bits(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(torch.uint8)
-
-
 @pytest.mark.parametrize("name", INVARIANT)
 def test_same_bits_alone(isa: str, name: str) -> None:
     """A sequence's output does not depend on its neighbours, nor a token's on the other query tokens."""
@@ -265,7 +225,7 @@ def test_same_bits_alone(isa: str, name: str) -> None:
         expected = together[starts[sequence] : starts[sequence + 1]]
         for last in sorted({1, new // 2 + 1, new}):
             alone = case.only(sequence, last).run(cpu)
-            assert torch.equal(_bits(alone), _bits(expected[-last:])), (sequence, last)
+            assert torch.equal(bits(alone), bits(expected[-last:])), (sequence, last)
 
 
 @pytest.mark.parametrize("name", INVARIANT)
@@ -281,7 +241,7 @@ def test_same_bits_chunked(isa: str, name: str) -> None:
         starts = torch.tensor([0, end - begin], dtype=torch.int32)
         batch = replace(alone.batch, seq_lens=shorter, query_start_loc=starts)
         part = replace(alone, batch=batch, query=alone.query[begin:end])
-        assert torch.equal(_bits(part.run(cpu)), _bits(expected[begin:end])), (begin, end)
+        assert torch.equal(bits(part.run(cpu)), bits(expected[begin:end])), (begin, end)
 
 
 @pytest.mark.parametrize("name", INVARIANT)
@@ -293,7 +253,7 @@ def test_same_bits_on_any_threads(isa: str, name: str) -> None:
         assert cpu.num_threads() == threads
         outputs += [case.run(cpu), case.only(0).run(cpu)]
     for index in range(2, len(outputs)):
-        assert torch.equal(_bits(outputs[index]), _bits(outputs[index % 2]))
+        assert torch.equal(bits(outputs[index]), bits(outputs[index % 2]))
 
 
 # --- Store ---

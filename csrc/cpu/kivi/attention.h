@@ -20,8 +20,7 @@ struct KiviTile {
 
 inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
-// Ask for what a tile's tokens from position `start` on, before `end`, are read from. Pages are scattered, and a head's
-// part of one is too short for the processor to notice that it is read in order.
+// Ask for what a tile's tokens from position `start` on, before `end`, are read from, as Pages::prefetch_tile does.
 inline void prefetch_tile(const KiviTile& tile, int64_t start, int64_t end) {
     const xquant_kivi_plan& plan = tile.plan;
     const KeyView keys{plan, tile.task.kv_head};
@@ -37,13 +36,7 @@ inline void prefetch_tile(const KiviTile& tile, int64_t start, int64_t end) {
                 prefetch(page + keys.zero(slot), plan.layer.head_size * 2);
             }
         }
-        if (run < newest.value) {
-            prefetch(page + values.codes(slot), kRun * values.head.row_bytes);
-            for (int64_t i = 0; i < values.head.num_pieces; ++i) {
-                prefetch(page + values.scale(i, slot), kRun * 2);
-                prefetch(page + values.zero(i, slot), kRun * 2);
-            }
-        }
+        if (run < newest.value) prefetch_run(values, page, slot);
         if (run + kRun > oldest.key) prefetch(tile.residual.key(run), kRun * tile.residual.row_bytes());
         if (run + kRun > oldest.value) prefetch(tile.residual.value(run), kRun * tile.residual.row_bytes());
     }

@@ -1,25 +1,32 @@
 """What Triton makes of the kernels, on a machine without a GPU.
 
-``python -m tests.attention.gpu.compiled 90 NAME...`` calls the host functions for the cases of that name
-(compile_cases.py) with CPU tensors. Every launch becomes a compilation for compute capability 9.0, by the ptxas that
-comes with Triton; nothing is run. It prints one line of JSON per kernel. Must run without TRITON_INTERPRET.
+``python -m tests.attention.gpu.compiled MODULE 90 NAME...`` calls the host functions for the cases of that name in a
+module, ``tests.attention.gpu.compile_cases`` or ``tests.kivi.gpu.compile_cases``, with tensors that no GPU holds. Every
+launch becomes a compilation for compute capability 9.0, by the ptxas that comes with Triton; nothing is run. It prints
+one line of JSON per kernel. Must run without TRITON_INTERPRET.
 """
 
+import importlib
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, MockTensor
+
+# Bytes of shared memory that a program may have. 8.6 and 8.9, which run what is compiled for 8.0, have 101376.
+SHARED = {80: 101376, 90: 232448, 100: 232448}
 
 
 @dataclass(frozen=True)
@@ -99,13 +106,34 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def main() -> None:
-    from tests.attention.gpu.compile_cases import CASES
+def compiled(module: ModuleType, capability: int, names: Sequence[str]) -> list[dict[str, Any]]:
+    """What the kernels of cases are compiled to, as :class:`Compiled` has it, by another process; also printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, module.__name__, str(capability), *names],
+        cwd=Path(__file__).parents[3],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    print(f"{'kernel':20} {'case':24} sm {'registers':>9} {'stack':>6} {'shared':>7} warps")
+    for of in kernels:
+        print(
+            f"{of['kernel']:20} {of['case']:24} {of['capability']:3} {of['registers']:8} {of['stack']:6} "
+            f"{of['shared']:7} {of['warps']:5}"
+        )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert {of["case"] for of in kernels} == set(names)
+    return kernels
 
-    capability, names = int(sys.argv[1]), sys.argv[2:]
-    for name in names or CASES:
+
+def main() -> None:
+    module, capability, names = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+    cases = importlib.import_module(module).CASES
+    for name in names or cases:
         with compiled_launches(capability) as launches:
-            CASES[name]()
+            cases[name]()
         seen = set()
         for kernel, binary in launches:
             if binary.hash in seen:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.attention.attention_cases import Spec, make_plan, random_runs
-from xquant_vllm.attention.gpu import decode, workspace
+from xquant_vllm.attention.gpu import decode, tiling, workspace
 from xquant_vllm.attention.gpu.bit_addresses import bit_addresses
 from xquant_vllm.attention.gpu.pairs import arranged, pair_columns
 from xquant_vllm.attention.gpu.pieces import rounds
@@ -87,9 +87,9 @@ def test_largest_batches(sequences: int, longest: int) -> None:
     prepared = prepare(plan, torch.float32)
 
     def size(count: int) -> int:
-        splits = decode.shape_of(prepared, count, longest)[2]
+        splits = tiling.shape_of(3, 3, count, longest)[2]
         return workspace.bytes_of(*decode.workspace_parts(prepared, count * longest, splits))
 
-    tried = decode.largest_batches(prepared, sequences, longest)
+    tried = tiling.largest_batches(3, 3, sequences, longest)
     assert tried <= set(range(1, sequences + 1))
     assert max(map(size, tried)) == max(map(size, range(1, sequences + 1)))

@@ -1,10 +1,10 @@
 """What several kernels are handed alike: the batch, the scores, and what they are compiled for."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
+from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu.attend import Batch, Scores
 from xquant_vllm.attention.gpu.operands import LAUNCH, TOKENS, operand_type, precision
 from xquant_vllm.attention.gpu.prepared import PreparedPlan
@@ -24,14 +24,30 @@ def describe_batch(query: torch.Tensor, batch: AttentionBatch) -> Batch:
     )
 
 
-def describe_scores(plan: AttentionLayerPlan) -> Scores:
+class Scored(Protocol):
+    """A layer's plan, as far as scores go."""
+
+    @property
+    def scale(self) -> float:
+        """Factor on the scores."""
+
+    @property
+    def logits_soft_cap(self) -> float | None:
+        """Their bound, or None."""
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Keys that a query sees, or None."""
+
+
+def describe_scores(plan: Scored) -> Scores:
     """Scale, soft cap and window as kernels read them."""
     return Scores(plan.scale, plan.logits_soft_cap or 0.0, plan.sliding_window or 0)
 
 
-def products(prepared: PreparedPlan) -> dict[str, Any]:
-    """Operands and precision of a kernel's products."""
-    return {"DTYPE": operand_type(prepared.dtype), "PRECISION": precision(prepared.dtype)}
+def products(dtype: torch.dtype) -> dict[str, Any]:
+    """Operands and precision of a kernel's products of operands of a dtype."""
+    return {"DTYPE": operand_type(dtype), "PRECISION": precision(dtype)}
 
 
 def unpacking(prepared: PreparedPlan) -> dict[str, Any]:
@@ -51,6 +67,6 @@ def unpacking(prepared: PreparedPlan) -> dict[str, Any]:
         "BIAS": prepared.has_key_bias,
         "NORM": prepared.norm,
         "ROPE": prepared.rotates,
-        **products(prepared),
+        **products(prepared.dtype),
         **LAUNCH,
     }

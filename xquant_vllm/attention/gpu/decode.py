@@ -13,40 +13,7 @@ from xquant_vllm.attention.gpu.attend import Absorbed, Partial, attend
 from xquant_vllm.attention.gpu.merge import merge
 from xquant_vllm.attention.gpu.page_pointers import page_pointers
 from xquant_vllm.attention.gpu.prepared import PreparedPlan, latent
-
-# Rows (query tokens times query heads of a kv head) of a tile at most; sequences with more rows prefill.
-MOST_ROWS = 64
-# Programs that keep a GPU busy, and splits of a sequence at most. They depend on a batch's shape alone, so that a CUDA
-# graph, which is captured once for a shape, serves every context.
-_PROGRAMS = 512
-_MOST_SPLITS = 32
-
-
-def shape_of(prepared: PreparedPlan, sequences: int, longest: int) -> tuple[int, int, int]:
-    """Rows of a tile, tiles of a sequence, splits.
-
-    Args:
-        prepared: the layer's plan.
-        sequences: sequences of the batch.
-        longest: query tokens of a sequence at most.
-    """
-    kv_heads = prepared.plan.projection.num_kv_heads
-    group = prepared.plan.num_heads // kv_heads
-    rows = min(triton.next_power_of_2(max(longest, 1) * group), MOST_ROWS)
-    rows = max(16, rows, triton.next_power_of_2(group))
-    tiles = triton.cdiv(longest, rows // group)
-    return rows, tiles, max(1, min(_MOST_SPLITS, _PROGRAMS // max(1, sequences * tiles * kv_heads)))
-
-
-def largest_batches(prepared: PreparedPlan, sequences: int, longest: int) -> set[int]:
-    """Numbers of sequences, up to ``sequences``, of which one needs the most memory.
-
-    With the splits it grows in the sequences, so it is the most that have so many splits.
-    """
-    _, tiles, _ = shape_of(prepared, 1, longest)
-    of_sequence = tiles * prepared.plan.projection.num_kv_heads
-    most = (_PROGRAMS // (splits * of_sequence) for splits in range(1, _MOST_SPLITS + 1))
-    return {sequences, 1, *(count for count in most if 1 <= count <= sequences)}
+from xquant_vllm.attention.gpu.tiling import shape_of
 
 
 def workspace_parts(
@@ -90,7 +57,7 @@ def decode(
     tokens = min(query.shape[0], sequences * longest)
     group, half = num_heads // kv_heads, prepared.half
     key, value = prepared.key, prepared.value
-    rows, tiles, splits = shape_of(prepared, sequences, longest)
+    rows, tiles, splits = shape_of(group, kv_heads, sequences, longest)
     of_batch = describe_batch(query, batch)
     sums, stats, absorbed_query, absorbed_sums = workspace.take(
         query.device, *workspace_parts(prepared, tokens, splits)
@@ -108,7 +75,7 @@ def decode(
             HALF=half,
             WIDTH=key.width,
             OUTLIERS=key.most_outliers,
-            **products(prepared),
+            **products(prepared.dtype),
         )
     if cuda_decode.takes(prepared, pages, longest * group):
         cuda_decode.attend(prepared, query, pages, batch, partial, sequences, longest * group)
@@ -153,5 +120,5 @@ def decode(
         ABSORB_VALUE=prepared.absorb_value,
         BIAS=prepared.has_value_bias,
         SINKS=plan.sinks is not None,
-        **products(prepared),
+        **products(prepared.dtype),
     )

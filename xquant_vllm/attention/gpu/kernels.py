@@ -8,6 +8,7 @@ from xquant_vllm.attention.gpu.launch import paged_attention
 from xquant_vllm.attention.gpu.prepared import prepare
 from xquant_vllm.attention.gpu.prepared_store import prepare_store
 from xquant_vllm.attention.gpu.store import store, workspace_parts
+from xquant_vllm.attention.gpu.tiling import largest_decodes
 
 __all__ = ["fix", "paged_attention", "reserve", "store"]
 
@@ -27,13 +28,9 @@ def reserve(plan: AttentionLayerPlan, tokens: int, sequences: int, dtype: torch.
     cuda_decode.arrange(prepared)
     sizes = [workspace.bytes_of(*prefill.workspace_parts(prepared, tokens, prefill.ROOM))]
     sizes.append(workspace.bytes_of(*workspace_parts(plan, tokens)))
-    longest = 1
-    while longest <= decode.MOST_ROWS:
-        for count in decode.largest_batches(prepared, sequences, longest):
-            _, _, splits = decode.shape_of(prepared, count, longest)
-            of_count = min(tokens, count * longest)
-            sizes.append(workspace.bytes_of(*decode.workspace_parts(prepared, of_count, splits)))
-        longest *= 2
+    kv_heads = plan.projection.num_kv_heads
+    for count, splits in largest_decodes(plan.num_heads // kv_heads, kv_heads, tokens, sequences):
+        sizes.append(workspace.bytes_of(*decode.workspace_parts(prepared, count, splits)))
     workspace.reserve(device, max(sizes))
 
 

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-import triton
 
 from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
-from xquant_vllm.attention.gpu import decode
+from xquant_vllm.attention.gpu.decode import decode
 from xquant_vllm.attention.gpu.prefill import prefill
 from xquant_vllm.attention.gpu.prepared import prepare
+from xquant_vllm.attention.gpu.tiling import decodes
 
 
 def paged_attention(
@@ -27,27 +27,8 @@ def paged_attention(
     if not query.shape[0] or not batch.seq_lens.shape[0]:
         return
     prepared = prepare(plan, query.dtype)
-    decodes, longest = _decodes(batch, plan.num_heads // plan.projection.num_kv_heads)
-    if decodes:
-        decode.decode(query, pages, prepared, batch, output, decodes, longest)
-    if decodes < batch.seq_lens.shape[0]:
-        prefill(query, pages, prepared, batch, output, first_sequence=decodes)
-
-
-def _decodes(batch: AttentionBatch, group: int) -> tuple[int, int]:
-    """How many of the leading sequences decode, and the most query tokens that one of them has."""
-    sequences, longest = batch.seq_lens.shape[0], batch.max_query_len
-    if batch.lengths is None:
-        if longest is None:
-            longest = int((batch.query_start_loc[1:] - batch.query_start_loc[:-1]).max())
-        return sequences, longest
-    most = max(1, decode.MOST_ROWS // triton.next_power_of_2(group))
-    if longest is not None and longest <= most:
-        return sequences, longest
-    decodes, longest = 0, 1
-    for query_len, _ in batch.lengths:
-        if query_len > most:
-            break
-        decodes += 1
-        longest = max(longest, query_len)
-    return decodes, longest
+    leading, longest = decodes(batch, plan.num_heads // plan.projection.num_kv_heads)
+    if leading:
+        decode(query, pages, prepared, batch, output, leading, longest)
+    if leading < batch.seq_lens.shape[0]:
+        prefill(query, pages, prepared, batch, output, first_sequence=leading)

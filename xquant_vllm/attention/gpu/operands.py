@@ -17,14 +17,14 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.bfloat16 and triton.knobs.runtime.interpret else dtype
 
 
-def operand_type(dtype: torch.dtype) -> tl.dtype:
-    """Triton's name of a dtype.
+def operand_type(dtype: torch.dtype, what: str = "query") -> tl.dtype:
+    """Triton's name of a dtype; ``what`` has it.
 
     Raises:
         ValueError: kernels have no products of it.
     """
     if dtype not in _TYPES:
-        raise ValueError(f"query is {dtype}: the kernels take float16, bfloat16 and float32")
+        raise ValueError(f"{what} in {dtype}: the kernels take float16, bfloat16 and float32")
     return _TYPES[dtype]
 
 

@@ -143,5 +143,5 @@ def _attend(
         SOFT_CAP=bool(plan.logits_soft_cap),
         WINDOW=bool(plan.sliding_window),
         SINKS=plan.sinks is not None,
-        **products(prepared),
+        **products(prepared.dtype),
     )

@@ -13,6 +13,7 @@ import triton.language as tl
 from xquant_vllm.attention.batch import AttentionLayerPlan
 from xquant_vllm.attention.gpu import cuda_store, workspace
 from xquant_vllm.attention.gpu.latent_tables import ALLOCATED, FP16, UNIFORM
+from xquant_vllm.attention.gpu.operands import operand_type
 from xquant_vllm.attention.gpu.page_pointers import page_pointers
 from xquant_vllm.attention.gpu.predict import subtract_product, subtract_terms
 from xquant_vllm.attention.gpu.prediction_tables import PredictionTables
@@ -23,7 +24,6 @@ from xquant_vllm.attention.gpu.rotate import rotate
 from xquant_vllm.attention.gpu.rotation_tables import RotationTables
 from xquant_vllm.attention.gpu.stream_tables import StreamTables
 
-_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 # From so many tokens on a program has several: there are programs enough.
 _MANY_TOKENS = 256
 # Numbers of a tile that is quantized, unless a piece has more, and bytes that are packed at once.
@@ -75,8 +75,7 @@ def workspace_parts(plan: AttentionLayerPlan, tokens: int) -> tuple[tuple[tuple[
 
 def _rows(x: torch.Tensor, index: int, width: int) -> torch.Tensor:
     """``[tokens, width]`` with contiguous channels; a view, where channels are contiguous already."""
-    if x.dtype not in _TYPES:
-        raise ValueError(f"input {index} is {x.dtype}: the kernels take float16, bfloat16 and float32")
+    operand_type(x.dtype, f"input {index}")
     rows = x.flatten(1)
     if rows.shape[1] != width:
         raise ValueError(f"input {index} has {rows.shape[1]} numbers per token, the stream has {width}")
@@ -105,7 +104,7 @@ def _rotate(rows: torch.Tensor, slots: torch.Tensor, tables: RotationTables, rot
         ROWS=padded_rows,
         COLUMNS=padded_columns,
         # Triton's interpreter has no products of BF16.
-        DTYPE=tl.float32 if triton.knobs.runtime.interpret else _TYPES[rows.dtype],
+        DTYPE=tl.float32 if triton.knobs.runtime.interpret else operand_type(rows.dtype),
         PRECISION=_PRECISION,
         num_warps=8 if large else 4,
     )

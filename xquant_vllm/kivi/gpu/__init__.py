@@ -1,0 +1,1 @@
+"""KIVI's store and attention in Triton."""

@@ -1,0 +1,30 @@
+"""The Triton kernels, as :class:`xquant_vllm.kivi.dispatch.KiviKernels` has them."""
+
+import torch
+
+from xquant_vllm.attention.gpu import workspace
+from xquant_vllm.attention.gpu.tiling import largest_decodes
+from xquant_vllm.attention.gpu.workspace import fix
+from xquant_vllm.kivi.gpu.launch import paged_attention, workspace_parts
+from xquant_vllm.kivi.gpu.prepared import prepare
+from xquant_vllm.kivi.gpu.store import store
+from xquant_vllm.kivi.plan import KiviLayerPlan
+
+__all__ = ["fix", "paged_attention", "reserve", "store"]
+
+
+def reserve(plan: KiviLayerPlan, tokens: int, sequences: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Make room for every batch of at most as many tokens and sequences, and the tables of a layer.
+
+    Args:
+        plan: the layer's plan.
+        tokens: query tokens of a batch at most.
+        sequences: sequences of a batch at most.
+        dtype: of the queries.
+        device: where.
+    """
+    prepared = prepare(plan, dtype, device)
+    group = plan.num_heads // plan.num_kv_heads
+    decodes = largest_decodes(group, plan.num_kv_heads, tokens, sequences)
+    sizes = (workspace.bytes_of(*workspace_parts(prepared, count, splits)) for count, splits in decodes)
+    workspace.reserve(device, max(sizes))

@@ -1,0 +1,152 @@
+"""Paged attention through the Triton kernels."""
+
+from typing import Any
+
+import torch
+import triton
+
+from xquant_vllm.attention.gpu import workspace
+from xquant_vllm.attention.gpu.arguments import describe_batch, describe_scores, products
+from xquant_vllm.attention.gpu.attend import Partial
+from xquant_vllm.attention.gpu.merge import merge
+from xquant_vllm.attention.gpu.tiling import decodes, shape_of
+from xquant_vllm.kivi.gpu.arguments import describe_quantized, describe_residual
+from xquant_vllm.kivi.gpu.attend import attend
+from xquant_vllm.kivi.gpu.prepared import PreparedPlan, prepare
+from xquant_vllm.kivi.plan import KiviBatch, KiviLayerPlan
+
+# Rows of a tile of prefilling queries, and numbers of their sums at most.
+_PREFILL_ROWS, _MOST_SUMS = 128, 16384
+
+
+def paged_attention(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    residual_pages: torch.Tensor,
+    plan: KiviLayerPlan,
+    batch: KiviBatch,
+    output: torch.Tensor,
+) -> None:
+    """Causal attention of query tokens over their sequences' pages; see :func:`reference.paged_attention`.
+
+    Leading sequences with few query tokens *decode*: their contexts are split among programs. Others *prefill*: their
+    queries are. Where a batch only decodes, nothing is read from the device and no launch depends on what is there, so
+    that a CUDA graph can hold the call.
+    """
+    sequences = batch.sequences.seq_lens.shape[0]
+    if not query.shape[0] or not sequences:
+        return
+    prepared = prepare(plan, query.dtype, query.device)
+    group = plan.num_heads // plan.num_kv_heads
+    arguments = _arguments(query, pages, residual_pages, prepared, batch)
+    leading, longest = decodes(batch.sequences, group)
+    if leading:
+        rows, tiles, splits = shape_of(group, plan.num_kv_heads, leading, longest)
+        partial = None
+        if splits > 1:
+            # Tokens of these sequences come first, but how many they are the host need not know.
+            tokens = min(query.shape[0], leading * longest)
+            partial = Partial(*workspace.take(query.device, *workspace_parts(prepared, tokens, splits)))
+        _attend(arguments, prepared, partial, output, 0, leading, rows, tiles, splits)
+        if partial is not None:
+            _merge(partial, prepared, batch, output, tokens, leading, splits)
+    if leading < sequences:
+        assert batch.sequences.lengths is not None
+        longest = max(query_len for query_len, _ in batch.sequences.lengths[leading:])
+        rows = max(min(_PREFILL_ROWS, _MOST_SUMS // prepared.value_width), triton.next_power_of_2(group))
+        tiles = triton.cdiv(longest, rows // group)
+        _attend(arguments, prepared, None, output, leading, sequences - leading, rows, tiles, 1)
+
+
+def workspace_parts(
+    prepared: PreparedPlan, tokens: int, splits: int
+) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shapes and dtypes of what decoding takes of the workspace."""
+    if splits == 1:
+        return ()
+    rows = (tokens, prepared.plan.num_heads, splits)
+    return ((*rows, prepared.value_width), torch.float32), ((*rows, 3), torch.float32)
+
+
+def _arguments(
+    query: torch.Tensor, pages: torch.Tensor, residual_pages: torch.Tensor, prepared: PreparedPlan, batch: KiviBatch
+) -> tuple[Any, ...]:
+    """What :func:`attend` reads."""
+    plan = prepared.plan
+    return (
+        describe_batch(query, batch.sequences),
+        prepared.columns,
+        describe_quantized(pages, plan.quantized),
+        describe_residual(residual_pages, plan.residual, batch.residual_block_table),
+        prepared.tail,
+        describe_scores(plan),
+        plan.residual_tokens,
+    )
+
+
+def _attend(
+    arguments: tuple[Any, ...],
+    prepared: PreparedPlan,
+    partial: Partial | None,
+    output: torch.Tensor,
+    first_sequence: int,
+    sequences: int,
+    rows: int,
+    tiles: int,
+    splits: int,
+) -> None:
+    plan = prepared.plan
+    attend[(sequences * tiles, plan.num_kv_heads, splits)](
+        *arguments,
+        partial,
+        output,
+        output.stride(0),
+        output.stride(1),
+        first_sequence,
+        tiles,
+        GROUP=plan.num_heads // plan.num_kv_heads,
+        ROWS=rows,
+        SPLITS=splits,
+        EXACT_STEP=plan.exact_step,
+        SOFT_CAP=bool(plan.logits_soft_cap),
+        WINDOW=bool(plan.sliding_window),
+        **prepared.constants,
+        **products(prepared.dtype),
+        num_warps=8 if rows > 64 else 4,
+        num_stages=2,
+    )
+
+
+def _merge(
+    partial: Partial,
+    prepared: PreparedPlan,
+    batch: KiviBatch,
+    output: torch.Tensor,
+    tokens: int,
+    sequences: int,
+    splits: int,
+) -> None:
+    plan = prepared.plan
+    group = plan.num_heads // plan.num_kv_heads
+    merge[(tokens, plan.num_kv_heads)](
+        partial,
+        None,
+        prepared.value_columns,
+        None,
+        None,
+        batch.sequences.query_start_loc,
+        sequences,
+        output,
+        output.stride(0),
+        output.stride(1),
+        plan.num_heads,
+        GROUP=group,
+        ROWS=max(16, triton.next_power_of_2(group)),
+        HALF=prepared.value_width // 2,
+        SPLITS=splits,
+        WIDTH=0,
+        ABSORB_VALUE=False,
+        BIAS=False,
+        SINKS=False,
+        **products(prepared.dtype),
+    )
