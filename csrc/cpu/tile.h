@@ -76,6 +76,11 @@ inline bool have_blocks(const int32_t* blocks, int64_t block_size, int64_t num_b
     return true;
 }
 
+// Ask for the cache lines of some bytes; of an address that is not mapped nothing happens.
+inline void prefetch(const uint8_t* from, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at);
+}
+
 // Ask for what a run of a latent head is unpacked from.
 inline void prefetch_run(const HeadView& view, const uint8_t* page, int64_t slot) {
     prefetch(page + view.codes(slot), kRun * view.head.row_bytes);
