@@ -38,10 +38,14 @@ def run(engine: Any, *, sequences: int, context: int, steps: int, seed: int) -> 
 
     drawn = random.Random(seed)
     vocabulary = engine.vllm_config.model_config.get_vocab_size()
-    sampling = SamplingParams(max_tokens=_WARM_UP_STEPS + steps + 1, ignore_eos=True, temperature=0, detokenize=False)
+    # The first sequences decode while the last ones are prefilled: nobody may be done before all are timed.
+    room = engine.vllm_config.model_config.max_model_len - context
+    sampling = SamplingParams(max_tokens=room, ignore_eos=True, temperature=0, detokenize=False)
+    names = []
     for index in range(sequences):
         prompt = [drawn.randrange(vocabulary // 2) for _ in range(context)]
-        engine.add_request(f"{seed}-{context}-{index}-{time.monotonic_ns()}", {"prompt_token_ids": prompt}, sampling)
+        names.append(f"{seed}-{context}-{index}-{time.monotonic_ns()}")
+        engine.add_request(names[-1], {"prompt_token_ids": prompt}, sampling)
     began = time.perf_counter()
     started: set[str] = set()
     while len(started) < sequences:
@@ -56,6 +60,7 @@ def run(engine: Any, *, sequences: int, context: int, steps: int, seed: int) -> 
         taken.append(time.perf_counter() - began)
         if len(finished) != sequences:
             raise RuntimeError(f"{len(finished)} of {sequences} sequences decoded in one step: the cache is too small")
+    engine.abort_request(names)
     while engine.has_unfinished_requests():
         engine.step()
     return {"prefill": prefill, "steps": taken}
