@@ -29,8 +29,8 @@ class Sizes:
 
 # The longest history and its answer fill a number of blocks of 128 tokens, vLLM's on CPUs.
 QUICK = Sizes(
-    64,
-    {"turns": 7, "history_tokens": 1024, "turn_tokens": 40, "output_tokens": 8},
+    80,
+    {"turns": 7, "history_tokens": 1536, "turn_tokens": 40, "output_tokens": 8},
     {"requests": 16, "rate": 1.0, "prompt_tokens": 192, "output_tokens": 16},
 )
 FULL = Sizes(
