@@ -209,12 +209,18 @@ inline float weight_unit(const xquant_plan& plan, const Task& task, int64_t row,
 // Heads [rows][head_size rounded up to 16] from weighed sums of value latents.
 inline void up_project(const xquant_plan& plan, const Task& task, int64_t rows, const State& state, float* heads) {
     const int64_t width = round_up(plan.value.width, kPad), padded_head = round_up(plan.head_size, kPad);
+    // Not all channels at once: what lies behind those of a chunk is padding or was not stored.
     if (!plan.up_value) {
-        memcpy(heads, state.accumulator, rows * width * sizeof(float));
+        memset(heads, 0, rows * padded_head * sizeof(float));
+        for_chunks(plan.value, task.kv_head, [&](const Chunk& chunk) {
+            for (int64_t row = 0; row < rows; ++row) {
+                memcpy(heads + row * padded_head + chunk.row, state.accumulator + row * width + chunk.row,
+                       chunk.channels * sizeof(float));
+            }
+        });
         return;
     }
     const float* up = plan.up_value + task.kv_head * plan.value.width * padded_head;
-    // Not all channels at once: what lies behind those of a chunk is padding or was not stored.
     for_chunks(plan.value, task.kv_head, [&](const Chunk& chunk) {
         Product product;
         product.depth = chunk.channels;

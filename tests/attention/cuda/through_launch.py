@@ -18,6 +18,8 @@ from xquant_vllm.attention.gpu import cuda_decode, cuda_library, launch
 SPECS = (
     Spec(seqs=((150, 1), (70, 2)), dtype=torch.float16, bias=True),
     Spec(seqs=((150, 1), (70, 2)), dtype=torch.float16, allocated=1.0, group=1),
+    Spec(seqs=((150, 1), (70, 2)), dtype=torch.float16, bias=True, folded=True),
+    Spec(seqs=((150, 1), (70, 2)), dtype=torch.float16, allocated=1.0, group=1, folded=True),
 )
 
 
