@@ -35,6 +35,7 @@ _ADVICE = {
     "rotate": "set true or false",
     "basis": 'set "head" or "joint"',
     "factor_cache": "set true or false",
+    "fold_values": "set true or false",
 }
 
 
@@ -84,6 +85,8 @@ class XQuantSettings(BaseModel):
         basis: ``"head"`` for one latent basis per kv head (cheapest), ``"joint"`` for one for all (a little more
             accurate, much more arithmetic).
         factor_cache: keep computed factors in the user's cache, for the next start.
+        fold_values: multiply the up-projection of values into the output projection, where that is proved to change
+            nothing but the rounding of its weights.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -101,6 +104,7 @@ class XQuantSettings(BaseModel):
     rotate: bool = True
     basis: Literal["head", "joint"] = "head"
     factor_cache: bool = True
+    fold_values: bool = True
 
     @field_validator("bits", "first_layers_bits", "anchor_bits", mode="before")
     @classmethod
