@@ -22,6 +22,7 @@ import torch
 
 from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
 from xquant_vllm.attention.cpu_abi import ABI, Input, StoreCall
+from xquant_vllm.attention.cpu_exact import exact_tokens
 from xquant_vllm.attention.cpu_plan import prepare
 from xquant_vllm.attention.cpu_tensors import batch_call, index_address, input_struct, page_structs, set_heads
 
@@ -138,6 +139,7 @@ def paged_attention(
     plan: AttentionLayerPlan,
     batch: AttentionBatch,
     output: torch.Tensor,
+    inputs: Sequence[torch.Tensor] | None = None,
 ) -> None:
     """Causal attention over pages; see :func:`xquant_vllm.attention.reference.paged_attention`.
 
@@ -149,4 +151,8 @@ def paged_attention(
     prepared = prepare(plan, isa() == INTEGER_ISA)
     call = batch_call(*page_structs(prepared.page_bytes, pages), batch, query.shape[0])
     set_heads(call, prepared.heads, query, output)
+    exact = exact_tokens(plan, batch, inputs, query.shape[0])
+    if exact is not None:
+        call.exact_keys, call.exact_values = (tensor.data_ptr() for tensor in exact)
+        call.exact_from = plan.exact_from or 0
     raise_error(library.xquant_cpu_attention(prepared.pointer, ctypes.byref(call)))

@@ -47,7 +47,8 @@ class PreparedPlan:
         self.integer_keys: IntegerKeys | None = None
         self._kept: list[object] = []
         self._streams: dict[tuple[int, int], CpuStream] = {}
-        absorbed = norm is None and not rotates and not plan.key_bias_matters
+        # Exact tokens come as keys, not as latents.
+        absorbed = norm is None and not rotates and not plan.key_bias_matters and plan.exact_from is None
         up_key = fp32("up_key", projection.up_key, (kv_heads, key_width, head_size))
         up_value = fp32("up_value", projection.up_value, (kv_heads, value_width, head_size))
         struct = Plan(

@@ -41,6 +41,7 @@ class AttentionKernels(Protocol):
         plan: AttentionLayerPlan,
         batch: AttentionBatch,
         output: torch.Tensor,
+        inputs: Sequence[torch.Tensor] | None = None,
     ) -> None:
         """Causal attention of query tokens over their sequences' pages."""
 

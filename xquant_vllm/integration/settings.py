@@ -35,6 +35,7 @@ _ADVICE = {
     "rotate": "set true or false",
     "basis": 'set "head" or "joint"',
     "factor_cache": "set true or false",
+    "prompt": 'set "cached" or "exact"',
 }
 
 
@@ -84,6 +85,8 @@ class XQuantSettings(BaseModel):
         basis: ``"head"`` for one latent basis per kv head (cheapest), ``"joint"`` for one for all (a little more
             accurate, much more arithmetic).
         factor_cache: keep computed factors in the user's cache, for the next start.
+        prompt: ``"cached"``: all tokens are attended to as the cache holds them, so that outputs do not depend on how
+            prompts were cut; ``"exact"``: tokens of a prompt see those of their own step as the model computed them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -101,6 +104,7 @@ class XQuantSettings(BaseModel):
     rotate: bool = True
     basis: Literal["head", "joint"] = "head"
     factor_cache: bool = True
+    prompt: Literal["cached", "exact"] = "cached"
 
     @field_validator("bits", "first_layers_bits", "anchor_bits", mode="before")
     @classmethod
