@@ -9,7 +9,7 @@ struct ExactTokens {
     int64_t shift;  // from a position to its query token
 
     ExactTokens(const xquant_plan& plan, const xquant_attention_call& call, const Task& task)
-        : plan(plan), call(call), begin(task.end), end(task.end), shift(task.query_begin - task.first_position) {
+        : plan(plan), call(call), begin(INT64_MAX), end(task.end), shift(task.query_begin - task.first_position) {
         const int64_t sequence = task.sequence;
         const int64_t queries = call.query_start_loc[sequence + 1] - call.query_start_loc[sequence];
         if (call.exact_keys && queries >= call.exact_from) begin = call.seq_lens[sequence] - queries;

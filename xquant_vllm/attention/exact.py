@@ -97,7 +97,7 @@ def query_positions(batch: AttentionBatch, num_tokens: int) -> torch.Tensor:
 
 
 def prompts(plan: AttentionLayerPlan, batch: AttentionBatch) -> bool:
-    """Whether a sequence of a batch attends to its own tokens exactly; reads nothing from a device if the host knows."""
+    """Whether a sequence of a batch attends to its own tokens exactly; asks no device if the host knows."""
     if plan.exact_from is None:
         return False
     longest = batch.max_query_len

@@ -111,7 +111,7 @@ class MethodOptions:
             given[name] = value
         if given.get("prompt", "cached") != "cached":
             raise RefusedError(
-                f"xquant: --settings has 'prompt': {given['prompt']!r}, under which a text that is computed in one step "
-                'measures nothing of the cache; set "cached" or leave it out'
+                f"xquant: --settings has 'prompt': {given['prompt']!r}, so that a text which takes one step would tell "
+                'nothing of the cache; set "cached" or leave it out'
             )
         return given

@@ -1,8 +1,8 @@
 """Prefill: the context is rematerialized once per call, piece by piece, and attended to as keys and values.
 
 A decoding query rematerializes keys as it goes. Here hundreds of queries attend to the same tokens, so these pass
-through a workspace of bounded size (:mod:`.pieces`), whatever the context's length. Tokens of the step itself, where they
-are attended to exactly, come from the model instead of the pages.
+through a workspace of bounded size (:mod:`.pieces`), whatever the context's length. Tokens of the step itself, where
+they are attended to exactly, come from the model instead of the pages.
 """
 
 from collections.abc import Sequence
