@@ -1,4 +1,4 @@
-"""``prompt: "exact"`` through a real engine: a prompt of one step is the 16-bit one, and what it answers reads the cache."""
+"""``prompt: "exact"`` in a real engine: a prompt of one step is the 16-bit one, and what it answers reads the cache."""
 
 import pytest
 
@@ -50,10 +50,11 @@ def test_a_prompt_of_one_step_is_attended_exactly(engines, tmp_path, name):
     (cut,) = serve("xquant", [LOGPROBS], xquant=exact_settings, enable_prefix_caching=False, max_num_batched_tokens=72)
     error, cut_error = (difference(of["logprobs"][0], expected["logprobs"][0]) for of in (exact, cut))
     first, second = (
-        step_difference(ours, other)
-        for ours, other in zip(exact_steps["logits"][0], steps["logits"][0], strict=True)
+        step_difference(ours, other) for ours, other in zip(exact_steps["logits"][0], steps["logits"][0], strict=True)
     )
-    print(f"largest change of a logit: {error:.1e} in one step, {cut_error:.1e} in three; {first:.1e}, then {second:.1e}")
+    print(
+        f"largest change of a logit: {error:.1e} in one step, {cut_error:.1e} in three; {first:.1e}, then {second:.1e}"
+    )
     assert error < 1e-3
     assert first < 1e-3
     # Tokens of earlier steps are read from the cache, of 2 bits.

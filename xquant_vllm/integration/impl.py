@@ -31,6 +31,7 @@ class XQuantImpl(PagedImpl):
         self.cache: LayerCache | None = None
         self._earlier: tuple[Any, ...] = ()
         self._plans: dict[int, AttentionLayerPlan] = {}
+        self._known_pages: tuple[list[torch.Tensor], tuple[torch.Tensor, ...]] = ([], ())
         install_loader_hook()
 
     def set_cache(self, cache: LayerCache, earlier: Sequence[Any]) -> None:
@@ -82,8 +83,16 @@ class XQuantImpl(PagedImpl):
         dispatch.reserve(self._plan(block_size), tokens, scheduler.max_num_seqs, dtype, device)
 
     def _pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The layer's own pages and those that it reads too; all go by one block table."""
-        return (pages_of(kv_cache), *(pages_of(attention.kv_cache) for attention in self._earlier))
+        """The layer's own pages and those that it reads too; all go by one block table.
+
+        The same tuple as long as vLLM's tensors are the same, so that kernels look at it once.
+        """
+        caches = [kv_cache, *(attention.kv_cache for attention in self._earlier)]
+        known, pages = self._known_pages
+        if len(known) != len(caches) or any(a is not b for a, b in zip(known, caches, strict=True)):
+            pages = tuple(map(pages_of, caches))
+            self._known_pages = (caches, pages)
+        return pages
 
     def forward(
         self,
