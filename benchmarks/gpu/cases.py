@@ -55,6 +55,7 @@ class Spec:
     sinks: bool = False
     folded: bool = False  # whether value latents are the values, where they are as wide as a head
     host_lengths: bool = False  # whether the batch says on the host how long its sequences are
+    exact_from: int | None = None  # query tokens of a sequence from which on it attends to them exactly
     seed: int = 0
 
 
@@ -73,18 +74,20 @@ def random_runs(choose: random.Random, width: int) -> Runs:
 
 @dataclass(frozen=True)
 class Case:
-    """A layer, its pages, a batch and its queries."""
+    """A layer, its pages, a batch, its queries and what was stored of their tokens."""
 
     plan: AttentionLayerPlan
     pages: tuple[torch.Tensor, ...]
     batch: AttentionBatch
     query: torch.Tensor
+    inputs: tuple[torch.Tensor, ...]
 
     def run(self, kernels: Any, output: torch.Tensor | None = None) -> torch.Tensor:
         """What ``kernels.paged_attention`` makes of it."""
         if output is None:
             output = torch.full(self.query.shape, 77.0, dtype=self.query.dtype)
-        kernels.paged_attention(self.query, self.pages, self.plan, self.batch, output)
+        exact = () if self.plan.exact_from is None else (self.inputs,)
+        kernels.paged_attention(self.query, self.pages, self.plan, self.batch, output, *exact)
         return output
 
     def only(self, sequence: int, last: int | None = None) -> "Case":
@@ -97,7 +100,8 @@ class Case:
             batch.seq_lens[sequence : sequence + 1],
             batch.block_table[sequence : sequence + 1],
         )
-        return replace(self, batch=alone, query=self.query[begin:end])
+        inputs = tuple(x[begin:end] for x in self.inputs)
+        return replace(self, batch=alone, query=self.query[begin:end], inputs=inputs)
 
 
 def make_plan(spec: Spec) -> AttentionLayerPlan:
@@ -159,6 +163,7 @@ def make_plan(spec: Spec) -> AttentionLayerPlan:
     scale = 2.0 * head_size**-0.5
     if spec.sinks:
         terms["sinks"] = normal(heads)
+    terms["exact_from"] = spec.exact_from
     return AttentionLayerPlan(tuple(layouts), projection, heads, scale, spec.window, spec.soft_cap, **terms)
 
 
@@ -168,7 +173,10 @@ def random_latents(layout: PageLayout, tokens: int, generator: torch.Generator) 
 
 
 def make_case(spec: Spec) -> Case:
-    """Only visible tokens are stored; all other bytes are 0xFF (NaN scales) and all other block ids absurd."""
+    """Only visible tokens are stored; all other bytes are 0xFF (NaN scales) and all other block ids absurd.
+
+    Nor are tokens stored that are attended to exactly.
+    """
     plan = make_plan(spec)
     layout, block_size = plan.layout, spec.block_size
     generator = torch.Generator().manual_seed(spec.seed + 1)
@@ -182,6 +190,7 @@ def make_case(spec: Spec) -> Case:
     table = torch.empty(len(blocks) + 2, max(blocks) + 3, dtype=torch.int32)
     for index in range(table.numel()):
         table.view(-1)[index] = ABSURD_BLOCKS[index % len(ABSURD_BLOCKS)]
+    inputs: list[list[torch.Tensor]] = []
     for index, (length, new) in enumerate(spec.seqs):
         if new == 0:
             continue
@@ -190,9 +199,14 @@ def make_case(spec: Spec) -> Case:
             table[index, block] = free.pop()
         positions = torch.arange(oldest, length)
         slots = table[index].long()[positions // block_size] * block_size + positions % block_size
+        exact = spec.exact_from is not None and new >= spec.exact_from
+        stored = slots[:-new] if exact else slots
         for of, written in list(zip(plan.layouts, pages, strict=True))[1:]:
-            store_latents(written, of, slots, random_latents(of, len(positions), generator))
-        reference.store(pages, plan, slots, random_latents(layout, len(positions), generator))
+            latents = random_latents(of, len(positions), generator)
+            store_latents(written, of, stored, tuple(x[: len(stored)] for x in latents))
+        latents = random_latents(layout, len(positions), generator)
+        reference.store(pages, plan, stored, [x[: len(stored)] for x in latents])
+        inputs.append([x[-new:] for x in latents])
     # Two sequences of padding at the end.
     counts = [new for _, new in spec.seqs] + [0, 0]
     starts = torch.tensor([0, *counts]).cumsum(0).int()
@@ -204,8 +218,10 @@ def make_case(spec: Spec) -> Case:
         query = wide[:, 2:-1, : spec.head_size]
     else:
         query = torch.randn(shape, generator=generator).to(spec.dtype)
+    inputs.append([torch.full((2, s.num_heads * s.width), torch.nan) for s in layout.streams])
     on_host = tuple(zip(counts, lengths.tolist(), strict=True)) if spec.host_lengths else None
-    return Case(plan, pages, AttentionBatch(starts, lengths, table, lengths=on_host), query)
+    batch = AttentionBatch(starts, lengths, table, lengths=on_host)
+    return Case(plan, pages, batch, query, tuple(torch.cat(of) for of in zip(*inputs, strict=True)))
 
 
 def on_device(value: Any, device: torch.device) -> Any:

@@ -52,6 +52,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "soft cap": {"soft_cap": 5.0, "bias": True, "rope": "none"},
     "norm and bias": {"norm": True, "bias": True},
     "prompts among decodes": {"seqs": ((30, 1), (20, 2), (33, 19), (17, 1)), "host_lengths": True, "window": None},
+    "exact prompts": {"seqs": ((30, 1), (37, 19), (17, 17)), "host_lengths": True, "exact_from": 2},
+    "exact prompts of X": {"seqs": ((37, 19),), "host_lengths": True, "exact_from": 2, "kind": "x"},
     "interleaved and partial RoPE": {"rope": "interleaved", "rotary_size": 32},
 }
 
@@ -195,7 +197,8 @@ def check_attention(spec: Spec, kernels: Kernels, device: torch.device) -> dict[
     expected = replace(case, query=case.query.float()).run(reference)
     there: Case = on_device(case, device)
     output = torch.full(there.query.shape, torch.nan, dtype=spec.dtype, device=device)
-    kernels.paged_attention(there.query, there.pages, there.plan, there.batch, output)
+    exact = () if there.plan.exact_from is None else (there.inputs,)
+    kernels.paged_attention(there.query, there.pages, there.plan, there.batch, output, *exact)
     tokens = int(case.batch.query_start_loc[-1])
     wrong = []
     if not bool(output[tokens:].isnan().all()):

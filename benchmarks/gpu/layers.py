@@ -13,7 +13,9 @@ from xquant_vllm.codec.allocation import Runs, allocate
 from xquant_vllm.codec.layout import PageLayout, Stream, StreamFormat
 from xquant_vllm.codec.pages import store_latents
 from xquant_vllm.codec.rotation import hadamard_rotation
+from xquant_vllm.projection.basis import LatentBasis
 from xquant_vllm.projection.calibrated import layer_budget
+from xquant_vllm.projection.integer_up import with_integer_up
 from xquant_vllm.projection.predicted import joint_width
 from xquant_vllm.projection.rematerialize import LayerProjection
 from xquant_vllm.projection.rope import RotaryTable
@@ -179,7 +181,11 @@ def make_layer(
         drawn = torch.randn(model.kv_heads, width, model.head_size, generator=generator)
         return drawn.to(device) * width**-0.5
 
-    projection = LayerProjection(up(), up(), rope=RotaryTable(angles.cos(), angles.sin()))
+    up_key = up()
+    if terms is None:  # as cache_builder.py does: kernels may multiply by integers
+        no_down = torch.zeros(model.kv_heads, 1, width, device=device)
+        up_key = with_integer_up(LatentBasis(no_down, up_key), streams[0][0]).up
+    projection = LayerProjection(up_key, up(), rope=RotaryTable(angles.cos(), angles.sin()))
     return AttentionLayerPlan(tuple(layouts), projection, model.heads, model.head_size**-0.5, **more)  # type: ignore[arg-type]
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -51,13 +52,25 @@ class Engine:
     def run(self, **order: Any) -> dict[str, Any]:
         """Give an order and wait; see :func:`benchmarks.offline.engine.run`."""
         assert self._process.stdin is not None
+        self.wake()
         with contextlib.suppress(BrokenPipeError):  # _answer says why
             print(json.dumps(order), file=self._process.stdin, flush=True)
-        return self._answer()
+        answer = self._answer()
+        self.freeze()
+        return answer
+
+    def freeze(self) -> None:
+        """Let none of its threads run, so that it takes nothing from the others, nor keeps a core awake for them."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def wake(self) -> None:
+        """Let it run again."""
+        self._process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
+        self.wake()
         self._process.stdin.close()
         try:
             self._process.wait(30)
@@ -92,6 +105,7 @@ class Engines:
             engine = Engine(method, arguments, logs)
             try:
                 self.cache_tokens[method.name] = engine.ready()["cache_tokens"]
+                engine.freeze()
             except EngineError as error:
                 self.absent[method.name] = str(error)
                 engine.stop()

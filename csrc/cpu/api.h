@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define XQUANT_CPU_ABI 6
+#define XQUANT_CPU_ABI 7
 
 #if defined(__GNUC__)
 #define XQUANT_EXPORT __attribute__((visibility("default")))
@@ -167,6 +167,11 @@ typedef struct {
     int64_t block_table_stride;
     int64_t max_blocks;
     int64_t num_seqs;
+    // The query tokens as they were computed, for sequences with at least exact_from of them; not with key_absorbed, and
+    // both NULL if all tokens are read from pages. KIVI has pages for them.
+    const float* exact_keys;         // [num_kv_heads, head_size, num_tokens], after RoPE
+    const float* exact_values;       // [num_tokens, value.num_heads, value.width rounded up to 16], the rest of a row zero
+    int64_t exact_from;
 } xquant_attention_call;
 
 // Both return NULL, or a static text that says what is wrong with the input; then nothing or only a part was written,

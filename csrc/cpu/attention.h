@@ -7,12 +7,13 @@
 //     accumulator [rows][width]  += weights * values                       gemm
 //
 // V is absorbed: the value up-projection happens once per query row, in finish(). K is absorbed where the model neither
-// norms nor turns it: then queries are multiplied by up_key instead, and score against the latents themselves.
+// norms nor turns it: then queries are multiplied by up_key instead, and score against the latents themselves. Tokens
+// that a call brings as they are (exact_tokens.h) skip what makes keys or latents of codes.
 #pragma once
 
 // Scores of tokens start + [first, last) for all rows, by their keys or, absorbed, by their latents.
-inline void score(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t rows, int64_t start,
-                  int64_t first, int64_t last, const Scratch& scratch) {
+inline void score(const xquant_plan& plan, const Pages& pages, const ExactTokens& exact, int64_t kv_head, int64_t rows,
+                  int64_t start, int64_t first, int64_t last, const Scratch& scratch) {
     Product product;
     product.lda = scratch.query_width;
     product.ldb = kTile;
@@ -29,7 +30,9 @@ inline void score(const xquant_plan& plan, const Pages& pages, int64_t kv_head, 
         });
         return;
     }
-    load_keys(plan, pages, kv_head, start, first, last, scratch);
+    const int64_t from = exact.first_of(start, first, last);
+    if (from > first) load_keys(plan, pages, kv_head, start, first, round_up(from, kRun), scratch);
+    if (from < last) exact.load_keys(kv_head, start, from, last, scratch.keys);
     product.depth = plan.head_size;
     product.a = scratch.query;
     product.b = scratch.keys + first;
@@ -164,6 +167,7 @@ inline bool attend(const xquant_plan& plan, const xquant_attention_call& call, c
     const Scratch scratch(plan, rows, memory);
     const Pages pages{plan, call, call.block_table + task.sequence * call.block_table_stride};
     const Context context(task, chunk);
+    const ExactTokens exact(plan, call, task);
     load_queries(plan, call, task, rows, scratch);
     clear(plan, rows, state);
     if (!pages.have(context.begin, context.end)) return false;
@@ -171,9 +175,11 @@ inline bool attend(const xquant_plan& plan, const xquant_attention_call& call, c
         const int64_t next = start + kTile, after = next + kTile;
         pages.prefetch_tile(task.kv_head, next, after < task.end ? after : task.end);
         const int64_t first_column = first / kRun * kRun, last_column = round_up(last, kRun);
-        score(plan, pages, task.kv_head, rows, start, first_column, last_column, scratch);
+        score(plan, pages, exact, task.kv_head, rows, start, first_column, last_column, scratch);
         weigh(plan, task, rows, start, first_column, last_column, state, scratch);
-        accumulate_values(plan, pages, task.kv_head, rows, start, first, last, state, scratch);
+        const int64_t from = exact.first_of(start, first, last);
+        if (from > first) accumulate_values(plan, pages, task.kv_head, rows, start, first, from, state, scratch);
+        if (from < last) exact.accumulate_values(task.kv_head, rows, start, from, last, state, scratch);
     });
     return true;
 }
@@ -206,40 +212,44 @@ inline float weight_unit(const xquant_plan& plan, const Task& task, int64_t row,
     return keep / (sum * keep + 1.0f);
 }
 
-// Heads [rows][head_size rounded up to 16] from weighed sums of value latents.
-inline void up_project(const xquant_plan& plan, const Task& task, int64_t rows, const State& state, float* heads) {
+// Heads [rows][head_size rounded up to 16] from weighed sums of value latents; `all` says that these may have channels
+// that pages do not store.
+inline void up_project(const xquant_plan& plan, const Task& task, int64_t rows, bool all, const State& state,
+                       float* heads) {
     const int64_t width = round_up(plan.value.width, kPad), padded_head = round_up(plan.head_size, kPad);
-    // Not all channels at once: what lies behind those of a chunk is padding or was not stored.
     if (!plan.up_value) {
         memset(heads, 0, rows * padded_head * sizeof(float));
-        for_chunks(plan.value, task.kv_head, [&](const Chunk& chunk) {
+        const auto copy = [&](int64_t at, int64_t channels) {
             for (int64_t row = 0; row < rows; ++row) {
-                memcpy(heads + row * padded_head + chunk.row, state.accumulator + row * width + chunk.row,
-                       chunk.channels * sizeof(float));
+                memcpy(heads + row * padded_head + at, state.accumulator + row * width + at, channels * sizeof(float));
             }
-        });
+        };
+        if (all) return copy(0, plan.value.width);
+        for_chunks(plan.value, task.kv_head, [&](const Chunk& chunk) { copy(chunk.row, chunk.channels); });
         return;
     }
     const float* up = plan.up_value + task.kv_head * plan.value.width * padded_head;
-    for_chunks(plan.value, task.kv_head, [&](const Chunk& chunk) {
-        Product product;
-        product.depth = chunk.channels;
-        product.a = state.accumulator + chunk.row;
-        product.lda = width;
-        product.b = up + chunk.row * padded_head;
-        product.ldb = padded_head;
-        product.c = heads;
-        product.ldc = padded_head;
-        product.accumulate = chunk.row > 0;
+    Product product;
+    product.lda = width;
+    product.ldb = padded_head;
+    product.c = heads;
+    product.ldc = padded_head;
+    const auto add = [&](int64_t row, int64_t channels) {
+        product.depth = channels;
+        product.a = state.accumulator + row;
+        product.b = up + row * padded_head;
+        product.accumulate = row > 0;
         gemm<Order::kPlain>(rows, padded_head, product);
-    });
+    };
+    if (all) return add(0, plan.value.width);
+    for_chunks(plan.value, task.kv_head, [&](const Chunk& chunk) { add(chunk.row, chunk.channels); });
 }
 
 inline void finish(const xquant_plan& plan, const xquant_attention_call& call, const Task& task, const State& state,
                    float* memory) {
     const int64_t rows = task.query_count * group_of(plan), head_size = plan.head_size;
     const int64_t padded_head = round_up(head_size, kPad);
-    up_project(plan, task, rows, state, memory);
+    up_project(plan, task, rows, call.exact_values != nullptr, state, memory);
     for (int64_t row = 0; row < rows; ++row) {
         float* head = memory + row * padded_head;
         const float factor = weight_unit(plan, task, row, state);

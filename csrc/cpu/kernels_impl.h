@@ -27,6 +27,7 @@ namespace {
 #include "tile.h"
 #include "integer.h"
 #include "load_keys.h"
+#include "exact_tokens.h"
 #include "softmax.h"
 #include "integer_values.h"
 #include "attention.h"

@@ -44,6 +44,13 @@ def test_attention(isa: str, seed: int) -> None:
     assert_close(case.run(cpu), case.run(reference))
 
 
+@pytest.mark.parametrize("seed", range(100, 130))
+def test_exact_prompts(isa: str, seed: int) -> None:
+    """Tokens that are attended to exactly are not in the pages."""
+    case = make_case(replace(random_spec(seed), exact_from=2))
+    assert_close(case.run(cpu), case.run(reference))
+
+
 @pytest.mark.parametrize("spec", [spec for spec in map(random_spec, range(30)) if spec.kind == "latent"])
 def test_keys_by_integers_are_exact(isa: str, spec: Spec) -> None:
     """With values in FP16, which are not weighed by integers."""

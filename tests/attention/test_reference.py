@@ -1,5 +1,7 @@
 """The reference against attention as one would write it down, in FP64 and without pages."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -68,6 +70,17 @@ def _exact(spec: Spec, plan, layers: list[list[torch.Tensor]]) -> list[torch.Ten
     return [latent, latent]
 
 
+def _as_computed(spec: Spec, plan, layers: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Key and value latents of tokens that are attended to exactly: the own input, and nothing of earlier layers."""
+    if spec.kind == "latent":
+        return [x.double() for x in layers[-1]]
+    (own,) = layers[-1]
+    latent = own.double() if plan.rotation is None else own.double() @ _rotation_matrix(plan.rotation)
+    if spec.kind == "chain":
+        latent = torch.cat([torch.zeros_like(latent)] * len(spec.earlier) + [latent], -1)
+    return [latent, latent]
+
+
 def _dense(spec: Spec, plan, query: torch.Tensor, exact: list[torch.Tensor]) -> torch.Tensor:
     """Attention of the last tokens of one sequence, one query and head at a time."""
     projection = plan.projection
@@ -119,9 +132,10 @@ SPECS = {
 }
 
 
+@pytest.mark.parametrize("exact_from", [None, 3])
 @pytest.mark.parametrize("name", SPECS)
-def test_dense(name: str) -> None:
-    spec = SPECS[name]
+def test_dense(name: str, exact_from: int | None) -> None:
+    spec = replace(SPECS[name], exact_from=exact_from)
     plan = make_plan(spec)
     torch.manual_seed(0)
     length, new = 40, 3
@@ -140,9 +154,33 @@ def test_dense(name: str) -> None:
     query = torch.randn(new, plan.num_heads, spec.head_size)
     output = torch.empty_like(query)
     batch = AttentionBatch(torch.tensor([0, new]).int(), torch.tensor([length]).int(), blocks[None])
-    reference.paged_attention(query, pages, plan, batch, output)
-    expected = _dense(spec, plan, query, _exact(spec, plan, layers))
+    reference.paged_attention(query, pages, plan, batch, output, [x[-new:] for x in layers[-1]])
+    latents = _exact(spec, plan, layers)
+    if exact_from is not None:
+        computed = _as_computed(spec, plan, layers)
+        latents = [torch.cat((x[:-new], y[-new:])) for x, y in zip(latents, computed, strict=True)]
+    expected = _dense(spec, plan, query, latents)
     torch.testing.assert_close(output.double(), expected, atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["latent", "x", "deltas", "chain"])
+def test_exact_tokens_are_those_that_pages_would_hold(kind: str) -> None:
+    """Unquantized pages and tokens as they were computed say the same, also where pages hold a difference."""
+    spec = Spec(seqs=((40, 1), (30, 30), (50, 20)), kind=kind, key_bits=16, value_bits=16, earlier=(16, 16))
+    exact, cached = make_case(replace(spec, exact_from=20)), make_case(spec)
+    plan = cached.plan
+    if kind == "chain":
+        # Up-projections of a chain multiply what earlier layers stored as the prediction and then the own one do.
+        matrix = plan.prediction.matrix
+        before = matrix.shape[1]
+        ups = (plan.projection.up_key, plan.projection.up_value)
+        key, value = (torch.cat((matrix @ up[:, before:], up[:, before:]), 1) for up in ups)
+        projection = replace(plan.projection, up_key=key, up_value=value)
+        exact, cached = (replace(of, plan=replace(of.plan, projection=projection)) for of in (exact, cached))
+    expected, output = cached.run(reference)[:51], exact.run(reference)[:51]
+    assert torch.equal(output[0], expected[0])
+    torch.testing.assert_close(output, expected, atol=4e-3, rtol=0)
+    assert not torch.equal(output[1:], expected[1:])
 
 
 def test_reads_nothing_unused() -> None:

@@ -190,6 +190,11 @@ def test_it_goes_on_where_it_was_killed_and_needs_no_vllm(models, fake_tokenizer
         ("llama", ("--bits", 5), "no page format has 5-bit codes"),
         ("llama", ("--bits", 4, 3, 2), "--bits takes one number, or one for keys and one for values"),
         ("llama", ("--bits", 4, "--settings", '{"bits": 3}'), "--settings has 'bits': 3, but --bits says 4"),
+        (
+            "llama",
+            ("--settings", '{"prompt": "exact"}'),
+            'would tell nothing of the cache; set "cached" or leave it out',
+        ),
         ("llama", ("--settings", '{"outlier_channel": 3}'), "did you mean 'outlier_channels'"),
         ("llama", ("--settings", '{"skip_layers": [7]}'), "'skip_layers': [7] cannot work: the model has 3 layers"),
         ("llama", ("--group-size", 24), "'group_size': 24 cannot work: it does not divide"),

@@ -31,6 +31,7 @@ def test_the_fast_rotation_is_orthogonal_and_spreads_an_outlier(size):
     # One large channel becomes many of about the same size.
     assert matrix.abs().max() <= 1 if size == 1 else matrix.abs().max() <= (size / rotation.block) ** 0.5 / size**0.5
     assert torch.equal(hadamard_rotation(size, seed=3).signs, rotation.signs)
+    assert torch.allclose(rotation.invert(matrix), torch.eye(size, dtype=torch.float64), atol=1e-6)
 
 
 def test_the_fast_rotation_of_a_block_is_sylvesters_matrix():

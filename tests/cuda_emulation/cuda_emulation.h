@@ -50,6 +50,7 @@ void __syncthreads();
 void __syncwarp();
 float __shfl_xor_sync(unsigned mask, float x, int distance);
 uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift);
+float __int_as_float(int x);
 unsigned __ballot_sync(unsigned mask, int predicate);
 
 namespace emulation {
@@ -66,6 +67,7 @@ uint16_t to_fp16(float x);
 uint16_t to_bf16(float x);
 
 void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bf16);
+void mma_16832(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void load_matrices(uint32_t (&r)[4], const void* row, bool transposed);
 
 void copy_16(void* shared, const void* global);

@@ -19,6 +19,8 @@ uint32_t as_bits(float x) {
     return bits;
 }
 
+uint64_t pair(uint32_t low, uint32_t high) { return low | static_cast<uint64_t>(high) << 32; }
+
 // Half h of a register, by the type's bits.
 float half_of(uint64_t word, int h, bool bf16) {
     const auto bits = static_cast<uint16_t>(word >> (16 * h));
@@ -49,6 +51,34 @@ void combine_mma(const uint64_t (*given)[kWords], uint64_t (*result)[kWords]) {
             double sum = as_float(static_cast<uint32_t>(given[lane][3 + index / 2] >> (32 * (index % 2))));
             for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
             result[lane][index] = as_bits(static_cast<float>(sum));
+        }
+    }
+}
+
+void combine_mma_bytes(const uint64_t (*given)[kWords], uint64_t (*result)[kWords]) {
+    int a[16][32], b[32][8];
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const int group = lane / 4, member = lane % 4;
+        const uint64_t* words = given[lane];
+        for (int byte = 0; byte < 4; ++byte) {
+            const int column = 4 * member + byte;
+            const auto of = [byte](uint64_t word) { return static_cast<uint8_t>(word >> (8 * byte)); };
+            a[group][column] = of(words[0]);
+            a[group + 8][column] = of(words[0] >> 32);
+            a[group][column + 16] = of(words[1]);
+            a[group + 8][column + 16] = of(words[1] >> 32);
+            b[column][group] = static_cast<int8_t>(of(words[2]));
+            b[column + 16][group] = static_cast<int8_t>(of(words[2] >> 32));
+        }
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const int group = lane / 4, member = lane % 4;
+        for (int index = 0; index < 4; ++index) {
+            const int row = group + (index >= 2 ? 8 : 0), column = 2 * member + index % 2;
+            // Sums wrap around.
+            auto sum = static_cast<uint32_t>(given[lane][3 + index / 2] >> (32 * (index % 2)));
+            for (int k = 0; k < 32; ++k) sum += static_cast<uint32_t>(a[row][k] * b[k][column]);
+            result[lane][index] = sum;
         }
     }
 }
@@ -107,11 +137,18 @@ uint16_t to_bf16(float x) {
 }
 
 void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bf16) {
-    const auto pair = [](uint32_t low, uint32_t high) { return low | static_cast<uint64_t>(high) << 32; };
     const uint64_t given[] = {pair(a[0], a[1]), pair(a[2], a[3]), pair(b[0], b[1]),
                               pair(as_bits(c[0]), as_bits(c[1])), pair(as_bits(c[2]), as_bits(c[3]))};
     const uint64_t* result = exchange(given, 5, bf16 ? combine_mma<true> : combine_mma<false>);
     for (int index = 0; index < 4; ++index) c[index] = as_float(static_cast<uint32_t>(result[index]));
+}
+
+void mma_16832(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    const auto bits = [&c](int index) { return static_cast<uint32_t>(c[index]); };
+    const uint64_t given[] = {pair(a[0], a[1]), pair(a[2], a[3]), pair(b[0], b[1]), pair(bits(0), bits(1)),
+                              pair(bits(2), bits(3))};
+    const uint64_t* result = exchange(given, 5, combine_mma_bytes);
+    for (int index = 0; index < 4; ++index) c[index] = static_cast<int32_t>(result[index]);
 }
 
 void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
@@ -168,3 +205,5 @@ void __syncwarp() {
 uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
     return static_cast<uint32_t>((low | static_cast<uint64_t>(high) << 32) >> (shift & 31));
 }
+
+float __int_as_float(int x) { return emulation::as_float(static_cast<uint32_t>(x)); }

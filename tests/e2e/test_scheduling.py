@@ -3,7 +3,7 @@
 Cold, from the prefix cache, in chunks of any size, beside other requests, preempted and resumed: every attended token
 is read back from the pages, so only the order of float additions in the model's own matrix products may differ. In FP32
 that moves a latent by 1e-6 of its size and now and then flips a code that lay on a rounding boundary; the tolerance is
-what such flips do at 4 bits, far below what a wrong slot or position would do (several units).
+twice what such flips were seen to do at 4 bits (0.09), far below what a wrong slot or position does (several units).
 """
 
 import pytest
@@ -14,7 +14,7 @@ from tests.family_coverage import LATENTS
 
 pytestmark = pytest.mark.e2e
 
-TOLERANCE = 0.05
+TOLERANCE = 0.2
 TOKENS = 3
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.tiny_models import save_tiny_model
+from xquant_vllm.codec.layout import StreamFormat
 from xquant_vllm.codec.quantizer import dequantize, quantize
 from xquant_vllm.codec.rotation import hadamard_rotation
 from xquant_vllm.evaluation.cache_method import CacheMethod
@@ -11,6 +12,7 @@ from xquant_vllm.evaluation.hooked_model import HookedModel
 from xquant_vllm.evaluation.method_options import MethodOptions
 from xquant_vllm.evaluation.methods import prepare_method
 from xquant_vllm.offline.checkpoint import open_checkpoint
+from xquant_vllm.projection.integer_up import with_integer_up
 from xquant_vllm.projection.layer import BasisSpec, factorize_layer
 
 TOKENS = torch.arange(70) * 7 % 300 + 3
@@ -55,7 +57,8 @@ def test_latents_are_quantized_head_by_head(models):
     cache.start(70)
     read = cache.rematerialize(1, hidden)
     spec = BasisSpec("head", 1, 0, True, FP32)
-    bases = factorize_layer(*model.layers[1].weights, 2, spec)
+    key, value = factorize_layer(*model.layers[1].weights, 2, spec)
+    bases = (with_integer_up(key, StreamFormat(2, 32, 3, 32, 1)), value)
     for what, basis, outliers, bias in zip(read, bases, (1, 0), model.layers[1].biases, strict=True):
         for head in range(2):
             latent = hidden @ basis.down[head]

@@ -60,6 +60,7 @@ def test_bits_of_keys_and_values_and_of_first_layers():
         ({"skip_layers": [-1]}, ["'skip_layers'", "[-1]", "counted from 0"]),
         ({"skip_layers": "all"}, ["'skip_layers'", "'all'", "set a list of layers"]),
         ({"rotate": "maybe"}, ["'rotate'", "'maybe'", "set true or false"]),
+        ({"prompt": "fresh"}, ["'prompt'", "'fresh'", 'set "cached" or "exact"']),
         ({"basis": "shared"}, ["'basis'", "'shared'", 'set "head" or "joint"']),
         ({"bit": 4}, ["unknown setting 'bit'", "did you mean 'bits'?", "known are method, bits, cache, group_size"]),
         ([4], ["[4]", "not a table of settings"]),

@@ -51,6 +51,9 @@ class AttentionLayerPlan:
             add up to 1; or None.
         kernel_device: where the kernels run, if the projection's matrices were left on the host: kernels that have
             matrices of their own read them once.
+        exact_from: a sequence with at least so many query tokens attends to these as they were computed, not as they
+            are cached: a prompt. None: all tokens are read from pages, so that an output does not depend on how its
+            prompt was cut into steps.
     """
 
     layouts: tuple[PageLayout, ...]
@@ -65,6 +68,7 @@ class AttentionLayerPlan:
     prediction: Prediction | None = None
     sinks: torch.Tensor | None = None
     kernel_device: torch.device | None = None
+    exact_from: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse terms that do not fit together."""

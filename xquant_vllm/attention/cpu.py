@@ -13,6 +13,7 @@ runs on the threads of the runtime that torch uses; see :func:`_share_openmp_run
 """
 
 import ctypes
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -22,8 +23,9 @@ import torch
 
 from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
 from xquant_vllm.attention.cpu_abi import ABI, Input, StoreCall
+from xquant_vllm.attention.cpu_exact import exact_tokens
 from xquant_vllm.attention.cpu_plan import prepare
-from xquant_vllm.attention.cpu_tensors import batch_call, index_address, input_struct, page_structs, set_heads
+from xquant_vllm.attention.cpu_tensors import batch_call, index_address, input_struct, set_heads
 
 LIBRARY_PATH = Path(__file__).with_name("_cpu_kernels.so")
 
@@ -84,7 +86,13 @@ def isa() -> str:
 
 def set_isa(name: str | None) -> bool:
     """Use another instruction set, or the best one for None; False where this machine or this build lacks it."""
+    _multiplies_integers.cache_clear()
     return bool(library.xquant_cpu_set_isa(None if name is None else name.encode()))
+
+
+@functools.cache
+def _multiplies_integers() -> bool:
+    return isa() == INTEGER_ISA
 
 
 def num_threads() -> int:
@@ -111,8 +119,8 @@ def store(
     Raises:
         ValueError: a tensor has the wrong type, shape or strides, or a slot is out of range.
     """
-    prepared = prepare(plan, isa() == INTEGER_ISA)
-    structs, num_blocks = page_structs(prepared.page_bytes, pages)
+    prepared = prepare(plan, _multiplies_integers())
+    structs, num_blocks = prepared.structs_of(pages)
     if len(inputs) != len(prepared.input_elements):
         raise ValueError(f"{len(inputs)} inputs were given, the pages have {len(prepared.input_elements)} streams")
     num_tokens = inputs[0].shape[0]
@@ -138,6 +146,7 @@ def paged_attention(
     plan: AttentionLayerPlan,
     batch: AttentionBatch,
     output: torch.Tensor,
+    inputs: Sequence[torch.Tensor] | None = None,
 ) -> None:
     """Causal attention over pages; see :func:`xquant_vllm.attention.reference.paged_attention`.
 
@@ -146,7 +155,11 @@ def paged_attention(
     Raises:
         ValueError: a tensor has the wrong type, shape or strides, or the batch names tokens or blocks out of range.
     """
-    prepared = prepare(plan, isa() == INTEGER_ISA)
-    call = batch_call(*page_structs(prepared.page_bytes, pages), batch, query.shape[0])
+    prepared = prepare(plan, _multiplies_integers())
+    call = batch_call(*prepared.structs_of(pages), batch, query.shape[0])
     set_heads(call, prepared.heads, query, output)
+    exact = exact_tokens(plan, batch, inputs, query.shape[0])
+    if exact is not None:
+        call.exact_keys, call.exact_values = (tensor.data_ptr() for tensor in exact)
+        call.exact_from = plan.exact_from or 0
     raise_error(library.xquant_cpu_attention(prepared.pointer, ctypes.byref(call)))

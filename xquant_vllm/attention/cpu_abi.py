@@ -2,7 +2,7 @@
 
 import ctypes
 
-ABI = 6
+ABI = 7
 """``XQUANT_CPU_ABI``: a library of another number has other structs."""
 
 _int64, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -151,4 +151,7 @@ class AttentionCall(ctypes.Structure):
         ("block_table_stride", _int64),
         ("max_blocks", _int64),
         ("num_seqs", _int64),
+        ("exact_keys", _pointer),
+        ("exact_values", _pointer),
+        ("exact_from", _int64),
     ]

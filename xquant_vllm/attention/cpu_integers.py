@@ -16,14 +16,12 @@ import torch
 
 from xquant_vllm.attention.cpu_abi import Head, Latent, Stream
 from xquant_vllm.codec.allocation import STEP
-from xquant_vllm.projection.integer_up import BYTE_BITS, LARGEST_BYTE
+from xquant_vllm.projection.integer_up import BYTE_BITS, LARGEST_BYTE, byte_units
 
 # So that integers of 8 bits are multiples of a power of two, and stay exact.
 _LARGEST_WORD = LARGEST_BYTE * 256
 _LARGEST_SUM = 2**31 - 1
 _WORD_STEPS = 256
-# Of a unit: an up-projection of integers of 8 bits that went through FP32 is this close to them.
-_EXACT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -93,10 +91,8 @@ def _bytes(weighted: torch.Tensor, segment: Segment) -> tuple[int, torch.Tensor]
     """Channels of 16 bits and the unit, if the channels of few bits are integers of 8 bits; else None."""
     num_words = int((segment.bits > BYTE_BITS).sum())
     few = weighted[num_words:]
-    if not len(few):
-        return None
-    unit = (few.abs().amax(0) / LARGEST_BYTE).clamp_min(1e-30)
-    if bool(((few / unit).round() - few / unit).abs().max() > _EXACT):
+    unit = byte_units(few) if len(few) else None
+    if unit is None:
         return None
     if not num_words:
         return 0, unit

@@ -2,6 +2,7 @@
 
 import ctypes
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from xquant_vllm.attention.batch import AttentionLayerPlan
 from xquant_vllm.attention.cpu_abi import Latent, Plan, Stream, Term
 from xquant_vllm.attention.cpu_integers import IntegerKeys, integer_keys
 from xquant_vllm.attention.cpu_streams import LANES, CpuStream, cpu_stream
+from xquant_vllm.attention.cpu_tensors import page_structs
 from xquant_vllm.attention.latents import LatentTerm
 from xquant_vllm.projection.rope import RotaryTable
 
@@ -46,8 +48,10 @@ class PreparedPlan:
 
         self.integer_keys: IntegerKeys | None = None
         self._kept: list[object] = []
+        self._pages: tuple[Any, tuple[Any, int]] = (None, (None, 0))
         self._streams: dict[tuple[int, int], CpuStream] = {}
-        absorbed = norm is None and not rotates and not plan.key_bias_matters
+        # Exact tokens come as keys, not as latents.
+        absorbed = norm is None and not rotates and not plan.key_bias_matters and plan.exact_from is None
         up_key = fp32("up_key", projection.up_key, (kv_heads, key_width, head_size))
         struct = Plan(
             streams=self._array(Stream, [self._stream(plan, 0, index) for index in range(len(layout.streams))]),
@@ -86,6 +90,15 @@ class PreparedPlan:
         self.page_bytes = [pages.page_bytes for pages in plan.layouts]
         self.input_elements = [stream.num_heads * stream.width for stream in layout.streams]
         self.heads = (plan.num_heads, head_size)
+
+    def structs_of(self, pages: Sequence[torch.Tensor]) -> tuple[Any, int]:
+        """See :func:`page_structs`; a tuple that comes again, as a layer's pages do, is looked at once."""
+        if pages is not self._pages[0]:
+            structs = page_structs(self.page_bytes, pages)
+            if not isinstance(pages, tuple):  # a list may hold others next time
+                return structs
+            self._pages = (pages, structs)
+        return self._pages[1]
 
     def _add_integers(self, struct: Plan, up_key: torch.Tensor) -> None:
         keys = self.integer_keys = integer_keys(up_key, struct.key)

@@ -105,11 +105,22 @@ def batch_call(pages: ctypes.Array, num_blocks: int, batch: AttentionBatch, num_
     Raises:
         ValueError: a tensor of the batch has the wrong type or shape.
     """
+    global _last
+    # A batch goes through all layers: its tensors are looked at once.
+    if _last[0] is not batch or _last[1].num_tokens != num_tokens:
+        _last = (batch, _checked_call(batch, num_tokens))
+    call = AttentionCall.from_buffer_copy(_last[1])
+    call.pages, call.num_blocks = pages, num_blocks
+    return call
+
+
+_last: tuple[AttentionBatch | None, AttentionCall] = (None, AttentionCall())
+
+
+def _checked_call(batch: AttentionBatch, num_tokens: int) -> AttentionCall:
     table = batch.block_table
     num_seqs = batch.seq_lens.shape[0]
     call = AttentionCall(
-        pages=pages,
-        num_blocks=num_blocks,
         num_tokens=num_tokens,
         query_start_loc=index_address("query_start_loc", batch.query_start_loc, torch.int32, 1),
         seq_lens=index_address("seq_lens", batch.seq_lens, torch.int32, 1),

@@ -4,7 +4,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 
@@ -41,6 +41,7 @@ class AttentionKernels(Protocol):
         plan: AttentionLayerPlan,
         batch: AttentionBatch,
         output: torch.Tensor,
+        inputs: Sequence[torch.Tensor] | None = None,
     ) -> None:
         """Causal attention of query tokens over their sequences' pages."""
 
@@ -113,6 +114,51 @@ def _triton(slow: _Kernels, load: Callable[[], _Kernels], override: str | None) 
     return Choice(kernels, text)
 
 
+class Dispatch(Generic[_Kernels]):
+    """One choice per type of device, made when it is first asked for."""
+
+    def __init__(self, slow: _Kernels, load_cpu: Callable[[], _Kernels], load_triton: Callable[[], _Kernels]) -> None:
+        """Take what :func:`choose` chooses from."""
+
+        def of_device(device_type: str) -> Choice[_Kernels]:
+            return choose(device_type, slow, load_cpu, load_triton)
+
+        self.choice = functools.cache(of_device)
+
+    def select(self, device_type: str) -> _Kernels:
+        """The implementation for tensors on devices of this type ("cpu", ...).
+
+        Raises:
+            ValueError: the override variable has an unknown value.
+            RuntimeError: what the override variable demands is not available.
+        """
+        return self.choice(device_type).kernels
+
+    def describe(self, device_type: str = "cpu") -> str:
+        """One line for the log: what runs and, if it is the slow one, what to do about it."""
+        return self.choice(device_type).text
+
+    def reserve(self, plan: Any, tokens: int, sequences: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Take what memory the kernels need beside their arguments, before anything else does.
+
+        Args:
+            plan: a layer's plan.
+            tokens: query tokens of a batch at most.
+            sequences: sequences of a batch at most.
+            dtype: of the queries.
+            device: where.
+        """
+        take = getattr(self.select(device.type), "reserve", None)
+        if take is not None:
+            take(plan, tokens, sequences, dtype, device)
+
+    def fix(self, device: torch.device) -> None:
+        """From now on the kernels may not allocate."""
+        hold = getattr(self.select(device.type), "fix", None)
+        if hold is not None:
+            hold(device)
+
+
 def _load_cpu() -> AttentionKernels:
     from xquant_vllm.attention import cpu
 
@@ -125,43 +171,6 @@ def _load_triton() -> AttentionKernels:
     return cast(AttentionKernels, kernels)
 
 
-@functools.cache
-def _choose(device_type: str) -> Choice[AttentionKernels]:
-    return choose(device_type, cast(AttentionKernels, reference), _load_cpu, _load_triton)
-
-
-def reserve(plan: AttentionLayerPlan, tokens: int, sequences: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Take what memory the kernels need beside their arguments, before anything else does.
-
-    Args:
-        plan: a layer's plan.
-        tokens: query tokens of a batch at most.
-        sequences: sequences of a batch at most.
-        dtype: of the queries.
-        device: where.
-    """
-    take = getattr(select(device.type), "reserve", None)
-    if take is not None:
-        take(plan, tokens, sequences, dtype, device)
-
-
-def fix(device: torch.device) -> None:
-    """From now on the kernels may not allocate."""
-    hold = getattr(select(device.type), "fix", None)
-    if hold is not None:
-        hold(device)
-
-
-def select(device_type: str) -> AttentionKernels:
-    """The implementation for tensors on devices of this type ("cpu", ...).
-
-    Raises:
-        ValueError: the override variable has an unknown value.
-        RuntimeError: what the override variable demands is not available.
-    """
-    return _choose(device_type).kernels
-
-
-def describe(device_type: str = "cpu") -> str:
-    """One line for the log: what runs and, if it is the slow one, what to do about it."""
-    return _choose(device_type).text
+_dispatch = Dispatch(cast(AttentionKernels, reference), _load_cpu, _load_triton)
+_choose = _dispatch.choice
+select, describe, reserve, fix = _dispatch.select, _dispatch.describe, _dispatch.reserve, _dispatch.fix

@@ -2,6 +2,7 @@
 
 Every attended token, also of the chunk being prefilled, is read back from the pages. So a token's output does not
 depend on how its prompt was cut into chunks, on what was found in the prefix cache, or on its neighbours in the batch.
+Only where a plan says ``exact_from`` do the tokens of a prompt see those of their own step as they were computed.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
+from xquant_vllm.attention.exact import exact_latents
 from xquant_vllm.attention.latents import read_blocks, read_slots
 from xquant_vllm.codec.pages import store_latents
 from xquant_vllm.projection.rematerialize import rematerialize_keys, up_project
@@ -53,6 +55,7 @@ def paged_attention(
     plan: AttentionLayerPlan,
     batch: AttentionBatch,
     output: torch.Tensor,
+    inputs: Sequence[torch.Tensor] | None = None,
 ) -> None:
     """Causal attention of query tokens over their sequences' pages.
 
@@ -62,12 +65,18 @@ def paged_attention(
         plan: the layer's plan.
         batch: the sequences.
         output: ``[num_tokens, num_heads, head_size]``, written.
+        inputs: what :func:`store` was given of these tokens; read if the plan has ``exact_from``, and required if a
+            sequence has so many query tokens.
     """
     starts, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
     for index, seq_len in enumerate(lengths):
         begin, end = starts[index], starts[index + 1]
         if end > begin:
-            output[begin:end] = _attend(query[begin:end], pages, plan, batch.block_table[index], seq_len)
+            exact = None
+            if plan.exact_from is not None and end - begin >= plan.exact_from:
+                assert inputs is not None
+                exact = [x[begin:end] for x in inputs]
+            output[begin:end] = _attend(query[begin:end], pages, plan, batch.block_table[index], seq_len, exact)
 
 
 def _attend(
@@ -76,8 +85,12 @@ def _attend(
     plan: AttentionLayerPlan,
     block_ids: torch.Tensor,
     seq_len: int,
+    exact: Sequence[torch.Tensor] | None,
 ) -> torch.Tensor:
-    """One sequence; returns ``[query_len, num_heads, head_size]`` in the query's dtype."""
+    """One sequence; returns ``[query_len, num_heads, head_size]`` in the query's dtype.
+
+    ``exact`` are the inputs of its query tokens, if these are not to be read from pages.
+    """
     query_len = query.shape[0]
     block_size = plan.layout.block_size
     first_position = seq_len - query_len
@@ -90,6 +103,11 @@ def _attend(
     value_latents = key_latents
     if plan.value_terms != plan.key_terms:
         value_latents = read_blocks(pages, plan.layouts, plan.value_terms, blocks)[: positions.numel()]
+    if exact is not None:
+        key_latents, value_latents = (
+            torch.cat((cached[:-query_len], exact_latents(plan, exact, terms, cached.shape[-1])))
+            for cached, terms in ((key_latents, plan.key_terms), (value_latents, plan.value_terms))
+        )
     # Slots older than the window were possibly never written for this sequence: keep them out of 0 * NaN.
     visible = positions >= oldest
     key_latents, value_latents, positions = key_latents[visible], value_latents[visible], positions[visible]

@@ -66,6 +66,11 @@ class HadamardRotation:
             half *= 2
         return torch.einsum("rc,...cb->...rb", self.mix.to(dtype), y).flatten(-2)
 
+    def invert(self, y: torch.Tensor) -> torch.Tensor:
+        """What :meth:`apply` rotated to ``y`` ``[..., d]``; returns FP32 (FP64 if ``y`` is) of the same shape."""
+        back = HadamardRotation(torch.ones_like(self.signs), self.mix.T.contiguous()).apply(y)
+        return back * self.signs.to(back.dtype)
+
     def to(self, device: torch.device) -> "HadamardRotation":
         """The same rotation on another device."""
         return HadamardRotation(self.signs.to(device), self.mix.to(device))

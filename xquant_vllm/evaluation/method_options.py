@@ -90,7 +90,7 @@ class MethodOptions:
         """The settings as a server would be given them.
 
         Raises:
-            RefusedError: an option and ``--settings`` contradict each other.
+            RefusedError: an option and ``--settings`` contradict each other, or the cache would not be read.
         """
         given: dict[str, Any] = {"method": method}
         if self.bits is not None:
@@ -109,4 +109,9 @@ class MethodOptions:
                     f"{given[name]!r}; leave one of them out"
                 )
             given[name] = value
+        if given.get("prompt", "cached") != "cached":
+            raise RefusedError(
+                f"xquant: --settings has 'prompt': {given['prompt']!r}, so that a text which takes one step would tell "
+                'nothing of the cache; set "cached" or leave it out'
+            )
         return given

@@ -31,6 +31,7 @@ class XQuantImpl(PagedImpl):
         self.cache: LayerCache | None = None
         self._earlier: tuple[Any, ...] = ()
         self._plans: dict[int, AttentionLayerPlan] = {}
+        self._known_pages: tuple[list[torch.Tensor], tuple[torch.Tensor, ...]] = ([], ())
         install_loader_hook()
 
     def set_cache(self, cache: LayerCache, earlier: Sequence[Any]) -> None:
@@ -57,8 +58,17 @@ class XQuantImpl(PagedImpl):
                 scale=self.scale,
                 sliding_window=self.sliding_window,
                 logits_soft_cap=self.logits_soft_cap,
+                exact_from=self._exact_from,
             )
         return plan
+
+    @property
+    def _exact_from(self) -> int | None:
+        """More query tokens than a decoding sequence has are a prompt's."""
+        if self.settings.prompt == "cached":
+            return None
+        speculative = self.vllm_config.speculative_config
+        return 2 + (speculative.num_speculative_tokens if speculative is not None else 0)
 
     def reserve(self, block_size: int, device: torch.device) -> None:
         """Take the memory that the kernels need for the largest batch.
@@ -73,8 +83,16 @@ class XQuantImpl(PagedImpl):
         dispatch.reserve(self._plan(block_size), tokens, scheduler.max_num_seqs, dtype, device)
 
     def _pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The layer's own pages and those that it reads too; all go by one block table."""
-        return (pages_of(kv_cache), *(pages_of(attention.kv_cache) for attention in self._earlier))
+        """The layer's own pages and those that it reads too; all go by one block table.
+
+        The same tuple as long as vLLM's tensors are the same, so that kernels look at it once.
+        """
+        caches = [kv_cache, *(attention.kv_cache for attention in self._earlier)]
+        known, pages = self._known_pages
+        if len(known) != len(caches) or any(a is not b for a, b in zip(known, caches, strict=True)):
+            pages = tuple(map(pages_of, caches))
+            self._known_pages = (caches, pages)
+        return pages
 
     def forward(
         self,
@@ -93,8 +111,9 @@ class XQuantImpl(PagedImpl):
         Args:
             layer: the calling layer.
             query: ``[num_tokens, num_heads, head_size]``, after RoPE.
-            key: key latents, unused here.
-            value: value latents, unused here.
+            key: key latents (or the layer input, padded) ``[num_tokens, heads, head_size]``; read where prompts attend
+                to their own tokens exactly.
+            value: value latents, likewise.
             kv_cache: ``[num_blocks, 1, block_size, bytes_per_token]`` uint8.
             attn_metadata: the batch; None in profiling runs.
             output: ``[num_tokens, num_heads, head_size]``, written.
@@ -109,7 +128,12 @@ class XQuantImpl(PagedImpl):
         tokens = attn_metadata.num_actual_tokens
         kernels = dispatch.select(query.device.type)
         plan = self._plan(kv_cache.shape[2])
-        kernels.paged_attention(query[:tokens], self._pages(kv_cache), plan, attn_metadata.batch, output[:tokens])
+        inputs = None
+        if plan.exact_from is not None:
+            assert self.cache is not None
+            inputs = self.cache.inputs(key[:tokens], value[:tokens])
+        batch = attn_metadata.batch
+        kernels.paged_attention(query[:tokens], self._pages(kv_cache), plan, batch, output[:tokens], inputs)
         return output
 
     def do_kv_cache_update(

@@ -84,6 +84,7 @@ class LayerCache:
         scale: float,
         sliding_window: int | None,
         logits_soft_cap: float | None,
+        exact_from: int | None = None,
     ) -> AttentionLayerPlan:
         """The plan for pages of a block size.
 
@@ -94,6 +95,7 @@ class LayerCache:
             scale: factor on the scores.
             sliding_window: keys a query sees, or None.
             logits_soft_cap: cap of the scores, or None.
+            exact_from: query tokens from which on a sequence attends to them exactly, or None.
         """
         return AttentionLayerPlan(
             layouts=tuple(PageLayout(form.streams, block_size) for form in (self.format, *earlier)),
@@ -107,4 +109,5 @@ class LayerCache:
             rotation=self.rotation,
             prediction=self.prediction,
             kernel_device=self.kernel_device,
+            exact_from=exact_from,
         )

@@ -7,6 +7,7 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from xquant_vllm.integration.checks import unsupported_model
+from xquant_vllm.integration.frame_room import give_forward_room
 from xquant_vllm.integration.metadata import PagedMetadata
 
 
@@ -51,6 +52,7 @@ class PagedImpl(AttentionImpl[PagedMetadata]):
         self.sliding_window = sliding_window
         self.kv_cache_dtype = kv_cache_dtype
         self.logits_soft_cap = logits_soft_cap or None
+        give_forward_room()
 
 
 def pages_of(kv_cache: torch.Tensor) -> torch.Tensor:

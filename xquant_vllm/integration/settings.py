@@ -36,6 +36,7 @@ _ADVICE = {
     "basis": 'set "head" or "joint"',
     "factor_cache": "set true or false",
     "fold_values": "set true or false",
+    "prompt": 'set "cached" or "exact"',
 }
 
 
@@ -87,6 +88,8 @@ class XQuantSettings(BaseModel):
         factor_cache: keep computed factors in the user's cache, for the next start.
         fold_values: multiply the up-projection of values into the output projection, where that is proved to change
             nothing but the rounding of its weights.
+        prompt: ``"cached"``: all tokens are attended to as the cache holds them, so that outputs do not depend on how
+            prompts were cut; ``"exact"``: tokens of a prompt see those of their own step as the model computed them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -105,6 +108,7 @@ class XQuantSettings(BaseModel):
     basis: Literal["head", "joint"] = "head"
     factor_cache: bool = True
     fold_values: bool = True
+    prompt: Literal["cached", "exact"] = "cached"
 
     @field_validator("bits", "first_layers_bits", "anchor_bits", mode="before")
     @classmethod

@@ -1,11 +1,10 @@
 """Which implementation of KIVI's calls runs: Triton kernels on GPUs, C++ kernels on CPUs, else the reference."""
 
-import functools
 from typing import Protocol, cast
 
 import torch
 
-from xquant_vllm.attention.dispatch import Choice, choose
+from xquant_vllm.attention.dispatch import Dispatch
 from xquant_vllm.kivi import reference
 from xquant_vllm.kivi.plan import KiviBatch, KiviLayerPlan
 
@@ -50,38 +49,6 @@ def _load_triton() -> KiviKernels:
     return cast(KiviKernels, kernels)
 
 
-@functools.cache
-def _choose(device_type: str) -> Choice[KiviKernels]:
-    return choose(device_type, cast(KiviKernels, reference), _load_cpu, _load_triton)
-
-
-def reserve(plan: KiviLayerPlan, tokens: int, sequences: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Take what memory the kernels need beside their arguments, before anything else does.
-
-    Args:
-        plan: a layer's plan.
-        tokens: query tokens of a batch at most.
-        sequences: sequences of a batch at most.
-        dtype: of the queries.
-        device: where.
-    """
-    take = getattr(select(device.type), "reserve", None)
-    if take is not None:
-        take(plan, tokens, sequences, dtype, device)
-
-
-def fix(device: torch.device) -> None:
-    """From now on the kernels may not allocate."""
-    hold = getattr(select(device.type), "fix", None)
-    if hold is not None:
-        hold(device)
-
-
-def select(device_type: str) -> KiviKernels:
-    """The implementation for tensors on devices of this type ("cpu", ...); see :func:`.attention.dispatch.choose`."""
-    return _choose(device_type).kernels
-
-
-def describe(device_type: str) -> str:
-    """One line for the log: what runs and, if it is the slow one, why."""
-    return _choose(device_type).text
+_dispatch = Dispatch(cast(KiviKernels, reference), _load_cpu, _load_triton)
+_choose = _dispatch.choice
+select, describe, reserve, fix = _dispatch.select, _dispatch.describe, _dispatch.reserve, _dispatch.fix

@@ -20,6 +20,8 @@ from xquant_vllm.projection.basis import LatentBasis
 BYTE_BITS = 4
 """Bits of a code that is multiplied by an integer of 8 bits; codes of more are multiplied by one of 16."""
 LARGEST_BYTE = 127
+# Of a unit: an up-projection of integers that went through FP32 is this close to them.
+_EXACT = 1e-3
 # Kernels cut wider latents of runs into chunks and sum these up one by one, each with units of its own.
 _WIDEST = 256
 
@@ -41,13 +43,32 @@ def with_integer_up(basis: LatentBasis, stream: Stream) -> LatentBasis:
     for head in range(heads):
         for rows, weight in _byte_channels(stream, head):
             weighted = up[head, rows] * weight.to(up).unsqueeze(-1)
-            unit = (weighted.abs().amax(0) / LARGEST_BYTE).clamp_min(1e-30)
+            unit = _units(weighted)
             rounded[head, rows] = (weighted / unit).round() * unit / weight.to(up).unsqueeze(-1)
     if torch.equal(rounded, up):
         return basis
     rounded = rounded.float().double()
     down = _made_good(basis.down, up, rounded).to(basis.down.dtype)
     return LatentBasis(down, rounded.unflatten(2, (-1, head_size)).transpose(1, 2).flatten(0, 1).float().contiguous())
+
+
+def byte_units(weighted: torch.Tensor) -> torch.Tensor | None:
+    """What the integers of every column count, if a matrix is such integers of 8 bits.
+
+    Args:
+        weighted: ``[channels, columns]`` FP64: rows of an up-projection whose channels share scales, times the steps of
+            their codes.
+
+    Returns:
+        ``[columns]`` FP64, with which ``weighted / units`` are integers but for the rounding to FP32; or None.
+    """
+    units = _units(weighted)
+    integers = weighted / units
+    return units if bool((integers.round() - integers).abs().max() <= _EXACT) else None
+
+
+def _units(weighted: torch.Tensor) -> torch.Tensor:
+    return (weighted.abs().amax(0) / LARGEST_BYTE).clamp_min(1e-30)
 
 
 def _byte_channels(stream: Stream, head: int) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 // Changes whenever a struct of the interface does.
-#define XQUANT_CUDA_ABI 1
+#define XQUANT_CUDA_ABI 2
 
 #if defined(__GNUC__)
 #define XQUANT_CUDA_EXPORT extern "C" __attribute__((visibility("default")))

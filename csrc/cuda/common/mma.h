@@ -5,6 +5,9 @@
 //     a[0], a[1], a[2], a[3]   rows g, g + 8, g, g + 8; columns 2 t and 2 t + 1, of a[2] and a[3] 8 further
 //     b[0], b[1]               rows 2 t and 2 t + 1, of b[1] 8 further; column g
 //     c[0], c[1]               row g, columns 2 t and 2 t + 1;    c[2], c[3]   row g + 8
+//
+// Of bytes ("Matrix Fragments for mma.m16n8k32") a register holds four, so that t counts columns of a and rows of b by
+// four and "8 further" is 16 further; c is the same.
 #ifndef XQUANT_CUDA_MMA_H
 #define XQUANT_CUDA_MMA_H
 
@@ -34,8 +37,22 @@ XQUANT_DEVICE void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32
 #endif
 }
 
+// c[16, 8] += a[16, 32] b[32, 8]: unsigned bytes times signed ones, summed exactly.
+XQUANT_DEVICE void mma_16832(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef XQUANT_EMULATION
+    emulation::mma_16832(c, a, b);
+#else
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
 // Four 8 x 8 matrices of 16-bit numbers. Lane l names row l % 8 of matrix l / 8, 16 bytes that start at a multiple of
-// 16, and gets of matrix i in r[i] row l / 4, columns 2 (l % 4) and 2 (l % 4) + 1.
+// 16, and gets of matrix i in r[i] row l / 4, columns 2 (l % 4) and 2 (l % 4) + 1: of 16 bytes a row, 4 (l % 4) and the
+// three after it.
 XQUANT_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
 #ifdef XQUANT_EMULATION
     emulation::load_matrices(r, row, false);

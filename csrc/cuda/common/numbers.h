@@ -7,7 +7,7 @@
 namespace xquant {
 
 // Element types of tensors; the numbers are part of the C interface.
-enum Type { kFp32 = 0, kFp16 = 1, kBf16 = 2 };
+enum Type { kFp32 = 0, kFp16 = 1, kBf16 = 2, kInt8 = 3 };
 
 XQUANT_DEVICE float from_fp16(uint16_t bits) {
 #ifdef XQUANT_EMULATION

@@ -6,18 +6,25 @@
 namespace xquant::decode {
 namespace {
 
-template <int HeadSize, int T>
+template <int HeadSize, int T, int K>
 cudaError_t start(const Params& params, void* stream) {
     const dim3 grid{static_cast<unsigned>(params.call.num_sequences), static_cast<unsigned>(params.plan.num_kv_heads),
                     static_cast<unsigned>(params.call.splits)};
-    return launch(decode_kernel<HeadSize, T>, grid, kThreads,
+    return launch(decode_kernel<HeadSize, T, K>, grid, kThreads,
                   shared_bytes<HeadSize>(params.plan, params.call.row_tiles), stream, params);
+}
+
+template <int HeadSize, int T>
+cudaError_t start_key_type(const Params& params, void* stream) {
+    if (params.plan.key_type == kFp16) return start<HeadSize, T, kFp16>(params, stream);
+    if (params.plan.key_type == kInt8) return start<HeadSize, T, kInt8>(params, stream);
+    return cudaErrorInvalidValue;
 }
 
 template <int HeadSize>
 cudaError_t start_type(const Params& params, void* stream) {
-    if (params.call.type == kFp16) return start<HeadSize, kFp16>(params, stream);
-    if (params.call.type == kBf16) return start<HeadSize, kBf16>(params, stream);
+    if (params.call.type == kFp16) return start_key_type<HeadSize, kFp16>(params, stream);
+    if (params.call.type == kBf16) return start_key_type<HeadSize, kBf16>(params, stream);
     return cudaErrorInvalidValue;
 }
 

@@ -23,8 +23,9 @@ typedef struct {
     int32_t zeros;         // [block_size], FP16; allocated: unused
     int32_t outliers;      // [num_outliers][block_size], FP16
     int32_t num_outliers;  // at most 4; values have none
-    int32_t octets;        // quads of 2, rounded up to a multiple of 2; the rest have masks of 0
-    int32_t lanes;         // how unpacking is shared out: log2 of the octets that neighbouring threads take, or -1:
+    int32_t vectors;       // of 16 bytes that the codes are when unpacked, rounded up to a multiple of 2: two quads
+                           // each as FP16, four as bytes; quads that are not there have masks of 0
+    int32_t lanes;         // how unpacking is shared out: log2 of the vectors that neighbouring threads take, or -1:
                            // neighbouring threads take tokens
 } xquant_cuda_latent;
 
@@ -36,10 +37,10 @@ typedef struct {
     const xquant_cuda_quad* value_quads;
     const uint32_t* key_masks;           // [num_kv_heads, head_size / 4]: of a quad, low mask | high mask << 8 |
     const uint32_t* value_masks;         // shift of the high part << 16 | slow << 24
-    const uint32_t* up_key;              // FP16 fragments, see up_fragments() in cuda_tables.py
-    const float* up_unit;                // [num_kv_heads]: what a product of codes and up_key counts
-    const float* key_rows;               // [num_kv_heads, 6, head_size], columns in halves: what a token's zero point is
-                                         // multiplied by, the bias, and what its outliers are multiplied by
+    const uint32_t* up_key;              // fragments of key_type, see up_fragments() in cuda_keys.py
+    const float* key_rows;               // [num_kv_heads, 7, head_size], columns in halves: what a product of codes and
+                                         // up_key counts, what a token's zero point is multiplied by, the bias, and
+                                         // what its outliers are multiplied by
     const float* value_levels;           // [num_kv_heads, head_size]: half the largest code, in k-order
     const int32_t* value_channels;       // [num_kv_heads, head_size]: the channel, in k-order; -1: none
     const int32_t* columns;              // [head_size]: which channel of a query head stands where in the halves
@@ -47,6 +48,7 @@ typedef struct {
     const uint32_t* rope_offset;         // [64, head_size / 2]: FP16 cosine and sine of 0 to 63 positions further
     int32_t key_allocated;               // 1: allocated streams, 0: uniform ones
     int32_t value_allocated;
+    int32_t key_type;                    // of what key codes are unpacked to, and of up_key: 1 FP16, 3 INT8
     int32_t key_row_bytes;               // of all kv heads, at most
     int32_t value_row_bytes;
     int32_t num_heads;

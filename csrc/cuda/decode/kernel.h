@@ -41,8 +41,8 @@ XQUANT_DEVICE void load_tables(Shared<HeadSize>& shared, const Params& params, i
         shared.key_masks[i] = plan.key_masks[at];
         shared.value_masks[i] = plan.value_masks[at];
     }
-    constexpr int kKeyRows = (2 + kMostOutliers) * HeadSize;
-    for (int i = thread; i < kKeyRows; i += kThreads) (&shared.key_rows[0][0])[i] = plan.key_rows[head * kKeyRows + i];
+    constexpr int kOfHead = kKeyRows * HeadSize;
+    for (int i = thread; i < kOfHead; i += kThreads) (&shared.key_rows[0][0])[i] = plan.key_rows[head * kOfHead + i];
     for (int i = thread; i < kTokens * S::kHalf; i += kThreads) {
         shared.rope[i / S::kHalf * S::kRopePitch + i % S::kHalf] = plan.rope_offset[i];
     }
@@ -55,9 +55,9 @@ XQUANT_DEVICE void load_tables(Shared<HeadSize>& shared, const Params& params, i
     }
 }
 
-template <int HeadSize, int T>
+// T is the type of queries and of keys when these meet, K that of the product that rematerializes keys.
+template <int HeadSize, int T, int K>
 __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const Params params) {
-    using S = Shape<HeadSize>;
     const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
     const Share share = find_share(params);
     if (share.rows <= 0) return;
@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const Params params
                  find_block(params, share, share.begin, warp), warp, lane);
     end_copy_group();
     int block = find_block(params, share, share.begin + kTokens, warp);
-    KeyOperands<HeadSize> operands;
-    load_key_operands<HeadSize, T>(operands, params, share, shared.key.octets / 2, warp, lane);
+    KeyOperands<HeadSize, K> operands;
+    load_key_operands<HeadSize, K>(operands, params, share, shared.key.vectors / 2, warp, lane);
     RowState state;
     ValueSums<HeadSize> sums;
 
@@ -98,13 +98,13 @@ __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const Params params
         }
         end_copy_group();
         unpack_scales<HeadSize>(shared, params, share, stage + layout.small, start, thread);
-        unpack_codes(shared.codes, S::kCodePitch, stage, shared.key, shared.key_quads, shared.key_masks, thread);
+        unpack_codes<HeadSize, K>(shared.codes, stage, shared.key, shared.key_quads, shared.key_masks, thread);
         __syncthreads();
-        score_keys<HeadSize, T>(scores, shared, operands, reinterpret_cast<const float*>(stage + layout.rope),
-                                row_tiles, warp, lane);
+        score_keys<HeadSize, T, K>(scores, shared, operands, reinterpret_cast<const float*>(stage + layout.rope),
+                                   row_tiles, warp, lane);
         __syncthreads();
-        unpack_codes(shared.codes, S::kCodePitch, stage + layout.values, shared.value, shared.value_quads,
-                     shared.value_masks, thread);
+        unpack_codes<HeadSize, kFp16>(shared.codes, stage + layout.values, shared.value, shared.value_quads,
+                                      shared.value_masks, thread);
         if (thread < row_tiles * 8 * kRowLanes) weigh<HeadSize>(state, shared, scores, params, share, start, thread);
         __syncthreads();
         add_values<HeadSize>(sums, shared, warp, lane);

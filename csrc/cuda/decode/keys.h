@@ -2,23 +2,23 @@
 #ifndef XQUANT_CUDA_DECODE_KEYS_H
 #define XQUANT_CUDA_DECODE_KEYS_H
 
-#include "common/mma.h"
+#include "decode/product.h"
 #include "decode/shape.h"
 
 namespace xquant::decode {
 
 // What a thread keeps in registers from the first tile to the last: its warp's columns of the up-projection and of the
 // queries, as second operands of products. Columns come in four tiles of 8: two of the first half, then their partners.
-template <int HeadSize>
+template <int HeadSize, int K>
 struct KeyOperands {
-    uint32_t up[Shape<HeadSize>::kSteps][4][2];
+    static constexpr int kSteps = HeadSize / Unpacked<K>::kStepChannels;  // of a product over all channels
+    uint32_t up[kSteps][4][2];
     uint32_t query[2][2][2];  // tile of 8 query rows, half
-    float up_unit;
 };
 
 // The query rows' columns of the halves, zeros in rows that are not there.
-template <int HeadSize, int T>
-XQUANT_DEVICE void load_queries(KeyOperands<HeadSize>& operands, const Params& params, const Share& share, int warp,
+template <int HeadSize, int K>
+XQUANT_DEVICE void load_queries(KeyOperands<HeadSize, K>& operands, const Params& params, const Share& share, int warp,
                                 int lane) {
     const int group = params.plan.num_heads / params.plan.num_kv_heads;
     const int first_column = warp % Shape<HeadSize>::kColumnWarps * 16 + 2 * (lane % 4);
@@ -40,16 +40,17 @@ XQUANT_DEVICE void load_queries(KeyOperands<HeadSize>& operands, const Params& p
     }
 }
 
-template <int HeadSize, int T>
-XQUANT_DEVICE void load_key_operands(KeyOperands<HeadSize>& operands, const Params& params, const Share& share,
+template <int HeadSize, int K>
+XQUANT_DEVICE void load_key_operands(KeyOperands<HeadSize, K>& operands, const Params& params, const Share& share,
                                      int steps, int warp, int lane) {
     using S = Shape<HeadSize>;
+    constexpr int kSteps = KeyOperands<HeadSize, K>::kSteps;
     const int column_warp = warp % S::kColumnWarps;
     // [num_kv_heads, kSteps, kColumnWarps, 4, 32, 2]
     const auto* up = reinterpret_cast<const uint2*>(params.plan.up_key) +
-                     ((share.head * S::kSteps * S::kColumnWarps + column_warp) * 4) * kWarp + lane;
+                     ((share.head * kSteps * S::kColumnWarps + column_warp) * 4) * kWarp + lane;
 #pragma unroll
-    for (int step = 0; step < S::kSteps; ++step) {
+    for (int step = 0; step < kSteps; ++step) {
         if (step < steps) {
 #pragma unroll
             for (int tile = 0; tile < 4; ++tile) {
@@ -59,25 +60,25 @@ XQUANT_DEVICE void load_key_operands(KeyOperands<HeadSize>& operands, const Para
             }
         }
     }
-    operands.up_unit = params.plan.up_unit[share.head];
-    load_queries<HeadSize, T>(operands, params, share, warp, lane);
+    load_queries<HeadSize>(operands, params, share, warp, lane);
 }
 
-// What products of codes become keys by: scales, zero points, outliers, bias. `column` is the first of a tile of 8.
-template <int HeadSize>
-XQUANT_DEVICE void finish_products(float (&key)[4], const Shared<HeadSize>& shared, float up_unit, int outliers,
-                                   int token, int column) {
-    const float scale[2] = {shared.key_scale[token] * up_unit, shared.key_scale[token + 8] * up_unit};
+// Keys from products of codes: scales, zero points, outliers, bias. `column` is the first of a tile of 8.
+template <int HeadSize, int K>
+XQUANT_DEVICE void finish_products(float (&key)[4], const typename Product<K>::Sum (&sum)[4],
+                                   const Shared<HeadSize>& shared, int outliers, int token, int column) {
+    const float scale[2] = {shared.key_scale[token], shared.key_scale[token + 8]};
     const float zero[2] = {shared.key_zero[token], shared.key_zero[token + 8]};
-    const float2 of_zero = *reinterpret_cast<const float2*>(&shared.key_rows[0][column]);
-    const float2 bias = *reinterpret_cast<const float2*>(&shared.key_rows[1][column]);
+    const float2 unit = *reinterpret_cast<const float2*>(&shared.key_rows[kUnitRow][column]);
+    const float2 of_zero = *reinterpret_cast<const float2*>(&shared.key_rows[kZeroRow][column]);
+    const float2 bias = *reinterpret_cast<const float2*>(&shared.key_rows[kBiasRow][column]);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        key[2 * i] = key[2 * i] * scale[i] + (zero[i] * of_zero.x + bias.x);
-        key[2 * i + 1] = key[2 * i + 1] * scale[i] + (zero[i] * of_zero.y + bias.y);
+        key[2 * i] = Product<K>::value(sum[2 * i]) * (scale[i] * unit.x) + (zero[i] * of_zero.x + bias.x);
+        key[2 * i + 1] = Product<K>::value(sum[2 * i + 1]) * (scale[i] * unit.y) + (zero[i] * of_zero.y + bias.y);
     }
     for (int channel = 0; channel < outliers; ++channel) {
-        const float2 up = *reinterpret_cast<const float2*>(&shared.key_rows[2 + channel][column]);
+        const float2 up = *reinterpret_cast<const float2*>(&shared.key_rows[kOutlierRow + channel][column]);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const float exact = shared.outliers[channel][token + 8 * i];
@@ -111,35 +112,40 @@ XQUANT_DEVICE void rotate(float (&low)[4], float (&high)[4], const Shared<HeadSi
 }
 
 // Products of the tile's keys with the queries, over the warp's columns.
-template <int HeadSize, int T>
+template <int HeadSize, int T, int K>
 XQUANT_DEVICE void score_keys(const Scores<HeadSize>& all_scores, const Shared<HeadSize>& shared,
-                              const KeyOperands<HeadSize>& operands, const float* base, int row_tiles, int warp,
+                              const KeyOperands<HeadSize, K>& operands, const float* base, int row_tiles, int warp,
                               int lane) {
     using S = Shape<HeadSize>;
+    using P = Product<K>;
     const int column_warp = warp % S::kColumnWarps, token_warp = warp / S::kColumnWarps;
     const int column = column_warp * 16 + 2 * (lane % 4);
-    const int steps = shared.key.octets / 2, outliers = shared.key.num_outliers;
+    const int steps = shared.key.vectors / 2, outliers = shared.key.num_outliers;
     float* scores = all_scores.data + column_warp * all_scores.of_warp;
     // Unrolled, the tiles' operands would not fit the registers.
 #pragma unroll 1
     for (int tile = 0; tile < S::kTokenTiles; ++tile) {
         const int first = (token_warp * S::kTokenTiles + tile) * 16;
-        const uint16_t* codes = shared.codes + (first + lane % 16) * S::kCodePitch + lane / 16 * 8;
-        float key[4][4] = {};
+        const unsigned char* codes =
+            shared.codes + (first + lane % 16) * S::template kCodePitch<K> + lane / 16 * 16;
+        typename P::Sum sum[4][4];
 #pragma unroll
-        for (int step = 0; step < S::kSteps; ++step) {
+        for (int i = 0; i < 16; ++i) sum[i / 4][i % 4] = P::kZero;
+#pragma unroll
+        for (int step = 0; step < KeyOperands<HeadSize, K>::kSteps; ++step) {
             if (step < steps) {
                 uint32_t of_step[4];
-                load_matrices(of_step, codes + step * 16);
+                load_matrices(of_step, codes + step * 32);
 #pragma unroll
-                for (int part = 0; part < 4; ++part) mma_16816<kFp16>(key[part], of_step, operands.up[step][part]);
+                for (int part = 0; part < 4; ++part) P::add(sum[part], of_step, operands.up[step][part]);
             }
         }
         const int token = first + lane / 4;
+        float key[4][4];
 #pragma unroll
         for (int part = 0; part < 4; ++part) {
             const int of_part = column + part % 2 * 8 + part / 2 * S::kHalf;
-            finish_products<HeadSize>(key[part], shared, operands.up_unit, outliers, token, of_part);
+            finish_products<HeadSize, K>(key[part], sum[part], shared, outliers, token, of_part);
         }
         rotate<HeadSize>(key[0], key[2], shared, base, token, column);
         rotate<HeadSize>(key[1], key[3], shared, base, token, column + 8);

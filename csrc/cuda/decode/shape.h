@@ -2,7 +2,7 @@
 #ifndef XQUANT_CUDA_DECODE_SHAPE_H
 #define XQUANT_CUDA_DECODE_SHAPE_H
 
-#include "common/platform.h"
+#include "common/numbers.h"
 #include "decode/decode.h"
 
 namespace xquant::decode {
@@ -15,6 +15,9 @@ constexpr int kTokens = 64;
 constexpr int kSegment = kTokens / kWarps;
 constexpr int kRows = 16;
 constexpr int kMostOutliers = 4;
+// Rows of a column: what products count, what zero points, 1 and outliers are multiplied by.
+constexpr int kUnitRow = 0, kZeroRow = 1, kBiasRow = 2, kOutlierRow = 3;
+constexpr int kKeyRows = kOutlierRow + kMostOutliers;
 // Scales and zero points of keys and values, and the keys' outliers.
 constexpr int kSmallSections = 4 + kMostOutliers;
 constexpr int kSmallBytes = kTokens * 2;
@@ -25,6 +28,14 @@ struct Params {
     xquant_cuda_decode_call call;
 };
 
+// What codes are unpacked to, FP16 numbers or bytes. A vector is 16 bytes of them; a step of a product takes two.
+template <int K>
+struct Unpacked {
+    static constexpr int kBytes = K == kInt8 ? 1 : 2;
+    static constexpr int kVectorQuads = 4 / kBytes;
+    static constexpr int kStepChannels = 32 / kBytes;
+};
+
 template <int HeadSize>
 struct Shape {
     static constexpr int kHalf = HeadSize / 2;
@@ -33,12 +44,12 @@ struct Shape {
     static constexpr int kColumnWarps = kHalf / 16;
     static constexpr int kTokenWarps = kWarps / kColumnWarps;
     static constexpr int kTokenTiles = kTokens / 16 / kTokenWarps;
-    static constexpr int kSteps = HeadSize / 16;  // of a product over all channels
     static constexpr int kQuads = HeadSize / 4;
     // 16 channels each; of a warp.
     static constexpr int kValuePairs = HeadSize / 16 / kWarps;
     // Rows that are read by ldmatrix lie 16 bytes further in the banks than the row before.
-    static constexpr int kCodePitch = HeadSize + 8;
+    template <int K>
+    static constexpr int kCodePitch = HeadSize * Unpacked<K>::kBytes + 16;  // in bytes
     static constexpr int kWeightPitch = kTokens + 8;
     static constexpr int kRopePitch = kHalf + 8;
     static constexpr int kScorePitch = kTokens + 4;
@@ -72,14 +83,15 @@ inline
 template <int HeadSize>
 struct Shared {
     using S = Shape<HeadSize>;
-    uint16_t codes[kTokens * S::kCodePitch];          // of keys, then of values; at last the output
+    // Of keys, then of values; at last the output.
+    alignas(16) unsigned char codes[kTokens * S::template kCodePitch<kFp16>];
     uint16_t weights[kRows * S::kWeightPitch];
     uint32_t rope[kTokens * S::kRopePitch];
     uint4 key_quads[S::kQuads];
     uint4 value_quads[S::kQuads];
     uint32_t key_masks[S::kQuads];
     uint32_t value_masks[S::kQuads];
-    float key_rows[2 + kMostOutliers][HeadSize];
+    float key_rows[kKeyRows][HeadSize];
     float key_scale[kTokens], key_zero[kTokens];
     float value_scale[kTokens], value_zero[kTokens];
     float outliers[kMostOutliers][kTokens];

@@ -28,13 +28,14 @@ XQUANT_DEVICE void add_values(ValueSums<HeadSize>& sums, const Shared<HeadSize>&
 #pragma unroll
     for (int index = 0; index < S::kValuePairs; ++index) {
         const int pair = warp + index * kWarps;
-        if (2 * pair < shared.value.octets) {
+        if (2 * pair < shared.value.vectors) {
             float product[2][4] = {};
 #pragma unroll
             for (int step = 0; step < kTokens / 16; ++step) {
                 uint32_t codes[4];
-                load_matrices_transposed(
-                    codes, shared.codes + (step * 16 + lane % 16) * S::kCodePitch + pair * 16 + lane / 16 * 8);
+                load_matrices_transposed(codes, shared.codes +
+                                                    (step * 16 + lane % 16) * S::template kCodePitch<kFp16> +
+                                                    pair * 32 + lane / 16 * 16);
                 const uint32_t first[2] = {codes[0], codes[1]}, second[2] = {codes[2], codes[3]};
                 mma_16816<kFp16>(product[0], weights[step], first);
                 mma_16816<kFp16>(product[1], weights[step], second);
@@ -70,7 +71,7 @@ XQUANT_DEVICE void write_partial(const ValueSums<HeadSize>& sums, const RowState
 #pragma unroll
     for (int index = 0; index < S::kValuePairs; ++index) {
         const int pair = warp + index * kWarps;
-        if (2 * pair < shared.value.octets) {
+        if (2 * pair < shared.value.vectors) {
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 const int at = pair * 16 + i / 4 * 8 + 2 * (lane % 4) + i % 2, row = lane / 4 + i % 4 / 2 * 8;

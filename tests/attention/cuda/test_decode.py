@@ -8,18 +8,33 @@ import pytest
 import torch
 
 from tests.attention.attention_cases import Case, Spec, make_case, make_plan, random_runs
+from tests.attention.integer_case import on_integers
 from xquant_vllm.attention import reference
 
 pytest.importorskip("triton")
-from xquant_vllm.attention.gpu import cuda_decode, cuda_library
+from xquant_vllm.attention.gpu import cuda_decode, cuda_keys, cuda_library
 from xquant_vllm.attention.gpu.attend import Partial
 from xquant_vllm.attention.gpu.bit_addresses import bit_addresses
+from xquant_vllm.attention.gpu.cuda_keys import key_factors
 from xquant_vllm.attention.gpu.cuda_tables import quads, rope_arrays
+from xquant_vllm.attention.gpu.latent_tables import latent_chunks
 from xquant_vllm.attention.gpu.prepared import PreparedPlan
+from xquant_vllm.codec.allocated import AllocatedFormat
+from xquant_vllm.codec.layout import PageLayout, StreamFormat
+from xquant_vllm.projection.basis import LatentBasis
+from xquant_vllm.projection.integer_up import with_integer_up
 from xquant_vllm.projection.rope import RotaryTable
 
 # Keys and weights are rounded to the query's dtype and to FP16; of a row's largest element.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
+# As the kernel names them: what it rematerializes keys by.
+FP16, INT8 = 1, 3
+
+
+def key_type(case: Case) -> int:
+    of_plan = cuda_decode.decode_plan(PreparedPlan(case.plan, case.query.dtype))
+    assert of_plan is not None
+    return of_plan.struct.key_type
 
 
 def run(library, case: Case, splits: int, order: int = 0) -> torch.Tensor:
@@ -111,11 +126,15 @@ def random_decode(seed: int) -> tuple[Spec, int]:
     return spec, choose.choice((1, 1, 2, 3, 7))
 
 
+@pytest.mark.parametrize("integers", [False, True], ids=["fp16", "int8"])
 @pytest.mark.parametrize("seed", range(40))
-def test_random(library, seed: int) -> None:
+def test_random(library, seed: int, integers: bool) -> None:
     spec, splits = random_decode(seed)
     print(spec)
     case = make_case(spec)
+    if integers:
+        case = on_integers(case)
+    assert key_type(case) == (INT8 if integers else FP16)
     output = run(library, case, splits)
     print(f"error {assert_close(output, case):.1e}")
     # Bits that depend on which thread runs first are a race.
@@ -147,6 +166,64 @@ def test_extreme_scores(library, scale: float) -> None:
     if scale < 1:
         assert_close(output, case)
     assert output.isfinite().all()
+
+
+STREAMS = {
+    "4 bits": (StreamFormat(2, 64, 4, 64, 1), INT8),
+    "3 bits": (StreamFormat(2, 64, 3, 64, 0), INT8),
+    "2 bits": (StreamFormat(2, 64, 2, 64, 4), INT8),
+    "8 bits": (StreamFormat(2, 64, 8, 64, 1), FP16),
+    "runs of few bits": (AllocatedFormat(64, (((4, 20), (3, 24), (2, 12)), ((2, 4),))), INT8),
+    "runs of many bits": (AllocatedFormat(64, (((8, 8), (6, 8)), ((6, 64),))), FP16),
+    "a run of many bits": (AllocatedFormat(64, (((4, 64),), ((6, 4), (4, 60)))), FP16),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_key_type(name: str) -> None:
+    """Integers are multiplied wherever a basis has them, and nowhere else."""
+    stream, expected = STREAMS[name]
+    case = make_case(Spec(dtype=torch.bfloat16))
+    projection = case.plan.projection
+    basis = with_integer_up(LatentBasis(torch.zeros(2, 1, 64), projection.up_key), stream)
+    layout = PageLayout((stream, case.plan.layout.streams[1]), 16)
+    plan = replace(case.plan, layouts=(layout,), projection=replace(projection, up_key=basis.up))
+    assert key_type(replace(case, plan=plan)) == expected
+    assert key_type(replace(case, plan=replace(plan, projection=projection))) == FP16
+
+
+@pytest.mark.parametrize("allocated", [0.0, 1.0])
+def test_integers_are_exact(allocated: float) -> None:
+    """Codes meet the up-projection itself, but for its own rounding to FP32."""
+    plan = on_integers(make_case(Spec(allocated=allocated))).plan
+    chunks = [latent_chunks(plan.layouts, plan.key_terms, head, 1 << 16)[0] for head in range(2)]
+    factors = key_factors(chunks, plan.projection.up_key)
+    assert factors.dtype == torch.int8
+    for head, chunk in enumerate(chunks):
+        kept, step = chunk.fields["num_outliers"], chunk.factor if allocated == 0 else 2 * chunk.factor
+        up = plan.projection.up_key[head, : step.numel()] * step[:, None]
+        error = factors.numbers[head].double() * factors.units[head] - up
+        assert error[kept:].abs().max() <= 1e-7 * up.abs().max()
+
+
+def test_integers_are_more_exact(library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same layers by either product. Nothing turns, so that the table of angles has no errors."""
+    errors = {INT8: 0.0, FP16: 0.0}
+    for seed in range(6):
+        spec = Spec(seqs=((150, 2),), dtype=torch.float16, value_bits=8, seed=seed)
+        case = on_integers(make_case(spec))
+        rope = RotaryTable(torch.ones(200, 32), torch.zeros(200, 32))
+        case = replace(case, plan=replace(case.plan, projection=replace(case.plan.projection, rope=rope)))
+        expected = replace(case, query=case.query.float()).run(reference).double()
+        for product in errors:
+            with monkeypatch.context() as patched:
+                if product == FP16:
+                    patched.setattr(cuda_keys, "byte_units", lambda _: None)
+                assert key_type(case) == product
+                output = run(library, case, 2)
+            errors[product] += float((output - expected[: output.shape[0]]).square().mean())
+    print(errors)
+    assert errors[INT8] < errors[FP16]
 
 
 def test_blocks_of_a_multiprocessor(library) -> None:
@@ -206,15 +283,26 @@ def test_rope_that_is_no_rotation() -> None:
     assert rope_arrays(tables[1], 32) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
 @pytest.mark.parametrize("seed", range(20))
-def test_quads(seed: int) -> None:
+def test_quads(seed: int, dtype: torch.dtype) -> None:
     """Every channel is in one quad; fast ones are as many as the packing allows."""
     runs = random_runs(random.Random(seed), 128)
     addresses = bit_addresses(runs)
-    of_runs = quads(addresses)
+    of_runs = quads(addresses, dtype)
     assert sorted(of_runs.order) == list(range(addresses.shape[1]))
     assert of_runs.masks.numel() * 4 == len(of_runs.order)
     slow = int((of_runs.masks >> 24).sum())
     if all(channels % 32 == 0 for _, channels in runs):
         assert slow == 0
     assert of_runs.any_slow == (slow > 0)
+
+
+@pytest.mark.parametrize(("bits", "together"), [(8, 1), (6, 2), (4, 2), (3, 4), (2, 4)])
+def test_quads_of_bytes(bits: int, together: int) -> None:
+    """Quads that lie in the same bytes are neighbours, so that the kernel reads these once."""
+    of_bits = quads(bit_addresses([(bits, 128)]), torch.int8)
+    first_bytes = (of_bits.addresses[:, 0] & 0xFFFF) >> 3
+    same = first_bytes.unflatten(0, (-1, together))
+    assert (same == same[:, :1]).all()
+    assert same[:, 0].unique().numel() == same.shape[0]

@@ -12,14 +12,16 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 from tests.attention.attention_cases import Spec, make_case
+from tests.attention.integer_case import on_integers
 from xquant_vllm.attention import reference
 from xquant_vllm.attention.gpu import cuda_decode, cuda_library, launch
 
-SPECS = (
-    Spec(seqs=((150, 1), (70, 2)), dtype=torch.float16, bias=True),
-    Spec(seqs=((150, 1), (70, 2)), dtype=torch.float16, allocated=1.0, group=1),
-    Spec(seqs=((150, 1), (70, 2)), dtype=torch.float16, bias=True, folded=True),
-    Spec(seqs=((150, 1), (70, 2)), dtype=torch.float16, allocated=1.0, group=1, folded=True),
+CASES = (
+    make_case(Spec(seqs=((150, 1), (70, 2)), dtype=torch.float16, bias=True)),
+    make_case(Spec(seqs=((150, 1), (70, 2)), dtype=torch.float16, allocated=1.0, group=1)),
+    on_integers(make_case(Spec(seqs=((150, 1), (70, 2)), dtype=torch.float16, bias=True))),
+    make_case(Spec(seqs=((150, 1), (70, 2)), dtype=torch.float16, bias=True, folded=True)),
+    make_case(Spec(seqs=((150, 1), (70, 2)), dtype=torch.float16, allocated=1.0, group=1, folded=True)),
 )
 
 
@@ -29,13 +31,12 @@ def main() -> None:
     calls = []
     attend = cuda_decode.attend
     cuda_decode.attend = lambda *of_call: (calls.append(of_call), attend(*of_call))
-    for spec in SPECS:
-        case = make_case(spec)
+    for case in CASES:
         tokens = int(case.batch.query_start_loc[-1])
         output, expected = (case.run(kernels)[:tokens].float() for kernels in (launch, reference))
         error = (output - expected).abs().max() / expected.abs().max()
         assert error < 4e-3, error
-    assert len(calls) == len(SPECS)
+    assert len(calls) == len(CASES)
 
 
 if __name__ == "__main__":

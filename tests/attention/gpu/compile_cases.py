@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from tests.attention.attention_cases import Spec, make_plan
-from xquant_vllm.attention.batch import AttentionBatch
+from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
 from xquant_vllm.attention.gpu import launch
 from xquant_vllm.attention.gpu.store import store
 
@@ -26,6 +26,11 @@ SPECS = {
 }
 
 
+def _inputs(spec: Spec, plan: AttentionLayerPlan, tokens: int) -> list[torch.Tensor]:
+    """What a layer's own streams are given."""
+    return [torch.zeros(tokens, of.num_heads, of.width, dtype=spec.dtype) for of in plan.layout.streams]
+
+
 def _attention(spec: Spec, lengths: list[int]) -> None:
     """Sequences of ``lengths`` query tokens, each with 1000 cached ones."""
     plan = make_plan(spec)
@@ -39,14 +44,13 @@ def _attention(spec: Spec, lengths: list[int]) -> None:
         tuple((length, length + 1000) for length in lengths),
     )
     query = torch.zeros(tokens, plan.num_heads, spec.head_size, dtype=spec.dtype)
-    launch.paged_attention(query, pages, plan, batch, torch.empty_like(query))
+    launch.paged_attention(query, pages, plan, batch, torch.empty_like(query), _inputs(spec, plan, tokens))
 
 
 def _store(spec: Spec, tokens: int) -> None:
     plan = make_plan(spec)
     pages = [torch.zeros(1, layout.page_bytes, dtype=torch.uint8) for layout in plan.layouts]
-    inputs = [torch.zeros(tokens, of.num_heads, of.width, dtype=spec.dtype) for of in plan.layout.streams]
-    store(pages, plan, torch.zeros(tokens, dtype=torch.int64), inputs)
+    store(pages, plan, torch.zeros(tokens, dtype=torch.int64), _inputs(spec, plan, tokens))
 
 
 def _case(function: Callable[..., None], *arguments: object) -> Callable[[], None]:
@@ -60,4 +64,6 @@ for _name, _spec in SPECS.items():
         continue
     CASES[f"prefill {_name}"] = _case(_attention, _spec, [256])
     CASES[f"store {_name}"] = _case(_store, _spec, 4)
+    if _name in ("uniform", "x"):
+        CASES[f"prefill exact {_name}"] = _case(_attention, replace(_spec, exact_from=2), [256])
     CASES[f"store many {_name}"] = _case(_store, _spec, 256)

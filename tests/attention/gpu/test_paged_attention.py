@@ -65,6 +65,23 @@ def test_prefill(seed: int) -> None:
     assert_close(with_lengths(case).run(Prefill(room)), case.run(reference))
 
 
+@pytest.mark.parametrize("seed", range(80, 92))
+def test_exact_prompts(seed: int) -> None:
+    """Tokens that are attended to exactly are not in the pages."""
+    spec = replace(short(random_spec(seed)), exact_from=2)
+    print(spec)
+    case = with_lengths(make_case(spec))
+    assert_close(case.run(launch), case.run(reference))
+
+
+def test_exact_prompt_in_pieces() -> None:
+    """Context and prompt pass through the workspace in several rounds."""
+    case = with_lengths(make_case(Spec(seqs=((90, 40), (20, 20), (60, 2)), bias=True, window=70, exact_from=2)))
+    output = torch.full(case.query.shape, 77.0)
+    prefill(case.query, case.pages, prepare(case.plan, case.query.dtype), case.batch, output, case.inputs, room=50)
+    assert_close(output, case.run(reference))
+
+
 SPECS = {
     "many splits": Spec(seqs=((700, 1), (1, 1)), kv_heads=1),
     "speculative": Spec(seqs=((90, 4), (33, 4)), kv_heads=2, group=4),

@@ -200,7 +200,7 @@ def test_refuses_wrong_inputs() -> None:
     pages = torch.zeros(1, plan.layout.page_bytes, dtype=torch.uint8)
     x = torch.zeros(1, 128)
     for message, inputs in {
-        "input 1 is torch.float64": (x, x.double()),
+        "input 1 in torch.float64: the kernels take": (x, x.double()),
         "input 0 has 64 numbers per token, the stream has 128": (x[:, :64], x),
     }.items():
         with pytest.raises(ValueError, match=message):

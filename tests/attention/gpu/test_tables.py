@@ -52,7 +52,7 @@ def test_pairs(rotary: int, interleaved: bool) -> None:
 
 
 def test_rounds() -> None:
-    found = rounds([(0, 0, 5), (2, 10, 40), (3, 0, 6)], 16)
+    found = rounds([(0, 0, 5, 5), (2, 10, 40, 30), (3, 0, 6, 0)], 16)
     assert all(sum(piece.stop - piece.begin for piece in pieces) <= 16 for pieces in found)
     whole = [piece for pieces in found for piece in pieces]
     for sequence, oldest, length in ((0, 0, 5), (2, 10, 40), (3, 0, 6)):
@@ -63,6 +63,7 @@ def test_rounds() -> None:
         assert [piece.last for piece in own] == [False] * (len(own) - 1) + [True]
         assert all(before.stop == after.begin for before, after in pairwise(own))
     assert found[0][1].offset == 5
+    assert {(piece.sequence, piece.exact) for piece in whole} == {(0, 5), (2, 30), (3, 0)}
 
 
 def test_workspace() -> None:

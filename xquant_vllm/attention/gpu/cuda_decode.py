@@ -9,7 +9,8 @@ import torch
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu import cuda_library
 from xquant_vllm.attention.gpu.attend import Partial
-from xquant_vllm.attention.gpu.cuda_tables import fits, key_arrays, latent_arrays, rope_arrays
+from xquant_vllm.attention.gpu.cuda_keys import key_arrays, key_factors
+from xquant_vllm.attention.gpu.cuda_tables import fits, latent_arrays, rope_arrays
 from xquant_vllm.attention.gpu.latent_tables import ALLOCATED, latent_chunks
 from xquant_vllm.attention.gpu.pairs import arranged
 from xquant_vllm.attention.gpu.prepared import PreparedPlan
@@ -17,6 +18,7 @@ from xquant_vllm.attention.gpu.prepared import PreparedPlan
 MOST_ROWS = 16
 _HEAD_SIZES = (64, 128)
 _TYPES = {torch.float16: 1, torch.bfloat16: 2}
+_KEY_TYPES = {torch.float16: 1, torch.int8: 3}
 _ALIGNMENT = 16
 
 
@@ -53,11 +55,11 @@ def decode_plan(prepared: PreparedPlan) -> DecodePlan | None:
     if rope is None:
         return None
     key_chunks, value_chunks = ([of_head[0] for of_head in of_latent] for of_latent in cut)
-    key, value = latent_arrays(key_chunks, head_size), latent_arrays(value_chunks, head_size)
-    columns = prepared.columns
+    device, columns = plan.device, prepared.columns
     bias = None if projection.key_bias is None else arranged(projection.key_bias, columns)
-    of_keys = key_arrays(key_chunks, key.channels, arranged(projection.up_key.to(prepared.plan.device), columns), bias)
-    device = prepared.plan.device
+    factors = key_factors(key_chunks, arranged(projection.up_key.to(device), columns))
+    key, value = latent_arrays(key_chunks, head_size, factors.dtype), latent_arrays(value_chunks, head_size)
+    of_keys = key_arrays(key_chunks, factors, key.channels, bias)
     tensors = {
         "key": key.records,
         "value": value.records,
@@ -66,7 +68,6 @@ def decode_plan(prepared: PreparedPlan) -> DecodePlan | None:
         "key_masks": key.masks,
         "value_masks": value.masks,
         "up_key": of_keys.up,
-        "up_unit": of_keys.unit,
         "key_rows": of_keys.rows,
         "value_levels": value.half_levels,
         "value_channels": value.channels.to(torch.int32),
@@ -79,6 +80,7 @@ def decode_plan(prepared: PreparedPlan) -> DecodePlan | None:
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},
         key_allocated=int(key_chunks[0].fields["kind"] == ALLOCATED),
         value_allocated=int(value_chunks[0].fields["kind"] == ALLOCATED),
+        key_type=_KEY_TYPES[factors.dtype],
         key_row_bytes=key.row_bytes,
         value_row_bytes=value.row_bytes,
         num_heads=plan.num_heads,

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 LIBRARY_PATH = Path(__file__).with_name("_cuda_kernels.so")
-ABI = 1
+ABI = 2
 """``XQUANT_CUDA_ABI``: a library of another number has other structs."""
 
 # Compute capability of the oldest GPUs that it is built for.
@@ -36,7 +36,6 @@ class DecodePlan(ctypes.Structure):
         ("key_masks", _pointer),
         ("value_masks", _pointer),
         ("up_key", _pointer),
-        ("up_unit", _pointer),
         ("key_rows", _pointer),
         ("value_levels", _pointer),
         ("value_channels", _pointer),
@@ -45,6 +44,7 @@ class DecodePlan(ctypes.Structure):
         ("rope_offset", _pointer),
         ("key_allocated", _int32),
         ("value_allocated", _int32),
+        ("key_type", _int32),
         ("key_row_bytes", _int32),
         ("value_row_bytes", _int32),
         ("num_heads", _int32),

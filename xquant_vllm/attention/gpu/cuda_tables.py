@@ -8,15 +8,17 @@ import torch
 import torch.nn.functional as F
 
 from xquant_vllm.attention.gpu.bit_addresses import COLUMNS
-from xquant_vllm.attention.gpu.latent_tables import ALLOCATED, FP16, Chunk
+from xquant_vllm.attention.gpu.latent_tables import FP16, Chunk
 from xquant_vllm.projection.rope import RotaryTable
 
-# As in csrc/cuda/decode: what is copied and multiplied at once, and how many outlier channels keys may have.
+# As in csrc/cuda/decode: tokens that are worked on at once, how many outlier channels keys may have, and bytes of codes
+# that are unpacked at once, of which products take two.
 TOKENS = 64
 MOST_OUTLIERS = 4
+_VECTOR_BYTES = 16
 _LOW, _LOW_MASK, _HIGH, _HIGH_MASK, _HIGH_SHIFT, _LEVELS = range(len(COLUMNS))
-# A fast quad is four neighbouring bytes; the first and the third are unpacked together.
-_FAST_ORDER = (0, 2, 1, 3)
+# A fast quad is four neighbouring bytes. As numbers of two bytes the first and the third are unpacked together.
+_FAST_ORDER = {1: (0, 1, 2, 3), 2: (0, 2, 1, 3)}
 _SLOW = 1 << 24
 # By how much a product of cosines and sines may miss the table's. Tables of FP32 angles are that inexact themselves at
 # positions of hundreds of thousands; tables that are no rotation miss by far more.
@@ -40,28 +42,30 @@ class Quads:
     any_slow: bool
 
 
-def quads(addresses: torch.Tensor) -> Quads:
+def quads(addresses: torch.Tensor, dtype: torch.dtype = torch.float16) -> Quads:
     """Put channels into quads: neighbours where their codes are in neighbouring bytes, others as they come.
 
     Args:
         addresses: ``[6, channels]``, see :func:`bit_addresses`; as many channels of every mask are a multiple of 4.
+        dtype: what codes are unpacked to, FP16 or INT8.
     """
     table = addresses.T.tolist()
-    order: list[int] = []
-    rows: list[list[int]] = []
-    masks: list[int] = []
+    fast: list[int] = []
     left: dict[int, list[int]] = {}
     at = 0
     while at < len(table):
-        four = table[at : at + 4]
-        if _neighbours(four):
-            order += [at + channel for channel in _FAST_ORDER]
-            rows.append([_packed(four[0]), 0, 0, 0])
-            masks.append(_masks(four[0]))
+        if _neighbours(table[at : at + 4]):
+            fast.append(at)
             at += 4
         else:
             left.setdefault(_masks(table[at]), []).append(at)
             at += 1
+    if dtype.itemsize == 1:
+        # Those in the same bytes, at different bits, follow each other: four quads are unpacked together.
+        fast.sort(key=lambda first: table[first][_LOW])
+    order = [first + channel for first in fast for channel in _FAST_ORDER[dtype.itemsize]]
+    rows = [[_packed(table[first]), 0, 0, 0] for first in fast]
+    masks = [_masks(table[first]) for first in fast]
     for of_mask, channels in left.items():
         order += channels
         rows += [[_packed(table[c]) for c in channels[i : i + 4]] for i in range(0, len(channels), 4)]
@@ -110,20 +114,26 @@ class LatentArrays:
     row_bytes: int
 
 
-def latent_arrays(chunks: list[Chunk], head_size: int) -> LatentArrays:
-    """Describe a latent whose heads are one chunk each."""
+def latent_arrays(chunks: list[Chunk], head_size: int, dtype: torch.dtype = torch.float16) -> LatentArrays:
+    """Describe a latent whose heads are one chunk each.
+
+    Args:
+        chunks: of every kv head.
+        head_size: channels of a head.
+        dtype: what codes are unpacked to, FP16 or INT8.
+    """
     records, rows, masks, channels, levels = [], [], [], [], []
     for chunk in chunks:
-        of_head = quads(chunk.addresses)
-        octets = -(-len(of_head.order) // 16) * 2
+        of_head = quads(chunk.addresses, dtype)
+        vectors = -(-len(of_head.order) * dtype.itemsize // (2 * _VECTOR_BYTES)) * 2
         field = chunk.fields
         # Rows of a multiple of 32 bytes start in one bank, or two.
         by_token = of_head.any_slow and field["row_bytes"] % 32 != 0
-        lanes = -1 if by_token else math.ceil(math.log2(octets))
+        lanes = -1 if by_token else math.ceil(math.log2(vectors))
         records.append(
             [
                 *(field["codes"], field["row_bytes"], field["scales"], field.get("zeros", 0)),
-                *(field.get("outliers", 0), field["num_outliers"], octets, lanes),
+                *(field.get("outliers", 0), field["num_outliers"], vectors, lanes),
             ]
         )
         missing = head_size // 4 - of_head.masks.numel()
@@ -153,72 +163,6 @@ def fits(chunks: list[list[Chunk]], head_size: int) -> bool:
         and int(of_head[0].addresses[:4].max()) < 1 << 16
         for of_head in chunks
     )
-
-
-def up_fragments(up: torch.Tensor) -> torch.Tensor:
-    """An up-projection as the second operand of products, in the order in which lanes hold it (csrc/cuda/common/mma.h).
-
-    Args:
-        up: ``[num_kv_heads, head_size, head_size]``: places of the k-order, columns in halves.
-
-    Returns:
-        ``[num_kv_heads, steps, column warps, 4, 32, 2, 2]``: of a step of 16 places the 16 columns of the first half
-        that a warp has, in two tiles of 8, and their partners; lanes, registers, halves of registers.
-    """
-    heads, places, columns = up.shape
-    # [head, step, register, member, half of the register, half of the head, warp, tile, group]
-    parts = up.reshape(heads, places // 16, 2, 4, 2, 2, columns // 32, 2, 8)
-    return parts.permute(0, 1, 6, 5, 7, 8, 3, 2, 4).reshape(heads, places // 16, columns // 32, 4, 32, 2, 2)
-
-
-@dataclass(frozen=True)
-class KeyArrays:
-    """What keys are rematerialized by.
-
-    Attributes:
-        up: FP16, see :func:`up_fragments`; every head times a power of two, so that FP16 has room for it.
-        unit: FP32 ``[num_kv_heads]``: what a product of codes (times ``2**-24``) and ``up`` counts.
-        rows: FP32 ``[num_kv_heads, 2 + MOST_OUTLIERS, head_size]``: factors of the zero point, 1 and the outliers.
-    """
-
-    up: torch.Tensor
-    unit: torch.Tensor
-    rows: torch.Tensor
-
-
-def key_arrays(chunks: list[Chunk], channels: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None) -> KeyArrays:
-    """Arrange the up-projection of keys.
-
-    Args:
-        chunks: of every kv head.
-        channels: see :class:`LatentArrays`.
-        up: ``[num_kv_heads, width, head_size]``, FP32, columns in halves.
-        bias: ``[num_kv_heads, head_size]``, likewise, or None.
-    """
-    heads, _, columns = up.shape
-    rows = up.new_zeros(heads, 2 + MOST_OUTLIERS, columns)
-    scaled = up.new_zeros(heads, columns, columns)
-    units = []
-    for head, chunk in enumerate(chunks):
-        of_head = up[head, chunk.first_row : chunk.first_row + chunk.addresses.shape[1]]
-        outliers, allocated = chunk.fields["num_outliers"], chunk.fields["kind"] == ALLOCATED
-        rows[head, 2 : 2 + outliers] = of_head[:outliers]
-        stored = of_head.clone()
-        stored[:outliers] = 0
-        if allocated:
-            stored *= 2 * chunk.factor.to(up.device).unsqueeze(1)
-        largest = float(stored.abs().max())
-        factor = 2.0 ** (14 - math.ceil(math.log2(largest))) if largest > 0 else 1.0
-        units.append(2.0**24 / factor)
-        # All sums are over the same rounded numbers, so that codes and zero points that cancel do so exactly.
-        rounded = (stored * factor).to(torch.float16).float()
-        there = channels[head][channels[head] >= 0].to(up.device)
-        scaled[head, : there.numel()] = rounded[there]
-        weights = chunk.addresses[_LEVELS].to(up.device).float() / -2 if allocated else up.new_ones(rounded.shape[0])
-        rows[head, 0] = (weights.double() @ rounded.double() / factor).float()
-    if bias is not None:
-        rows[:, 1] = bias
-    return KeyArrays(up_fragments(scaled.to(torch.float16)).contiguous(), up.new_tensor(units), rows)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def dense(
         PRECISION: of the products, where operands are FP32.
     """
     head = tl.program_id(2)
-    sequence, begin, stop, offset, is_first, is_last = load_piece(pieces, tl.program_id(1))
+    sequence, begin, stop, offset, is_first, is_last, _ = load_piece(pieces, tl.program_id(1))
     first_query = tl.load(batch.query_start_loc + sequence)
     query_len = tl.load(batch.query_start_loc + sequence + 1) - first_query
     tile_first = tl.program_id(0) * QUERIES

@@ -17,6 +17,7 @@ def paged_attention(
     plan: AttentionLayerPlan,
     batch: AttentionBatch,
     output: torch.Tensor,
+    inputs: Sequence[torch.Tensor] | None = None,
 ) -> None:
     """Causal attention of query tokens over their sequences' pages; see :func:`reference.paged_attention`.
 
@@ -27,8 +28,8 @@ def paged_attention(
     if not query.shape[0] or not batch.seq_lens.shape[0]:
         return
     prepared = prepare(plan, query.dtype)
-    leading, longest = decodes(batch, plan.num_heads // plan.projection.num_kv_heads)
+    leading, longest = decodes(batch, plan.num_heads // plan.projection.num_kv_heads, plan.exact_from)
     if leading:
         decode(query, pages, prepared, batch, output, leading, longest)
     if leading < batch.seq_lens.shape[0]:
-        prefill(query, pages, prepared, batch, output, first_sequence=leading)
+        prefill(query, pages, prepared, batch, output, inputs, first_sequence=leading)

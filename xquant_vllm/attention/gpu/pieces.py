@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Columns of a piece's description to a kernel: its attributes, in their order.
-PIECE_FIELDS = ("sequence", "begin", "stop", "offset", "first", "last")
+PIECE_FIELDS = ("sequence", "begin", "stop", "offset", "first", "last", "exact")
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class Piece:
         offset: where in the workspace, in tokens.
         first: whether no piece of this sequence came before.
         last: whether none follows.
+        exact: from which position on tokens are those of the step itself, attended to as they were computed; behind
+            all of them if none is.
     """
 
     sequence: int
@@ -26,13 +28,15 @@ class Piece:
     offset: int
     first: bool
     last: bool
+    exact: int
 
 
-def rounds(contexts: Sequence[tuple[int, int, int]], room: int) -> list[list[Piece]]:
+def rounds(contexts: Sequence[tuple[int, int, int, int]], room: int) -> list[list[Piece]]:
     """Pack contexts into rounds through the workspace, in order.
 
     Args:
-        contexts: of every sequence its index, the oldest position that it attends to, and its length.
+        contexts: of every sequence its index, the oldest position that it attends to, its length, and the first exact
+            position.
         room: tokens of the workspace.
 
     Returns:
@@ -40,14 +44,14 @@ def rounds(contexts: Sequence[tuple[int, int, int]], room: int) -> list[list[Pie
     """
     result: list[list[Piece]] = []
     free = 0
-    for sequence, oldest, length in contexts:
+    for sequence, oldest, length, exact in contexts:
         begin = oldest
         while begin < length:
             if not free:
                 result.append([])
                 free = room
             stop = min(length, begin + free)
-            result[-1].append(Piece(sequence, begin, stop, room - free, begin == oldest, stop == length))
+            result[-1].append(Piece(sequence, begin, stop, room - free, begin == oldest, stop == length, exact))
             free -= stop - begin
             begin = stop
     return result

@@ -1,7 +1,8 @@
 """Prefill: the context is rematerialized once per call, piece by piece, and attended to as keys and values.
 
 A decoding query rematerializes keys as it goes. Here hundreds of queries attend to the same tokens, so these pass
-through a workspace of bounded size (:mod:`.pieces`), whatever the context's length.
+through a workspace of bounded size (:mod:`.pieces`), whatever the context's length. Tokens of the step itself, where
+they are attended to exactly, come from the model instead of the pages.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from xquant_vllm.attention.gpu.operands import TOKENS
 from xquant_vllm.attention.gpu.page_pointers import page_pointers
 from xquant_vllm.attention.gpu.pieces import PIECE_FIELDS, Piece, rounds
 from xquant_vllm.attention.gpu.prepared import PreparedPlan, latent
+from xquant_vllm.attention.gpu.project_inputs import project_inputs
 from xquant_vllm.attention.gpu.rematerialize_pages import rematerialize_pages
 from xquant_vllm.attention.gpu.varlen import attend_whole
 
@@ -45,6 +47,7 @@ def prefill(
     prepared: PreparedPlan,
     batch: AttentionBatch,
     output: torch.Tensor,
+    inputs: Sequence[torch.Tensor] | None = None,
     first_sequence: int = 0,
     room: int = ROOM,
 ) -> None:
@@ -56,16 +59,20 @@ def prefill(
         prepared: the layer's plan.
         batch: the sequences; those before ``first_sequence`` are left alone.
         output: ``[num_tokens, num_heads, head_size]``, written.
+        inputs: what was stored of these tokens; required if a sequence attends to its own exactly.
         first_sequence: first sequence to attend for.
         room: tokens of the workspace.
     """
     assert batch.lengths is not None
-    window = prepared.plan.sliding_window
+    window, exact_from = prepared.plan.sliding_window, prepared.plan.exact_from
     contexts, longest_query = [], 0
     for sequence, (query_len, seq_len) in enumerate(batch.lengths[first_sequence:], first_sequence):
         if query_len:
             oldest = max(0, seq_len - query_len - window + 1) if window else 0
-            contexts.append((sequence, oldest, seq_len))
+            exact = seq_len
+            if exact_from is not None and query_len >= exact_from:
+                exact = seq_len - query_len
+            contexts.append((sequence, oldest, seq_len, exact))
             longest_query = max(longest_query, query_len)
     keys, values, *carried = workspace.take(query.device, *workspace_parts(prepared, query.shape[0], room))
     of_batch = describe_batch(query, batch)
@@ -74,6 +81,9 @@ def prefill(
         if query.device.type == "cuda":
             described = described.pin_memory().to(query.device, non_blocking=True)
         _rematerialize(described, pieces, pages, prepared, batch, keys, values)
+        if any(piece.exact < piece.stop for piece in pieces):
+            assert inputs is not None
+            project_inputs(described, pieces, inputs, prepared, batch, keys, values)
         if attend_whole(query, keys, values, prepared.plan, batch, pieces, output):
             continue
         _attend(described, pieces, of_batch, keys, values, Carried(*carried), prepared, longest_query, output)

@@ -5,6 +5,7 @@ import weakref
 import torch
 
 from xquant_vllm.attention.batch import AttentionLayerPlan
+from xquant_vllm.attention.gpu.input_projection import of_inputs
 from xquant_vllm.attention.gpu.latent_tables import LatentTables, latent_tables, number_units
 from xquant_vllm.attention.gpu.operands import product_dtype
 from xquant_vllm.attention.gpu.pairs import arranged, pair_columns, plain_columns
@@ -39,6 +40,8 @@ class PreparedPlan:
         absorb_value: whether latents are weighed instead of values.
         project_value: whether value latents are multiplied by a matrix at all. Those that are the values are
             multiplied by the identity if they are several chunks, or have outliers.
+        exact_key: what multiplies the tokens of a step that are attended to exactly, or None.
+        exact_value: likewise, for values.
     """
 
     def __init__(self, plan: AttentionLayerPlan, dtype: torch.dtype) -> None:
@@ -94,6 +97,10 @@ class PreparedPlan:
         )
         self.sinks = nothing if plan.sinks is None else plan.sinks
         self.columns, self.value_columns = columns.to(device), value_columns.to(device)
+        self.exact_key = self.exact_value = None
+        if plan.exact_from is not None:
+            self.exact_key = of_inputs(plan, plan.key_terms, projection.up_key, columns, dtype)
+            self.exact_value = of_inputs(plan, plan.value_terms, up_value, value_columns, dtype)
 
 
 def _one_scale(layouts: tuple[PageLayout, ...], terms: tuple[LatentTerm, ...], width: int) -> bool:

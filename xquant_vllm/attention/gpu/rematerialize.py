@@ -130,3 +130,23 @@ def finish_keys(
         cos, sin = tl.load(tail.cos + at, there, 1.0), tl.load(tail.sin + at, there, 0.0)
         low, high = low * cos - high * sin, high * cos + low * sin
     return low, high
+
+
+@triton.jit
+def store_pairs(target, columns, row, low, high, valid, HALF: tl.constexpr, DTYPE: tl.constexpr):
+    """Write both halves of keys or values to the channels that they are.
+
+    Args:
+        target: where row 0 begins.
+        columns: int32 ``[2 * HALF]``: channels of a head in the kernels' order; -1 is padding.
+        row: where every token's head begins, ``[tokens, 1]``.
+        low: first half, ``[tokens, HALF]``.
+        high: second half.
+        valid: which tokens to write, ``[tokens]``.
+        HALF: columns of a half.
+        DTYPE: of the target.
+    """
+    half = tl.arange(0, HALF)
+    low_column, high_column = tl.load(columns + half)[None, :], tl.load(columns + HALF + half)[None, :]
+    tl.store(target + row + low_column, low.to(DTYPE), valid[:, None] & (low_column >= 0))
+    tl.store(target + row + high_column, high.to(DTYPE), valid[:, None] & (high_column >= 0))

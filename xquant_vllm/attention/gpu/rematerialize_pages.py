@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from xquant_vllm.attention.gpu.pieces import PIECE_FIELDS
-from xquant_vllm.attention.gpu.rematerialize import finish_keys, project_pairs
+from xquant_vllm.attention.gpu.rematerialize import finish_keys, project_pairs, store_pairs
 from xquant_vllm.attention.gpu.unpack import load_numbers, load_scales, locate
 
 _FIELDS = tl.constexpr(len(PIECE_FIELDS))
@@ -21,6 +21,7 @@ def load_piece(pieces, index):
         tl.load(of_piece + 3),
         tl.load(of_piece + 4),
         tl.load(of_piece + 5),
+        tl.load(of_piece + 6),
     )
 
 
@@ -96,8 +97,8 @@ def rematerialize_pages(
         PRECISION: of the products, where operands are FP32.
     """
     head = tl.program_id(2)
-    sequence, begin, stop, offset, _, _ = load_piece(pieces, tl.program_id(1))
-    stop = tl.minimum(stop, tl.load(seq_lens + sequence))
+    sequence, begin, stop, offset, _, _, exact = load_piece(pieces, tl.program_id(1))
+    stop = tl.minimum(tl.minimum(stop, exact), tl.load(seq_lens + sequence))
     start = begin + tl.program_id(0) * TOKENS
     if start >= stop:
         return
@@ -107,7 +108,6 @@ def rematerialize_pages(
     block = tl.load(of_table, valid, 0).to(tl.int64)
     within = position % pages.block_size
     row = ((offset + position - begin).to(tl.int64) * tl.num_programs(2) + head)[:, None] * tail.head_size
-    half = tl.arange(0, HALF)
 
     first, last = tl.load(key.first_chunk + head), tl.load(key.first_chunk + head + 1)
     low, high = project_pairs(
@@ -115,9 +115,7 @@ def rematerialize_pages(
         DTYPE, PRECISION,
     )  # fmt: skip
     low, high = finish_keys(low, high, tail, head, position, valid, HALF, BIAS, NORM, ROPE)
-    low_column, high_column = tl.load(columns + half)[None, :], tl.load(columns + HALF + half)[None, :]
-    tl.store(keys + row + low_column, low.to(DTYPE), valid[:, None] & (low_column >= 0))
-    tl.store(keys + row + high_column, high.to(DTYPE), valid[:, None] & (high_column >= 0))
+    store_pairs(keys, columns, row, low, high, valid, HALF, DTYPE)
 
     if PROJECT_VALUE:
         first, last = tl.load(value.first_chunk + head), tl.load(value.first_chunk + head + 1)
@@ -129,9 +127,7 @@ def rematerialize_pages(
             at = value_bias + head * (2 * HALF) + half
             low += tl.load(at)[None, :]
             high += tl.load(at + HALF)[None, :]
-        low_column, high_column = tl.load(value_columns + half)[None, :], tl.load(value_columns + HALF + half)[None, :]
-        tl.store(values + row + low_column, low.to(DTYPE), valid[:, None] & (low_column >= 0))
-        tl.store(values + row + high_column, high.to(DTYPE), valid[:, None] & (high_column >= 0))
+        store_pairs(values, value_columns, row, low, high, valid, HALF, DTYPE)
     else:
         _store_latents(
             pages, value, value_units, value_bias, values + row, tail.head_size, head, block, within, valid, HALF,

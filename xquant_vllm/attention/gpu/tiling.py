@@ -14,12 +14,13 @@ _PROGRAMS = 512
 _MOST_SPLITS = 32
 
 
-def decodes(batch: AttentionBatch, group: int) -> tuple[int, int]:
+def decodes(batch: AttentionBatch, group: int, fewer: int | None = None) -> tuple[int, int]:
     """How many of the leading sequences decode, and the most query tokens that one of them has.
 
     Args:
         batch: the sequences.
         group: query heads of a kv head.
+        fewer: than so many query tokens decode, if the host knows the lengths; None: as many as fit a tile.
     """
     sequences, longest = batch.seq_lens.shape[0], batch.max_query_len
     if batch.lengths is None:
@@ -27,6 +28,8 @@ def decodes(batch: AttentionBatch, group: int) -> tuple[int, int]:
             longest = int((batch.query_start_loc[1:] - batch.query_start_loc[:-1]).max())
         return sequences, longest
     most = max(1, MOST_ROWS // triton.next_power_of_2(group))
+    if fewer is not None:
+        most = min(most, fewer - 1)
     if longest is not None and longest <= most:
         return sequences, longest
     leading, longest = 0, 1
