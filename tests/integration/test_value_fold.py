@@ -5,6 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    ensure_model_parallel_initialized,
+    init_distributed_environment,
+)
 from vllm.model_executor.layers.linear import RowParallelLinear
 
 from tests.integration.test_surgery import HEAD_SIZE, HEADS, HIDDEN, KV_HEADS, Q_SIZE, Plain, operate, parts_of
@@ -15,6 +21,17 @@ from xquant_vllm.integration.value_fold import fold, output_projection
 from xquant_vllm.projection.rematerialize import rematerialize_values
 
 SETTINGS = {"cache": "latent"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory):
+    """vLLM's linear layers ask which rank they are."""
+    with set_current_vllm_config(VllmConfig()):
+        store = f"file://{tmp_path_factory.mktemp('ranks') / 'store'}"
+        init_distributed_environment(1, 0, store, 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+        yield
+        cleanup_dist_env_and_memory()
 
 
 class WithOutput(Plain):
