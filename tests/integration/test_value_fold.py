@@ -81,6 +81,7 @@ class WithTwo(WithOutput):
     def __init__(self) -> None:
         super().__init__()
         self.o_proj_2 = RowParallelLinear(Q_SIZE, HIDDEN, False, params_dtype=torch.float32, disable_tp=True)
+        self.o_proj_2.weight.data.normal_()
 
 
 def dense(module: WithOutput) -> DenseLinear:

@@ -124,7 +124,7 @@ def rematerialize_pages(
             VALUE_OUTLIERS, DTYPE, PRECISION,
         )  # fmt: skip
         if VALUE_BIAS:
-            at = value_bias + head * (2 * HALF) + half
+            at = value_bias + head * (2 * HALF) + tl.arange(0, HALF)
             low += tl.load(at)[None, :]
             high += tl.load(at + HALF)[None, :]
         store_pairs(values, value_columns, row, low, high, valid, HALF, DTYPE)
