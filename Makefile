@@ -73,7 +73,7 @@ accuracy: test-models ## compare the accuracy of all caches per byte (an hour on
 	$(VENV)/bin/python benchmarks/compare_accuracy.py --write --models models/smollm2-135m-instruct \
 		models/smollm2-135m-instruct-mha models/gemma-3-270m $(ACCURACY_ARGS)
 
-bench-cpu: venv ## measure decode, serving under memory pressure, and the kernels, against 16 bit (a quarter of an hour)
+bench-cpu: venv ## measure decode, serving under memory pressure, and the kernels, against 16 bit (25 minutes)
 	$(VENV)/bin/python tools/prepare_model.py --model smollm2
 	$(VENV)/bin/python benchmarks/bench_cpu.py $(BENCH_ARGS)
 

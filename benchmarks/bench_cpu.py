@@ -10,7 +10,7 @@ The last line is a JSON object:
 * ``roof_fraction``: share of its binding roof that the attention operation alone reaches, the smaller of two contexts
   (bench_decode_attention.py).
 
-All are medians of interleaved repeats. It takes a quarter of an hour on two cores that do nothing else.
+All are medians of interleaved repeats. It takes 25 minutes on two cores that do nothing else.
 """
 
 import argparse
