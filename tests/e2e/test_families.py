@@ -288,7 +288,7 @@ def folded_layers(result):
     return int(result.log.partition(" of 3 layers the up-projection of values is folded")[0].rpartition(" ")[2])
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "glm"])
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen3"])
 def test_values_folded_into_the_output_projection_change_nothing(serve, family):
     """But for the order of products: without quantization no code can change. OPT's values have a bias."""
     plain = {"bits": 16, "cache": "latent"}
