@@ -9,6 +9,7 @@ more than when serving. What is printed is explained in docs/benchmarks.md.
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--contexts", nargs="+", type=int, default=[512, 4096], help="cached tokens of a sequence")
     parser.add_argument("--sequences", nargs="+", type=int, default=[8], help="that decode together")
     parser.add_argument("--holds", nargs="+", choices=("latent", "x"), default=["latent"], help="what pages hold")
+    parser.add_argument(
+        "--folded", action="store_true", help="also with values that the output projection up-projects, where it can"
+    )
     parser.add_argument("--layers", type=int, help="layers of a call (default: as many as the model has)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -66,8 +70,12 @@ def _rows(model: Model, sequences: int, context: int, options: argparse.Namespac
                     cpu.paged_attention(query, (of_layer,), plan, batch, output)
 
             name = f"{'xquant' if holds == 'latent' else 'xquant X'} {bits} bits"
-            calls[name] = partial(attend, plan, pages)
-            work[name] = decode_work(plan, sequences, context)
+            plans = {name: plan}
+            if options.folded and holds == "latent":
+                plans[f"{name}, folded"] = replace(plan, projection=replace(plan.projection, up_value=None))
+            for variant, of_variant in plans.items():
+                calls[variant] = partial(attend, of_variant, pages)
+                work[variant] = decode_work(of_variant, sequences, context)
     taken = in_turns({**calls, **roof_calls()}, options.rounds)
     roofs = roofs_of(taken)
     return [

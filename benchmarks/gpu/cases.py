@@ -53,6 +53,7 @@ class Spec:
     soft_cap: float | None = None
     strided: bool = False
     sinks: bool = False
+    folded: bool = False  # whether value latents are the values, where they are as wide as a head
     host_lengths: bool = False  # whether the batch says on the host how long its sequences are
     exact_from: int | None = None  # query tokens of a sequence from which on it attends to them exactly
     seed: int = 0
@@ -149,9 +150,10 @@ def make_plan(spec: Spec) -> AttentionLayerPlan:
         frequencies = 10000.0 ** (-torch.arange(0, rotary_size, 2) / rotary_size)
         angles = torch.arange(MAX_POSITION)[:, None] * frequencies
         rope = RotaryTable(angles.cos(), angles.sin(), spec.rope == "interleaved")
+    up_key, up_value = (normal(kv_heads, width, head_size) / width**0.5 for _ in range(2))
     projection = LayerProjection(
-        up_key=normal(kv_heads, width, head_size) / width**0.5,
-        up_value=normal(kv_heads, width, head_size) / width**0.5,
+        up_key=up_key,
+        up_value=None if spec.folded and width == head_size else up_value,
         key_bias=normal(kv_heads, head_size) if spec.bias else None,
         value_bias=normal(kv_heads, head_size) if spec.bias else None,
         key_norm=HeadNorm(1 + 0.3 * normal(head_size), 0.1) if spec.norm else None,

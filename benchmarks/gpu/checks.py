@@ -50,6 +50,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "window": {"window": 16},
     "sinks": {"sinks": True, "bias": True},
     "soft cap": {"soft_cap": 5.0, "bias": True, "rope": "none"},
+    "folded values": {"folded": True},
+    "folded values of runs": {"folded": True, "allocated": 1.0},
     "norm and bias": {"norm": True, "bias": True},
     "prompts among decodes": {"seqs": ((30, 1), (20, 2), (33, 19), (17, 1)), "host_lengths": True, "window": None},
     "exact prompts": {"seqs": ((30, 1), (37, 19), (17, 17)), "host_lengths": True, "exact_from": 2},
@@ -128,6 +130,7 @@ def _random_spec(choose: random.Random, phase: str, tiny: bool, dtypes: Sequence
         soft_cap=choose.choice((None, None, 20.0)),
         strided=choose.random() < 0.5,
         sinks=choose.random() < 0.2,
+        folded=choose.random() < 0.3,
         host_lengths=phase != "decode" and choose.random() < 0.7,
         seed=choose.randrange(2**30),
     )

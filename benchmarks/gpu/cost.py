@@ -86,7 +86,7 @@ def attention_cost(
         values   2 c s n  to rematerialize them        + 2 g s p  to weigh them
            or    2 c s g q  to project what was weighed + 2 g c p  to weigh latents
 
-    whichever is less.
+    whichever is less. Values that the output projection up-projects take ``2 g c p`` and no matrix.
 
     Args:
         plan: the layer.
@@ -100,14 +100,15 @@ def attention_cost(
     absorbs_keys = projection.rope is None and projection.key_norm is None
     keys = sum(latent_channels(plan, plan.key_terms, head) for head in range(kv_heads))
     values = sum(latent_channels(plan, plan.value_terms, head) for head in range(kv_heads))
-    moved, flops = (keys + values) * size * element_bytes, 0
+    folded = projection.up_value is None
+    moved, flops = (keys if folded else keys + values) * size * element_bytes, 0
     for seq_len, query_len in zip(seq_lens, query_lens, strict=True):
         tokens, pairs = visible_tokens(seq_len, query_len, window), visible_pairs(seq_len, query_len, window)
         moved += tokens * cached_bytes(plan) + 4 * -(-tokens // plan.layout.block_size)
         moved += 2 * query_len * plan.num_heads * size * element_bytes
-        for channels, absorbs in ((keys, absorbs_keys), (values, True)):
+        for channels, absorbs, projected in ((keys, absorbs_keys, True), (values, True, not folded)):
             rematerialized = 2 * channels * size * tokens + 2 * plan.num_heads * size * pairs
-            absorbed = 2 * channels * group * (size * query_len + pairs)
+            absorbed = 2 * channels * group * (size * query_len * projected + pairs)
             flops += min(rematerialized, absorbed) if absorbs else rematerialized
     return Cost(moved, flops)
 

@@ -181,11 +181,13 @@ def make_layer(
         drawn = torch.randn(model.kv_heads, width, model.head_size, generator=generator)
         return drawn.to(device) * width**-0.5
 
-    up_key = up()
-    if terms is None:  # as cache_builder.py does: kernels may multiply by integers
+    up_key, up_value = up(), None
+    if terms is None:  # as served: kernels may multiply by integers, and o_proj up-projects the values
         no_down = torch.zeros(model.kv_heads, 1, width, device=device)
         up_key = with_integer_up(LatentBasis(no_down, up_key), streams[0][0]).up
-    projection = LayerProjection(up_key, up(), rope=RotaryTable(angles.cos(), angles.sin()))
+    else:
+        up_value = up()
+    projection = LayerProjection(up_key, up_value, rope=RotaryTable(angles.cos(), angles.sin()))
     return AttentionLayerPlan(tuple(layouts), projection, model.heads, model.head_size**-0.5, **more)  # type: ignore[arg-type]
 
 

@@ -112,7 +112,7 @@ typedef struct {
     const float* key_sums;       // [num_kv_heads, key_segments, head_size]
     int64_t key_segments;
     const float* up_value;       // [num_kv_heads, value.width, head_size rounded up to 16], the rest of a row zero; NULL:
-                                 // the value latents are the values
+                                 // the value latents are the values, and value.width is head_size
     const float* key_bias;       // [num_kv_heads, head_size] or NULL
     const float* value_bias;     // [num_kv_heads, head_size] or NULL
     const float* key_norm;       // [head_size] weight of the RMS norm of every key head, or NULL

@@ -218,7 +218,14 @@ inline void up_project(const xquant_plan& plan, const Task& task, int64_t rows, 
                        float* heads) {
     const int64_t width = round_up(plan.value.width, kPad), padded_head = round_up(plan.head_size, kPad);
     if (!plan.up_value) {
-        memcpy(heads, state.accumulator, rows * width * sizeof(float));
+        memset(heads, 0, rows * padded_head * sizeof(float));
+        const auto copy = [&](int64_t at, int64_t channels) {
+            for (int64_t row = 0; row < rows; ++row) {
+                memcpy(heads + row * padded_head + at, state.accumulator + row * width + at, channels * sizeof(float));
+            }
+        };
+        if (all) return copy(0, plan.value.width);
+        for_chunks(plan.value, task.kv_head, [&](const Chunk& chunk) { copy(chunk.row, chunk.channels); });
         return;
     }
     const float* up = plan.up_value + task.kv_head * plan.value.width * padded_head;

@@ -78,4 +78,5 @@ def random_spec(seed: int) -> Spec:
         seed=seed,
         allocated=choose.choice((0.0, 0.0, 0.6, 1.0)),
         sinks=choose.random() < 0.3,
+        folded=choose.random() < 0.4,
     )

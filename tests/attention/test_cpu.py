@@ -99,6 +99,10 @@ LARGE = {
         seqs=((100, 2), (64, 64)), kv_heads=4, head_size=80, joint=True, kind="chain", earlier=(4, 2), allocated=1.0,
         key_group=40, rope="none", seed=6,
     ),
+    "folded": Spec(seqs=((700, 1), (65, 64)), kv_heads=3, head_size=72, key_group=72, value_group=24, bias=True,
+                   sinks=True, value_outliers=1, folded=True),
+    "folded runs": Spec(seqs=((700, 1), (65, 64)), kv_heads=3, allocated=1.0, folded=True, seed=1),
+    "folded, few channels stored": Spec(seqs=((300, 2),), head_size=128, allocated=1.0, bias=True, folded=True, seed=7),
     "long window": Spec(seqs=((1500, 1), (1000, 300)), window=600, soft_cap=20.0, block_size=128),
 }  # fmt: skip
 

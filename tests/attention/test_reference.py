@@ -90,7 +90,9 @@ def _dense(spec: Spec, plan, query: torch.Tensor, exact: list[torch.Tensor]) -> 
         kv_head = head // spec.group
         latent_head = 0 if exact[0].shape[1] == 1 else kv_head
         keys = exact[0][:, latent_head] @ projection.up_key[kv_head].double()
-        values = exact[1][:, latent_head] @ projection.up_value[kv_head].double()
+        values = exact[1][:, latent_head]
+        if projection.up_value is not None:
+            values = values @ projection.up_value[kv_head].double()
         if spec.bias:
             keys, values = keys + projection.key_bias[kv_head], values + projection.value_bias[kv_head]
         if spec.norm:

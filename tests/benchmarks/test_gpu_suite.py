@@ -259,6 +259,9 @@ def test_cost_of_latents() -> None:
     # Without RoPE queries score against latents instead.
     absorbed = attention_cost(make_plan(Spec(key_outliers=0, rope="none")), [100], [1])
     assert absorbed == Cost(found.bytes, 2 * values)
+    # Values that the output projection up-projects need no matrix and no product with it.
+    folded = attention_cost(make_plan(Spec(key_outliers=0, folded=True)), [100], [1])
+    assert folded == Cost(found.bytes - up // 2, keys + 2 * (2 * 64) * 3 * 100)
     # A long prefill of a wide latent projects values for every token, not for every pair.
     wide = make_plan(Spec(key_outliers=0, kind="x", hidden_size=192, key_group=192))
     rematerialized = 2 * (2 * 192) * 64 * 300 + 2 * 6 * 64 * (300 * 301 // 2)

@@ -24,9 +24,10 @@ def run(engines, smollm2, prompts, documentation):
     text = {"kind": "prompt_logprobs", "prompts": [documentation[:500]]}
     continuations = {"kind": "greedy", "prompts": prompts, "max_tokens": GREEDY_TOKENS}
 
-    def run(backend: str, dtype: str, bits: int | None = None):
+    def run(backend: str, dtype: str, bits: int | None = None, **settings: bool):
         tasks = [text, continuations] if (backend, dtype, bits) in WRITERS else [text]
-        result = engines.run(smollm2, backend, tasks, xquant=None if bits is None else {"bits": bits}, dtype=dtype)
+        xquant = None if bits is None else {"bits": bits, **settings}
+        result = engines.run(smollm2, backend, tasks, xquant=xquant, dtype=dtype)
         logprobs, *written = result.tasks
         return [of["tokens"] for of in written], logprobs["logprobs"][0]
 
@@ -57,6 +58,18 @@ def test_eight_bits_in_bfloat16_stay_as_close_to_float32_as_bfloat16_itself(run)
     error = statistics.mean(abs(p - q) for p, q in zip(ours, exact, strict=True))
     print(f"mean |change of log-probability|: bf16 {yardstick:.4f}, xquant 8 bits in bf16 {error:.4f}")
     assert error <= 1.25 * yardstick
+
+
+def test_folding_values_in_bfloat16_stays_as_close_to_float32(run):
+    """It rounds the output projection once more."""
+    _, exact = run("CPU_ATTN", "float32")
+    _, folded = run("xquant", "bfloat16", 8)
+    _, apart = run("xquant", "bfloat16", 8, fold_values=False)
+    with_fold, without = (
+        statistics.mean(abs(p - q) for p, q in zip(ours, exact, strict=True)) for ours in (folded, apart)
+    )
+    print(f"mean |change of log-probability|, xquant 8 bits in bf16: folded {with_fold:.4f}, not {without:.4f}")
+    assert with_fold <= 1.25 * without
 
 
 # Mean change of the log-probability of the text's tokens, and mean absolute change per token, against the 16-bit cache

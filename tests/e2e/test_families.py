@@ -283,6 +283,22 @@ def test_pages_of_two_sizes_in_one_cache(serve, logprobs):
     assert_close(ours.tasks[-1]["logprobs"][0], logprobs("qwen3", "CPU_ATTN"), 0.1)
 
 
+def folded_layers(result):
+    """How many of a tiny model's layers have the up-projection of their values in `o_proj`, as the log says."""
+    return int(result.log.partition(" of 3 layers the up-projection of values is folded")[0].rpartition(" ")[2])
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen3"])
+def test_values_folded_into_the_output_projection_change_nothing(serve, family):
+    """But for the order of products: without quantization no code can change. OPT's values have a bias."""
+    plain = {"bits": 16, "cache": "latent"}
+    ours = serve(family, "xquant", xquant=plain)
+    apart = serve(family, "xquant", xquant={**plain, "fold_values": False})
+    assert folded_layers(ours) == (0 if family == "opt" else 3)
+    assert "is folded into the output projection" not in apart.log
+    assert_close(ours.tasks[-1]["logprobs"][0], apart.tasks[-1]["logprobs"][0], 1e-3)
+
+
 def test_the_reference_serves_where_no_kernels_were_built(engines, logprobs, model):
     environment = {"XQUANT_ATTENTION_KERNELS": "reference"}
     slow = engines.run(model("qwen3"), "xquant", TASKS, xquant=EIGHT, environment=environment, **ENGINE)
@@ -301,6 +317,7 @@ def test_a_quantized_checkpoint_is_probed_for_its_effective_weight(engines, tmp_
     ours = engines.run(folder, "xquant", TASKS, xquant=EIGHT, **engine)
     expected = engines.run(folder, "CPU_ATTN", TASKS, **engine)
     assert "3 quantized qkv_proj layers now hold their effective weight" in ours.log
+    assert folded_layers(ours) == 0
     assert_close(ours.tasks[-1]["logprobs"][0], expected.tasks[-1]["logprobs"][0], 0.1)
 
 
@@ -314,6 +331,7 @@ def test_tensor_parallel_ranks_factorize_their_own_heads(engines, serve, logprob
     alone = serve("qwen3", "xquant", xquant=EIGHT)
     # Each rank holds one of the two kv heads: half the bytes per token.
     assert ours.cache_tokens == pytest.approx(2 * alone.cache_tokens, rel=0.01)
+    assert folded_layers(ours) == folded_layers(alone) == 3
     assert_close(ours.tasks[-1]["logprobs"][0], logprobs("qwen3", "CPU_ATTN"), 0.02)
 
 

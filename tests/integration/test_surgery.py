@@ -15,7 +15,6 @@ from xquant_vllm.integration.recognize import AttentionParts
 from xquant_vllm.integration.settings import parse_settings
 from xquant_vllm.integration.surgery import Surgeon
 
-FACTORS = FactorProvider(parse_settings({"factor_cache": False}), None, None, None)
 HEADS, KV_HEADS, HEAD_SIZE, HIDDEN = 4, 2, 16, 48
 LATENTS = {"cache": "latent"}
 Q_SIZE, KV_SIZE = HEADS * HEAD_SIZE, KV_HEADS * HEAD_SIZE
@@ -63,8 +62,9 @@ class Fails(Plain):
 
 def operate(parts: AttentionParts, settings: dict, dense: DenseLinear):
     """Operate on the only layer of a model."""
-    formats = layer_formats(parse_settings(settings), [LayerShape(0, HIDDEN, KV_HEADS, HEAD_SIZE)])
-    return Surgeon(parse_settings(settings), formats, FACTORS).operate(0, parts, dense)
+    parsed = parse_settings({"factor_cache": False, **settings})
+    formats = layer_formats(parsed, [LayerShape(0, HIDDEN, KV_HEADS, HEAD_SIZE)])
+    return Surgeon(parsed, formats, FactorProvider(parsed, None, None, None)).operate(0, parts, dense)
 
 
 def parts_of(module: Plain) -> AttentionParts:

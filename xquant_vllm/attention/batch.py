@@ -77,7 +77,7 @@ class AttentionLayerPlan:
         projection = self.projection
         for what, terms, width in (
             ("key", self.key_terms, projection.up_key.shape[1]),
-            ("value", self.value_terms, projection.up_value.shape[1]),
+            ("value", self.value_terms, projection.value_width),
         ):
             check_terms(what, self.layouts, terms, width, projection.num_kv_heads)
         if self.prediction is not None:

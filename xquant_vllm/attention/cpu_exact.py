@@ -29,7 +29,7 @@ def exact_tokens(
     if not prompts(plan, batch):
         return None
     assert inputs is not None
-    width = plan.projection.up_value.shape[1]
+    width = plan.projection.value_width
     keys = exact_keys(plan, inputs, query_positions(batch, num_tokens)).permute(1, 2, 0).contiguous()
     values = exact_latents(plan, inputs, plan.value_terms, width + -width % LANES).contiguous()
     return keys, values

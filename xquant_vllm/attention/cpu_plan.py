@@ -38,7 +38,7 @@ class PreparedPlan:
         """
         layout, projection = plan.layout, plan.projection
         kv_heads, head_size = projection.num_kv_heads, projection.head_size
-        key_width, value_width = projection.up_key.shape[1], projection.up_value.shape[1]
+        key_width, value_width = projection.up_key.shape[1], projection.value_width
         if head_size % 8:
             raise ValueError(f"head_size = {head_size} is not supported: it must be a multiple of 8")
         if kv_heads <= 0 or plan.num_heads % kv_heads:
@@ -53,7 +53,6 @@ class PreparedPlan:
         # Exact tokens come as keys, not as latents.
         absorbed = norm is None and not rotates and not plan.key_bias_matters and plan.exact_from is None
         up_key = fp32("up_key", projection.up_key, (kv_heads, key_width, head_size))
-        up_value = fp32("up_value", projection.up_value, (kv_heads, value_width, head_size))
         struct = Plan(
             streams=self._array(Stream, [self._stream(plan, 0, index) for index in range(len(layout.streams))]),
             num_streams=len(layout.streams),
@@ -65,11 +64,13 @@ class PreparedPlan:
             head_size=head_size,
             key_absorbed=int(absorbed),
             up_key=self._tensor(_padded(up_key.transpose(1, 2)) if absorbed else up_key),
-            up_value=self._tensor(_padded(up_value)),
             scale=plan.scale,
             sliding_window=plan.sliding_window or 0,
             soft_cap=plan.logits_soft_cap or 0.0,
         )
+        if projection.up_value is not None:
+            up_value = fp32("up_value", projection.up_value, (kv_heads, value_width, head_size))
+            struct.up_value = self._tensor(_padded(up_value))
         if with_integers and not absorbed:
             self._add_integers(struct, up_key)
         if projection.key_bias is not None and not absorbed:

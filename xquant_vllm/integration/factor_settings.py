@@ -123,7 +123,9 @@ def _remedy(settings: XQuantSettings, header: FactorHeader, method: str) -> tupl
     method = settings.method if "method" in given else method
     chained = method == "xquant-cl"
     bits = settings.bits
-    ours = {"method", "bits", "factor_cache"} | ({"first_layers", "anchor_interval"} if chained else {"basis"})
+    ours = {"method", "bits", "factor_cache", "fold_values"} | (
+        {"first_layers", "anchor_interval"} if chained else {"basis"}
+    )
     fixed = _CALIBRATED | {"basis": "joint"}
     plain = all(name in ours or getattr(settings, name) == fixed[name] for name in given)
     can_calibrate = plain and bits.key == bits.value and bits.key != UNQUANTIZED_BITS

@@ -39,7 +39,8 @@ class LayerCache:
         the cache can use.
         """
         projection = self.projection
-        moved = replace(projection, up_key=projection.up_key.cpu(), up_value=projection.up_value.cpu())
+        up_value = None if projection.up_value is None else projection.up_value.cpu()
+        moved = replace(projection, up_key=projection.up_key.cpu(), up_value=up_value)
         return replace(self, projection=moved, kernel_device=projection.up_key.device)
 
     @property

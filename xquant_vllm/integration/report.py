@@ -32,6 +32,13 @@ def report(impls: Sequence[Any], quantized: int, factors: str) -> None:
     config = impls[0].vllm_config
     for line in _lines(settings, formats, factors):
         logger.info("xquant: %s", line)
+    if settings.fold_values:
+        folded = sum(impl.cache.projection.up_value is None for impl in impls)
+        logger.info(
+            "xquant: in %d of %d layers the up-projection of values is folded into the output projection",
+            folded,
+            len(impls),
+        )
     for line in _tensor_parallel(formats, config.parallel_config.tensor_parallel_size):
         logger.info("xquant: %s", line)
     if quantized:

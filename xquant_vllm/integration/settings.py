@@ -35,6 +35,7 @@ _ADVICE = {
     "rotate": "set true or false",
     "basis": 'set "head" or "joint"',
     "factor_cache": "set true or false",
+    "fold_values": "set true or false",
     "prompt": 'set "cached" or "exact"',
 }
 
@@ -85,6 +86,8 @@ class XQuantSettings(BaseModel):
         basis: ``"head"`` for one latent basis per kv head (cheapest), ``"joint"`` for one for all (a little more
             accurate, much more arithmetic).
         factor_cache: keep computed factors in the user's cache, for the next start.
+        fold_values: multiply the up-projection of values into the output projection, where that is proved to change
+            nothing but the rounding of its weights.
         prompt: ``"cached"``: all tokens are attended to as the cache holds them, so that outputs do not depend on how
             prompts were cut; ``"exact"``: tokens of a prompt see those of their own step as the model computed them.
     """
@@ -104,6 +107,7 @@ class XQuantSettings(BaseModel):
     rotate: bool = True
     basis: Literal["head", "joint"] = "head"
     factor_cache: bool = True
+    fold_values: bool = True
     prompt: Literal["cached", "exact"] = "cached"
 
     @field_validator("bits", "first_layers_bits", "anchor_bits", mode="before")

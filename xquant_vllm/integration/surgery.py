@@ -6,6 +6,7 @@ untouched module computes: a model that treats its keys in a way not foreseen he
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ from xquant_vllm.integration.formats import LayerFormat
 from xquant_vllm.integration.layer_cache import LayerCache
 from xquant_vllm.integration.modules import DenseLinear, QueryOnlyRotary
 from xquant_vllm.integration.operations import Operation
+from xquant_vllm.integration.probe import make_probe
 from xquant_vllm.integration.recognize import AttentionParts
 from xquant_vllm.integration.settings import XQuantSettings
+from xquant_vllm.integration.value_fold import ValueFold
 from xquant_vllm.projection.rematerialize import rematerialize_keys, rematerialize_values
 
-_PROBE_TOKENS = 16
 # Relative error of rematerialized against original keys and values, by the dtype they are computed in. An unforeseen
 # treatment of keys is wrong by a large part of their size; quantized activations of a quantized layer are not.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -36,6 +38,7 @@ class Surgeon:
     def __init__(self, settings: XQuantSettings, formats: Sequence[LayerFormat], factors: Factors) -> None:
         """Prepare for layers of these formats, whose bases ``factors`` gives."""
         self._formats, self._builder = formats, CacheBuilder(settings, formats, factors)
+        self._fold_values = settings.fold_values
 
     def operate(self, position: int, parts: AttentionParts, dense: DenseLinear) -> LayerCache:
         """Replace the projections of one attention module.
@@ -58,7 +61,8 @@ class Surgeon:
                 f"{parts.name}.qkv_proj has {weight.shape[0]} output rows, expected {parts.q_size} for queries and "
                 f"2 x {parts.kv_size} for keys and values"
             )
-        hidden, positions = probe(parts, weight.shape[1], weight)
+        probe = make_probe(parts, weight.shape[1], weight)
+        hidden, positions = probe.hidden, probe.positions
         in_place = getattr(parts.qkv_proj, "weight", None) is not None and (
             parts.qkv_proj.weight.data_ptr() == weight.data_ptr()
         )
@@ -67,35 +71,21 @@ class Surgeon:
         form = self._formats[position]
         operation = Operation(parts, form, dense, in_place)
         cache, down = self._builder.build(position, operation.parameters)
+        # What vLLM has processed it may have packed. What was not is still the checkpoint's.
+        fold = ValueFold.prepare(parts, cache.projection, probe, dense) if in_place and self._fold_values else None
         stand_in = operation.perform(down)
         _wrap_child(parts.module, "rotary_emb", QueryOnlyRotary)
         _wrap_child(parts.module, "k_norm", lambda _: nn.Identity())
         after = capture_qkv(parts.name, parts.module, hidden, positions, stand_in)
         earlier = [self._formats[index].streams[0] for index in form.reads]
         _verify(parts, cache, earlier, positions, before, after)
-        return cache
+        return cache if fold is None else replace(cache, projection=fold.perform(probe, stand_in))
 
 
 def _wrap_child(module: nn.Module, child: str, wrap: Any) -> None:
     original = getattr(module, child, None)
     if original is not None:
         setattr(module, child, wrap(original))
-
-
-def probe(parts: AttentionParts, hidden_size: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random layer inputs ``[num_tokens, hidden_size]`` at positions over the whole range of the model.
-
-    Args:
-        parts: the module that they are for.
-        hidden_size: channels.
-        like: a tensor of the inputs' dtype on their device.
-    """
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    # Loading happens under the default dtype of the model: name every dtype.
-    hidden = torch.randn(_PROBE_TOKENS, hidden_size, generator=generator, dtype=torch.float32, device="cpu")
-    last = 1024 if parts.rope is None else parts.rope.cos.shape[0] - 1
-    positions = torch.linspace(0, last, _PROBE_TOKENS, dtype=torch.float64, device="cpu").long()
-    return hidden.to(like), positions.to(like.device)
 
 
 def _exact_latents(

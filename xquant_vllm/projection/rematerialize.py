@@ -26,7 +26,8 @@ class LayerProjection:
 
     Attributes:
         up_key: ``[num_kv_heads, key_width, head_size]``, FP32.
-        up_value: ``[num_kv_heads, value_width, head_size]``, FP32.
+        up_value: ``[num_kv_heads, value_width, head_size]``, FP32; None: value latents are the values, because what
+            follows attention multiplies by it.
         key_bias: ``[num_kv_heads, head_size]``, FP32, or None.
         value_bias: ``[num_kv_heads, head_size]``, FP32, or None.
         key_norm: norm between bias and RoPE, or None.
@@ -34,7 +35,7 @@ class LayerProjection:
     """
 
     up_key: torch.Tensor
-    up_value: torch.Tensor
+    up_value: torch.Tensor | None
     key_bias: torch.Tensor | None = None
     value_bias: torch.Tensor | None = None
     key_norm: HeadNorm | None = None
@@ -50,17 +51,25 @@ class LayerProjection:
         """Channels of a key or value head."""
         return self.up_key.shape[2]
 
+    @property
+    def value_width(self) -> int:
+        """Channels of a value latent."""
+        return self.head_size if self.up_value is None else self.up_value.shape[1]
 
-def up_project(latents: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+
+def up_project(latents: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
     """Multiply every kv head's latent by its up-projection.
 
     Args:
         latents: ``[num_tokens, latent_heads, width]``, FP32; with one latent head all kv heads read it.
-        up: ``[num_kv_heads, width, head_size]``, FP32.
+        up: ``[num_kv_heads, width, head_size]``, FP32; None for the latents themselves, of which there must then be
+            one for every kv head.
 
     Returns:
         ``[num_tokens, num_kv_heads, head_size]``, FP32.
     """
+    if up is None:
+        return latents
     latents = latents.expand(-1, up.shape[0], -1)
     return torch.einsum("thw,hws->ths", latents, up)
 
@@ -97,5 +106,5 @@ def rematerialize_values(latents: torch.Tensor, projection: LayerProjection) -> 
     Returns:
         ``[num_tokens, num_kv_heads, head_size]``, FP32.
     """
-    values = up_project(latents, projection.up_value)
+    values = up_project(latents.expand(-1, projection.num_kv_heads, -1), projection.up_value)
     return values if projection.value_bias is None else values + projection.value_bias

@@ -20,6 +20,8 @@ CASES = (
     make_case(Spec(seqs=((150, 1), (70, 2)), dtype=torch.float16, bias=True)),
     make_case(Spec(seqs=((150, 1), (70, 2)), dtype=torch.float16, allocated=1.0, group=1)),
     on_integers(make_case(Spec(seqs=((150, 1), (70, 2)), dtype=torch.float16, bias=True))),
+    make_case(Spec(seqs=((150, 1), (70, 2)), dtype=torch.float16, bias=True, folded=True)),
+    make_case(Spec(seqs=((150, 1), (70, 2)), dtype=torch.float16, allocated=1.0, group=1, folded=True)),
 )
 
 

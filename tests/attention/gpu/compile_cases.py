@@ -17,6 +17,7 @@ _LLAMA = Spec(
 SPECS = {
     "allocated": replace(_LLAMA, allocated=1.0, seed=1),
     "uniform": _LLAMA,
+    "folded": replace(_LLAMA, folded=True),
     "outliers": replace(_LLAMA, key_outliers=1, key_bits=3),
     "x": replace(_LLAMA, kind="x"),
     "x without rope": replace(_LLAMA, kind="x", rope="none", key_outliers=1),

@@ -90,6 +90,14 @@ SPECS = {
     "values of several groups": Spec(seqs=((70, 1),), head_size=128, value_group=32),
     "sinks": Spec(seqs=((70, 2), (3, 3)), sinks=True, bias=True),
     "sinks, no RoPE": Spec(seqs=((70, 2),), sinks=True, bias=True, rope="none", kind="x"),
+    "folded": Spec(
+        seqs=((70, 2), (3, 3)), folded=True, sinks=True, bias=True, head_size=72, value_group=72, key_group=72
+    ),
+    "folded, runs": Spec(seqs=((70, 1),), folded=True, allocated=1.0, seed=1),
+    "folded, few channels stored": Spec(seqs=((70, 1),), folded=True, allocated=1.0, head_size=128, bias=True, seed=7),
+    "folded, several groups": Spec(seqs=((70, 1),), folded=True, value_group=32),
+    "folded, outliers": Spec(seqs=((70, 1),), folded=True, value_outliers=2),
+    "folded, 16 bits": Spec(seqs=((40, 1),), folded=True, key_bits=16, value_bits=16, key_outliers=0),
     "16 bits": Spec(seqs=((40, 1),), key_bits=16, value_bits=16, key_outliers=0),
 }
 
@@ -100,10 +108,17 @@ def test_special(name: str) -> None:
     assert_close(case.run(launch), case.run(reference))
 
 
+@pytest.mark.parametrize("name", [name for name in SPECS if name.startswith("folded")])
+def test_special_prefill(name: str) -> None:
+    case = make_case(SPECS[name])
+    assert_close(with_lengths(case).run(Prefill(50)), case.run(reference))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("allocated", [0.0, 1.0])
-def test_16_bit_operands(dtype: torch.dtype, allocated: float) -> None:
-    case = make_case(Spec(seqs=((90, 1), (70, 70)), dtype=dtype, allocated=allocated, seed=3))
+@pytest.mark.parametrize("folded", [False, True])
+def test_16_bit_operands(dtype: torch.dtype, allocated: float, folded: bool) -> None:
+    case = make_case(Spec(seqs=((90, 1), (70, 70)), dtype=dtype, allocated=allocated, folded=folded, seed=3))
     assert_close(with_lengths(case).run(launch), case.run(reference))
 
 
@@ -127,3 +142,10 @@ def test_wide_latents_stay_apart() -> None:
     narrow, wide = make_case(Spec()).plan, make_case(Spec(joint=True, kv_heads=8, head_size=64, key_group=64)).plan
     assert prepare(narrow, torch.float32).absorb_value
     assert not prepare(wide, torch.float32).absorb_value
+
+
+def test_folded_latents_are_not_projected() -> None:
+    """Unless unpacking them is left to the product: in several chunks, or with outliers."""
+    assert not prepare(make_case(Spec(folded=True)).plan, torch.float32).project_value
+    assert prepare(make_case(Spec(folded=True, value_group=32)).plan, torch.float32).project_value
+    assert prepare(make_case(Spec()).plan, torch.float32).project_value

@@ -33,7 +33,8 @@ def _moved(x: torch.Tensor) -> torch.Tensor:
 
 def _moved_plan(plan: AttentionLayerPlan) -> AttentionLayerPlan:
     """What the store reads of a plan, on the device."""
-    projection = LayerProjection(plan.projection.up_key.to(DEVICE), plan.projection.up_value.to(DEVICE))
+    up_value = plan.projection.up_value
+    projection = LayerProjection(plan.projection.up_key.to(DEVICE), None if up_value is None else up_value.to(DEVICE))
     rotation, prediction = plan.rotation, plan.prediction
     if rotation is not None:
         rotation = rotation.to(DEVICE)

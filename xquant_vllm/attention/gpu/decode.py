@@ -103,6 +103,7 @@ def decode(
     merge[(tokens, kv_heads)](
         partial,
         latent(value),
+        prepared.value_units,
         prepared.value_columns,
         prepared.value_bias,
         prepared.sinks,
@@ -118,6 +119,7 @@ def decode(
         SPLITS=splits,
         WIDTH=value.width,
         ABSORB_VALUE=prepared.absorb_value,
+        PROJECT_VALUE=prepared.project_value,
         BIAS=prepared.has_value_bias,
         SINKS=plan.sinks is not None,
         **products(prepared.dtype),

@@ -159,6 +159,27 @@ def _cut(piece: Chunk, page: int, first_row: int, at_most: int) -> list[Chunk]:
     return chunks
 
 
+def number_units(
+    layouts: Sequence[PageLayout], terms: Sequence[LatentTerm], num_kv_heads: int, columns: int
+) -> torch.Tensor:
+    """What the numbers that kernels read are multiplied by, besides a token's scale, to be channels of a latent.
+
+    Args:
+        layouts: layouts of the pages.
+        terms: the latent's terms, which are one chunk for every kv head.
+        num_kv_heads: kv heads.
+        columns: of the result, at least the latent's channels.
+
+    Returns:
+        ``[num_kv_heads, columns]``, FP32; 0 for channels that are not stored.
+    """
+    units = torch.zeros(num_kv_heads, columns)
+    for head in range(num_kv_heads):
+        (chunk,) = latent_chunks(layouts, terms, head, columns)
+        units[head, : chunk.factor.numel()] = chunk.factor
+    return units
+
+
 def latent_tables(
     layouts: Sequence[PageLayout],
     terms: Sequence[LatentTerm],

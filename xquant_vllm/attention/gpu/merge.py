@@ -1,4 +1,7 @@
-"""The second kernel of attention: puts the splits together and up-projects values, once per query head."""
+"""The second kernel of attention: puts the splits together and up-projects values, once per query head.
+
+Where value latents are the values, nothing is up-projected: their sums go to the output.
+"""
 
 import triton
 import triton.language as tl
@@ -8,6 +11,7 @@ import triton.language as tl
 def merge(
     partial,
     value,
+    units,
     columns,
     bias,
     sinks,
@@ -23,6 +27,7 @@ def merge(
     SPLITS: tl.constexpr,
     WIDTH: tl.constexpr,
     ABSORB_VALUE: tl.constexpr,
+    PROJECT_VALUE: tl.constexpr,
     BIAS: tl.constexpr,
     SINKS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -34,8 +39,11 @@ def merge(
 
     Args:
         partial: :class:`Partial`.
-        value: :class:`Latent` of the values, read if ``ABSORB_VALUE``.
-        columns: int32 ``[2 * HALF]``: which channel of the output a column is; -1 is padding.
+        value: :class:`Latent` of the values, read if ``ABSORB_VALUE`` and ``PROJECT_VALUE``.
+        units: FP32 ``[num_kv_heads, 2 * HALF]``: by what sums of numbers are multiplied to be channels, read if
+            ``ABSORB_VALUE`` and not ``PROJECT_VALUE``.
+        columns: int32 ``[2 * HALF]``: which channel of the output a column is; -1 is padding. Where latents are the
+            values a column is the channel of its index.
         bias: of the values, FP32 ``[num_kv_heads, 2 * HALF]``.
         sinks: FP32 ``[num_heads]``: scores of a key that has no value.
         query_start_loc: int32 ``[sequences + 1]``.
@@ -50,6 +58,7 @@ def merge(
         SPLITS: shares of the cached tokens.
         WIDTH: channels of a value latent.
         ABSORB_VALUE: whether sums are over latents.
+        PROJECT_VALUE: whether these are multiplied by an up-projection; else they are the values.
         BIAS: whether values have one.
         SINKS: whether heads have one.
         DTYPE: of the products' operands.
@@ -72,31 +81,34 @@ def merge(
     largest = tl.where(largest == float("-inf"), 0.0, largest)
     total = tl.zeros([ROWS], tl.float32)
     zeros = tl.zeros([ROWS], tl.float32)
-    if ABSORB_VALUE:
+    if ABSORB_VALUE and PROJECT_VALUE:
         sums = tl.zeros([ROWS, WIDTH], tl.float32)
     else:
         low = tl.zeros([ROWS, HALF], tl.float32)
         high = tl.zeros([ROWS, HALF], tl.float32)
+    # Of latents those that are not stored may be missing at the end.
+    COLUMNS: tl.constexpr = WIDTH if ABSORB_VALUE else 2 * HALF
     for split in range(SPLITS):
         stats = partial.stats + (row * SPLITS + split) * 3
-        of_split = tl.load(stats, row_valid, float("-inf"))
-        there = row_valid & (of_split > float("-inf"))
-        factor = tl.exp(of_split - largest)
+        reached = tl.load(stats, row_valid, float("-inf"))
+        there = row_valid & (reached > float("-inf"))
+        factor = tl.exp(reached - largest)
         total += factor * tl.load(stats + 1, there, 0.0)
         if ABSORB_VALUE:
             zeros += factor * tl.load(stats + 2, there, 0.0)
-            at = partial.sums + (row * SPLITS + split)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-            sums += factor[:, None] * tl.load(at, there[:, None], 0.0)
+        at = partial.sums + (row * SPLITS + split)[:, None] * COLUMNS
+        if ABSORB_VALUE and PROJECT_VALUE:
+            sums += factor[:, None] * tl.load(at + tl.arange(0, WIDTH)[None, :], there[:, None], 0.0)
         else:
-            at = partial.sums + (row * SPLITS + split)[:, None] * (2 * HALF) + half[None, :]
-            low += factor[:, None] * tl.load(at, there[:, None], 0.0)
-            high += factor[:, None] * tl.load(at + HALF, there[:, None], 0.0)
+            of_low, of_high = half[None, :] < COLUMNS, HALF + half[None, :] < COLUMNS
+            low += factor[:, None] * tl.load(at + half[None, :], there[:, None] & of_low, 0.0)
+            high += factor[:, None] * tl.load(at + HALF + half[None, :], there[:, None] & of_high, 0.0)
     every = total
     if SINKS:
         every += tl.exp(tl.load(sinks + query_head, row_valid, 0.0) - largest)
     # A sequence always has its own token; only padding rows would divide by 0.
     inverse = (1 / tl.where(row_valid, every, 1.0))[:, None]
-    if ABSORB_VALUE:
+    if ABSORB_VALUE and PROJECT_VALUE:
         chunk = tl.load(value.first_chunk + head)
         sums *= inverse
         zeros = zeros[:, None] * inverse
@@ -114,6 +126,11 @@ def merge(
     else:
         low *= inverse
         high *= inverse
+        if ABSORB_VALUE:
+            of_head = units + head * (2 * HALF) + half
+            zeros = zeros[:, None] * inverse
+            low = low * tl.load(of_head)[None, :] + zeros
+            high = high * tl.load(of_head + HALF)[None, :] + zeros
     if BIAS:
         share = total[:, None] * inverse  # what a sink takes has no value
         low += share * tl.load(bias + head * (2 * HALF) + half)[None, :]

@@ -30,6 +30,19 @@ def pair_columns(head_size: int, rope: RotaryTable | None) -> torch.Tensor:
     return torch.cat([torch.nn.functional.pad(part, (0, padding), value=-1) for part in (low, high)]).to(torch.int32)
 
 
+def plain_columns(head_size: int, half: int) -> torch.Tensor:
+    """Channels of a head in their own order, for what does not turn.
+
+    Args:
+        head_size: channels of a head.
+        half: columns of half a head.
+
+    Returns:
+        ``[2 * half]`` int32: the channels, then -1.
+    """
+    return torch.nn.functional.pad(torch.arange(head_size), (0, 2 * half - head_size), value=-1).to(torch.int32)
+
+
 def arranged(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """``x`` ``[..., head_size]`` as ``[..., 2 * half]``, padding 0."""
     columns = columns.to(x.device)

@@ -111,9 +111,11 @@ def _rematerialize(
         latent(prepared.key),
         prepared.tail,
         latent(prepared.value),
+        prepared.value_units,
         prepared.value_bias,
         keys,
         values,
+        PROJECT_VALUE=prepared.project_value,
         VALUE_BIAS=prepared.has_value_bias,
         **unpacking(prepared),
     )

@@ -6,9 +6,9 @@ import torch
 
 from xquant_vllm.attention.batch import AttentionLayerPlan
 from xquant_vllm.attention.gpu.input_projection import of_inputs
-from xquant_vllm.attention.gpu.latent_tables import LatentTables, latent_tables
+from xquant_vllm.attention.gpu.latent_tables import LatentTables, latent_tables, number_units
 from xquant_vllm.attention.gpu.operands import product_dtype
-from xquant_vllm.attention.gpu.pairs import arranged, pair_columns
+from xquant_vllm.attention.gpu.pairs import arranged, pair_columns, plain_columns
 from xquant_vllm.attention.gpu.rematerialize import KeyTail
 from xquant_vllm.attention.gpu.unpack import Latent
 from xquant_vllm.attention.latents import LatentTerm
@@ -28,14 +28,18 @@ class PreparedPlan:
         dtype: of the products' operands.
         half: columns of half a head.
         columns: int32 ``[2 * half]``: channels of queries and keys in the kernels' order.
-        value_columns: likewise, of values and outputs.
+        value_columns: likewise, of values and outputs, which are in the model's order.
         key: the key latents, times the up-projection.
-        value: the value latents.
+        value: the value latents, times the up-projection; times the identity where they are the values.
+        value_units: FP32 ``[num_kv_heads, 2 * half]``, see :func:`.latent_tables.number_units`; read unless
+            ``project_value``.
         tail: bias, norm and RoPE of keys.
         value_bias: FP32 ``[num_kv_heads, 2 * half]``.
         sinks: FP32 ``[num_heads]``.
         absorb_key: whether queries score against latents.
         absorb_value: whether latents are weighed instead of values.
+        project_value: whether value latents are multiplied by a matrix at all. Those that are the values are
+            multiplied by the identity if they are several chunks, or have outliers.
         exact_key: what multiplies the tokens of a step that are attended to exactly, or None.
         exact_value: likewise, for values.
     """
@@ -53,20 +57,29 @@ class PreparedPlan:
             raise ValueError(f"head_size = {head_size} is not supported: it must be even and at most 256")
         rope = projection.rope if projection.rope is not None and projection.rope.rotary_size else None
         self.absorb_key = rope is None and projection.key_norm is None and not plan.key_bias_matters
-        columns, value_columns = pair_columns(head_size, rope), pair_columns(head_size, None)
+        columns = pair_columns(head_size, rope)
         self.half = columns.numel() // 2
-        self.absorb_value = _one_scale(plan.layouts, plan.value_terms, projection.up_value.shape[1])
+        value_columns = plain_columns(head_size, self.half)
+        self.absorb_value = _one_scale(plan.layouts, plan.value_terms, projection.value_width)
+        self.project_value = projection.up_value is not None or not self.absorb_value
+        up_value = projection.up_value
+        if up_value is None:
+            up_value = torch.eye(head_size).expand(projection.num_kv_heads, -1, -1)
         self.key = latent_tables(
             plan.layouts, plan.key_terms, arranged(projection.up_key.to(device), columns), dtype, _KEY_CHUNK
         )
         self.value = latent_tables(
             plan.layouts,
             plan.value_terms,
-            arranged(projection.up_value.to(device), value_columns),
+            arranged(up_value.to(device), value_columns),
             dtype,
             at_most=_MOST_ABSORBED if self.absorb_value else 128,
         )
         nothing = torch.zeros(1, device=device)
+        self.value_units = nothing
+        if not self.project_value:
+            units = number_units(plan.layouts, plan.value_terms, projection.num_kv_heads, 2 * self.half)
+            self.value_units = units.to(device)
         self.tail = KeyTail(
             bias=nothing if projection.key_bias is None else arranged(projection.key_bias, columns).contiguous(),
             norm=nothing if projection.key_norm is None else arranged(projection.key_norm.weight, columns).contiguous(),
@@ -87,7 +100,7 @@ class PreparedPlan:
         self.exact_key = self.exact_value = None
         if plan.exact_from is not None:
             self.exact_key = of_inputs(plan, plan.key_terms, projection.up_key, columns, dtype)
-            self.exact_value = of_inputs(plan, plan.value_terms, projection.up_value, value_columns, dtype)
+            self.exact_value = of_inputs(plan, plan.value_terms, up_value, value_columns, dtype)
 
 
 def _one_scale(layouts: tuple[PageLayout, ...], terms: tuple[LatentTerm, ...], width: int) -> bool:

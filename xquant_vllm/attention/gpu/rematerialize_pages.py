@@ -5,6 +5,7 @@ import triton.language as tl
 
 from xquant_vllm.attention.gpu.pieces import PIECE_FIELDS
 from xquant_vllm.attention.gpu.rematerialize import finish_keys, project_pairs, store_pairs
+from xquant_vllm.attention.gpu.unpack import load_numbers, load_scales, locate
 
 _FIELDS = tl.constexpr(len(PIECE_FIELDS))
 
@@ -36,6 +37,7 @@ def rematerialize_pages(
     key,
     tail,
     value,
+    value_units,
     value_bias,
     keys,
     values,
@@ -50,6 +52,7 @@ def rematerialize_pages(
     VALUE_HIGH: tl.constexpr,
     VALUE_OUTLIERS: tl.constexpr,
     BIAS: tl.constexpr,
+    PROJECT_VALUE: tl.constexpr,
     VALUE_BIAS: tl.constexpr,
     NORM: tl.constexpr,
     ROPE: tl.constexpr,
@@ -69,6 +72,8 @@ def rematerialize_pages(
         key: :class:`Latent` of the keys.
         tail: :class:`KeyTail`.
         value: :class:`Latent` of the values.
+        value_units: FP32 ``[num_kv_heads, 2 * HALF]``: by what numbers are multiplied to be channels, read unless
+            ``PROJECT_VALUE``.
         value_bias: FP32 ``[num_kv_heads, 2 * HALF]``.
         keys: ``[room, num_kv_heads, head_size]``, written.
         values: likewise.
@@ -83,6 +88,8 @@ def rematerialize_pages(
         VALUE_HIGH: likewise.
         VALUE_OUTLIERS: likewise.
         BIAS: whether keys have one.
+        PROJECT_VALUE: whether values are made by an up-projection; else value latents, of one chunk without outliers,
+            are the values.
         VALUE_BIAS: whether values have one.
         NORM: whether keys have one.
         ROPE: whether any pair rotates.
@@ -110,13 +117,77 @@ def rematerialize_pages(
     low, high = finish_keys(low, high, tail, head, position, valid, HALF, BIAS, NORM, ROPE)
     store_pairs(keys, columns, row, low, high, valid, HALF, DTYPE)
 
-    first, last = tl.load(value.first_chunk + head), tl.load(value.first_chunk + head + 1)
-    low, high = project_pairs(
-        pages, value, first, last, block, within, valid, TOKENS, HALF, VALUE_WIDTH, VALUE_KINDS, VALUE_HIGH,
-        VALUE_OUTLIERS, DTYPE, PRECISION,
-    )  # fmt: skip
-    if VALUE_BIAS:
-        at = value_bias + head * (2 * HALF) + tl.arange(0, HALF)
-        low += tl.load(at)[None, :]
-        high += tl.load(at + HALF)[None, :]
-    store_pairs(values, value_columns, row, low, high, valid, HALF, DTYPE)
+    if PROJECT_VALUE:
+        first, last = tl.load(value.first_chunk + head), tl.load(value.first_chunk + head + 1)
+        low, high = project_pairs(
+            pages, value, first, last, block, within, valid, TOKENS, HALF, VALUE_WIDTH, VALUE_KINDS, VALUE_HIGH,
+            VALUE_OUTLIERS, DTYPE, PRECISION,
+        )  # fmt: skip
+        if VALUE_BIAS:
+            at = value_bias + head * (2 * HALF) + tl.arange(0, HALF)
+            low += tl.load(at)[None, :]
+            high += tl.load(at + HALF)[None, :]
+        store_pairs(values, value_columns, row, low, high, valid, HALF, DTYPE)
+    else:
+        _store_latents(
+            pages, value, value_units, value_bias, values + row, tail.head_size, head, block, within, valid, HALF,
+            VALUE_WIDTH, VALUE_KINDS, VALUE_HIGH, VALUE_BIAS, DTYPE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_latents(
+    pages,
+    value,
+    units,
+    bias,
+    to,
+    head_size,
+    head,
+    block,
+    within,
+    valid,
+    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KINDS: tl.constexpr,
+    HIGH: tl.constexpr,
+    BIAS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Write a tile's value latents as values.
+
+    Args:
+        pages: :class:`Pages`.
+        value: :class:`Latent`, one chunk without outliers for every kv head.
+        units: see :func:`rematerialize_pages`, as what is not said here.
+        bias: likewise, of the values.
+        to: rows to write, pointers ``[TOKENS, 1]``.
+        head_size: channels of a head.
+        head: the kv head.
+        block: block ids of the tokens, int64 ``[TOKENS]``.
+        within: their slots within the blocks, ``[TOKENS]``.
+        valid: which of them there are, ``[TOKENS]``.
+        HALF: columns of half a head.
+        WIDTH: channels of a chunk.
+        KINDS: kinds of chunks that there are.
+        HIGH: whether any code has a high part.
+        BIAS: whether values have one.
+        DTYPE: of the values.
+    """
+    chunk = tl.load(value.first_chunk + head)
+    page, codes = locate(pages, value, chunk, block, within)
+    number = load_numbers(value, chunk, codes, valid, WIDTH, KINDS, HIGH)
+    scale, zero = load_scales(value, chunk, page, within, valid, KINDS)
+    channel = tl.arange(0, WIDTH)
+    latent = number * tl.load(units + head * (2 * HALF) + channel)[None, :] * scale[:, None] + zero[:, None]
+    if BIAS:
+        latent += tl.load(bias + head * (2 * HALF) + channel)[None, :]
+    tl.store(to + channel[None, :], latent.to(DTYPE), valid[:, None] & (channel < head_size)[None, :])
+    if WIDTH < 2 * HALF:
+        # Channels that are not stored, if there are any behind the others.
+        channel = tl.arange(0, 2 * HALF)
+        rest = tl.zeros([2 * HALF], tl.float32)
+        if BIAS:
+            rest += tl.load(bias + head * (2 * HALF) + channel)
+        missing = valid[:, None] & ((channel >= WIDTH) & (channel < head_size))[None, :]
+        tl.store(to + channel[None, :], rest.to(DTYPE)[None, :], missing)

@@ -131,6 +131,7 @@ def _merge(
     merge[(tokens, plan.num_kv_heads)](
         partial,
         None,
+        None,
         prepared.value_columns,
         None,
         None,
@@ -146,6 +147,7 @@ def _merge(
         SPLITS=splits,
         WIDTH=0,
         ABSORB_VALUE=False,
+        PROJECT_VALUE=False,
         BIAS=False,
         SINKS=False,
         **products(prepared.dtype),

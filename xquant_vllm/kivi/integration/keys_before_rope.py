@@ -7,9 +7,10 @@ import torch
 from xquant_vllm.integration.capture import capture_qkv
 from xquant_vllm.integration.checks import unsupported_model
 from xquant_vllm.integration.modules import QueryOnlyRotary
+from xquant_vllm.integration.probe import make_probe
 from xquant_vllm.integration.recognize import recognize
 from xquant_vllm.integration.registration import KIVI_BACKEND_NAME
-from xquant_vllm.integration.surgery import TOLERANCE, probe
+from xquant_vllm.integration.surgery import TOLERANCE
 from xquant_vllm.projection.rope import RotaryTable, apply_rope
 
 
@@ -32,7 +33,8 @@ def take_keys_before_rope(name: str, module: Any, attention: Any) -> RotaryTable
         return None
     dtype = attention.impl.vllm_config.model_config.dtype
     like = torch.empty(0, dtype=dtype, device=parts.rope.cos.device)
-    hidden, positions = probe(parts, parts.qkv_proj.input_size, like)
+    probe = make_probe(parts, parts.qkv_proj.input_size, like)
+    hidden, positions = probe.hidden, probe.positions
     before = capture_qkv(name, module, hidden, positions)
     module.rotary_emb = QueryOnlyRotary(module.rotary_emb)
     after = capture_qkv(name, module, hidden, positions)
