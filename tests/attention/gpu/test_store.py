@@ -122,6 +122,23 @@ def test_rotation(size: int) -> None:
         assert error < 2e-6
 
 
+ROTATED = {
+    "groups": {"hidden_size": 520, "key_group": 40, "key_outliers": 2},
+    "two rounds of pieces": {"hidden_size": 2080, "key_group": 16, "key_outliers": 0},
+    "runs": {"hidden_size": 576, "allocated": 1.0},
+    "FP16": {"hidden_size": 72, "key_group": 24, "key_bits": 16, "key_outliers": 0},
+    "a large rotation": {"hidden_size": 5120, "key_group": 128, "key_bits": 2},
+}
+
+
+@pytest.mark.usefixtures("tokens")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ROTATED)
+def test_rotated_and_stored(name: str, dtype: torch.dtype) -> None:
+    """In one kernel, whose programs use one row of memory for all of their tokens."""
+    make_store_case(Spec(kind="x", dtype=dtype, strided=True, seed=2, **ROTATED[name]), 9, "normal").check(store)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_padded_input(dtype: torch.dtype) -> None:
     """X as it comes through the model's code: padded to whole heads, which must not be read."""
@@ -227,7 +244,7 @@ def test_reads_nothing_back(monkeypatch) -> None:
         case = make_store_case(spec, 2, "normal")
         pages = (case.memory[:, : case.plan.layout.page_bytes], *case.earlier)
         gpu.store(pages, case.plan, case.slots, case.inputs)
-        for kernel in ("quantize", "rotate", "subtract_terms", "subtract_product"):
+        for kernel in ("quantize", "rotate", "store_rotated", "subtract_terms", "subtract_product"):
             monkeypatch.setattr(gpu, kernel, _NoKernel())
         with Record():
             gpu.store(pages, case.plan, case.slots, case.inputs)
@@ -235,9 +252,10 @@ def test_reads_nothing_back(monkeypatch) -> None:
     assert set(seen) <= {"aten.view.default", "aten.view.dtype", "aten.slice.Tensor", "aten.detach.default"}
 
 
-def test_reserves_what_it_takes(monkeypatch) -> None:
+@pytest.mark.parametrize("spec", [Spec(kind="deltas", earlier=(4, 2), hidden_size=2048), Spec(kind="x")])
+def test_reserves_what_it_takes(spec: Spec, monkeypatch) -> None:
     """Nothing is allocated after :func:`kernels.fix`."""
-    case = make_store_case(Spec(kind="deltas", earlier=(4, 2), hidden_size=2048), 2, "normal")
+    case = make_store_case(spec, 2, "normal")
     device = torch.device("cpu")
     monkeypatch.setattr(workspace, "_buffers", {})
     monkeypatch.setattr(workspace, "_fixed", set())
@@ -253,3 +271,10 @@ def test_forgets_dead_plans() -> None:
     assert len(prepared_stores) == before + 1
     del case
     assert len(prepared_stores) == before
+
+
+def test_fewer_tokens_take_no_more_memory() -> None:
+    """Though each may have a program of its own."""
+    plan = make_plan(Spec(kind="x"))
+    taken = [gpu.workspace_parts(plan, count)[0][0][0] for count in (1, 100, 255, 256, 300, 2048, 8192)]
+    assert taken == [1, 100, 255, 256, 256, 256, 1024]

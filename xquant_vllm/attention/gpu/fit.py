@@ -31,15 +31,15 @@ def fit_group(x, counts, LARGEST: tl.constexpr):
 
     Args:
         x: FP32 ``[tokens, channels]``.
-        counts: ``[channels]``: which channels take part in the range.
+        counts: ``[tokens or 1, channels]``: which channels take part in the range.
         LARGEST: the largest code.
 
     Returns:
         Two of ``[tokens]``, FP16; NaN where any channel that counts is.
     """
-    low = tl.min(tl.where(counts[None, :], x, float("inf")), 1)
-    high = tl.max(tl.where(counts[None, :], x, float("-inf")), 1)
-    unordered = tl.max(((x != x) & counts[None, :]).to(tl.int32), 1) > 0
+    low = tl.min(tl.where(counts, x, float("inf")), 1)
+    high = tl.max(tl.where(counts, x, float("-inf")), 1)
+    unordered = tl.max(((x != x) & counts).to(tl.int32), 1) > 0
     zero = saturated_half(tl.where(unordered, float("nan"), low))
     scale = saturated_half(tl.div_rn(high - zero.to(tl.float32), LARGEST * 1.0))
     return scale, zero
@@ -78,14 +78,14 @@ def fit_scale(x, step, largest, worth, there):
         step: FP32 ``[channels]``; 0 in channels that are not stored, as the next two.
         largest: FP32 ``[channels]``, the largest codes.
         worth: FP32 ``[channels]``, what errors are worth.
-        there: ``[channels]``: which channels are stored.
+        there: ``[tokens, channels]``: which channels are stored.
 
     Returns:
         Scales uint8 ``[tokens]``, and what they stand for, FP32 ``[tokens]``; this is 0 where the error is infinite
         under all of them, and all codes are to be 0.
     """
     x = _finite(x)
-    step = tl.where(there, step, 1.0)[None, :]
+    step = tl.where(there, step[None, :], 1.0)
     largest, worth = largest[None, :], worth[None, :]
     mean_square = tl.sum(x * x * worth, 1) / tl.sum(worth, 1)
     mean_square = tl.minimum(tl.maximum(mean_square, 1e-30), 1e30)

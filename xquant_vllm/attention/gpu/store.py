@@ -5,6 +5,7 @@ graph can hold these calls.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -20,14 +21,17 @@ from xquant_vllm.attention.gpu.prediction_tables import PredictionTables
 from xquant_vllm.attention.gpu.prepared import latent
 from xquant_vllm.attention.gpu.prepared_store import prepare_store
 from xquant_vllm.attention.gpu.quantize import quantize
-from xquant_vllm.attention.gpu.rotate import rotate
+from xquant_vllm.attention.gpu.rotate import Rotation, rotate
 from xquant_vllm.attention.gpu.rotation_tables import RotationTables
+from xquant_vllm.attention.gpu.store_rotated import store_rotated
 from xquant_vllm.attention.gpu.stream_tables import StreamTables
 
 # From so many tokens on a program has several: there are programs enough.
 _MANY_TOKENS = 256
 # Numbers of a tile that is quantized, unless a piece has more, and bytes that are packed at once.
 _TILE, _BYTES = 256, 512
+# Numbers of a rotated token that are quantized at once, unless a piece has more.
+_PIECES = 2048
 # Of these numbers, those of a warp: choosing a scale among several takes more registers.
 _OF_WARP = {FP16: 256, UNIFORM: 128, ALLOCATED: 64}
 # FP32 operands as three products of TF32: codes are exact in TF32, so are +1 and -1, and of the other factor 22 bits
@@ -54,15 +58,18 @@ def store(
     parts = workspace_parts(plan, tokens)
     computed = workspace.take(pages[0].device, *parts)[0] if parts else None
     for index, (stream, x) in enumerate(zip(plan.layout.streams, inputs, strict=True)):
-        rows = _rows(x, index, stream.num_heads * stream.width)
+        rows, tables = _rows(x, index, stream.num_heads * stream.width), prepared.streams[index]
         if index == 0 and computed is not None:
             if prepared.rotation is not None:
+                if prepared.prediction is None:
+                    _store_rotated(rows, slot_mapping, prepared.rotation, computed, pages[0], block_size, tables)
+                    continue
                 _rotate(rows, slot_mapping, prepared.rotation, computed)
                 rows = computed
             if prepared.prediction is not None:
                 _subtract(rows, slot_mapping, pages, plan, prepared.prediction, computed)
                 rows = computed
-        _quantize(rows, slot_mapping, pages[0], block_size, prepared.streams[index])
+        _quantize(rows, slot_mapping, pages[0], block_size, tables)
 
 
 def workspace_parts(plan: AttentionLayerPlan, tokens: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
@@ -70,7 +77,11 @@ def workspace_parts(plan: AttentionLayerPlan, tokens: int) -> tuple[tuple[tuple[
     if plan.rotation is None and plan.prediction is None:
         return ()
     first = plan.layout.streams[0]
-    return (((tokens, first.num_heads * first.width), torch.float32),)
+    rows = tokens
+    if plan.prediction is None:
+        # Of fewer tokens programs may have one each.
+        rows = max(min(tokens, _MANY_TOKENS), triton.cdiv(tokens, _rotated_by_program(tokens, _rotation(plan))))
+    return (((rows, first.num_heads * first.width), torch.float32),)
 
 
 def _rows(x: torch.Tensor, index: int, width: int) -> torch.Tensor:
@@ -82,31 +93,84 @@ def _rows(x: torch.Tensor, index: int, width: int) -> torch.Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+def _rotation(plan: AttentionLayerPlan) -> RotationTables:
+    tables = prepare_store(plan).rotation
+    assert tables is not None
+    return tables
+
+
+def _is_large(tables: RotationTables) -> bool:
+    return tables.left.shape[0] * tables.right.shape[0] > 4096
+
+
+def _rotated_by_program(tokens: int, tables: RotationTables) -> int:
+    """A program of several tokens keeps the matrices in shared memory, which larger ones do not fit."""
+    return 8 if tokens >= _MANY_TOKENS and not _is_large(tables) else 1
+
+
+def _rotation_arguments(tables: RotationTables, dtype: torch.dtype) -> tuple[Rotation, dict[str, Any]]:
+    compiled = {
+        # Triton's interpreter has no products of BF16.
+        "DTYPE": tl.float32 if triton.knobs.runtime.interpret else operand_type(dtype),
+        "PRECISION": _PRECISION,
+    }
+    return Rotation(tables.signs, tables.left, tables.right, tables.rows, tables.columns), compiled
+
+
 def _rotate(rows: torch.Tensor, slots: torch.Tensor, tables: RotationTables, rotated: torch.Tensor) -> None:
     """Into ``rotated``, FP32 ``[tokens, width]``; rows of tokens that are not stored are left alone."""
     tokens = rows.shape[0]
-    padded_rows, padded_columns = tables.left.shape[0], tables.right.shape[0]
-    # A program of several tokens keeps the matrices in shared memory, which larger ones do not fit.
-    large = padded_rows * padded_columns > 4096
-    of_program = 8 if tokens >= _MANY_TOKENS and not large else 1
+    of_program = _rotated_by_program(tokens, tables)
+    rotation, compiled = _rotation_arguments(tables, rows.dtype)
     rotate[(triton.cdiv(tokens, of_program),)](
         rows,
         rows.stride(0),
         slots,
         tokens,
-        tables.signs,
-        tables.left,
-        tables.right,
+        rotation,
         rotated,
-        tables.rows,
-        tables.columns,
         TOKENS=of_program,
-        ROWS=padded_rows,
-        COLUMNS=padded_columns,
-        # Triton's interpreter has no products of BF16.
-        DTYPE=tl.float32 if triton.knobs.runtime.interpret else operand_type(rows.dtype),
-        PRECISION=_PRECISION,
-        num_warps=8 if large else 4,
+        ROWS=tables.left.shape[0],
+        COLUMNS=tables.right.shape[0],
+        num_warps=8 if _is_large(tables) else 4,
+        **compiled,
+    )
+
+
+def _store_rotated(
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    rotation_tables: RotationTables,
+    scratch: torch.Tensor,
+    pages: torch.Tensor,
+    block_size: int,
+    tables: StreamTables,
+) -> None:
+    tokens = rows.shape[0]
+    of_program = _rotated_by_program(tokens, rotation_tables)
+    rotation, compiled = _rotation_arguments(rotation_tables, rows.dtype)
+    num_pieces = tables.pieces.shape[0]
+    store_rotated[(triton.cdiv(tokens, of_program),)](
+        rows,
+        rows.stride(0),
+        slots,
+        tokens,
+        rotation,
+        scratch,
+        pages,
+        pages.stride(0),
+        block_size,
+        tables.pieces,
+        num_pieces,
+        tables.bytes,
+        tables.channels,
+        TOKENS=of_program,
+        ROTATION_ROWS=rotation_tables.left.shape[0],
+        ROTATION_COLUMNS=rotation_tables.right.shape[0],
+        PIECES=max(1, min(triton.next_power_of_2(num_pieces), _PIECES // tables.width)),
+        num_warps=8,
+        **_quantizing(tables),
+        **compiled,
     )
 
 
@@ -170,12 +234,19 @@ def _quantize(
         tables.bytes,
         tables.channels,
         TOKENS=of_program,
-        WIDTH=tables.width,
-        ROW_BYTES=tables.row_bytes,
-        BYTES=min(tables.row_bytes, _BYTES),
-        CODES_PER_BYTE=tables.codes_per_byte,
-        KIND=tables.kind,
-        LARGEST=tables.largest,
-        OUTLIERS=tables.outliers,
         num_warps=max(1, min(8, of_program * tables.width // _OF_WARP[tables.kind])),
+        **_quantizing(tables),
     )
+
+
+def _quantizing(tables: StreamTables) -> dict[str, Any]:
+    """What kernels that quantize a stream are compiled for."""
+    return {
+        "WIDTH": tables.width,
+        "ROW_BYTES": tables.row_bytes,
+        "BYTES": min(tables.row_bytes, _BYTES),
+        "CODES_PER_BYTE": tables.codes_per_byte,
+        "KIND": tables.kind,
+        "LARGEST": tables.largest,
+        "OUTLIERS": tables.outliers,
+    }

@@ -78,7 +78,7 @@ def store_groups(
     table = residual.block_table + sequence.to(tl.int64) * residual.table_stride
     at = exact_rows(residual, 0, table, head, group * KEY_GROUP + token, counts, HEAD_SIZE, RESIDUAL)
     x = tl.load(at[None, :] + channel[:, None], there[:, None] & counts[None, :], 0.0).to(tl.float32)
-    scale, zero = fit_group(x, counts, (1 << BITS) - 1)
+    scale, zero = fit_group(x, counts[None, :], (1 << BITS) - 1)
     code = uniform_codes(x, scale, zero, counts[None, :], (1 << BITS) - 1) << (part * BITS)[:, None]
     packed = tl.sum(tl.reshape(code, [parts, BYTES, TOKENS]), 0)
 

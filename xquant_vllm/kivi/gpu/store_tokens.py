@@ -85,7 +85,7 @@ def store_tokens(
     at = values + token.to(tl.int64) * value_token_stride + head * value_head_stride + group * VALUE_GROUP
     channel = part * row_bytes + byte
     x = tl.load(at[:, None] + channel[None, :], valid[:, None] & counts[None, :], 0.0).to(tl.float32)
-    scale, zero = fit_group(x, counts, (1 << BITS) - 1)
+    scale, zero = fit_group(x, counts[None, :], (1 << BITS) - 1)
     code = uniform_codes(x, scale, zero, counts[None, :], (1 << BITS) - 1) << (part * BITS)[None, :]
     packed = tl.sum(tl.reshape(code, [TOKENS * VALUE_GROUPS, parts, BYTES]), 1)
     page = quantized.pages + slot // quantized.block_size * quantized.stride
