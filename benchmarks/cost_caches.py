@@ -150,8 +150,6 @@ def latent_cache(name: str, model: Model, unpack: Unpack, *, calibrated: bool = 
         return form.streams[stream].width if runs is None else sum(channels for _, channels in runs[stream][0])
 
     shared = formats[0].streams[0].num_heads != model.kv_heads
-    # One stream is unpacked once for keys and once for values.
-    times = model.kv_heads * (3 - len(formats[0].streams)) if shared else 1
     totals = [0.0] * 4
     for form in formats:
         # Terms that add (a chain of X) have scales of their own: each is multiplied by itself.
@@ -160,8 +158,10 @@ def latent_cache(name: str, model: Model, unpack: Unpack, *, calibrated: bool = 
         parts = (form.bytes_per_token, sum(term.bytes_per_token for term in terms), *widths)
         totals = [total + part / model.layers for total, part in zip(totals, parts, strict=True)]
     stored, read, key, value = totals
-    unpacked = model.kv_heads * (key + value)
-    return Cache(name, model, stored, read, times * read, key, value, unpacked, unpack, shared)
+    # One stream is unpacked once for keys and values together.
+    unpacked = model.kv_heads * (key if len(formats[0].streams) == 1 else key + value)
+    fetched = model.kv_heads * read if shared else read
+    return Cache(name, model, stored, read, fetched, key, value, unpacked, unpack, shared)
 
 
 def caches(model: Model) -> list[Cache]:

@@ -149,3 +149,9 @@ def test_folded_latents_are_not_projected() -> None:
     assert not prepare(make_case(Spec(folded=True)).plan, torch.float32).project_value
     assert prepare(make_case(Spec(folded=True, value_group=32)).plan, torch.float32).project_value
     assert prepare(make_case(Spec()).plan, torch.float32).project_value
+
+
+def test_one_latent_is_unpacked_once() -> None:
+    for spec in (Spec(kind="x"), Spec(kind="deltas", earlier=(4,)), Spec(kind="chain", earlier=(4,), joint=True)):
+        assert prepare(make_case(spec).plan, torch.float32).shared
+    assert not prepare(make_case(Spec()).plan, torch.float32).shared

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from xquant_vllm.attention.gpu.rematerialize import finish_keys, project_pairs
+from xquant_vllm.attention.gpu.rematerialize import finish_keys, project_both, project_pairs
 from xquant_vllm.attention.gpu.softmax import to_scores, weigh
 from xquant_vllm.attention.gpu.unpack import HAS_UNIFORM, load_numbers, load_outlier, load_scales, locate
 
@@ -123,6 +123,7 @@ def attend(
     VALUE_OUTLIERS: tl.constexpr,
     ABSORB_KEY: tl.constexpr,
     ABSORB_VALUE: tl.constexpr,
+    SHARED: tl.constexpr,
     BIAS: tl.constexpr,
     NORM: tl.constexpr,
     ROPE: tl.constexpr,
@@ -161,6 +162,7 @@ def attend(
         VALUE_OUTLIERS: likewise.
         ABSORB_KEY: whether queries score against latents.
         ABSORB_VALUE: whether latents are weighed, not values; they are then one chunk without outliers.
+        SHARED: whether keys and values are projections of one latent, with chunks alike; neither is then absorbed.
         BIAS: whether keys have a bias.
         NORM: whether they have a norm.
         ROPE: whether any pair rotates.
@@ -234,10 +236,16 @@ def attend(
                 KEY_WIDTH, KEY_KINDS, KEY_HIGH, KEY_OUTLIERS, DTYPE, PRECISION,
             )  # fmt: skip
         else:
-            low, high = project_pairs(
-                pages, key, key_first, key_last, block, within, valid, TOKENS, HALF, KEY_WIDTH, KEY_KINDS, KEY_HIGH,
-                KEY_OUTLIERS, DTYPE, PRECISION,
-            )  # fmt: skip
+            if SHARED:
+                low, high, low_value, high_value = project_both(
+                    pages, key, value, key_first, key_last, block, within, valid, TOKENS, HALF, KEY_WIDTH, KEY_KINDS,
+                    KEY_HIGH, KEY_OUTLIERS, DTYPE, PRECISION,
+                )  # fmt: skip
+            else:
+                low, high = project_pairs(
+                    pages, key, key_first, key_last, block, within, valid, TOKENS, HALF, KEY_WIDTH, KEY_KINDS,
+                    KEY_HIGH, KEY_OUTLIERS, DTYPE, PRECISION,
+                )  # fmt: skip
             low, high = finish_keys(low, high, tail, head, position, valid, HALF, BIAS, NORM, ROPE)
             product = tl.dot(low_query, tl.trans(low.to(DTYPE)), input_precision=PRECISION)
             product += tl.dot(high_query, tl.trans(high.to(DTYPE)), input_precision=PRECISION)
@@ -257,13 +265,14 @@ def attend(
             sums = sums * decay[:, None] + unit * tl.dot(weighed, number, input_precision=PRECISION)
             zeros = zeros * decay + tl.sum(weight * zero[None, :], 1)
         else:
-            low, high = project_pairs(
-                pages, value, value_first, value_last, block, within, valid, TOKENS, HALF, VALUE_WIDTH, VALUE_KINDS,
-                VALUE_HIGH, VALUE_OUTLIERS, DTYPE, PRECISION,
-            )  # fmt: skip
+            if not SHARED:
+                low_value, high_value = project_pairs(
+                    pages, value, value_first, value_last, block, within, valid, TOKENS, HALF, VALUE_WIDTH,
+                    VALUE_KINDS, VALUE_HIGH, VALUE_OUTLIERS, DTYPE, PRECISION,
+                )  # fmt: skip
             weighed = weight.to(DTYPE)
-            low_sums = low_sums * decay[:, None] + tl.dot(weighed, low.to(DTYPE), input_precision=PRECISION)
-            high_sums = high_sums * decay[:, None] + tl.dot(weighed, high.to(DTYPE), input_precision=PRECISION)
+            low_sums = low_sums * decay[:, None] + tl.dot(weighed, low_value.to(DTYPE), input_precision=PRECISION)
+            high_sums = high_sums * decay[:, None] + tl.dot(weighed, high_value.to(DTYPE), input_precision=PRECISION)
 
     tl.store(stats, largest, row_valid)
     tl.store(stats + 1, total, row_valid)

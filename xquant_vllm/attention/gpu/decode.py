@@ -96,6 +96,7 @@ def decode(
             SPLITS=splits,
             ABSORB_KEY=prepared.absorb_key,
             ABSORB_VALUE=prepared.absorb_value,
+            SHARED=prepared.shared and not prepared.absorb_key,
             SOFT_CAP=bool(plan.logits_soft_cap),
             WINDOW=bool(plan.sliding_window),
             **unpacking(prepared),

@@ -116,6 +116,7 @@ def _rematerialize(
         keys,
         values,
         PROJECT_VALUE=prepared.project_value,
+        SHARED=prepared.shared,
         VALUE_BIAS=prepared.has_value_bias,
         **unpacking(prepared),
     )

@@ -40,6 +40,8 @@ class PreparedPlan:
         absorb_value: whether latents are weighed instead of values.
         project_value: whether value latents are multiplied by a matrix at all. Those that are the values are
             multiplied by the identity if they are several chunks, or have outliers.
+        shared: whether keys and values are projections of one latent whose chunks are alike, so that it is unpacked
+            once; values are then not absorbed.
         exact_key: what multiplies the tokens of a step that are attended to exactly, or None.
         exact_value: likewise, for values.
     """
@@ -62,6 +64,7 @@ class PreparedPlan:
         value_columns = plain_columns(head_size, self.half)
         self.absorb_value = _one_scale(plan.layouts, plan.value_terms, projection.value_width)
         self.project_value = projection.up_value is not None or not self.absorb_value
+        self.shared = plan.key_terms == plan.value_terms and not self.absorb_value
         up_value = projection.up_value
         if up_value is None:
             up_value = torch.eye(head_size).expand(projection.num_kv_heads, -1, -1)
@@ -73,7 +76,7 @@ class PreparedPlan:
             plan.value_terms,
             arranged(up_value.to(device), value_columns),
             dtype,
-            at_most=_MOST_ABSORBED if self.absorb_value else 128,
+            at_most=_MOST_ABSORBED if self.absorb_value else _KEY_CHUNK if self.shared else 128,
         )
         nothing = torch.zeros(1, device=device)
         self.value_units = nothing

@@ -25,6 +25,43 @@ class KeyTail(NamedTuple):
 
 
 @triton.jit
+def _add_chunk(
+    low,
+    high,
+    pages,
+    latent,
+    chunk,
+    number,
+    scale,
+    zero,
+    page,
+    within,
+    valid,
+    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KINDS: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add the products of an unpacked chunk, whose numbers, scales and zero points are given; see project_pairs."""
+    column = tl.arange(0, HALF)
+    row = (chunk * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)
+    up = latent.up + row[:, None] * (2 * HALF) + column[None, :]
+    low += scale[:, None] * tl.dot(number, tl.load(up), input_precision=PRECISION)
+    high += scale[:, None] * tl.dot(number, tl.load(up + HALF), input_precision=PRECISION)
+    if HAS_UNIFORM & KINDS:
+        total = latent.up_sum + chunk * (2 * HALF) + column
+        low += zero[:, None] * tl.load(total)[None, :]
+        high += zero[:, None] * tl.load(total + HALF)[None, :]
+    for channel in tl.static_range(OUTLIERS):
+        exact = load_outlier(latent, chunk, channel, pages, page, within, valid)
+        of_channel = latent.up_outliers + (chunk * OUTLIERS + channel) * (2 * HALF) + column
+        low += exact[:, None] * tl.load(of_channel)[None, :]
+        high += exact[:, None] * tl.load(of_channel + HALF)[None, :]
+    return low, high
+
+
+@triton.jit
 def project_pairs(
     pages,
     latent,
@@ -66,25 +103,76 @@ def project_pairs(
     """
     low = tl.zeros([TOKENS, HALF], tl.float32)
     high = tl.zeros([TOKENS, HALF], tl.float32)
-    column = tl.arange(0, HALF)
     for chunk in range(first, last):
         page, codes = locate(pages, latent, chunk, block, within)
         number = load_numbers(latent, chunk, codes, valid, WIDTH, KINDS, HIGH).to(DTYPE)
         scale, zero = load_scales(latent, chunk, page, within, valid, KINDS)
-        row = (chunk * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)
-        up = latent.up + row[:, None] * (2 * HALF) + column[None, :]
-        low += scale[:, None] * tl.dot(number, tl.load(up), input_precision=PRECISION)
-        high += scale[:, None] * tl.dot(number, tl.load(up + HALF), input_precision=PRECISION)
-        if HAS_UNIFORM & KINDS:
-            total = latent.up_sum + chunk * (2 * HALF) + column
-            low += zero[:, None] * tl.load(total)[None, :]
-            high += zero[:, None] * tl.load(total + HALF)[None, :]
-        for channel in tl.static_range(OUTLIERS):
-            exact = load_outlier(latent, chunk, channel, pages, page, within, valid)
-            of_channel = latent.up_outliers + (chunk * OUTLIERS + channel) * (2 * HALF) + column
-            low += exact[:, None] * tl.load(of_channel)[None, :]
-            high += exact[:, None] * tl.load(of_channel + HALF)[None, :]
+        low, high = _add_chunk(
+            low, high, pages, latent, chunk, number, scale, zero, page, within, valid, HALF, WIDTH, KINDS, OUTLIERS,
+            PRECISION,
+        )  # fmt: skip
     return low, high
+
+
+@triton.jit
+def project_both(
+    pages,
+    key,
+    value,
+    first,
+    last,
+    block,
+    within,
+    valid,
+    TOKENS: tl.constexpr,
+    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KINDS: tl.constexpr,
+    HIGH: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """:func:`project_pairs` of one latent, unpacked once, for keys and for values; their chunks are alike.
+
+    Args:
+        pages: see :func:`project_pairs`, as what is not said here.
+        key: :class:`Latent` with the up-projection of keys.
+        value: likewise, of values.
+        first: likewise.
+        last: likewise.
+        block: likewise.
+        within: likewise.
+        valid: likewise.
+        TOKENS: likewise.
+        HALF: likewise.
+        WIDTH: likewise.
+        KINDS: likewise.
+        HIGH: likewise.
+        OUTLIERS: likewise.
+        DTYPE: likewise.
+        PRECISION: likewise.
+
+    Returns:
+        Four of ``[TOKENS, HALF]``, FP32: both halves of keys, then of values.
+    """
+    low_key = tl.zeros([TOKENS, HALF], tl.float32)
+    high_key = tl.zeros([TOKENS, HALF], tl.float32)
+    low_value = tl.zeros([TOKENS, HALF], tl.float32)
+    high_value = tl.zeros([TOKENS, HALF], tl.float32)
+    for chunk in range(first, last):
+        page, codes = locate(pages, key, chunk, block, within)
+        number = load_numbers(key, chunk, codes, valid, WIDTH, KINDS, HIGH).to(DTYPE)
+        scale, zero = load_scales(key, chunk, page, within, valid, KINDS)
+        low_key, high_key = _add_chunk(
+            low_key, high_key, pages, key, chunk, number, scale, zero, page, within, valid, HALF, WIDTH, KINDS,
+            OUTLIERS, PRECISION,
+        )  # fmt: skip
+        low_value, high_value = _add_chunk(
+            low_value, high_value, pages, value, chunk, number, scale, zero, page, within, valid, HALF, WIDTH, KINDS,
+            OUTLIERS, PRECISION,
+        )  # fmt: skip
+    return low_key, high_key, low_value, high_value
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from xquant_vllm.attention.gpu.pieces import PIECE_FIELDS
-from xquant_vllm.attention.gpu.rematerialize import finish_keys, project_pairs, store_pairs
+from xquant_vllm.attention.gpu.rematerialize import finish_keys, project_both, project_pairs, store_pairs
 from xquant_vllm.attention.gpu.unpack import load_numbers, load_scales, locate
 
 _FIELDS = tl.constexpr(len(PIECE_FIELDS))
@@ -53,6 +53,7 @@ def rematerialize_pages(
     VALUE_OUTLIERS: tl.constexpr,
     BIAS: tl.constexpr,
     PROJECT_VALUE: tl.constexpr,
+    SHARED: tl.constexpr,
     VALUE_BIAS: tl.constexpr,
     NORM: tl.constexpr,
     ROPE: tl.constexpr,
@@ -90,6 +91,7 @@ def rematerialize_pages(
         BIAS: whether keys have one.
         PROJECT_VALUE: whether values are made by an up-projection; else value latents, of one chunk without outliers,
             are the values.
+        SHARED: whether keys and values are projections of one latent, with chunks alike.
         VALUE_BIAS: whether values have one.
         NORM: whether keys have one.
         ROPE: whether any pair rotates.
@@ -110,24 +112,31 @@ def rematerialize_pages(
     row = ((offset + position - begin).to(tl.int64) * tl.num_programs(2) + head)[:, None] * tail.head_size
 
     first, last = tl.load(key.first_chunk + head), tl.load(key.first_chunk + head + 1)
-    low, high = project_pairs(
-        pages, key, first, last, block, within, valid, TOKENS, HALF, KEY_WIDTH, KEY_KINDS, KEY_HIGH, KEY_OUTLIERS,
-        DTYPE, PRECISION,
-    )  # fmt: skip
+    if SHARED:
+        low, high, low_value, high_value = project_both(
+            pages, key, value, first, last, block, within, valid, TOKENS, HALF, KEY_WIDTH, KEY_KINDS, KEY_HIGH,
+            KEY_OUTLIERS, DTYPE, PRECISION,
+        )  # fmt: skip
+    else:
+        low, high = project_pairs(
+            pages, key, first, last, block, within, valid, TOKENS, HALF, KEY_WIDTH, KEY_KINDS, KEY_HIGH, KEY_OUTLIERS,
+            DTYPE, PRECISION,
+        )  # fmt: skip
     low, high = finish_keys(low, high, tail, head, position, valid, HALF, BIAS, NORM, ROPE)
     store_pairs(keys, columns, row, low, high, valid, HALF, DTYPE)
 
     if PROJECT_VALUE:
-        first, last = tl.load(value.first_chunk + head), tl.load(value.first_chunk + head + 1)
-        low, high = project_pairs(
-            pages, value, first, last, block, within, valid, TOKENS, HALF, VALUE_WIDTH, VALUE_KINDS, VALUE_HIGH,
-            VALUE_OUTLIERS, DTYPE, PRECISION,
-        )  # fmt: skip
+        if not SHARED:
+            first, last = tl.load(value.first_chunk + head), tl.load(value.first_chunk + head + 1)
+            low_value, high_value = project_pairs(
+                pages, value, first, last, block, within, valid, TOKENS, HALF, VALUE_WIDTH, VALUE_KINDS, VALUE_HIGH,
+                VALUE_OUTLIERS, DTYPE, PRECISION,
+            )  # fmt: skip
         if VALUE_BIAS:
             at = value_bias + head * (2 * HALF) + tl.arange(0, HALF)
-            low += tl.load(at)[None, :]
-            high += tl.load(at + HALF)[None, :]
-        store_pairs(values, value_columns, row, low, high, valid, HALF, DTYPE)
+            low_value += tl.load(at)[None, :]
+            high_value += tl.load(at + HALF)[None, :]
+        store_pairs(values, value_columns, row, low_value, high_value, valid, HALF, DTYPE)
     else:
         _store_latents(
             pages, value, value_units, value_bias, values + row, tail.head_size, head, block, within, valid, HALF,
