@@ -1,4 +1,7 @@
-"""The kernel that rotates layer inputs X before a prediction is subtracted from them (see rotation_tables.py)."""
+"""Rotation of layer inputs X (see rotation_tables.py).
+
+The kernel here leaves them for a prediction that is subtracted first; else :mod:`.store_rotated` stores them at once.
+"""
 
 from typing import Any, NamedTuple
 

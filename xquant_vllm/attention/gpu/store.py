@@ -30,10 +30,10 @@ from xquant_vllm.attention.gpu.stream_tables import StreamTables
 _MANY_TOKENS = 256
 # Numbers of a tile that is quantized, unless a piece has more, and bytes that are packed at once.
 _TILE, _BYTES = 256, 512
-# Numbers of a rotated token that are quantized at once, unless a piece has more.
-_PIECES = 2048
 # Of these numbers, those of a warp: choosing a scale among several takes more registers.
 _OF_WARP = {FP16: 256, UNIFORM: 128, ALLOCATED: 64}
+# Numbers of a rotated token that are quantized at once, unless a piece has more.
+_PIECES = 2048
 # FP32 operands as three products of TF32: codes are exact in TF32, so are +1 and -1, and of the other factor 22 bits
 # are left of 24. Exact products spill registers, and readers do not repeat these: what they round is stored as well.
 _PRECISION = "tf32x3"
