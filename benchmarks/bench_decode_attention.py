@@ -9,7 +9,6 @@ more than when serving. What is printed is explained in docs/benchmarks.md.
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--sequences", nargs="+", type=int, default=[8], help="that decode together")
     parser.add_argument("--holds", nargs="+", choices=("latent", "x"), default=["latent"], help="what pages hold")
     parser.add_argument(
-        "--folded", action="store_true", help="also with values that the output projection up-projects, where it can"
+        "--not-folded",
+        action="store_true",
+        help="also with values that are up-projected here, not by the output projection",
     )
     parser.add_argument("--layers", type=int, help="layers of a call (default: as many as the model has)")
     options = parser.parse_args(arguments)
@@ -62,20 +63,19 @@ def _rows(model: Model, sequences: int, context: int, options: argparse.Namespac
     work = {BASELINE: Work(plain_decode_bytes(model.kv_heads, model.head_size, sequences, context), arithmetic)}
     for holds in options.holds:
         for bits in options.bits:
-            plan = make_plan(model, holds, bits, context)
-            pages = filled_pages(plan, blocks, layers)
+            name = f"{'xquant' if holds == 'latent' else 'xquant X'} {bits} bits"
+            plans = {name: make_plan(model, holds, bits, context)}
+            if options.not_folded and holds == "latent":
+                plans[f"{name}, not folded"] = make_plan(model, holds, bits, context, fold_values=False)
+            pages = filled_pages(plans[name], blocks, layers)
 
             def attend(plan: Any, pages: list[torch.Tensor]) -> None:
                 for of_layer in pages:
                     cpu.paged_attention(query, (of_layer,), plan, batch, output)
 
-            name = f"{'xquant' if holds == 'latent' else 'xquant X'} {bits} bits"
-            plans = {name: plan}
-            if options.folded and holds == "latent":
-                plans[f"{name}, folded"] = replace(plan, projection=replace(plan.projection, up_value=None))
-            for variant, of_variant in plans.items():
-                calls[variant] = partial(attend, of_variant, pages)
-                work[variant] = decode_work(of_variant, sequences, context)
+            for variant, plan in plans.items():
+                calls[variant] = partial(attend, plan, pages)
+                work[variant] = decode_work(plan, sequences, context)
     taken = in_turns({**calls, **roof_calls()}, options.rounds)
     roofs = roofs_of(taken)
     return [

@@ -52,7 +52,7 @@ MODELS = {
 }
 
 
-def make_plan(model: Model, holds: str, bits: int, positions: int) -> AttentionLayerPlan:
+def make_plan(model: Model, holds: str, bits: int, positions: int, *, fold_values: bool = True) -> AttentionLayerPlan:
     """A layer with random weights.
 
     Args:
@@ -60,6 +60,7 @@ def make_plan(model: Model, holds: str, bits: int, positions: int) -> AttentionL
         holds: ``"latent"``, a basis per kv head, or ``"x"``, the layer input.
         bits: of its codes.
         positions: of its RoPE table.
+        fold_values: whether the output projection up-projects value latents, as when served; not those of X.
     """
     generator = torch.Generator().manual_seed(0)
     rows = model.kv_heads * model.head_size
@@ -91,7 +92,7 @@ def make_plan(model: Model, holds: str, bits: int, positions: int) -> AttentionL
         for weight, stream in zip((key, value), streams, strict=True)
     ]
     key_basis = with_integer_up(bases[0], streams[0])
-    projection = LayerProjection(key_basis.up, bases[1].up, rope=rope)
+    projection = LayerProjection(key_basis.up, None if fold_values else bases[1].up, rope=rope)
     return AttentionLayerPlan((PageLayout(streams, BLOCK_SIZE),), projection, model.heads, scale)
 
 
