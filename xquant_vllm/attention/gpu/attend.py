@@ -11,7 +11,7 @@ import triton.language as tl
 
 from xquant_vllm.attention.gpu.rematerialize import finish_keys, project_both, project_pairs
 from xquant_vllm.attention.gpu.softmax import to_scores, weigh
-from xquant_vllm.attention.gpu.unpack import HAS_UNIFORM, load_numbers, load_outlier, load_scales, locate
+from xquant_vllm.attention.gpu.unpack import HAS_UNIFORM, load_chunk, load_outlier
 
 
 class Batch(NamedTuple):
@@ -80,9 +80,8 @@ def _absorbed_scores(
     """Products of absorbed queries with latents, ``[ROWS, TOKENS]`` FP32; ``row`` indexes ``[tokens, num_heads]``."""
     product = tl.zeros([ROWS, TOKENS], tl.float32)
     for chunk in range(first, last):
-        page, codes = locate(pages, key, chunk, block, within)
-        number = load_numbers(key, chunk, codes, valid, WIDTH, KINDS, HIGH).to(DTYPE)
-        scale, zero = load_scales(key, chunk, page, within, valid, KINDS)
+        page, number, scale, zero = load_chunk(pages, key, chunk, block, within, valid, WIDTH, KINDS, HIGH)
+        number = number.to(DTYPE)
         of_chunk = row.to(tl.int64) * absorbed.most_chunks + (chunk - first)
         at = absorbed.query + of_chunk[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         query = tl.load(at, row_valid[:, None], 0.0)
@@ -255,9 +254,10 @@ def attend(
             visible &= position[None, :] > query_position[:, None] - scores.window
         weight, decay, largest, total = weigh(score, visible, largest, total)
         if ABSORB_VALUE:
-            page, codes = locate(pages, value, value_first, block, within)
-            number = load_numbers(value, value_first, codes, valid, VALUE_WIDTH, VALUE_KINDS, VALUE_HIGH).to(DTYPE)
-            scale, zero = load_scales(value, value_first, page, within, valid, VALUE_KINDS)
+            _, number, scale, zero = load_chunk(
+                pages, value, value_first, block, within, valid, VALUE_WIDTH, VALUE_KINDS, VALUE_HIGH
+            )
+            number = number.to(DTYPE)
             # FP16 has no room for weights times small scales.
             unit = tl.max(scale, 0)
             unit = tl.where(unit > 0, unit, 1.0)

@@ -7,15 +7,7 @@ import triton
 import triton.language as tl
 
 from xquant_vllm.attention.gpu.prediction_tables import SEGMENT_FIELDS
-from xquant_vllm.attention.gpu.unpack import (
-    HAS_UNIFORM,
-    NUM_OUTLIERS,
-    load_field,
-    load_numbers,
-    load_outlier,
-    load_scales,
-    locate,
-)
+from xquant_vllm.attention.gpu.unpack import HAS_UNIFORM, NUM_OUTLIERS, load_chunk, load_field, load_outlier
 
 _FIELDS = tl.constexpr(len(SEGMENT_FIELDS))
 _START = tl.constexpr(SEGMENT_FIELDS.index("start"))
@@ -71,9 +63,7 @@ def subtract_terms(
     sums = tl.zeros([TOKENS, WIDTH], tl.float32)
     for index in range(tl.load(segment + _START), tl.load(segment + _STOP)):
         chunk = tl.load(order + index)
-        page, codes = locate(pages, latent, chunk, block, within)
-        number = load_numbers(latent, chunk, codes, valid, WIDTH, KINDS, HIGH)
-        scale, zero = load_scales(latent, chunk, page, within, valid, KINDS)
+        page, number, scale, zero = load_chunk(pages, latent, chunk, block, within, valid, WIDTH, KINDS, HIGH)
         number *= tl.load(latent.up + chunk * WIDTH + channel)[None, :]
         number = number * scale[:, None] + zero[:, None]
         for outlier in tl.static_range(OUTLIERS):
@@ -138,9 +128,7 @@ def subtract_product(
     channel = tl.arange(0, WIDTH)
     product = tl.zeros([TOKENS, COLUMNS], tl.float32)
     for chunk in range(tl.load(latent.first_chunk + head), tl.load(latent.first_chunk + head + 1)):
-        page, codes = locate(pages, latent, chunk, block, within)
-        number = load_numbers(latent, chunk, codes, valid, WIDTH, KINDS, HIGH)
-        scale, zero = load_scales(latent, chunk, page, within, valid, KINDS)
+        page, number, scale, zero = load_chunk(pages, latent, chunk, block, within, valid, WIDTH, KINDS, HIGH)
         row = (chunk * WIDTH + channel).to(tl.int64)
         up = tl.load(latent.up + row[:, None] * width + column[None, :], inside[None, :], 0.0)
         product += scale[:, None] * tl.dot(number, up, input_precision=PRECISION)

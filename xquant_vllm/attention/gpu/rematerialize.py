@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from xquant_vllm.attention.gpu.unpack import HAS_UNIFORM, load_numbers, load_outlier, load_scales, locate
+from xquant_vllm.attention.gpu.unpack import HAS_UNIFORM, load_chunk, load_outlier
 
 
 class KeyTail(NamedTuple):
@@ -104,9 +104,8 @@ def project_pairs(
     low = tl.zeros([TOKENS, HALF], tl.float32)
     high = tl.zeros([TOKENS, HALF], tl.float32)
     for chunk in range(first, last):
-        page, codes = locate(pages, latent, chunk, block, within)
-        number = load_numbers(latent, chunk, codes, valid, WIDTH, KINDS, HIGH).to(DTYPE)
-        scale, zero = load_scales(latent, chunk, page, within, valid, KINDS)
+        page, number, scale, zero = load_chunk(pages, latent, chunk, block, within, valid, WIDTH, KINDS, HIGH)
+        number = number.to(DTYPE)
         low, high = _add_chunk(
             low, high, pages, latent, chunk, number, scale, zero, page, within, valid, HALF, WIDTH, KINDS, OUTLIERS,
             PRECISION,
@@ -161,9 +160,8 @@ def project_both(
     low_value = tl.zeros([TOKENS, HALF], tl.float32)
     high_value = tl.zeros([TOKENS, HALF], tl.float32)
     for chunk in range(first, last):
-        page, codes = locate(pages, key, chunk, block, within)
-        number = load_numbers(key, chunk, codes, valid, WIDTH, KINDS, HIGH).to(DTYPE)
-        scale, zero = load_scales(key, chunk, page, within, valid, KINDS)
+        page, number, scale, zero = load_chunk(pages, key, chunk, block, within, valid, WIDTH, KINDS, HIGH)
+        number = number.to(DTYPE)
         low_key, high_key = _add_chunk(
             low_key, high_key, pages, key, chunk, number, scale, zero, page, within, valid, HALF, WIDTH, KINDS,
             OUTLIERS, PRECISION,

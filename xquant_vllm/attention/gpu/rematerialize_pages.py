@@ -5,7 +5,7 @@ import triton.language as tl
 
 from xquant_vllm.attention.gpu.pieces import PIECE_FIELDS
 from xquant_vllm.attention.gpu.rematerialize import finish_keys, project_both, project_pairs, store_pairs
-from xquant_vllm.attention.gpu.unpack import load_numbers, load_scales, locate
+from xquant_vllm.attention.gpu.unpack import load_chunk
 
 _FIELDS = tl.constexpr(len(PIECE_FIELDS))
 
@@ -184,9 +184,7 @@ def _store_latents(
         DTYPE: of the values.
     """
     chunk = tl.load(value.first_chunk + head)
-    page, codes = locate(pages, value, chunk, block, within)
-    number = load_numbers(value, chunk, codes, valid, WIDTH, KINDS, HIGH)
-    scale, zero = load_scales(value, chunk, page, within, valid, KINDS)
+    _, number, scale, zero = load_chunk(pages, value, chunk, block, within, valid, WIDTH, KINDS, HIGH)
     channel = tl.arange(0, WIDTH)
     latent = number * tl.load(units + head * (2 * HALF) + channel)[None, :] * scale[:, None] + zero[:, None]
     if BIAS:

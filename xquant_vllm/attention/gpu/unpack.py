@@ -135,6 +135,32 @@ def load_scales(latent, chunk, page, within, valid, KINDS: tl.constexpr):
 
 
 @triton.jit
+def load_chunk(
+    pages, latent, chunk, block, within, valid, WIDTH: tl.constexpr, KINDS: tl.constexpr, HIGH: tl.constexpr
+):
+    """A chunk of every token: where its page starts, numbers, scales and zero points.
+
+    Args:
+        pages: see :func:`locate`, as the next four.
+        latent: likewise.
+        chunk: likewise.
+        block: likewise.
+        within: likewise.
+        valid: see :func:`load_numbers`, as the rest.
+        WIDTH: likewise.
+        KINDS: likewise.
+        HIGH: likewise.
+
+    Returns:
+        Pointers ``[tokens]``; FP32 ``[tokens, WIDTH]``, ``[tokens]`` and ``[tokens]``.
+    """
+    page, codes = locate(pages, latent, chunk, block, within)
+    number = load_numbers(latent, chunk, codes, valid, WIDTH, KINDS, HIGH)
+    scale, zero = load_scales(latent, chunk, page, within, valid, KINDS)
+    return page, number, scale, zero
+
+
+@triton.jit
 def load_outlier(latent, chunk, channel, pages, page, within, valid):
     """An outlier channel's number of every token, FP32 ``[tokens]``; 0 where the chunk has fewer."""
     at = (page + load_field(latent, chunk, _OUTLIERS)).to(tl.pointer_type(tl.float16))
