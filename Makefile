@@ -20,7 +20,7 @@ TEST_ARGS ?=
 
 VENV := .venv
 READY := $(VENV)/.ready
-KERNELS := xquant_vllm/attention/_cpu_kernels.so
+KERNELS := xquant_vllm/attention/cpu/_cpu_kernels.so
 SETUP_FILES := pyproject.toml setup.py tools/setup_env.py $(wildcard tools/envsetup/*.py) \
 	tools/vllm-metadata/pyproject.toml
 # What the tests read; prepared before them, so that no test's time is spent on downloads.
@@ -96,5 +96,5 @@ lint: venv ## check style, types, which room imports which, Dockerfiles and shel
 
 clean: ## remove build outputs, logs and caches (not .venv, not models)
 	rm -rf build dist logs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	rm -f $(KERNELS) xquant_vllm/attention/gpu/_cuda_kernels.so
+	rm -f $(KERNELS) xquant_vllm/attention/gpu/cuda/_cuda_kernels.so
 	find $(LINTED) -name __pycache__ -type d -prune -exec rm -rf {} +

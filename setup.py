@@ -30,7 +30,7 @@ from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = Path("csrc") / "cpu"
-LIBRARY = Path("xquant_vllm") / "attention" / "_cpu_kernels.so"
+LIBRARY = Path("xquant_vllm") / "attention" / "cpu" / "_cpu_kernels.so"
 OBJECTS = Path("build") / "kernels"
 
 COMMON_FLAGS = [
@@ -48,7 +48,7 @@ X86_ONLY = {"_avx2", "_avx512", "_vnni"}
 
 
 CUDA_SOURCES = Path("csrc") / "cuda"
-CUDA_LIBRARY = Path("xquant_vllm") / "attention" / "gpu" / "_cuda_kernels.so"
+CUDA_LIBRARY = Path("xquant_vllm") / "attention" / "gpu" / "cuda" / "_cuda_kernels.so"
 # Machine code of Ampere, Hopper and Blackwell, and PTX that the driver compiles on what is none of these.
 CUDA_TARGETS = [
     "-gencode=arch=compute_80,code=sm_80",

@@ -25,7 +25,7 @@ from benchmarks.cpu.plain import PlainLayers  # noqa: E402
 from benchmarks.cpu.roofs import roof_calls, roofs_of  # noqa: E402
 from benchmarks.cpu.timing import in_turns  # noqa: E402
 from benchmarks.cpu.work import Work, decode_work, plain_decode_bytes  # noqa: E402
-from xquant_vllm.attention import cpu  # noqa: E402
+from xquant_vllm.attention.cpu import kernels as cpu  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def has_kernels() -> bool:
         OSError: they can be built here, so they must be tested: install the package.
     """
     try:
-        import xquant_vllm.attention.cpu  # noqa: F401
+        import xquant_vllm.attention.cpu.kernels  # noqa: F401
     except OSError:
         if shutil.which("g++"):
             raise
@@ -27,7 +27,7 @@ def has_kernels() -> bool:
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> None:
     """Equal up to the instruction set's error, relative to a head's largest element, and the rounding of the dtype."""
-    from xquant_vllm.attention import cpu
+    from xquant_vllm.attention.cpu import kernels as cpu
 
     assert actual.dtype == expected.dtype
     rounding = ROUNDING[expected.dtype]

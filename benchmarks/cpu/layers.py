@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from xquant_vllm.attention import cpu
-from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
+from xquant_vllm.attention.batch import AttentionBatch
+from xquant_vllm.attention.cpu import kernels as cpu
 from xquant_vllm.attention.latents import LatentTerm
+from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
 from xquant_vllm.codec.rotation import hadamard_rotation
 from xquant_vllm.projection.basis import factorize

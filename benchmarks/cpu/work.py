@@ -6,9 +6,9 @@ not what the kernel spends on it: no unpacking of codes, no conversions, no addr
 
 from dataclasses import dataclass
 
-from xquant_vllm.attention import cpu
-from xquant_vllm.attention.batch import AttentionLayerPlan
-from xquant_vllm.attention.cpu_plan import prepare
+from xquant_vllm.attention.cpu import kernels as cpu
+from xquant_vllm.attention.cpu.prepared import prepare
+from xquant_vllm.attention.plan import AttentionLayerPlan
 
 # Of the polynomial and the scaling of an exponential.
 _EXPONENTIAL = 10

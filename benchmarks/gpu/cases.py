@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from xquant_vllm.attention import reference
-from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
+from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.latents import LatentTerm, Prediction
+from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.allocated import AllocatedFormat
 from xquant_vllm.codec.allocation import Runs
 from xquant_vllm.codec.layout import PageLayout, Stream, StreamFormat

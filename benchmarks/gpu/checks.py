@@ -16,8 +16,8 @@ import torch
 from benchmarks.gpu.cases import Case, Spec, make_case, make_plan, on_device, random_latents
 from benchmarks.gpu.kernels import Kernels
 from xquant_vllm.attention import reference
-from xquant_vllm.attention.batch import AttentionLayerPlan
 from xquant_vllm.attention.latents import read_slots
+from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.allocated import AllocatedFormat, channel_tables
 from xquant_vllm.codec.pages import load_slots, store_latents
 

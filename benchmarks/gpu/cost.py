@@ -9,8 +9,8 @@ counted, and neither is what a kernel keeps in memory in between. No version of 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from xquant_vllm.attention.batch import AttentionLayerPlan
 from xquant_vllm.attention.latents import LatentTerm
+from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.allocated import AllocatedFormat
 from xquant_vllm.codec.layout import Stream
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
+from xquant_vllm.attention.batch import AttentionBatch
+from xquant_vllm.attention.plan import AttentionLayerPlan
 
 Attention = Callable[
     [torch.Tensor, Sequence[torch.Tensor], AttentionLayerPlan, AttentionBatch, torch.Tensor],

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from xquant_vllm.attention import reference
-from xquant_vllm.attention.batch import AttentionLayerPlan
 from xquant_vllm.attention.latents import LatentTerm, Prediction
+from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.allocated import AllocatedFormat
 from xquant_vllm.codec.allocation import Runs, allocate
 from xquant_vllm.codec.layout import PageLayout, Stream, StreamFormat

@@ -16,7 +16,8 @@ from benchmarks.gpu.layers import Model, Shape, fill_pages, make_layer, page_byt
 from benchmarks.gpu.problem import Prepared, Problem
 from benchmarks.gpu.timing import Calls, Timing, measure
 from xquant_vllm.attention import reference
-from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
+from xquant_vllm.attention.batch import AttentionBatch
+from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.pages import load_slots
 
 # Sets of inputs together are so many times as large as the L2 cache, so that it holds none of them; up to so many sets.

@@ -1,4 +1,4 @@
-// The C interface of the CPU kernels: plain structs, no torch, no C++ types. xquant_vllm/attention/cpu_abi.py mirrors
+// The C interface of the CPU kernels: plain structs, no torch, no C++ types. xquant_vllm/attention/cpu/abi.py mirrors
 // them field by field; xquant_cpu_abi() changes whenever a struct does, and cpu.py refuses libraries of another.
 //
 // All strides count elements of the pointed-to type, except the stride of pages (bytes). Every pointer is borrowed for the

@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 
 from tests.attention.attention_cases import Case
-from xquant_vllm.attention.cpu_integers import segments
-from xquant_vllm.attention.cpu_plan import PreparedPlan
+from xquant_vllm.attention.cpu.integers import segments
+from xquant_vllm.attention.cpu.prepared import PreparedPlan
 from xquant_vllm.projection.integer_up import LARGEST_BYTE
 
 

@@ -12,7 +12,7 @@ import xquant_vllm
 from xquant_vllm.attention import dispatch, reference
 
 PACKAGE = Path(xquant_vllm.__file__).parent
-HAS_KERNELS = (PACKAGE / "attention" / "_cpu_kernels.so").is_file()
+HAS_KERNELS = (PACKAGE / "attention" / "cpu" / "_cpu_kernels.so").is_file()
 needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="the kernels were not built")
 
 
@@ -30,14 +30,14 @@ def override(monkeypatch):
     monkeypatch.undo()
     dispatch._choose.cache_clear()
     if HAS_KERNELS:
-        from xquant_vllm.attention import cpu
+        from xquant_vllm.attention.cpu import kernels as cpu
 
         cpu.set_isa(None)
 
 
 @needs_kernels
 def test_prefers_the_kernels(override) -> None:
-    from xquant_vllm.attention import cpu
+    from xquant_vllm.attention.cpu import kernels as cpu
 
     assert dispatch.select("cpu") is cpu
     assert cpu.isa() in dispatch.describe()
@@ -72,7 +72,7 @@ def _describe_elsewhere(folder: Path, library: bytes | None, **environment: str)
     copy = folder / "xquant_vllm"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     if library is not None:
-        (copy / "attention" / "_cpu_kernels.so").write_bytes(library)
+        (copy / "attention" / "cpu" / "_cpu_kernels.so").write_bytes(library)
     script = "import xquant_vllm.attention.dispatch as d; print(d.select('cpu').__name__); print(d.describe())"
     environment = {**os.environ, "PYTHONPATH": str(folder), **environment}
     return subprocess.run(

@@ -8,7 +8,7 @@ from benchmarks.cpu.work import Roofs, Work, decode_work, store_work
 from xquant_vllm.attention import reference
 
 try:
-    from xquant_vllm.attention import cpu
+    from xquant_vllm.attention.cpu import kernels as cpu
 except OSError as error:
     pytest.skip(f"no kernels: {error}", allow_module_level=True)
 

@@ -24,7 +24,7 @@ def override(monkeypatch):
 
 @pytest.mark.skipif(not has_kernels(), reason="the kernels were not built")
 def test_prefers_the_kernels(override) -> None:
-    from xquant_vllm.kivi import cpu
+    from xquant_vllm.kivi.cpu import kernels as cpu
 
     assert dispatch.select("cpu") is cpu
     assert "C++ kernels" in dispatch.describe("cpu")

@@ -9,7 +9,8 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import torch
 
 from xquant_vllm.attention import reference
-from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
+from xquant_vllm.attention.batch import AttentionBatch
+from xquant_vllm.attention.plan import AttentionLayerPlan
 
 # For tests: "reference", "triton" (also on the CPU, under TRITON_INTERPRET=1), or an instruction set of the C++ kernels
 # ("portable", "avx2", "avx512", "vnni"). Read once per process.
@@ -83,7 +84,7 @@ def choose(
         return Choice(slow, f"attention runs on the PyTorch reference: there are no kernels for {device_type}")
     try:
         kernels = load_cpu()
-        from xquant_vllm.attention import cpu
+        from xquant_vllm.attention.cpu import kernels as cpu
     except OSError as error:
         if override:
             raise RuntimeError(f"{OVERRIDE_VARIABLE}={override} cannot be met: {error}") from error
@@ -160,7 +161,7 @@ class Dispatch(Generic[_Kernels]):
 
 
 def _load_cpu() -> AttentionKernels:
-    from xquant_vllm.attention import cpu
+    from xquant_vllm.attention.cpu import kernels as cpu
 
     return cast(AttentionKernels, cpu)
 

@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import torch
 
-from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
+from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.latents import LatentTerm
+from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.projection.rematerialize import rematerialize_keys
 
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
+from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.exact import exact_latents
 from xquant_vllm.attention.latents import read_blocks, read_slots
+from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.pages import store_latents
 from xquant_vllm.projection.rematerialize import rematerialize_keys, up_project
 

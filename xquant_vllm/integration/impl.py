@@ -7,7 +7,7 @@ import torch
 from vllm.v1.attention.backend import AttentionLayer
 
 from xquant_vllm.attention import dispatch, reference
-from xquant_vllm.attention.batch import AttentionLayerPlan
+from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.integration.layer_cache import LayerCache
 from xquant_vllm.integration.loader import install_loader_hook
 from xquant_vllm.integration.metadata import PagedMetadata

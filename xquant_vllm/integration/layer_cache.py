@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from xquant_vllm.attention.batch import AttentionLayerPlan
 from xquant_vllm.attention.latents import LatentTerm, Prediction
+from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.layout import PageLayout
 from xquant_vllm.codec.rotation import HadamardRotation
 from xquant_vllm.integration.formats import LayerFormat

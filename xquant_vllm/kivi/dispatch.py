@@ -38,7 +38,7 @@ class KiviKernels(Protocol):
 
 
 def _load_cpu() -> KiviKernels:
-    from xquant_vllm.kivi import cpu
+    from xquant_vllm.kivi.cpu import kernels as cpu
 
     return cast(KiviKernels, cpu)
 

@@ -1,4 +1,4 @@
-// The part of the C interface that is KIVI's; see api.h. xquant_vllm/kivi/cpu_abi.py mirrors the structs, whose layout in
+// The part of the C interface that is KIVI's; see api.h. xquant_vllm/kivi/cpu/abi.py mirrors the structs, whose layout in
 // memory is drawn in xquant_vllm/kivi/pages.py.
 #ifndef XQUANT_CPU_KIVI_API_H
 #define XQUANT_CPU_KIVI_API_H

@@ -7,7 +7,7 @@ import torch
 
 from tests.attention.attention_cases import Spec, make_plan, random_latents, random_runs
 from xquant_vllm.attention import reference
-from xquant_vllm.attention.batch import AttentionLayerPlan
+from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.allocated import AllocatedFormat, channel_tables
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
 from xquant_vllm.codec.pages import load_slots

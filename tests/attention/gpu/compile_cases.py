@@ -6,9 +6,10 @@ from dataclasses import replace
 import torch
 
 from tests.attention.attention_cases import Spec, make_plan
-from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
+from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu import launch
 from xquant_vllm.attention.gpu.store import store
+from xquant_vllm.attention.plan import AttentionLayerPlan
 
 _LLAMA = Spec(
     kv_heads=8, group=4, head_size=128, hidden_size=4096, key_group=128, value_group=128, key_outliers=0,

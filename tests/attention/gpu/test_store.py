@@ -10,12 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.attention.attention_cases import Spec, make_plan, random_latents, random_spec
 from tests.attention.stored_pages import StoreCase, assert_same_pages, make_store_case
 from xquant_vllm.attention import reference
-from xquant_vllm.attention.batch import AttentionLayerPlan
 from xquant_vllm.attention.gpu import kernels, workspace
 from xquant_vllm.attention.gpu import store as gpu
 from xquant_vllm.attention.gpu.prepared_store import prepared_stores
 from xquant_vllm.attention.gpu.rotation_tables import rotation_tables
 from xquant_vllm.attention.latents import LatentTerm, Prediction
+from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.allocated import AllocatedFormat
 from xquant_vllm.codec.layout import PageLayout, Stream, StreamFormat
 from xquant_vllm.codec.pages import store_latents

@@ -7,8 +7,8 @@ from itertools import accumulate
 
 import torch
 
-from xquant_vllm.attention.batch import AttentionLayerPlan
 from xquant_vllm.attention.gpu import cuda_library
+from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.allocated import AllocatedFormat, channel_tables, scale_values
 from xquant_vllm.codec.allocation import Runs, run_bytes
 from xquant_vllm.codec.layout import PageLayout, StreamFormat

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import torch
 
-from xquant_vllm.attention.batch import AttentionLayerPlan
 from xquant_vllm.attention.exact import own_channels
 from xquant_vllm.attention.gpu.pairs import arranged
 from xquant_vllm.attention.latents import LatentTerm
+from xquant_vllm.attention.plan import AttentionLayerPlan
 
 
 class InputProjection(NamedTuple):

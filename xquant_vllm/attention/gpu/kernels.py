@@ -2,13 +2,13 @@
 
 import torch
 
-from xquant_vllm.attention.batch import AttentionLayerPlan
 from xquant_vllm.attention.gpu import cuda_decode, decode, prefill, workspace
 from xquant_vllm.attention.gpu.launch import paged_attention
 from xquant_vllm.attention.gpu.prepared import prepare
 from xquant_vllm.attention.gpu.prepared_store import prepare_store
 from xquant_vllm.attention.gpu.store import store, workspace_parts
 from xquant_vllm.attention.gpu.tiling import largest_decodes
+from xquant_vllm.attention.plan import AttentionLayerPlan
 
 __all__ = ["fix", "paged_attention", "reserve", "store"]
 

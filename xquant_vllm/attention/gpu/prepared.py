@@ -4,7 +4,6 @@ import weakref
 
 import torch
 
-from xquant_vllm.attention.batch import AttentionLayerPlan
 from xquant_vllm.attention.gpu.input_projection import of_inputs
 from xquant_vllm.attention.gpu.latent_tables import LatentTables, latent_tables, number_units
 from xquant_vllm.attention.gpu.operands import product_dtype
@@ -12,6 +11,7 @@ from xquant_vllm.attention.gpu.pairs import arranged, pair_columns, plain_column
 from xquant_vllm.attention.gpu.rematerialize import KeyTail
 from xquant_vllm.attention.gpu.unpack import Latent
 from xquant_vllm.attention.latents import LatentTerm
+from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
 
 # Channels of a chunk of keys. With 128 the unpacking of a tile took more registers than there are.

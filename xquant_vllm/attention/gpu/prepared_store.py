@@ -2,10 +2,10 @@
 
 import weakref
 
-from xquant_vllm.attention.batch import AttentionLayerPlan
 from xquant_vllm.attention.gpu.prediction_tables import prediction_tables
 from xquant_vllm.attention.gpu.rotation_tables import rotation_tables
 from xquant_vllm.attention.gpu.stream_tables import stream_tables
+from xquant_vllm.attention.plan import AttentionLayerPlan
 
 
 class PreparedStore:

@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 
-from xquant_vllm.attention.batch import AttentionLayerPlan
 from xquant_vllm.attention.gpu import cuda_store, workspace
 from xquant_vllm.attention.gpu.latent_tables import ALLOCATED, FP16, UNIFORM
 from xquant_vllm.attention.gpu.operands import operand_type
@@ -25,6 +24,7 @@ from xquant_vllm.attention.gpu.rotate import Rotation, rotate
 from xquant_vllm.attention.gpu.rotation_tables import RotationTables
 from xquant_vllm.attention.gpu.store_rotated import store_rotated
 from xquant_vllm.attention.gpu.stream_tables import StreamTables
+from xquant_vllm.attention.plan import AttentionLayerPlan
 
 # From so many tokens on a program has several: there are programs enough.
 _MANY_TOKENS = 256

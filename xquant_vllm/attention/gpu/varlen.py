@@ -9,8 +9,9 @@ from itertools import accumulate
 
 import torch
 
-from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
+from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu.pieces import Piece
+from xquant_vllm.attention.plan import AttentionLayerPlan
 
 Varlen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[int], Sequence[int], float, int], torch.Tensor]
 """Of queries, keys and values ``[tokens, heads, head_size]``, query and key lengths, scale, window (0: none)."""

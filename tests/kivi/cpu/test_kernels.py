@@ -15,7 +15,8 @@ from xquant_vllm.kivi.pages import QuantizedLayout
 if not has_kernels():
     pytest.skip("no kernels", allow_module_level=True)
 
-from xquant_vllm.kivi import cpu, cpu_plan
+from xquant_vllm.kivi.cpu import kernels as cpu
+from xquant_vllm.kivi.cpu import prepared as cpu_plan
 
 
 def assert_same_pages(actual: Sequences, expected: Sequences) -> None:

@@ -21,11 +21,12 @@ from pathlib import Path
 
 import torch
 
-from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
-from xquant_vllm.attention.cpu_abi import ABI, Input, StoreCall
-from xquant_vllm.attention.cpu_exact import exact_tokens
-from xquant_vllm.attention.cpu_plan import prepare
-from xquant_vllm.attention.cpu_tensors import batch_call, index_address, input_struct, set_heads
+from xquant_vllm.attention.batch import AttentionBatch
+from xquant_vllm.attention.cpu.abi import ABI, Input, StoreCall
+from xquant_vllm.attention.cpu.exact_tokens import exact_tokens
+from xquant_vllm.attention.cpu.prepared import prepare
+from xquant_vllm.attention.cpu.tensors import batch_call, index_address, input_struct, set_heads
+from xquant_vllm.attention.plan import AttentionLayerPlan
 
 LIBRARY_PATH = Path(__file__).with_name("_cpu_kernels.so")
 

@@ -1,20 +1,20 @@
 """The C++ kernels of csrc/cpu/kivi: :mod:`xquant_vllm.kivi.reference`, fast, on CPUs.
 
-What is guaranteed is what :mod:`xquant_vllm.attention.cpu` guarantees, whose library, instruction set and threads these
-are: ``store`` writes the reference's bytes (a NaN or a zero may differ in its sign), and the output of a query token
-has the same bits whatever else is in the batch and however many threads work; with ``exact_step=False`` also however
-its prompt was cut into chunks.
+What is guaranteed is what :mod:`xquant_vllm.attention.cpu.kernels` guarantees, whose library, instruction set and
+threads these are: ``store`` writes the reference's bytes (a NaN or a zero may differ in its sign), and the output of
+a query token has the same bits whatever else is in the batch and however many threads work; with ``exact_step=False``
+also however its prompt was cut into chunks.
 """
 
 import ctypes
 
 import torch
 
-from xquant_vllm.attention.cpu import library, raise_error
-from xquant_vllm.attention.cpu_abi import Input, StoreCall
-from xquant_vllm.attention.cpu_tensors import batch_call, index_address, input_struct, page_structs, set_heads
-from xquant_vllm.kivi.cpu_abi import KiviAttentionCall, KiviStoreCall, Residual
-from xquant_vllm.kivi.cpu_plan import PreparedKiviPlan, prepare
+from xquant_vllm.attention.cpu.abi import Input, StoreCall
+from xquant_vllm.attention.cpu.kernels import library, raise_error
+from xquant_vllm.attention.cpu.tensors import batch_call, index_address, input_struct, page_structs, set_heads
+from xquant_vllm.kivi.cpu.abi import KiviAttentionCall, KiviStoreCall, Residual
+from xquant_vllm.kivi.cpu.prepared import PreparedKiviPlan, prepare
 from xquant_vllm.kivi.plan import KiviBatch, KiviLayerPlan
 
 

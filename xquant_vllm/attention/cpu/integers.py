@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from xquant_vllm.attention.cpu_abi import Head, Latent, Stream
+from xquant_vllm.attention.cpu.abi import Head, Latent, Stream
 from xquant_vllm.codec.allocation import STEP
 from xquant_vllm.projection.integer_up import BYTE_BITS, LARGEST_BYTE, byte_units
 

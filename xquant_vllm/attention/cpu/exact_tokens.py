@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
-from xquant_vllm.attention.cpu_streams import LANES
+from xquant_vllm.attention.batch import AttentionBatch
+from xquant_vllm.attention.cpu.streams import LANES
 from xquant_vllm.attention.exact import exact_keys, exact_latents, prompts, query_positions
+from xquant_vllm.attention.plan import AttentionLayerPlan
 
 
 def exact_tokens(

@@ -14,8 +14,9 @@ from tests.attention.integer_case import on_integers
 from tests.attention.stored_pages import assert_same_pages, make_store_case
 from tests.cpu_kernels import assert_close, bits, has_kernels
 from xquant_vllm.attention import reference
-from xquant_vllm.attention.batch import AttentionBatch, AttentionLayerPlan
+from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.latents import LatentTerm, Prediction
+from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.allocated import AllocatedFormat
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
 from xquant_vllm.codec.pages import load_slots
@@ -25,7 +26,8 @@ from xquant_vllm.projection.rematerialize import LayerProjection
 if not has_kernels():
     pytest.skip("no kernels", allow_module_level=True)
 
-from xquant_vllm.attention import cpu, cpu_plan
+from xquant_vllm.attention.cpu import kernels as cpu
+from xquant_vllm.attention.cpu import prepared as cpu_plan
 
 
 def make_case(spec: Spec) -> Case:
@@ -430,7 +432,7 @@ def test_shares_torchs_threads() -> None:
 import torch
 from pathlib import Path
 torch.set_num_threads(3)
-from xquant_vllm.attention import cpu
+from xquant_vllm.attention.cpu import kernels as cpu
 def pool():
     return sum("Name" in line for task in Path("/proc/self/task").iterdir() for line in (task / "status").open())
 assert cpu.num_threads() == 3, cpu.num_threads()

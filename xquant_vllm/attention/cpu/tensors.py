@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from xquant_vllm.attention.batch import AttentionBatch
-from xquant_vllm.attention.cpu_abi import AttentionCall, Input, Pages
+from xquant_vllm.attention.cpu.abi import AttentionCall, Input, Pages
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 

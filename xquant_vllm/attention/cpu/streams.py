@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from xquant_vllm.attention.cpu_abi import Chunk, Head, Piece
-from xquant_vllm.attention.cpu_abi import Stream as CStream
+from xquant_vllm.attention.cpu.abi import Chunk, Head, Piece
+from xquant_vllm.attention.cpu.abi import Stream as CStream
 from xquant_vllm.codec.allocated import AllocatedFormat, channel_tables
 from xquant_vllm.codec.allocation import Runs
 from xquant_vllm.codec.layout import Stream, StreamOffsets

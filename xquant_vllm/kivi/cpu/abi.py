@@ -1,8 +1,8 @@
-"""The C structs of csrc/cpu/kivi/kivi_api.h, field by field; their version is that of attention/cpu_abi.py."""
+"""The C structs of csrc/cpu/kivi/kivi_api.h, field by field; their version is that of attention/cpu/abi.py."""
 
 import ctypes
 
-from xquant_vllm.attention.cpu_abi import AttentionCall, Input, Pages, Plan, StoreCall
+from xquant_vllm.attention.cpu.abi import AttentionCall, Input, Pages, Plan, StoreCall
 
 _int64, _pointer = ctypes.c_int64, ctypes.c_void_p
 

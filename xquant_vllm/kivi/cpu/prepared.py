@@ -3,11 +3,11 @@
 import ctypes
 import weakref
 
-from xquant_vllm.attention.cpu_abi import Latent, Plan, Stream, Term
-from xquant_vllm.attention.cpu_plan import set_rope
-from xquant_vllm.attention.cpu_streams import cpu_stream
-from xquant_vllm.attention.cpu_tensors import dtype_number
-from xquant_vllm.kivi.cpu_abi import KiviPlan
+from xquant_vllm.attention.cpu.abi import Latent, Plan, Stream, Term
+from xquant_vllm.attention.cpu.prepared import set_rope
+from xquant_vllm.attention.cpu.streams import cpu_stream
+from xquant_vllm.attention.cpu.tensors import dtype_number
+from xquant_vllm.kivi.cpu.abi import KiviPlan
 from xquant_vllm.kivi.plan import KiviLayerPlan
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from xquant_vllm.attention.batch import AttentionLayerPlan
-from xquant_vllm.attention.cpu_abi import Latent, Plan, Stream, Term
-from xquant_vllm.attention.cpu_integers import IntegerKeys, integer_keys
-from xquant_vllm.attention.cpu_streams import LANES, CpuStream, cpu_stream
-from xquant_vllm.attention.cpu_tensors import page_structs
+from xquant_vllm.attention.cpu.abi import Latent, Plan, Stream, Term
+from xquant_vllm.attention.cpu.integers import IntegerKeys, integer_keys
+from xquant_vllm.attention.cpu.streams import LANES, CpuStream, cpu_stream
+from xquant_vllm.attention.cpu.tensors import page_structs
 from xquant_vllm.attention.latents import LatentTerm
+from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.projection.rope import RotaryTable
 
 
