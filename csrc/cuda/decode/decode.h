@@ -1,7 +1,7 @@
 // Decode attention over per-head latents: one key chunk and one value chunk per kv head, few query rows. The first of
-// two steps: it leaves what xquant_vllm/attention/gpu/attend.py calls Partial, which merge.py puts together.
+// two steps: it leaves what xquant_vllm/attention/gpu/decode/attend.py calls Partial, which merge.py puts together.
 //
-// Plain C. xquant_vllm/attention/gpu/cuda_library.py mirrors the structs field by field. All pointers are to device
+// Plain C. xquant_vllm/attention/gpu/cuda/library.py mirrors the structs field by field. All pointers are to device
 // memory unless said otherwise; strides count elements, those of pages bytes.
 #ifndef XQUANT_CUDA_DECODE_H
 #define XQUANT_CUDA_DECODE_H

@@ -1,7 +1,7 @@
 // Quantizing what new tokens bring into their slots of a layer's pages; the bytes are those of
 // xquant_vllm/codec/pages.py.
 //
-// Plain C. xquant_vllm/attention/gpu/cuda_library.py mirrors the structs field by field. All pointers are to device
+// Plain C. xquant_vllm/attention/gpu/cuda/library.py mirrors the structs field by field. All pointers are to device
 // memory unless said otherwise; strides count elements, those of pages bytes.
 #ifndef XQUANT_CUDA_STORE_H
 #define XQUANT_CUDA_STORE_H

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from xquant_vllm.attention.gpu import cuda_library
+from xquant_vllm.attention.gpu.cuda import library as cuda_library
 
 ROOT = Path(__file__).resolve().parents[3]
 KERNELS, EMULATION = ROOT / "csrc" / "cuda", ROOT / "tests" / "cuda_emulation"

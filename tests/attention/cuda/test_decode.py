@@ -12,13 +12,15 @@ from tests.attention.integer_case import on_integers
 from xquant_vllm.attention import reference
 
 pytest.importorskip("triton")
-from xquant_vllm.attention.gpu import cuda_decode, cuda_keys, cuda_library
-from xquant_vllm.attention.gpu.attend import Partial
-from xquant_vllm.attention.gpu.bit_addresses import bit_addresses
-from xquant_vllm.attention.gpu.cuda_keys import key_factors
-from xquant_vllm.attention.gpu.cuda_tables import quads, rope_arrays
-from xquant_vllm.attention.gpu.latent_tables import latent_chunks
+from xquant_vllm.attention.gpu.cuda import decode as cuda_decode
+from xquant_vllm.attention.gpu.cuda import keys as cuda_keys
+from xquant_vllm.attention.gpu.cuda import library as cuda_library
+from xquant_vllm.attention.gpu.cuda.keys import key_factors
+from xquant_vllm.attention.gpu.cuda.tables import quads, rope_arrays
+from xquant_vllm.attention.gpu.decode.attend import Partial
 from xquant_vllm.attention.gpu.prepared import PreparedPlan
+from xquant_vllm.attention.gpu.tables.bit_addresses import bit_addresses
+from xquant_vllm.attention.gpu.tables.latent_tables import latent_chunks
 from xquant_vllm.codec.allocated import AllocatedFormat
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
 from xquant_vllm.projection.basis import LatentBasis

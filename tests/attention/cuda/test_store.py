@@ -13,7 +13,7 @@ from xquant_vllm.codec.layout import PageLayout, StreamFormat
 from xquant_vllm.codec.pages import load_slots
 
 pytest.importorskip("triton")
-from xquant_vllm.attention.gpu import cuda_store
+from xquant_vllm.attention.gpu.cuda import store as cuda_store
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

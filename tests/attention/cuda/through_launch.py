@@ -14,7 +14,9 @@ import torch
 from tests.attention.attention_cases import Spec, make_case
 from tests.attention.integer_case import on_integers
 from xquant_vllm.attention import reference
-from xquant_vllm.attention.gpu import cuda_decode, cuda_library, launch
+from xquant_vllm.attention.gpu import launch
+from xquant_vllm.attention.gpu.cuda import decode as cuda_decode
+from xquant_vllm.attention.gpu.cuda import library as cuda_library
 
 CASES = (
     make_case(Spec(seqs=((150, 1), (70, 2)), dtype=torch.float16, bias=True)),

@@ -8,7 +8,7 @@ import torch
 from tests.attention.attention_cases import Spec, make_plan
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu import launch
-from xquant_vllm.attention.gpu.store import store
+from xquant_vllm.attention.gpu.store.store import store
 from xquant_vllm.attention.plan import AttentionLayerPlan
 
 _LLAMA = Spec(

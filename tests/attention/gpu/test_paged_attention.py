@@ -8,7 +8,7 @@ import torch
 from tests.attention.attention_cases import Case, Spec, make_case, random_spec
 from xquant_vllm.attention import reference
 from xquant_vllm.attention.gpu import launch
-from xquant_vllm.attention.gpu.prefill import prefill
+from xquant_vllm.attention.gpu.prefill.prefill import prefill
 from xquant_vllm.attention.gpu.prepared import prepare
 
 

@@ -2,11 +2,14 @@
 
 import torch
 
-from xquant_vllm.attention.gpu import cuda_decode, decode, prefill, workspace
+from xquant_vllm.attention.gpu import workspace
+from xquant_vllm.attention.gpu.cuda import decode as cuda_decode
+from xquant_vllm.attention.gpu.decode import decode
 from xquant_vllm.attention.gpu.launch import paged_attention
+from xquant_vllm.attention.gpu.prefill import prefill
 from xquant_vllm.attention.gpu.prepared import prepare
-from xquant_vllm.attention.gpu.prepared_store import prepare_store
-from xquant_vllm.attention.gpu.store import store, workspace_parts
+from xquant_vllm.attention.gpu.store.prepared_store import prepare_store
+from xquant_vllm.attention.gpu.store.store import store, workspace_parts
 from xquant_vllm.attention.gpu.tiling import largest_decodes
 from xquant_vllm.attention.plan import AttentionLayerPlan
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from xquant_vllm.attention.batch import AttentionBatch
-from xquant_vllm.attention.gpu.decode import decode
-from xquant_vllm.attention.gpu.prefill import prefill
+from xquant_vllm.attention.gpu.decode.decode import decode
+from xquant_vllm.attention.gpu.prefill.prefill import prefill
 from xquant_vllm.attention.gpu.prepared import prepare
 from xquant_vllm.attention.gpu.tiling import decodes
 from xquant_vllm.attention.plan import AttentionLayerPlan

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from xquant_vllm.attention.gpu.unpack import Pages
+from xquant_vllm.attention.gpu.device.unpack import Pages
 
 _pointers: dict[tuple[tuple[int, int], ...], tuple[torch.Tensor, torch.Tensor]] = {}
 

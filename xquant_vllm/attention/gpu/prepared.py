@@ -4,12 +4,12 @@ import weakref
 
 import torch
 
-from xquant_vllm.attention.gpu.input_projection import of_inputs
-from xquant_vllm.attention.gpu.latent_tables import LatentTables, latent_tables, number_units
+from xquant_vllm.attention.gpu.device.rematerialize import KeyTail
+from xquant_vllm.attention.gpu.device.unpack import Latent
 from xquant_vllm.attention.gpu.operands import product_dtype
-from xquant_vllm.attention.gpu.pairs import arranged, pair_columns, plain_columns
-from xquant_vllm.attention.gpu.rematerialize import KeyTail
-from xquant_vllm.attention.gpu.unpack import Latent
+from xquant_vllm.attention.gpu.prefill.input_projection import of_inputs
+from xquant_vllm.attention.gpu.tables.latent_tables import LatentTables, latent_tables, number_units
+from xquant_vllm.attention.gpu.tables.pairs import arranged, pair_columns, plain_columns
 from xquant_vllm.attention.latents import LatentTerm
 from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
@@ -31,7 +31,7 @@ class PreparedPlan:
         value_columns: likewise, of values and outputs, which are in the model's order.
         key: the key latents, times the up-projection.
         value: the value latents, times the up-projection; times the identity where they are the values.
-        value_units: FP32 ``[num_kv_heads, 2 * half]``, see :func:`.latent_tables.number_units`; read unless
+        value_units: FP32 ``[num_kv_heads, 2 * half]``, see ``number_units`` in tables/latent_tables.py; read unless
             ``project_value``.
         tail: bias, norm and RoPE of keys.
         value_bias: FP32 ``[num_kv_heads, 2 * half]``.

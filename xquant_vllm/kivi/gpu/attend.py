@@ -8,7 +8,7 @@ which never looks at residual pages.
 import triton
 import triton.language as tl
 
-from xquant_vllm.attention.gpu.softmax import to_scores, weigh
+from xquant_vllm.attention.gpu.device.softmax import to_scores, weigh
 from xquant_vllm.kivi.gpu.load import (
     exact_rows,
     first_exact,
@@ -67,7 +67,7 @@ def attend(
     Grid: ``(sequences * query_tiles, num_kv_heads, SPLITS)``.
 
     Args:
-        batch: :class:`xquant_vllm.attention.gpu.attend.Batch`; its block table is that of the quantized pages.
+        batch: :class:`xquant_vllm.attention.gpu.decode.attend.Batch`; its block table is that of the quantized pages.
         columns: int32 ``[2 * HALF]``: which channel of a key stands where in the halves, unless ``NATURAL``.
         quantized: :class:`QuantizedPages`.
         residual: :class:`ResidualPages`.

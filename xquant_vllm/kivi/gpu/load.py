@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from xquant_vllm.attention.gpu.rematerialize import finish_keys
+from xquant_vllm.attention.gpu.device.rematerialize import finish_keys
 
 
 @triton.jit

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import triton
 
+from xquant_vllm.attention.gpu.device.rematerialize import KeyTail
 from xquant_vllm.attention.gpu.operands import operand_type, product_dtype
-from xquant_vllm.attention.gpu.pairs import pair_columns
-from xquant_vllm.attention.gpu.rematerialize import KeyTail
+from xquant_vllm.attention.gpu.tables.pairs import pair_columns
 from xquant_vllm.kivi.pages import QuantizedLayout
 from xquant_vllm.kivi.plan import KiviLayerPlan
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from xquant_vllm.attention.gpu.fit import fit_group, uniform_codes
+from xquant_vllm.attention.gpu.device.fit import fit_group, uniform_codes
 from xquant_vllm.kivi.gpu.load import exact_rows
 
 

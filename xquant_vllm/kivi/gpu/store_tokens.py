@@ -6,7 +6,7 @@ Codes are bit for bit those of codec/quantizer.py, by the device functions that 
 import triton
 import triton.language as tl
 
-from xquant_vllm.attention.gpu.fit import fit_group, uniform_codes
+from xquant_vllm.attention.gpu.device.fit import fit_group, uniform_codes
 
 
 @triton.jit

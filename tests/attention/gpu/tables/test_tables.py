@@ -1,0 +1,97 @@
+"""What the host makes for the Triton kernels: tables, pieces, workspace. No kernel runs."""
+
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+
+from tests.attention.attention_cases import Spec, make_plan, random_runs
+from xquant_vllm.attention.gpu import tiling, workspace
+from xquant_vllm.attention.gpu.decode import decode
+from xquant_vllm.attention.gpu.prefill.spans import rounds
+from xquant_vllm.attention.gpu.prepared import prepare
+from xquant_vllm.attention.gpu.tables.bit_addresses import bit_addresses
+from xquant_vllm.attention.gpu.tables.pairs import arranged, pair_columns
+from xquant_vllm.codec.packing import pack
+from xquant_vllm.projection.rope import RotaryTable
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_bit_addresses(seed: int) -> None:
+    choose = random.Random(seed)
+    runs = random_runs(choose, 64) if seed else ((16, 24), (8, 8), (3, 16))
+    codes = [torch.randint(1 << bits, (channels,)) for bits, channels in runs]
+    codes = [
+        code.to(torch.int16).view(torch.float16) if bits == 16 else code
+        for code, (bits, _) in zip(codes, runs, strict=True)
+    ]
+    row = torch.cat([pack(code, bits) for code, (bits, _) in zip(codes, runs, strict=True)]).int()
+    low, low_mask, high, high_mask, high_shift, _ = bit_addresses(runs, first_byte=0)
+    read = ((row[low // 8] >> low % 8) & low_mask) | (((row[high // 8] >> high % 8) & high_mask) << high_shift)
+    exact = [code.view(torch.int16).int() & 0xFFFF if code.dtype == torch.float16 else code.int() for code in codes]
+    assert torch.equal(read, torch.cat(exact))
+
+
+@pytest.mark.parametrize("rotary", [0, 2, 32, 80])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_pairs(rotary: int, interleaved: bool) -> None:
+    rope = RotaryTable(torch.ones(4, rotary // 2), torch.zeros(4, rotary // 2), interleaved) if rotary else None
+    columns = pair_columns(80, rope)
+    assert sorted(columns[columns >= 0].tolist()) == list(range(80))
+    low, high = columns.view(2, -1)
+    assert low.numel() == 64
+    for pair in range(rotary // 2):
+        expected = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + rotary // 2)
+        assert (low[pair], high[pair]) == expected
+    x = torch.randn(3, 80)
+    found = arranged(x, columns)
+    assert (found[:, columns < 0] == 0).all()
+    assert torch.equal(found[:, columns >= 0], x[:, columns[columns >= 0].long()])
+
+
+def test_rounds() -> None:
+    found = rounds([(0, 0, 5, 5), (2, 10, 40, 30), (3, 0, 6, 0)], 16)
+    assert all(sum(piece.stop - piece.begin for piece in pieces) <= 16 for pieces in found)
+    whole = [piece for pieces in found for piece in pieces]
+    for sequence, oldest, length in ((0, 0, 5), (2, 10, 40), (3, 0, 6)):
+        own = [piece for piece in whole if piece.sequence == sequence]
+        assert own[0].begin == oldest
+        assert own[-1].stop == length
+        assert [piece.first for piece in own] == [True] + [False] * (len(own) - 1)
+        assert [piece.last for piece in own] == [False] * (len(own) - 1) + [True]
+        assert all(before.stop == after.begin for before, after in pairwise(own))
+    assert found[0][1].offset == 5
+    assert {(piece.sequence, piece.exact) for piece in whole} == {(0, 5), (2, 30), (3, 0)}
+
+
+def test_workspace() -> None:
+    workspace.release(CPU)
+    parts = (((3, 5), torch.float32), ((7,), torch.bfloat16))
+    workspace.reserve(CPU, workspace.bytes_of(*parts))
+    first, second = workspace.take(CPU, *parts)
+    first.fill_(1)
+    second.fill_(2)
+    assert (first == 1).all()
+    workspace.fix(CPU)
+    assert workspace.take(CPU, *parts)[0].data_ptr() == first.data_ptr()
+    with pytest.raises(RuntimeError, match="workspace, but only"):
+        workspace.take(CPU, ((10000,), torch.float32))
+    workspace.release(CPU)
+
+
+@pytest.mark.parametrize("longest", [1, 4, 64])
+@pytest.mark.parametrize("sequences", [1, 7, 300])
+def test_largest_batches(sequences: int, longest: int) -> None:
+    plan = make_plan(Spec(kv_heads=3))
+    prepared = prepare(plan, torch.float32)
+
+    def size(count: int) -> int:
+        splits = tiling.shape_of(3, 3, count, longest)[2]
+        return workspace.bytes_of(*decode.workspace_parts(prepared, count * longest, splits))
+
+    tried = tiling.largest_batches(3, 3, sequences, longest)
+    assert tried <= set(range(1, sequences + 1))
+    assert max(map(size, tried)) == max(map(size, range(1, sequences + 1)))

@@ -1,0 +1,285 @@
+"""The attention kernel: split-KV flash attention over pages of latents.
+
+A program has one kv head, a tile of one sequence's query tokens with all query heads of the kv head, and a share
+(*split*) of the cached tokens. It leaves a partial result that decode/merge.py puts together with those of others.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from xquant_vllm.attention.gpu.device.rematerialize import finish_keys, project_both, project_pairs
+from xquant_vllm.attention.gpu.device.softmax import to_scores, weigh
+from xquant_vllm.attention.gpu.device.unpack import HAS_UNIFORM, load_chunk, load_outlier
+
+
+class Batch(NamedTuple):
+    """:class:`AttentionBatch` and the queries."""
+
+    query: Any
+    token_stride: Any
+    head_stride: Any
+    query_start_loc: Any
+    seq_lens: Any
+    block_table: Any
+    table_stride: Any
+    num_heads: Any
+
+
+class Absorbed(NamedTuple):
+    """Queries times the up-projection of every chunk, of keys without norm and RoPE; see decode/absorb.py."""
+
+    query: Any  # [tokens, num_heads, most_chunks, WIDTH]
+    sums: Any  # [tokens, num_heads, most_chunks, 1 + OUTLIERS], FP32
+    most_chunks: Any
+
+
+class Partial(NamedTuple):
+    """What a split leaves, FP32.
+
+    ``sums`` ``[tokens, num_heads, splits, columns]`` are of value codes weighed by scales (columns are then channels of
+    the latent), or of values (channels of the head, in halves). ``stats`` ``[tokens, num_heads, splits, 3]`` are the
+    largest score, the sum of weights, and the sum of weighed zero points. Where the largest score is -inf, nothing else
+    is written.
+    """
+
+    sums: Any
+    stats: Any
+
+
+class Scores(NamedTuple):
+    """From products to scores; a ``window`` or ``soft_cap`` of 0 is none."""
+
+    scale: Any
+    soft_cap: Any
+    window: Any
+
+
+@triton.jit
+def _absorbed_scores(
+    absorbed,
+    pages,
+    key,
+    first,
+    last,
+    block,
+    within,
+    valid,
+    row,
+    row_valid,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KINDS: tl.constexpr,
+    HIGH: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Products of absorbed queries with latents, ``[ROWS, TOKENS]`` FP32; ``row`` indexes ``[tokens, num_heads]``."""
+    product = tl.zeros([ROWS, TOKENS], tl.float32)
+    for chunk in range(first, last):
+        page, number, scale, zero = load_chunk(pages, key, chunk, block, within, valid, WIDTH, KINDS, HIGH)
+        number = number.to(DTYPE)
+        of_chunk = row.to(tl.int64) * absorbed.most_chunks + (chunk - first)
+        at = absorbed.query + of_chunk[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        query = tl.load(at, row_valid[:, None], 0.0)
+        product += tl.dot(query, tl.trans(number), input_precision=PRECISION) * scale[None, :]
+        sums = absorbed.sums + of_chunk * (1 + OUTLIERS)
+        if HAS_UNIFORM & KINDS:
+            product += tl.load(sums, row_valid, 0.0)[:, None] * zero[None, :]
+        for channel in tl.static_range(OUTLIERS):
+            exact = load_outlier(key, chunk, channel, pages, page, within, valid)
+            product += tl.load(sums + 1 + channel, row_valid, 0.0)[:, None] * exact[None, :]
+    return product
+
+
+@triton.jit
+def attend(
+    batch,
+    columns,
+    pages,
+    key,
+    tail,
+    value,
+    absorbed,
+    partial,
+    scores,
+    query_tiles,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HALF: tl.constexpr,
+    SPLITS: tl.constexpr,
+    KEY_WIDTH: tl.constexpr,
+    KEY_KINDS: tl.constexpr,
+    KEY_HIGH: tl.constexpr,
+    KEY_OUTLIERS: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    VALUE_KINDS: tl.constexpr,
+    VALUE_HIGH: tl.constexpr,
+    VALUE_OUTLIERS: tl.constexpr,
+    ABSORB_KEY: tl.constexpr,
+    ABSORB_VALUE: tl.constexpr,
+    SHARED: tl.constexpr,
+    BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    ROPE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Attend over one split.
+
+    Grid: ``(sequences * query_tiles, num_kv_heads, SPLITS)``.
+
+    Args:
+        batch: :class:`Batch`.
+        columns: int32 ``[2 * HALF]``: which channel of a query head stands where in the halves; -1 is padding.
+        pages: :class:`Pages`.
+        key: :class:`Latent` of the keys.
+        tail: :class:`KeyTail`.
+        value: :class:`Latent` of the values.
+        absorbed: :class:`Absorbed`, read if ``ABSORB_KEY``.
+        partial: :class:`Partial`, written.
+        scores: :class:`Scores`.
+        query_tiles: tiles of query tokens that a sequence may have.
+        GROUP: query heads of a kv head.
+        ROWS: rows of a tile, a power of two of at least 16; ``ROWS // GROUP`` query tokens.
+        TOKENS: cached tokens of a tile.
+        HALF: columns of half a head.
+        SPLITS: shares of the cached tokens.
+        KEY_WIDTH: see :class:`LatentTables`, as the next three and those of values.
+        KEY_KINDS: likewise.
+        KEY_HIGH: likewise.
+        KEY_OUTLIERS: likewise.
+        VALUE_WIDTH: likewise.
+        VALUE_KINDS: likewise.
+        VALUE_HIGH: likewise.
+        VALUE_OUTLIERS: likewise.
+        ABSORB_KEY: whether queries score against latents.
+        ABSORB_VALUE: whether latents are weighed, not values; they are then one chunk without outliers.
+        SHARED: whether keys and values are projections of one latent, with chunks alike; neither is then absorbed.
+        BIAS: whether keys have a bias.
+        NORM: whether they have a norm.
+        ROPE: whether any pair rotates.
+        SOFT_CAP: whether there is one.
+        WINDOW: whether there is one.
+        DTYPE: of the products' operands.
+        PRECISION: of the products, where operands are FP32.
+    """
+    sequence, tile = tl.program_id(0) // query_tiles, tl.program_id(0) % query_tiles
+    head, split = tl.program_id(1), tl.program_id(2)
+    first_query = tl.load(batch.query_start_loc + sequence)
+    query_len = tl.load(batch.query_start_loc + sequence + 1) - first_query
+    tile_tokens: tl.constexpr = ROWS // GROUP
+    tile_first = tile * tile_tokens
+    if tile_first >= query_len:
+        return
+    past = tl.load(batch.seq_lens + sequence) - query_len
+    of_row = tl.arange(0, ROWS)
+    token = tile_first + of_row // GROUP
+    row_valid = (of_row < tile_tokens * GROUP) & (token < query_len)
+    query_position = past + token
+    row = (first_query + token) * batch.num_heads + head * GROUP + of_row % GROUP
+
+    end = past + tl.minimum(tile_first + tile_tokens, query_len)
+    oldest = 0
+    if WINDOW:
+        oldest = tl.maximum(0, past + tile_first - scores.window + 1)
+    tiles = tl.cdiv(end - oldest, TOKENS)
+    of_split = tl.cdiv(tiles, SPLITS) * TOKENS
+    begin = oldest + split * of_split
+    stop = tl.minimum(end, begin + of_split)
+
+    stats = partial.stats + (row.to(tl.int64) * SPLITS + split) * 3
+    if begin >= stop:
+        tl.store(stats, tl.full([ROWS], float("-inf"), tl.float32), row_valid)
+        return
+
+    half = tl.arange(0, HALF)
+    if not ABSORB_KEY:
+        at = (first_query + token).to(tl.int64) * batch.token_stride + (
+            head * GROUP + of_row % GROUP
+        ) * batch.head_stride
+        low_column, high_column = tl.load(columns + half), tl.load(columns + HALF + half)
+        query = batch.query + at
+        low_query = tl.load(
+            query[:, None] + low_column[None, :], row_valid[:, None] & (low_column >= 0)[None, :], 0.0
+        ).to(DTYPE)
+        high_query = tl.load(
+            query[:, None] + high_column[None, :], row_valid[:, None] & (high_column >= 0)[None, :], 0.0
+        ).to(DTYPE)
+    key_first, key_last = tl.load(key.first_chunk + head), tl.load(key.first_chunk + head + 1)
+    value_first, value_last = tl.load(value.first_chunk + head), tl.load(value.first_chunk + head + 1)
+
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    zeros = tl.zeros([ROWS], tl.float32)
+    if ABSORB_VALUE:
+        sums = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
+    else:
+        low_sums = tl.zeros([ROWS, HALF], tl.float32)
+        high_sums = tl.zeros([ROWS, HALF], tl.float32)
+    for start in range(begin, stop, TOKENS):
+        position = start + tl.arange(0, TOKENS)
+        valid = position < stop
+        of_table = batch.block_table + sequence.to(tl.int64) * batch.table_stride + position // pages.block_size
+        block = tl.load(of_table, valid, 0).to(tl.int64)
+        within = position % pages.block_size
+        if ABSORB_KEY:
+            product = _absorbed_scores(
+                absorbed, pages, key, key_first, key_last, block, within, valid, row, row_valid, ROWS, TOKENS,
+                KEY_WIDTH, KEY_KINDS, KEY_HIGH, KEY_OUTLIERS, DTYPE, PRECISION,
+            )  # fmt: skip
+        else:
+            if SHARED:
+                low, high, low_value, high_value = project_both(
+                    pages, key, value, key_first, key_last, block, within, valid, TOKENS, HALF, KEY_WIDTH, KEY_KINDS,
+                    KEY_HIGH, KEY_OUTLIERS, DTYPE, PRECISION,
+                )  # fmt: skip
+            else:
+                low, high = project_pairs(
+                    pages, key, key_first, key_last, block, within, valid, TOKENS, HALF, KEY_WIDTH, KEY_KINDS,
+                    KEY_HIGH, KEY_OUTLIERS, DTYPE, PRECISION,
+                )  # fmt: skip
+            low, high = finish_keys(low, high, tail, head, position, valid, HALF, BIAS, NORM, ROPE)
+            product = tl.dot(low_query, tl.trans(low.to(DTYPE)), input_precision=PRECISION)
+            product += tl.dot(high_query, tl.trans(high.to(DTYPE)), input_precision=PRECISION)
+        score = to_scores(product, scores, SOFT_CAP)
+        visible = valid[None, :] & (position[None, :] <= query_position[:, None])
+        if WINDOW:
+            visible &= position[None, :] > query_position[:, None] - scores.window
+        weight, decay, largest, total = weigh(score, visible, largest, total)
+        if ABSORB_VALUE:
+            _, number, scale, zero = load_chunk(
+                pages, value, value_first, block, within, valid, VALUE_WIDTH, VALUE_KINDS, VALUE_HIGH
+            )
+            number = number.to(DTYPE)
+            # FP16 has no room for weights times small scales.
+            unit = tl.max(scale, 0)
+            unit = tl.where(unit > 0, unit, 1.0)
+            weighed = (weight * (scale / unit)[None, :]).to(DTYPE)
+            sums = sums * decay[:, None] + unit * tl.dot(weighed, number, input_precision=PRECISION)
+            zeros = zeros * decay + tl.sum(weight * zero[None, :], 1)
+        else:
+            if not SHARED:
+                low_value, high_value = project_pairs(
+                    pages, value, value_first, value_last, block, within, valid, TOKENS, HALF, VALUE_WIDTH,
+                    VALUE_KINDS, VALUE_HIGH, VALUE_OUTLIERS, DTYPE, PRECISION,
+                )  # fmt: skip
+            weighed = weight.to(DTYPE)
+            low_sums = low_sums * decay[:, None] + tl.dot(weighed, low_value.to(DTYPE), input_precision=PRECISION)
+            high_sums = high_sums * decay[:, None] + tl.dot(weighed, high_value.to(DTYPE), input_precision=PRECISION)
+
+    tl.store(stats, largest, row_valid)
+    tl.store(stats + 1, total, row_valid)
+    tl.store(stats + 2, zeros, row_valid)
+    at = partial.sums + (row.to(tl.int64) * SPLITS + split)[:, None] * (VALUE_WIDTH if ABSORB_VALUE else 2 * HALF)
+    if ABSORB_VALUE:
+        tl.store(at + tl.arange(0, VALUE_WIDTH)[None, :], sums, row_valid[:, None])
+    else:
+        tl.store(at + half[None, :], low_sums, row_valid[:, None])
+        tl.store(at + HALF + half[None, :], high_sums, row_valid[:, None])

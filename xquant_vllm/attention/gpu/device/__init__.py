@@ -1,0 +1,1 @@
+"""Device functions that several kernels call, and what they are handed."""

@@ -1,0 +1,1 @@
+"""Attention of many query tokens: keys and values pass through a workspace of bounded size."""

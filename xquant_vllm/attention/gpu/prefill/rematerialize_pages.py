@@ -1,0 +1,200 @@
+"""Keys and values of cached tokens, written to a workspace: what prefill attends to."""
+
+import triton
+import triton.language as tl
+
+from xquant_vllm.attention.gpu.device.rematerialize import finish_keys, project_both, project_pairs, store_pairs
+from xquant_vllm.attention.gpu.device.unpack import load_chunk
+from xquant_vllm.attention.gpu.prefill.spans import PIECE_FIELDS
+
+_FIELDS = tl.constexpr(len(PIECE_FIELDS))
+
+
+@triton.jit
+def load_piece(pieces, index):
+    """A piece's description, in the order of ``PIECE_FIELDS``."""
+    of_piece = pieces + index * _FIELDS
+    return (
+        tl.load(of_piece),
+        tl.load(of_piece + 1),
+        tl.load(of_piece + 2),
+        tl.load(of_piece + 3),
+        tl.load(of_piece + 4),
+        tl.load(of_piece + 5),
+        tl.load(of_piece + 6),
+    )
+
+
+@triton.jit
+def rematerialize_pages(
+    pieces,
+    columns,
+    value_columns,
+    pages,
+    seq_lens,
+    block_table,
+    table_stride,
+    key,
+    tail,
+    value,
+    value_units,
+    value_bias,
+    keys,
+    values,
+    TOKENS: tl.constexpr,
+    HALF: tl.constexpr,
+    KEY_WIDTH: tl.constexpr,
+    KEY_KINDS: tl.constexpr,
+    KEY_HIGH: tl.constexpr,
+    KEY_OUTLIERS: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    VALUE_KINDS: tl.constexpr,
+    VALUE_HIGH: tl.constexpr,
+    VALUE_OUTLIERS: tl.constexpr,
+    BIAS: tl.constexpr,
+    PROJECT_VALUE: tl.constexpr,
+    SHARED: tl.constexpr,
+    VALUE_BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    ROPE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rematerialize a tile of one piece for one kv head. Grid: ``(tiles, pieces, num_kv_heads)``.
+
+    Args:
+        pieces: int32 ``[pieces, len(PIECE_FIELDS)]``.
+        columns: int32 ``[2 * HALF]``: channels of keys in the kernels' order; -1 is padding.
+        value_columns: likewise, of values.
+        pages: :class:`Pages`.
+        seq_lens: int32 ``[sequences]``: the host may take a sequence for longer than it is.
+        block_table: int32 ``[sequences, max_blocks]``.
+        table_stride: between its rows.
+        key: :class:`Latent` of the keys.
+        tail: :class:`KeyTail`.
+        value: :class:`Latent` of the values.
+        value_units: FP32 ``[num_kv_heads, 2 * HALF]``: by what numbers are multiplied to be channels, read unless
+            ``PROJECT_VALUE``.
+        value_bias: FP32 ``[num_kv_heads, 2 * HALF]``.
+        keys: ``[room, num_kv_heads, head_size]``, written.
+        values: likewise.
+        TOKENS: tokens of a tile.
+        HALF: columns of half a head.
+        KEY_WIDTH: see :class:`LatentTables`, as the next three and those of values.
+        KEY_KINDS: likewise.
+        KEY_HIGH: likewise.
+        KEY_OUTLIERS: likewise.
+        VALUE_WIDTH: likewise.
+        VALUE_KINDS: likewise.
+        VALUE_HIGH: likewise.
+        VALUE_OUTLIERS: likewise.
+        BIAS: whether keys have one.
+        PROJECT_VALUE: whether values are made by an up-projection; else value latents, of one chunk without outliers,
+            are the values.
+        SHARED: whether keys and values are projections of one latent, with chunks alike.
+        VALUE_BIAS: whether values have one.
+        NORM: whether keys have one.
+        ROPE: whether any pair rotates.
+        DTYPE: of the products' operands.
+        PRECISION: of the products, where operands are FP32.
+    """
+    head = tl.program_id(2)
+    sequence, begin, stop, offset, _, _, exact = load_piece(pieces, tl.program_id(1))
+    stop = tl.minimum(tl.minimum(stop, exact), tl.load(seq_lens + sequence))
+    start = begin + tl.program_id(0) * TOKENS
+    if start >= stop:
+        return
+    position = start + tl.arange(0, TOKENS)
+    valid = position < stop
+    of_table = block_table + sequence.to(tl.int64) * table_stride + position // pages.block_size
+    block = tl.load(of_table, valid, 0).to(tl.int64)
+    within = position % pages.block_size
+    row = ((offset + position - begin).to(tl.int64) * tl.num_programs(2) + head)[:, None] * tail.head_size
+
+    first, last = tl.load(key.first_chunk + head), tl.load(key.first_chunk + head + 1)
+    if SHARED:
+        low, high, low_value, high_value = project_both(
+            pages, key, value, first, last, block, within, valid, TOKENS, HALF, KEY_WIDTH, KEY_KINDS, KEY_HIGH,
+            KEY_OUTLIERS, DTYPE, PRECISION,
+        )  # fmt: skip
+    else:
+        low, high = project_pairs(
+            pages, key, first, last, block, within, valid, TOKENS, HALF, KEY_WIDTH, KEY_KINDS, KEY_HIGH, KEY_OUTLIERS,
+            DTYPE, PRECISION,
+        )  # fmt: skip
+    low, high = finish_keys(low, high, tail, head, position, valid, HALF, BIAS, NORM, ROPE)
+    store_pairs(keys, columns, row, low, high, valid, HALF, DTYPE)
+
+    if PROJECT_VALUE:
+        if not SHARED:
+            first, last = tl.load(value.first_chunk + head), tl.load(value.first_chunk + head + 1)
+            low_value, high_value = project_pairs(
+                pages, value, first, last, block, within, valid, TOKENS, HALF, VALUE_WIDTH, VALUE_KINDS, VALUE_HIGH,
+                VALUE_OUTLIERS, DTYPE, PRECISION,
+            )  # fmt: skip
+        if VALUE_BIAS:
+            at = value_bias + head * (2 * HALF) + tl.arange(0, HALF)
+            low_value += tl.load(at)[None, :]
+            high_value += tl.load(at + HALF)[None, :]
+        store_pairs(values, value_columns, row, low_value, high_value, valid, HALF, DTYPE)
+    else:
+        _store_latents(
+            pages, value, value_units, value_bias, values + row, tail.head_size, head, block, within, valid, HALF,
+            VALUE_WIDTH, VALUE_KINDS, VALUE_HIGH, VALUE_BIAS, DTYPE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_latents(
+    pages,
+    value,
+    units,
+    bias,
+    to,
+    head_size,
+    head,
+    block,
+    within,
+    valid,
+    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KINDS: tl.constexpr,
+    HIGH: tl.constexpr,
+    BIAS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Write a tile's value latents as values.
+
+    Args:
+        pages: :class:`Pages`.
+        value: :class:`Latent`, one chunk without outliers for every kv head.
+        units: see :func:`rematerialize_pages`, as what is not said here.
+        bias: likewise, of the values.
+        to: rows to write, pointers ``[TOKENS, 1]``.
+        head_size: channels of a head.
+        head: the kv head.
+        block: block ids of the tokens, int64 ``[TOKENS]``.
+        within: their slots within the blocks, ``[TOKENS]``.
+        valid: which of them there are, ``[TOKENS]``.
+        HALF: columns of half a head.
+        WIDTH: channels of a chunk.
+        KINDS: kinds of chunks that there are.
+        HIGH: whether any code has a high part.
+        BIAS: whether values have one.
+        DTYPE: of the values.
+    """
+    chunk = tl.load(value.first_chunk + head)
+    _, number, scale, zero = load_chunk(pages, value, chunk, block, within, valid, WIDTH, KINDS, HIGH)
+    channel = tl.arange(0, WIDTH)
+    latent = number * tl.load(units + head * (2 * HALF) + channel)[None, :] * scale[:, None] + zero[:, None]
+    if BIAS:
+        latent += tl.load(bias + head * (2 * HALF) + channel)[None, :]
+    tl.store(to + channel[None, :], latent.to(DTYPE), valid[:, None] & (channel < head_size)[None, :])
+    if WIDTH < 2 * HALF:
+        # Channels that are not stored, if there are any behind the others.
+        channel = tl.arange(0, 2 * HALF)
+        rest = tl.zeros([2 * HALF], tl.float32)
+        if BIAS:
+            rest += tl.load(bias + head * (2 * HALF) + channel)
+        missing = valid[:, None] & ((channel >= WIDTH) & (channel < head_size))[None, :]
+        tl.store(to + channel[None, :], rest.to(DTYPE)[None, :], missing)

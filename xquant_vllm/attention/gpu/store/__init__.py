@@ -1,0 +1,1 @@
+"""From what new tokens bring to bytes in their slots."""
