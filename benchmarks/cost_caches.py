@@ -10,10 +10,10 @@ import torch
 
 from xquant_vllm.codec.allocation import allocate
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
-from xquant_vllm.integration.formats import LayerAllocation, LayerFormat, LayerShape, layer_formats
-from xquant_vllm.integration.settings import XQuantSettings
 from xquant_vllm.projection.calibrated import layer_budget
 from xquant_vllm.projection.predicted import joint_width
+from xquant_vllm.scheme.formats import LayerAllocation, LayerFormat, LayerShape, layer_formats
+from xquant_vllm.scheme.settings import XQuantSettings
 
 # Variances of calibrated channels are taken as c ** -power, those of values times a share: so that SmolLM2 at 2 bits
 # stores about as many channels as real calibrations of it do (keys 33 of 64, values 63 of 64, joint 257 of 384).

@@ -10,7 +10,7 @@ from tests.cli.test_factorize import FakeTokenizer, factorize
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.cli import eval_subject
 from xquant_vllm.cli.main import main
-from xquant_vllm.integration.factor_header import read_header
+from xquant_vllm.scheme.factor_header import read_header
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.cli import factorize as command
 from xquant_vllm.cli.main import main
-from xquant_vllm.integration.factor_header import read_header
 from xquant_vllm.offline import samples
 from xquant_vllm.projection.calibrated import layer_budget
 from xquant_vllm.projection.calibration import GRADIENT_RIDGE, INPUT_RIDGE
 from xquant_vllm.projection.factor_file import FACTORS_FILE, HEADER_FILE, layer_tensors
 from xquant_vllm.projection.layer import BasisSpec, factorize_layer
+from xquant_vllm.scheme.factor_header import read_header
 
 LAYERS, HEADS = 3, 4
 INDEX = "model.safetensors.index.json"

@@ -8,12 +8,12 @@ from torch import nn
 
 from xquant_vllm.integration.capture import capture_qkv
 from xquant_vllm.integration.checks import UnsupportedError
-from xquant_vllm.integration.factors import FactorProvider
-from xquant_vllm.integration.formats import LayerShape, layer_formats
 from xquant_vllm.integration.modules import DenseLinear
 from xquant_vllm.integration.recognize import AttentionParts
-from xquant_vllm.integration.settings import parse_settings
 from xquant_vllm.integration.surgery import Surgeon
+from xquant_vllm.scheme.factor_provider import FactorProvider
+from xquant_vllm.scheme.formats import LayerShape, layer_formats
+from xquant_vllm.scheme.settings import parse_settings
 
 HEADS, KV_HEADS, HEAD_SIZE, HIDDEN = 4, 2, 16, 48
 LATENTS = {"cache": "latent"}

@@ -15,10 +15,10 @@ from vllm.model_executor.layers.linear import RowParallelLinear
 
 from tests.integration.test_surgery import HEAD_SIZE, HEADS, HIDDEN, KV_HEADS, Q_SIZE, Plain, operate, parts_of
 from xquant_vllm.integration.capture import module_output
-from xquant_vllm.integration.layer_cache import LayerCache
 from xquant_vllm.integration.modules import DenseLinear
 from xquant_vllm.integration.value_fold import fold, output_projection
 from xquant_vllm.projection.rematerialize import rematerialize_values
+from xquant_vllm.scheme.layer_scheme import LayerCache
 
 SETTINGS = {"cache": "latent"}
 

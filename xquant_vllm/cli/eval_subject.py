@@ -19,10 +19,10 @@ from xquant_vllm.evaluation.offline_engine import OfflineEngine
 from xquant_vllm.evaluation.prepared_method import PreparedMethod
 from xquant_vllm.evaluation.result import versions
 from xquant_vllm.evaluation.served_engine import serve, vllm_version
-from xquant_vllm.integration.factor_settings import factors_in
 from xquant_vllm.offline.checkpoint import Checkpoint, open_checkpoint
 from xquant_vllm.offline.refused import RefusedError
 from xquant_vllm.projection.factor_file import DTYPES
+from xquant_vllm.scheme.factor_conflicts import factors_in
 
 
 class Subject:

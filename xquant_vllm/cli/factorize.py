@@ -12,17 +12,6 @@ from tqdm import tqdm
 
 from xquant_vllm import __version__
 from xquant_vllm.cli.output import link_checkpoint, replaced_folder
-from xquant_vllm.integration.factor_header import (
-    Calibration,
-    ChainSettings,
-    FactorHeader,
-    FactorSettings,
-    Source,
-    Streams,
-)
-from xquant_vllm.integration.factors import Bases, joint_name, spec_of
-from xquant_vllm.integration.formats import LayerAllocation, LayerShape, layer_formats
-from xquant_vllm.integration.settings import XQuantSettings, parse_settings
 from xquant_vllm.offline.calibrated import CalibrationPlan, fit_layers, plan_calibration
 from xquant_vllm.offline.checkpoint import Checkpoint, open_checkpoint
 from xquant_vllm.offline.factorizer import Factorizer
@@ -42,6 +31,17 @@ from xquant_vllm.projection.factor_file import (
     write_json,
 )
 from xquant_vllm.projection.predicted import PredictedLink, link_shapes, link_tensors
+from xquant_vllm.scheme.factor_header import (
+    Calibration,
+    ChainSettings,
+    FactorHeader,
+    FactorSettings,
+    Source,
+    Streams,
+)
+from xquant_vllm.scheme.factor_provider import Bases, joint_name, spec_of
+from xquant_vllm.scheme.formats import LayerAllocation, LayerShape, layer_formats
+from xquant_vllm.scheme.settings import XQuantSettings, parse_settings
 
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from xquant_vllm.cli.factorize import factorize_checkpoint
 from xquant_vllm.evaluation.method_options import DEFAULT_CALIBRATION_TOKENS, MethodOptions
 from xquant_vllm.evaluation.served_method import calibration_source
-from xquant_vllm.integration.factor_settings import factors_in, over_factors
-from xquant_vllm.integration.settings import parse_settings
 from xquant_vllm.offline.checkpoint import Checkpoint
+from xquant_vllm.scheme.factor_conflicts import factors_in, over_factors
+from xquant_vllm.scheme.settings import parse_settings
 
 
 @contextlib.contextmanager

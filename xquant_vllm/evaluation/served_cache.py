@@ -8,10 +8,10 @@ from xquant_vllm.attention.latents import read_blocks
 from xquant_vllm.attention.reference import store
 from xquant_vllm.evaluation.cache_method import InputMethod
 from xquant_vllm.evaluation.hooked_model import HookedModel
-from xquant_vllm.integration.cache_builder import CacheBuilder, Factors, LayerParameters
-from xquant_vllm.integration.formats import LayerFormat
-from xquant_vllm.integration.settings import XQuantSettings
 from xquant_vllm.projection.rematerialize import rematerialize_keys, rematerialize_values
+from xquant_vllm.scheme.builder import CacheBuilder, Factors, LayerParameters
+from xquant_vllm.scheme.formats import LayerFormat
+from xquant_vllm.scheme.settings import XQuantSettings
 
 _BLOCK_SIZE = 16
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from xquant_vllm.codec.layout import BLOCK_SIZE_MULTIPLE
-from xquant_vllm.integration.factors import check_factors
-from xquant_vllm.integration.formats import LayerShape, layer_formats
 from xquant_vllm.integration.registration import BACKEND_NAME
-from xquant_vllm.integration.setting_errors import SettingsError
-from xquant_vllm.integration.settings import XQuantSettings, settings_of
+from xquant_vllm.scheme.factor_provider import check_factors
+from xquant_vllm.scheme.formats import LayerShape, layer_formats
+from xquant_vllm.scheme.setting_errors import SettingsError
+from xquant_vllm.scheme.settings import XQuantSettings, settings_of
 
 SUPPORTED_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 # Methods that propose tokens without a model of their own, so without attention layers that would need a cache.

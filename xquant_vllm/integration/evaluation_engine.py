@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from xquant_vllm.integration.settings import CONFIG_KEY
+from xquant_vllm.scheme.settings import CONFIG_KEY
 
 # Prompt tokens that are computed in one step; longer windows take several. It bounds the memory of activations, and
 # changes no logits: attention reads every token back from the pages, fresh or not.

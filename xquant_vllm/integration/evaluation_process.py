@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from xquant_vllm.integration.evaluation_engine import EngineRequest, EvaluationEngine
-from xquant_vllm.integration.setting_errors import SettingsError
+from xquant_vllm.scheme.setting_errors import SettingsError
 
 _STARTED, _ANSWERED, _REFUSED, _FAILED = "started", "answered", "refused", "failed"
 

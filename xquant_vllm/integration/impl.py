@@ -8,12 +8,12 @@ from vllm.v1.attention.backend import AttentionLayer
 
 from xquant_vllm.attention import dispatch, reference
 from xquant_vllm.attention.plan import AttentionLayerPlan
-from xquant_vllm.integration.layer_cache import LayerCache
 from xquant_vllm.integration.loader import install_loader_hook
 from xquant_vllm.integration.metadata import PagedMetadata
 from xquant_vllm.integration.paged_impl import PagedImpl, pages_of, refuse_output_scales
 from xquant_vllm.integration.registration import BACKEND_NAME
-from xquant_vllm.integration.settings import settings_of
+from xquant_vllm.scheme.layer_scheme import LayerCache
+from xquant_vllm.scheme.settings import settings_of
 
 
 class XQuantImpl(PagedImpl):

@@ -9,18 +9,18 @@ from torch import nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.models.utils import extract_layer_index
 
-from xquant_vllm.integration.cache_builder import layer_weights
 from xquant_vllm.integration.cache_spec import publish_page_size
 from xquant_vllm.integration.coverage import describe_coverage
 from xquant_vllm.integration.effective_weight import effective_linear
-from xquant_vllm.integration.factors import FactorProvider
-from xquant_vllm.integration.formats import LayerShape, layer_formats
 from xquant_vllm.integration.modules import DenseLinear
 from xquant_vllm.integration.operations import key_value_rows
 from xquant_vllm.integration.recognize import AttentionParts, recognize
 from xquant_vllm.integration.report import report
 from xquant_vllm.integration.surgery import Surgeon
 from xquant_vllm.integration.weight_hook import backend_layers, wrap_weight_processing
+from xquant_vllm.scheme.builder import layer_weights
+from xquant_vllm.scheme.factor_provider import FactorProvider
+from xquant_vllm.scheme.formats import LayerShape, layer_formats
 
 logger = logging.getLogger("vllm.xquant_vllm")
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from xquant_vllm.integration.cache_builder import LayerParameters
-from xquant_vllm.integration.formats import LayerFormat
 from xquant_vllm.integration.modules import DenseLinear, QueryAndInput
 from xquant_vllm.integration.recognize import AttentionParts
+from xquant_vllm.scheme.builder import LayerParameters
+from xquant_vllm.scheme.formats import LayerFormat
 
 
 @dataclass

@@ -7,8 +7,8 @@ from typing import Any
 
 from xquant_vllm.attention import dispatch, reference
 from xquant_vllm.codec.layout import Stream, StreamFormat
-from xquant_vllm.integration.formats import LayerFormat
-from xquant_vllm.integration.settings import XQuantSettings
+from xquant_vllm.scheme.formats import LayerFormat
+from xquant_vllm.scheme.settings import XQuantSettings
 
 logger = logging.getLogger("vllm.xquant_vllm")
 

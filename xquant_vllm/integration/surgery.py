@@ -14,18 +14,18 @@ from torch import nn
 
 from xquant_vllm.attention.latents import combine
 from xquant_vllm.codec.layout import Stream
-from xquant_vllm.integration.cache_builder import CacheBuilder, Factors
 from xquant_vllm.integration.capture import capture_qkv
 from xquant_vllm.integration.checks import unsupported_model
-from xquant_vllm.integration.formats import LayerFormat
-from xquant_vllm.integration.layer_cache import LayerCache
 from xquant_vllm.integration.modules import DenseLinear, QueryOnlyRotary
 from xquant_vllm.integration.operations import Operation
 from xquant_vllm.integration.probe import make_probe
 from xquant_vllm.integration.recognize import AttentionParts
-from xquant_vllm.integration.settings import XQuantSettings
 from xquant_vllm.integration.value_fold import ValueFold
 from xquant_vllm.projection.rematerialize import rematerialize_keys, rematerialize_values
+from xquant_vllm.scheme.builder import CacheBuilder, Factors
+from xquant_vllm.scheme.formats import LayerFormat
+from xquant_vllm.scheme.layer_scheme import LayerCache
+from xquant_vllm.scheme.settings import XQuantSettings
 
 # Relative error of rematerialized against original keys and values, by the dtype they are computed in. An unforeseen
 # treatment of keys is wrong by a large part of their size; quantized activations of a quantized layer are not.

@@ -5,15 +5,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from xquant_vllm.integration.factors import Bases, LayerWeights
-from xquant_vllm.integration.formats import LayerAllocation
-from xquant_vllm.integration.settings import XQuantSettings
 from xquant_vllm.offline.checkpoint import Checkpoint
 from xquant_vllm.offline.refused import RefusedError
 from xquant_vllm.offline.samples import collect_samples
 from xquant_vllm.projection.calibrated import fit_heads, layer_budget
 from xquant_vllm.projection.joint_kv import JointKVBasis
 from xquant_vllm.projection.predicted import PredictedChain, PredictedLink, layers_of_groups
+from xquant_vllm.scheme.factor_provider import Bases, LayerWeights
+from xquant_vllm.scheme.formats import LayerAllocation
+from xquant_vllm.scheme.settings import XQuantSettings
 
 # What a channel can be given, on average: with more, a budget would not be spent.
 CALIBRATED_BITS = (8, 4, 3, 2)
@@ -101,7 +101,7 @@ def fit_layers(
 
 @dataclass(frozen=True)
 class CalibratedFactors:
-    """All layers in memory; see :class:`xquant_vllm.integration.cache_builder.Factors`."""
+    """All layers in memory; see :class:`xquant_vllm.scheme.builder.Factors`."""
 
     layers: dict[int, CalibratedLayer] = field(default_factory=dict)
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from xquant_vllm.integration.factors import Bases
 from xquant_vllm.offline.checkpoint import Checkpoint
 from xquant_vllm.projection.layer import BasisSpec, factorize_layer
+from xquant_vllm.scheme.factor_provider import Bases
 
 
 class Factorizer:

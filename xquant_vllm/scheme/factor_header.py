@@ -7,7 +7,6 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from xquant_vllm.codec.allocated import AllocatedFormat
-from xquant_vllm.integration.formats import LayerAllocation
 from xquant_vllm.projection.basis import BasisKind
 from xquant_vllm.projection.factor_file import (
     DTYPES,
@@ -18,6 +17,7 @@ from xquant_vllm.projection.factor_file import (
 )
 from xquant_vllm.projection.layer import BasisSpec
 from xquant_vllm.projection.predicted import joint_width
+from xquant_vllm.scheme.formats import LayerAllocation
 
 
 class _Model(BaseModel):

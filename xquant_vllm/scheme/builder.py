@@ -11,10 +11,6 @@ from typing import Protocol
 import torch
 
 from xquant_vllm.codec.rotation import hadamard_rotation
-from xquant_vllm.integration.factors import Bases, LayerWeights
-from xquant_vllm.integration.formats import LayerFormat
-from xquant_vllm.integration.layer_cache import LayerCache
-from xquant_vllm.integration.settings import XQuantSettings
 from xquant_vllm.projection.basis import LatentBasis
 from xquant_vllm.projection.chain import chain_prediction, chain_up_projection, input_up_projection
 from xquant_vllm.projection.integer_up import with_integer_up
@@ -22,13 +18,17 @@ from xquant_vllm.projection.joint_kv import JointKVBasis
 from xquant_vllm.projection.predicted import PredictedLink
 from xquant_vllm.projection.rematerialize import HeadNorm, LayerProjection
 from xquant_vllm.projection.rope import RotaryTable
+from xquant_vllm.scheme.factor_provider import Bases, LayerWeights
+from xquant_vllm.scheme.formats import LayerFormat
+from xquant_vllm.scheme.layer_scheme import LayerCache
+from xquant_vllm.scheme.settings import XQuantSettings
 
 # Of the rotation of X: one for all layers, so that deltas add up.
 _INPUT_SEED = 2508
 
 
 class Factors(Protocol):
-    """Gives layers their bases; :class:`xquant_vllm.integration.factors.FactorProvider` is the server's."""
+    """Gives layers their bases; :class:`xquant_vllm.scheme.factor_provider.FactorProvider` is the server's."""
 
     def layer_factors(self, layer: LayerWeights) -> Bases:
         """Key basis and value basis of a layer."""

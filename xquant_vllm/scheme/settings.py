@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 
 from xquant_vllm.codec.layout import UNIFORM_BITS
 from xquant_vllm.codec.packing import UNQUANTIZED_BITS
-from xquant_vllm.integration.setting_errors import SettingsError, explained, refuse
+from xquant_vllm.scheme.setting_errors import SettingsError, explained, refuse
 
 CONFIG_KEY = "xquant"
 # Overrides single settings in tests, as JSON. Users set --additional-config.
@@ -252,7 +252,7 @@ def settings_of(vllm_config: Any) -> XQuantSettings:
     """
     additional = getattr(vllm_config, "additional_config", None)
     settings = parse_settings(additional.get(CONFIG_KEY) if isinstance(additional, Mapping) else None)
-    from xquant_vllm.integration.factor_settings import factors_of, over_factors  # which need what is defined here
+    from xquant_vllm.scheme.factor_conflicts import factors_of, over_factors  # which need what is defined here
 
     return over_factors(settings, *factors_of(vllm_config))
 

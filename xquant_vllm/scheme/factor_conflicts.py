@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from xquant_vllm.codec.packing import UNQUANTIZED_BITS
-from xquant_vllm.integration.factor_header import FactorHeader, FactorSettings, read_header
-from xquant_vllm.integration.setting_errors import SettingsError
-from xquant_vllm.integration.settings import PerStream, XQuantSettings
 from xquant_vllm.projection.factor_file import FACTORS_FILE, HEADER_FILE, FactorFileError
+from xquant_vllm.scheme.factor_header import FactorHeader, FactorSettings, read_header
+from xquant_vllm.scheme.setting_errors import SettingsError
+from xquant_vllm.scheme.settings import PerStream, XQuantSettings
 
 # Built into all calibrated factors: they know of nothing else.
 _CALIBRATED: dict[str, Any] = {

@@ -10,19 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from xquant_vllm.integration.factor_header import (
-    Calibration,
-    ChainSettings,
-    FactorHeader,
-    FactorSettings,
-    Source,
-    Streams,
-    read_header,
-)
-from xquant_vllm.integration.factor_settings import refuse_factors
-from xquant_vllm.integration.factors import FactorProvider, HeadShard, LayerWeights, check_factors, spec_of
-from xquant_vllm.integration.setting_errors import SettingsError
-from xquant_vllm.integration.settings import parse_settings, settings_of
 from xquant_vllm.projection.factor_file import (
     FACTORS_FILE,
     FORMAT_VERSION,
@@ -34,6 +21,19 @@ from xquant_vllm.projection.factor_file import (
     write_json,
 )
 from xquant_vllm.projection.layer import factorize_layer
+from xquant_vllm.scheme.factor_conflicts import refuse_factors
+from xquant_vllm.scheme.factor_header import (
+    Calibration,
+    ChainSettings,
+    FactorHeader,
+    FactorSettings,
+    Source,
+    Streams,
+    read_header,
+)
+from xquant_vllm.scheme.factor_provider import FactorProvider, HeadShard, LayerWeights, check_factors, spec_of
+from xquant_vllm.scheme.setting_errors import SettingsError
+from xquant_vllm.scheme.settings import parse_settings, settings_of
 
 LAYERS, KV_HEADS, HEAD_SIZE, HIDDEN = 3, 4, 8, 24
 
@@ -115,7 +115,7 @@ def warnings(monkeypatch):
     """What the cache warns of."""
     lines = []
     monkeypatch.setattr(
-        "xquant_vllm.integration.factor_cache.logger.warning", lambda line, *values: lines.append(line % values)
+        "xquant_vllm.scheme.factor_cache.logger.warning", lambda line, *values: lines.append(line % values)
     )
     return lines
 

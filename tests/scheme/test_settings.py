@@ -2,9 +2,9 @@
 
 import pytest
 
-from xquant_vllm.integration.formats import LayerShape, layer_formats
-from xquant_vllm.integration.setting_errors import SettingsError
-from xquant_vllm.integration.settings import OVERRIDE_VARIABLE, PerStream, parse_settings
+from xquant_vllm.scheme.formats import LayerShape, layer_formats
+from xquant_vllm.scheme.setting_errors import SettingsError
+from xquant_vllm.scheme.settings import OVERRIDE_VARIABLE, PerStream, parse_settings
 
 CHAIN = {"method": "xquant-cl"}
 

@@ -4,9 +4,9 @@ import torch
 
 from xquant_vllm.attention.gpu.prepared import PreparedPlan
 from xquant_vllm.codec.layout import StreamFormat
-from xquant_vllm.integration.formats import LayerFormat, LayerShape
-from xquant_vllm.integration.layer_cache import LayerCache
 from xquant_vllm.projection.rematerialize import LayerProjection
+from xquant_vllm.scheme.formats import LayerFormat, LayerShape
+from xquant_vllm.scheme.layer_scheme import LayerCache
 
 
 def test_on_host() -> None:

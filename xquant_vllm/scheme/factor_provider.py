@@ -8,11 +8,6 @@ from typing import Any
 
 import torch
 
-from xquant_vllm.integration.factor_cache import FactorCache, Shapes, cache_folder
-from xquant_vllm.integration.factor_header import FactorHeader
-from xquant_vllm.integration.factor_settings import factors_of, refuse_factors
-from xquant_vllm.integration.formats import LayerAllocation
-from xquant_vllm.integration.settings import XQuantSettings
 from xquant_vllm.projection.ahead import AheadPool
 from xquant_vllm.projection.basis import LatentBasis
 from xquant_vllm.projection.factor_file import (
@@ -30,6 +25,11 @@ from xquant_vllm.projection.factor_file import (
 from xquant_vllm.projection.joint_kv import JointKVBasis, factorize_joint_kv
 from xquant_vllm.projection.layer import BasisSpec, factorize_layer
 from xquant_vllm.projection.predicted import PredictedLink, layers_of_groups, link_shapes
+from xquant_vllm.scheme.factor_cache import FactorCache, Shapes, cache_folder
+from xquant_vllm.scheme.factor_conflicts import factors_of, refuse_factors
+from xquant_vllm.scheme.factor_header import FactorHeader
+from xquant_vllm.scheme.formats import LayerAllocation
+from xquant_vllm.scheme.settings import XQuantSettings
 
 Bases = tuple[LatentBasis, LatentBasis]
 

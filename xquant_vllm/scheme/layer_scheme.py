@@ -9,8 +9,8 @@ from xquant_vllm.attention.latents import LatentTerm, Prediction
 from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.layout import PageLayout
 from xquant_vllm.codec.rotation import HadamardRotation
-from xquant_vllm.integration.formats import LayerFormat
 from xquant_vllm.projection.rematerialize import LayerProjection
+from xquant_vllm.scheme.formats import LayerFormat
 
 
 @dataclass(frozen=True)
