@@ -14,7 +14,7 @@ from vllm_process import free_port
 
 from tests.packaging import beside_vllm
 from tests.packaging.image_build import ROOT, ImageBuild, Stage, StepError
-from xquant_vllm.integration.compat import unsupported_reason
+from xquant_vllm.plugin.compat import unsupported_reason
 
 CPU, CUDA = ROOT / "docker" / "Dockerfile.cpu", ROOT / "docker" / "Dockerfile"
 NVCC = shutil.which(os.environ.get("NVCC", "nvcc"))
@@ -82,7 +82,7 @@ def test_cpu_image_has_the_wheel_with_kernels_and_the_pinned_vllm(cpu_image):
     library, versions = done.stdout.splitlines()
     assert Path(library.split()[0]).resolve().is_relative_to(environment.resolve())
     assert versions.startswith(setup_env.packages.pinned_vllm(ROOT))
-    assert "xquant_vllm.integration.plugin:register" in versions
+    assert "xquant_vllm.plugin.entry_point:register" in versions
 
 
 @pytest.mark.parametrize("arguments", [[], ["--max-model-len", "64"]])

@@ -20,8 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     # torch takes seconds to import: not for --help.
-    from xquant_vllm.integration.checks import UnsupportedError
     from xquant_vllm.offline.refused import RefusedError
+    from xquant_vllm.plugin.checks import UnsupportedError
     from xquant_vllm.scheme.setting_errors import SettingsError
 
     try:

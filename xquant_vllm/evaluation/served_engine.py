@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from xquant_vllm.integration.evaluation_engine import EngineRequest
-from xquant_vllm.integration.evaluation_process import EngineProcess
+from xquant_vllm.plugin.evaluation.engine import EngineRequest
+from xquant_vllm.plugin.evaluation.process import EngineProcess
 
 _HIDDEN = "hidden_states"
 

@@ -18,12 +18,12 @@ from xquant_vllm.evaluation.method_options import (
 )
 from xquant_vllm.evaluation.prepared_method import PreparedMethod
 from xquant_vllm.evaluation.served_cache import ServedCache, layer_parameters
-from xquant_vllm.integration.checks import check_layer_kinds, check_layers
 from xquant_vllm.offline.calibrated import CALIBRATED_BITS, CalibratedFactors, fit_layers, plan_calibration
 from xquant_vllm.offline.checkpoint import Checkpoint
 from xquant_vllm.offline.refused import RefusedError
 from xquant_vllm.offline.samples import tokenize
 from xquant_vllm.offline.texts import text_name
+from xquant_vllm.plugin.checks import check_layer_kinds, check_layers
 from xquant_vllm.projection.factor_file import DTYPES, dtype_name
 from xquant_vllm.scheme.factor_conflicts import factors_in, over_factors
 from xquant_vllm.scheme.factor_header import FactorHeader

@@ -1,0 +1,175 @@
+"""Folding the up-projection of values into o_proj, on modules with vLLM's own output projection."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    ensure_model_parallel_initialized,
+    init_distributed_environment,
+)
+from vllm.model_executor.layers.linear import RowParallelLinear
+
+from tests.plugin.load.test_surgery import HEAD_SIZE, HEADS, HIDDEN, KV_HEADS, Q_SIZE, Plain, operate, parts_of
+from xquant_vllm.plugin.load.capture import module_output
+from xquant_vllm.plugin.load.modules import DenseLinear
+from xquant_vllm.plugin.load.value_fold import fold, output_projection
+from xquant_vllm.projection.rematerialize import rematerialize_values
+from xquant_vllm.scheme.layer_scheme import LayerCache
+
+SETTINGS = {"cache": "latent"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory):
+    """vLLM's linear layers ask which rank they are."""
+    with set_current_vllm_config(VllmConfig()):
+        store = f"file://{tmp_path_factory.mktemp('ranks') / 'store'}"
+        init_distributed_environment(1, 0, store, 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+        yield
+        cleanup_dist_env_and_memory()
+
+
+class WithOutput(Plain):
+    """Projects what its attention returns."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, *, bias: bool = False) -> None:
+        super().__init__()
+        self.qkv_proj = DenseLinear(self.qkv_proj.weight.data.to(dtype), None)
+        self.o_proj = RowParallelLinear(Q_SIZE, HIDDEN, bias, params_dtype=dtype, disable_tp=True)
+        for parameter in self.o_proj.parameters():
+            parameter.data.normal_()
+
+    def forward(self, positions, hidden_states):
+        output, _ = self.o_proj(self.attn(*self.split(hidden_states)))
+        return output
+
+
+class Gates(WithOutput):
+    """Multiplies attention outputs by a gate."""
+
+    def forward(self, positions, hidden_states):
+        gate = hidden_states.sum(-1, keepdim=True).sigmoid() * torch.linspace(0.5, 2, Q_SIZE)
+        output, _ = self.o_proj(gate * self.attn(*self.split(hidden_states)))
+        return output
+
+
+class AddsItsValues(WithOutput):
+    """Uses values besides attention."""
+
+    def forward(self, positions, hidden_states):
+        query, key, value = self.split(hidden_states)
+        attended = self.attn(query, key, value)
+        output, _ = self.o_proj(attended + value.repeat_interleave(HEADS // KV_HEADS, 1))
+        return output
+
+
+class ReturnsTwo(WithOutput):
+    """Returns more than its output."""
+
+    def forward(self, positions, hidden_states):
+        return super().forward(positions, hidden_states), None
+
+
+class WithTwo(WithOutput):
+    """Has two output projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.o_proj_2 = RowParallelLinear(Q_SIZE, HIDDEN, False, params_dtype=torch.float32, disable_tp=True)
+        self.o_proj_2.weight.data.normal_()
+
+
+def dense(module: WithOutput) -> DenseLinear:
+    """Its output projection as one that runs before vLLM has processed it."""
+    bias = module.o_proj.bias
+    return DenseLinear(module.o_proj.weight.data, None if bias is None else bias.data)
+
+
+def answer(module: WithOutput, attended: torch.Tensor) -> torch.Tensor:
+    """The module's output for an output of its attention."""
+    hidden = torch.ones(attended.shape[0], HIDDEN).to(attended)
+    return module_output(module, hidden, torch.arange(len(hidden)), attended, {"o_proj": dense(module)})
+
+
+def folded(cache: LayerCache) -> bool:
+    return cache.projection.up_value is None
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_folded_module_takes_latents_for_values(dtype, allowed, bias):
+    module = WithOutput(dtype, bias=bias)
+    plain, before = WithOutput(dtype, bias=bias), module.qkv_proj.weight.data.clone()
+    plain.load_state_dict(module.state_dict())
+    unfolded = operate(parts_of(plain), SETTINGS | {"fold_values": False}, plain.qkv_proj).projection
+    cache = operate(parts_of(module), SETTINGS, module.qkv_proj)
+    assert folded(cache)
+    assert unfolded.up_value is not None
+    assert not torch.equal(module.qkv_proj.weight.data, before)
+    latents = torch.randn(9, KV_HEADS, HEAD_SIZE)
+    values, same = rematerialize_values(latents, unfolded), rematerialize_values(latents, cache.projection)
+    assert torch.equal(same, latents)
+    expected, actual = (
+        answer(of, x.repeat_interleave(HEADS // KV_HEADS, 1).flatten(1).to(dtype)).float()
+        for of, x in ((plain, values), (module, latents))
+    )
+    assert (actual - expected).norm() <= allowed * expected.norm()
+
+
+def test_the_fold_is_rounded_once():
+    weight, up = torch.randn(HIDDEN, Q_SIZE).bfloat16(), torch.randn(KV_HEADS, HEAD_SIZE, HEAD_SIZE)
+    actual = fold(weight, up)
+    for head in range(HEADS):
+        columns = slice(head * HEAD_SIZE, (head + 1) * HEAD_SIZE)
+        exact = weight[:, columns].double() @ up[head // (HEADS // KV_HEADS)].double().T
+        assert torch.equal(actual[:, columns], exact.bfloat16())
+
+
+@pytest.mark.parametrize("kind", [Gates, AddsItsValues, ReturnsTwo, WithTwo, Plain])
+def test_a_module_that_does_more_with_its_values_is_not_folded(kind):
+    module = kind()
+    weights = {name: x.clone() for name, x in module.state_dict().items() if name.startswith("o_proj")}
+    assert not folded(operate(parts_of(module), SETTINGS, module.qkv_proj))
+    for name, weight in weights.items():
+        assert torch.equal(
+            module.state_dict()[name],
+            weight,
+        ), name
+
+
+@pytest.mark.parametrize("settings", [{"cache": "x"}, {"basis": "joint"}, {"method": "xquant-cl"}])
+def test_only_square_up_projections_are_folded(settings):
+    module = WithOutput()
+    weight = module.o_proj.weight.data.clone()
+    assert not folded(operate(parts_of(module), SETTINGS | settings, module.qkv_proj))
+    assert torch.equal(module.o_proj.weight.data, weight)
+
+
+def test_values_with_a_bias_are_not_folded():
+    module = WithOutput()
+    module.qkv_proj.bias = nn.Parameter(torch.randn(module.qkv_proj.weight.shape[0]), requires_grad=False)
+    assert not folded(operate(parts_of(module), SETTINGS, module.qkv_proj))
+
+
+def test_output_projections_that_cannot_be_exchanged():
+    """Quantized, packed, of another width, gathering its input, or a subclass."""
+    module = WithOutput()
+    parts, o_proj = parts_of(module), module.o_proj
+    assert output_projection(parts) == "o_proj"
+    assert output_projection(replace(parts, q_size=Q_SIZE // 2)) is None
+    o_proj.input_is_parallel, o_proj.tp_size = False, 2
+    assert output_projection(parts) is None
+    o_proj.input_is_parallel = True
+    method, o_proj.quant_method = o_proj.quant_method, object()
+    assert output_projection(parts) is None
+    o_proj.quant_method = method
+    assert output_projection(parts) == "o_proj"
+    o_proj.weight = nn.Parameter(torch.zeros(HIDDEN, Q_SIZE, dtype=torch.int8), requires_grad=False)
+    assert output_projection(parts) is None
+    del o_proj.weight
+    assert output_projection(parts) is None

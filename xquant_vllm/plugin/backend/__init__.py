@@ -1,0 +1,1 @@
+"""The attention backend: what runs in every step."""

@@ -1,0 +1,159 @@
+"""Per-layer implementation: vLLM's calls handed to the kernels."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionLayer
+
+from xquant_vllm.attention import dispatch, reference
+from xquant_vllm.attention.plan import AttentionLayerPlan
+from xquant_vllm.plugin.backend.metadata import PagedMetadata
+from xquant_vllm.plugin.backend.paged_impl import PagedImpl, pages_of, refuse_output_scales
+from xquant_vllm.plugin.load.loader import install_loader_hook
+from xquant_vllm.plugin.registration import BACKEND_NAME
+from xquant_vllm.scheme.layer_scheme import LayerCache
+from xquant_vllm.scheme.settings import settings_of
+
+
+class XQuantImpl(PagedImpl):
+    """Stores latents as codes and attends over them.
+
+    ``cache`` is set by the loader hook once the weights are there.
+    """
+
+    backend_name = BACKEND_NAME
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the layer's shape; refuse what the kernels do not do."""
+        super().__init__(*args, **kwargs)
+        self.settings = settings_of(self.vllm_config)
+        self.cache: LayerCache | None = None
+        self._earlier: tuple[Any, ...] = ()
+        self._plans: dict[int, AttentionLayerPlan] = {}
+        self._known_pages: tuple[list[torch.Tensor], tuple[torch.Tensor, ...]] = ([], ())
+        install_loader_hook()
+
+    def set_cache(self, cache: LayerCache, earlier: Sequence[Any]) -> None:
+        """Take what surgery made of this layer.
+
+        Args:
+            cache: how its cache is written and read.
+            earlier: vLLM's ``Attention`` of the layers whose pages are read too.
+        """
+        device = cache.projection.up_key.device
+        arranges = device.type != "cpu" and dispatch.select(device.type) is not reference
+        self.cache, self._earlier = cache.on_host() if arranges else cache, tuple(earlier)
+        self._plans.clear()
+
+    def _plan(self, block_size: int) -> AttentionLayerPlan:
+        """The layer's plan for pages of a block size; vLLM decides on it after the weights are loaded."""
+        plan = self._plans.get(block_size)
+        if plan is None:
+            assert self.cache is not None
+            plan = self._plans[block_size] = self.cache.plan(
+                block_size,
+                [attention.impl.cache.format for attention in self._earlier],
+                num_heads=self.num_heads,
+                scale=self.scale,
+                sliding_window=self.sliding_window,
+                logits_soft_cap=self.logits_soft_cap,
+                exact_from=self._exact_from,
+            )
+        return plan
+
+    @property
+    def _exact_from(self) -> int | None:
+        """More query tokens than a decoding sequence has are a prompt's."""
+        if self.settings.prompt == "cached":
+            return None
+        speculative = self.vllm_config.speculative_config
+        return 2 + (speculative.num_speculative_tokens if speculative is not None else 0)
+
+    def reserve(self, block_size: int, device: torch.device) -> None:
+        """Take the memory that the kernels need for the largest batch.
+
+        Args:
+            block_size: slots per page.
+            device: where.
+        """
+        scheduler = self.vllm_config.scheduler_config
+        dtype = self.vllm_config.model_config.dtype
+        tokens = scheduler.max_num_batched_tokens
+        dispatch.reserve(self._plan(block_size), tokens, scheduler.max_num_seqs, dtype, device)
+
+    def _pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The layer's own pages and those that it reads too; all go by one block table.
+
+        The same tuple as long as vLLM's tensors are the same, so that kernels look at it once.
+        """
+        caches = [kv_cache, *(attention.kv_cache for attention in self._earlier)]
+        known, pages = self._known_pages
+        if len(known) != len(caches) or any(a is not b for a, b in zip(known, caches, strict=True)):
+            pages = tuple(map(pages_of, caches))
+            self._known_pages = (caches, pages)
+        return pages
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: PagedMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend over the pages; the latents of this call are already stored.
+
+        Args:
+            layer: the calling layer.
+            query: ``[num_tokens, num_heads, head_size]``, after RoPE.
+            key: key latents (or the layer input, padded) ``[num_tokens, heads, head_size]``; read where prompts attend
+                to their own tokens exactly.
+            value: value latents, likewise.
+            kv_cache: ``[num_blocks, 1, block_size, bytes_per_token]`` uint8.
+            attn_metadata: the batch; None in profiling runs.
+            output: ``[num_tokens, num_heads, head_size]``, written.
+            output_scale: not supported.
+            output_block_scale: not supported.
+        """
+        refuse_output_scales(BACKEND_NAME, output_scale, output_block_scale)
+        if attn_metadata is None:
+            # vLLM measures what is left for the cache: what the kernels need must be there by now.
+            self.reserve(self.vllm_config.cache_config.block_size, query.device)
+            return output.zero_()
+        tokens = attn_metadata.num_actual_tokens
+        kernels = dispatch.select(query.device.type)
+        plan = self._plan(kv_cache.shape[2])
+        inputs = None
+        if plan.exact_from is not None:
+            assert self.cache is not None
+            inputs = self.cache.inputs(key[:tokens], value[:tokens])
+        batch = attn_metadata.batch
+        kernels.paged_attention(query[:tokens], self._pages(kv_cache), plan, batch, output[:tokens], inputs)
+        return output
+
+    def do_kv_cache_update(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Store latents of new tokens.
+
+        Args:
+            layer: the calling layer.
+            key: key latents (or the layer input, padded) ``[num_tokens, heads, head_size]``, possibly a slice.
+            value: value latents, likewise.
+            kv_cache: ``[num_blocks, 1, block_size, bytes_per_token]`` uint8.
+            slot_mapping: ``[num_tokens]`` int64; negative entries are padding.
+        """
+        kernels = dispatch.select(key.device.type)
+        assert self.cache is not None
+        plan = self._plan(kv_cache.shape[2])
+        kernels.store(self._pages(kv_cache), plan, slot_mapping, self.cache.inputs(key, value))

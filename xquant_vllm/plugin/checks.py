@@ -1,0 +1,169 @@
+"""What is refused at start-up, by name, before a weight is loaded."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from xquant_vllm.codec.layout import BLOCK_SIZE_MULTIPLE
+from xquant_vllm.plugin.registration import BACKEND_NAME
+from xquant_vllm.scheme.factor_provider import check_factors
+from xquant_vllm.scheme.formats import LayerShape, layer_formats
+from xquant_vllm.scheme.setting_errors import SettingsError
+from xquant_vllm.scheme.settings import XQuantSettings, settings_of
+
+SUPPORTED_CACHE_DTYPES = ("auto", "bfloat16", "float16")
+# Methods that propose tokens without a model of their own, so without attention layers that would need a cache.
+SPECULATIVE_WITHOUT_DRAFT_MODEL = ("ngram", "suffix")
+
+
+_NO_CHAIN = 'set "method": "xquant"'
+OTHER_BACKEND = "choose another --attention-backend for this model"
+
+
+class UnsupportedError(ValueError):
+    """A vLLM feature that does not work together with this backend."""
+
+
+def unsupported_model(problem: str, backend: str = BACKEND_NAME) -> UnsupportedError:
+    """The error for a model, or one of its modules, that a backend cannot serve; ends with what to do instead.
+
+    A function and not a subclass: an error that changes its own message does not survive pickling, and vLLM sends
+    errors between processes.
+
+    Args:
+        problem: the model or module by name, and what about it is not supported; no full stop.
+        backend: name of the backend.
+    """
+    return UnsupportedError(f"{backend.lower()}: {problem}; {OTHER_BACKEND}")
+
+
+def check_config(vllm_config: Any) -> None:
+    """Refuse settings that cannot work and vLLM features that are not supported.
+
+    Raises:
+        SettingsError: an xquant setting cannot work on this model.
+        UnsupportedError: a feature is not supported; all such features are named, each with what to do.
+    """
+    settings = settings_of(vllm_config)
+    problems = list(_unsupported(vllm_config))
+    if problems:
+        raise UnsupportedError("\n".join(f"xquant: {problem}" for problem in problems))
+    model = vllm_config.model_config
+    if model is not None:
+        check_factors(vllm_config, settings)
+        num_layers = model.get_total_num_hidden_layers()
+        num_kv_heads = model.get_num_kv_heads(vllm_config.parallel_config)
+        sizes = (model.get_hidden_size(), num_kv_heads, model.get_head_size())
+        layer_formats(settings, [LayerShape(index, *sizes) for index in range(num_layers)])
+        check_layers(settings, num_layers)
+        if settings.method == "xquant-cl":
+            _check_chain(vllm_config)
+
+
+def _check_chain(vllm_config: Any) -> None:
+    """A layer of a chain reads other layers' pages by its own block table: one table must serve them all."""
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise UnsupportedError(
+            "xquant: setting 'method': 'xquant-cl' cannot work with --pipeline-parallel-size "
+            f"{vllm_config.parallel_config.pipeline_parallel_size}: a layer would need pages of another rank; "
+            f"{_NO_CHAIN}"
+        )
+    if not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        check_layer_kinds(getattr(vllm_config.model_config.hf_text_config, "layer_types", None) or ())
+
+
+def check_layers(settings: XQuantSettings, num_layers: int) -> None:
+    """Refuse settings that name layers which the model does not have.
+
+    Raises:
+        SettingsError: it names the setting.
+    """
+    if (settings.first_layers or 0) > num_layers:
+        raise SettingsError(
+            f"xquant: setting 'first_layers': {settings.first_layers} cannot work: the model has {num_layers} "
+            f"layers; set {num_layers} or fewer"
+        )
+    if max(settings.skip_layers, default=0) >= num_layers:
+        raise SettingsError(
+            f"xquant: setting 'skip_layers': {list(settings.skip_layers)} cannot work: the model has {num_layers} "
+            f"layers, counted from 0; name layers up to {num_layers - 1}"
+        )
+
+
+def check_layer_kinds(kinds: Sequence[str]) -> None:
+    """Refuse a chain over layers of different kinds (``layer_types`` of a configuration).
+
+    Raises:
+        UnsupportedError: there are several kinds.
+    """
+    if len(set(kinds)) > 1:
+        raise UnsupportedError(
+            "xquant: setting 'method': 'xquant-cl' cannot work on this model, whose kinds of layers "
+            f"({', '.join(sorted(set(kinds)))}) have block tables of their own: a layer could not read the pages of "
+            f"the one before; {_NO_CHAIN}"
+        )
+
+
+def unsupported_features(vllm_config: Any) -> Iterator[str]:
+    """What no backend of this package does: for every such feature asked for a line with what to do."""
+    from vllm.platforms import current_platform
+
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        yield (
+            f"no kernels for the platform {current_platform.device_type!r}, only for CUDA and CPUs; use another "
+            "--attention-backend"
+        )
+    yield from _unsupported_model(vllm_config.model_config)
+    if getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False):
+        yield "--kv-sharing-fast-prefill needs layers that share keys and values, which is not supported; leave it out"
+    if vllm_config.kv_transfer_config is not None:
+        yield (
+            "KV connectors (--kv-transfer-config, KV offloading) are not supported: they move keys and values, not "
+            "quantized pages; leave them out"
+        )
+    parallel = vllm_config.parallel_config
+    for option, size in (
+        ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
+        ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
+    ):
+        if size > 1:
+            yield f"{option} {size} is not supported; set 1"
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method not in SPECULATIVE_WITHOUT_DRAFT_MODEL:
+        yield (
+            f"speculative decoding by {speculative.method!r} is not supported, because its draft layers would need a "
+            f"cache of their own; use one of {', '.join(SPECULATIVE_WITHOUT_DRAFT_MODEL)}"
+        )
+
+
+def _unsupported(vllm_config: Any) -> Iterator[str]:
+    yield from unsupported_features(vllm_config)
+    cache = vllm_config.cache_config
+    if cache.cache_dtype not in SUPPORTED_CACHE_DTYPES:
+        yield (
+            f"--kv-cache-dtype {cache.cache_dtype} names the format of cached keys and values, which this backend "
+            'replaces; leave it out and set bits in --additional-config \'{"xquant": {"bits": 4}}\''
+        )
+    if cache.user_specified_block_size and cache.block_size % BLOCK_SIZE_MULTIPLE:
+        yield f"--block-size {cache.block_size} would misalign the pages; set a multiple of {BLOCK_SIZE_MULTIPLE}"
+    if vllm_config.lora_config is not None:
+        yield (
+            "--enable-lora is not supported: adapters would change the key and value projections after they were "
+            "factorized; merge the adapter into the checkpoint"
+        )
+    if vllm_config.load_config.load_format == "ipc_cache":
+        yield "--load-format ipc_cache skips the factorization of the weights; use auto"
+
+
+def _unsupported_model(model: Any) -> Iterator[str]:
+    if model is None:
+        return
+    # What no configuration tells (attention sinks, shared caches) is refused where the layer is built.
+    for present, feature in (
+        (model.use_mla, "multi-head latent attention (MLA), which already caches latents of its own"),
+        (model.is_encoder_decoder, "cross attention between an encoder and a decoder"),
+        (model.is_attention_free or model.is_hybrid, "state-space or linear attention layers"),
+        (model.uses_alibi, "ALiBi, a bias on the scores"),
+        (model.uses_mrope, "multimodal RoPE, several positions per token"),
+    ):
+        if present:
+            yield f"{model.architecture} ({model.model}) uses {feature}: not supported; {OTHER_BACKEND}"

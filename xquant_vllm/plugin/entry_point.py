@@ -1,0 +1,28 @@
+"""Entry point of the group ``vllm.general_plugins``; vLLM calls it once in every process."""
+
+import logging
+
+logger = logging.getLogger("vllm.xquant_vllm")
+
+
+def register() -> None:
+    """Make ``--attention-backend xquant`` and ``kivi`` known to vLLM. Idempotent; changes nothing for other backends.
+
+    Everything heavy waits until a backend is selected: the platform checks act only on configurations that ask for
+    it, and the loader hook is installed when the first layer is built with it.
+    """
+    import vllm
+
+    from xquant_vllm.plugin.compat import unsupported_reason
+
+    reason = unsupported_reason(vllm.__version__)
+    if reason is not None:
+        logger.warning(reason)
+        return
+
+    from xquant_vllm.plugin.platform import wrap_platform
+    from xquant_vllm.plugin.registration import BACKENDS, get_member
+
+    for name in BACKENDS:
+        get_member(name)
+    wrap_platform()

@@ -1,0 +1,1 @@
+"""A vLLM engine for `xquant eval --through vllm`."""

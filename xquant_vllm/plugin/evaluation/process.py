@@ -1,0 +1,136 @@
+"""An evaluation engine in a process of its own: what vLLM keeps per process, and its memory, end with it."""
+
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from xquant_vllm.plugin.evaluation.engine import EngineRequest, EvaluationEngine
+from xquant_vllm.scheme.setting_errors import SettingsError
+
+_STARTED, _ANSWERED, _REFUSED, _FAILED = "started", "answered", "refused", "failed"
+
+
+class EngineProcess:
+    """Starts the process, asks it, ends it.
+
+    Attributes:
+        bytes_per_token: bytes of a token in all layers' pages.
+    """
+
+    def __init__(
+        self, request: EngineRequest, start: Callable[[EngineRequest], EvaluationEngine] = EvaluationEngine
+    ) -> None:
+        """Start the engine and wait for it.
+
+        Args:
+            request: which engine.
+            start: starts it, in the process.
+
+        Raises:
+            SettingsError: this package refuses the model or a setting.
+            RuntimeError: vLLM failed.
+        """
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_main, args=(theirs, request, start), name="xquant-evaluation")
+        self._process.start()
+        theirs.close()
+        try:
+            self.bytes_per_token: int = self._receive(_STARTED)
+        except BaseException:
+            self.close()
+            raise
+
+    def hidden_states(self, window: Sequence[int]) -> torch.Tensor:
+        """See :meth:`EvaluationEngine.hidden_states`."""
+        self._connection.send(("hidden_states", list(window)))
+        return self._receive_tensor()
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See :meth:`EvaluationEngine.logits`."""
+        self._connection.send(("logits", None))
+        _send_tensor(self._connection, hidden)
+        return self._receive_tensor()
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def __enter__(self) -> "EngineProcess":
+        """For use in ``with``."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the process."""
+        self.close()
+
+    def _receive_tensor(self) -> torch.Tensor:
+        self._receive(_ANSWERED)
+        return _receive_tensor(self._connection)
+
+    def _receive(self, expected: str) -> Any:
+        try:
+            kind, content = self._connection.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(
+                f"xquant: the vLLM engine died with exit status {self._process.exitcode}; VLLM_LOGGING_LEVEL=INFO may "
+                "show why"
+            ) from None
+        if kind == _REFUSED:
+            raise SettingsError(content)
+        if kind == _FAILED:
+            raise RuntimeError(f"xquant: the vLLM engine failed:\n{content}")
+        assert kind == expected, kind
+        return content
+
+
+def _main(connection: Connection, request: EngineRequest, start: Callable[[EngineRequest], EvaluationEngine]) -> None:
+    """The engine's process: answer until the other end is closed."""
+    # What vLLM prints is no result of the command.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        engine = start(request)
+        connection.send((_STARTED, engine.bytes_per_token))
+        while True:
+            method, window = connection.recv()
+            if method == "hidden_states":
+                answer = engine.hidden_states(window)
+            else:
+                answer = engine.logits(_receive_tensor(connection))
+            connection.send((_ANSWERED, None))
+            _send_tensor(connection, answer)
+    except EOFError:
+        return
+    except Exception as error:
+        # vLLM's configuration wraps errors of this package into its own.
+        ours = [line[line.index("xquant: ") :] for line in str(error).splitlines() if "xquant: " in line]
+        connection.send((_REFUSED, "\n".join(ours)) if ours else (_FAILED, traceback.format_exc()))
+
+
+def _send_tensor(connection: Connection, tensor: torch.Tensor) -> None:
+    """Send a tensor as bytes: PyTorch's own way takes shared memory, of which containers have little."""
+    tensor = tensor.cpu().contiguous()
+    connection.send((tensor.dtype, tensor.shape))
+    connection.send_bytes(tensor.view(torch.uint8).numpy().data.cast("B"))
+
+
+def _receive_tensor(connection: Connection) -> torch.Tensor:
+    dtype, shape = connection.recv()
+    tensor = torch.empty(shape, dtype=dtype)
+    connection.recv_bytes_into(tensor.view(torch.uint8).numpy().data.cast("B"))
+    return tensor

@@ -1,0 +1,51 @@
+"""Tell vLLM's allocator how many bytes a token of a layer takes."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.attention import Attention
+
+from xquant_vllm.codec.layout import BLOCK_SIZE_MULTIPLE
+from xquant_vllm.plugin.registration import BACKEND_NAME
+
+
+def publish_page_size(attention: Any, bytes_per_token: int) -> None:
+    """Make a layer report pages of its own size, so that every byte is counted and none is allocated in vain.
+
+    Args:
+        attention: vLLM's ``Attention``; its ``get_kv_cache_spec`` is replaced on this instance, since the size depends
+            on the layer and vLLM's hook for backends is a class method that knows neither layer nor settings.
+        bytes_per_token: bytes of a token's slot.
+    """
+    original = type(attention).get_kv_cache_spec.__get__(attention)
+
+    def get_kv_cache_spec(vllm_config: Any) -> Any:
+        spec = replace(original(vllm_config), dtype=torch.uint8, num_head_slots=1, state_content_bytes=bytes_per_token)
+        return replace(spec, block_size=fill_page(spec.block_size, spec.page_size_bytes, _page_of_others(vllm_config)))
+
+    attention.get_kv_cache_spec = get_kv_cache_spec
+
+
+def fill_page(block_size: int, page_bytes: int, other_page_bytes: int) -> int:
+    """Tokens of a block that shares its pool with larger pages of layers that keep keys and values.
+
+    vLLM pads all pages of a pool to the largest, which would take back every byte saved. Blocks of more tokens fill
+    the page instead: the most half blocks that fit, because prefix caching hits only multiples of what both kinds of
+    blocks divide.
+
+    Args:
+        block_size: tokens of a block as vLLM would have it.
+        page_bytes: bytes of such a block.
+        other_page_bytes: bytes of the largest page of the other layers, 0 if there are none.
+    """
+    halves = 2 if block_size % (2 * BLOCK_SIZE_MULTIPLE) == 0 else 1
+    return block_size // halves * max(halves, halves * other_page_bytes // page_bytes)
+
+
+def _page_of_others(vllm_config: Any) -> int:
+    """Bytes of the largest page of the layers that another backend serves (``backend_per_kind``)."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    others = [x for x in layers if isinstance(x, Attention) and x.attn_backend.get_name() != BACKEND_NAME]
+    specs = [spec for layer in others if (spec := layer.get_kv_cache_spec(vllm_config)) is not None]
+    return max((spec.page_size_bytes for spec in specs), default=0)

@@ -1,0 +1,36 @@
+"""Which layers of a model are compressed, for the log."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from torch import nn
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+
+from xquant_vllm.plugin.registration import BACKEND_NAME
+
+
+def describe_coverage(model: nn.Module) -> str:
+    """Name the layers of a model that are compressed, and those that keep keys and values, and by which backend.
+
+    Args:
+        model: the model; ``attention_config.backend_per_kind`` may give its kinds of layers to several backends.
+    """
+    layers: dict[str, list[int]] = defaultdict(list)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            layers[module.attn_backend.get_name()].append(extract_layer_index(module.layer_name))
+    text = f"layers {ranges(layers.pop(BACKEND_NAME, []))} are compressed"
+    kept = [f"layers {ranges(numbers)} keep keys and values ({name})" for name, numbers in sorted(layers.items())]
+    return "; ".join([text, *kept]) if kept else f"{text}, which is all"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers in their order, runs joined: ``0-4, 6``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -1,0 +1,117 @@
+"""The hook that factorizes a model's weights once they are loaded."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.models.utils import extract_layer_index
+
+from xquant_vllm.plugin.load.cache_spec import publish_page_size
+from xquant_vllm.plugin.load.coverage import describe_coverage
+from xquant_vllm.plugin.load.effective_weight import effective_linear
+from xquant_vllm.plugin.load.modules import DenseLinear
+from xquant_vllm.plugin.load.operations import key_value_rows
+from xquant_vllm.plugin.load.recognize import AttentionParts, recognize
+from xquant_vllm.plugin.load.report import report
+from xquant_vllm.plugin.load.surgery import Surgeon
+from xquant_vllm.plugin.load.weight_hook import backend_layers, wrap_weight_processing
+from xquant_vllm.scheme.builder import layer_weights
+from xquant_vllm.scheme.factor_provider import FactorProvider
+from xquant_vllm.scheme.formats import LayerShape, layer_formats
+
+logger = logging.getLogger("vllm.xquant_vllm")
+
+_HOOKED = "_xquant_hooked"
+
+
+def install_loader_hook() -> None:
+    """Wrap vLLM's post-processing of loaded weights, once per process; called when the first layer is built.
+
+    It is the last moment at which the weights are there and the quantization methods have not repacked them.
+    """
+    wrap_weight_processing(_HOOKED, _process)
+
+
+def _process(original: Callable[[], None], model: Any) -> None:
+    layers = _xquant_layers(model)
+    if not layers:
+        original()
+        return
+    parts = [recognize(*layer) for layer in layers]
+    impl = layers[0][2].impl
+    factors = FactorProvider.for_engine(impl.vllm_config, impl.settings)
+    # Packed weights cannot be read before they are processed. Layers may build on each other, so all of them wait.
+    quantized = sum(not _is_plain(part.qkv_proj) for part in parts)
+    if quantized:
+        original()
+    start = time.perf_counter()
+    _operate(layers, parts, factors, processed=quantized > 0)
+    seconds = time.perf_counter() - start
+    if not quantized:
+        original()
+    model.load_weights = _refuse_new_weights
+    report([attention.impl for _, _, attention in layers], quantized, factors.describe(seconds))
+    logger.info("xquant: %s", describe_coverage(model))
+
+
+def _xquant_layers(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
+    """All attention layers of this backend as (name of the owner, owner, attention); refuse layers that escaped it."""
+    from xquant_vllm.plugin.backend.impl import XQuantImpl  # which installs this hook, so it cannot be imported above
+
+    return backend_layers(model, XQuantImpl)
+
+
+def _refuse_new_weights(*_: Any, **__: Any) -> None:
+    """Stands in for ``load_weights`` of a model whose weights are factorized."""
+    raise RuntimeError(
+        "xquant: new weights cannot be loaded into a running model, because the key and value projections are "
+        "factorized; start the server anew with them"
+    )
+
+
+def _is_plain(qkv_proj: Any) -> bool:
+    return isinstance(getattr(qkv_proj, "quant_method", None), UnquantizedLinearMethod)
+
+
+def _operate(
+    layers: list[tuple[str, nn.Module, Any]], parts: list[AttentionParts], factors: FactorProvider, *, processed: bool
+) -> None:
+    """Operate on all layers, in order.
+
+    Args:
+        layers: the layers.
+        parts: their parts.
+        factors: gives the bases of latents.
+        processed: whether vLLM has post-processed the weights; then layers are asked what they multiply by.
+    """
+    indices = [extract_layer_index(attention.layer_name) for _, _, attention in layers]
+    shapes = [
+        LayerShape(index, part.qkv_proj.input_size, attention.num_kv_heads, attention.head_size)
+        for index, part, (_, _, attention) in zip(indices, parts, layers, strict=True)
+    ]
+    settings = layers[0][2].impl.settings
+    allocations = {shape.index: factors.allocation(shape.index, shape.num_kv_heads) for shape in shapes}
+    known = {index: allocation for index, allocation in allocations.items() if allocation is not None}
+    formats = layer_formats(settings, shapes, known if len(known) == len(shapes) else None)
+    surgeon = Surgeon(settings, formats, factors)
+    with factors:
+        if not processed:
+            factors.announce(
+                [
+                    layer_weights(form, *key_value_rows(part, part.qkv_proj.weight.data))
+                    for form, part in zip(formats, parts, strict=True)
+                    if form.holds != "x"
+                ]
+            )
+        for position, (form, part, (name, _, attention)) in enumerate(zip(formats, parts, layers, strict=True)):
+            if processed:
+                dense = effective_linear(f"{name}.qkv_proj", part.qkv_proj)
+            else:
+                bias = getattr(part.qkv_proj, "bias", None)
+                dense = DenseLinear(part.qkv_proj.weight.data, None if bias is None else bias.data)
+            cache = surgeon.operate(position, part, dense)
+            attention.impl.set_cache(cache, [layers[index][2] for index in form.reads])
+            publish_page_size(attention, form.bytes_per_token)

@@ -1,0 +1,38 @@
+"""What attention modules are run on to see what they do."""
+
+from dataclasses import dataclass
+
+import torch
+
+from xquant_vllm.plugin.load.recognize import AttentionParts
+
+_PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Inputs of an attention module.
+
+    Attributes:
+        hidden: layer inputs ``[num_tokens, hidden_size]``.
+        positions: ``[num_tokens]``.
+    """
+
+    hidden: torch.Tensor
+    positions: torch.Tensor
+
+
+def make_probe(parts: AttentionParts, hidden_size: int, like: torch.Tensor) -> Probe:
+    """Random layer inputs at positions over the whole range of the model.
+
+    Args:
+        parts: the module that they are for.
+        hidden_size: channels.
+        like: a tensor of the inputs' dtype on their device.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    # Loading happens under the default dtype of the model: name every dtype.
+    hidden = torch.randn(_PROBE_TOKENS, hidden_size, generator=generator, dtype=torch.float32, device="cpu")
+    last = 1024 if parts.rope is None else parts.rope.cos.shape[0] - 1
+    positions = torch.linspace(0, last, _PROBE_TOKENS, dtype=torch.float64, device="cpu").long()
+    return Probe(hidden.to(like), positions.to(like.device))

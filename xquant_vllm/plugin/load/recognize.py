@@ -1,0 +1,148 @@
+"""Find out how a model's attention module makes its keys and values, by structure and not by name."""
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
+from vllm.model_executor.layers.rotary_embedding import Phi3LongRoPEScaledRotaryEmbedding
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+from xquant_vllm.plugin.checks import UnsupportedError, unsupported_model
+from xquant_vllm.projection.rematerialize import HeadNorm
+from xquant_vllm.projection.rope import RotaryTable
+
+# vLLM shares one rotary module between layers. So must their tables be, since the kernels keep a rearranged copy of
+# every table they meet. It shares them between models, too, which may be served at different lengths.
+_tables: "WeakKeyDictionary[nn.Module, dict[int, RotaryTable]]" = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """The parts of an attention module that surgery touches.
+
+    Attributes:
+        name: the module's name in the model.
+        module: the module, parent of the others.
+        attention: its ``attn``, vLLM's ``Attention``.
+        qkv_proj: its fused projection.
+        q_size: output rows of the queries on this rank.
+        kv_size: output rows of the keys, and of the values.
+        key_norm: norm of the key heads, or None.
+        rope: rotary table, or None.
+    """
+
+    name: str
+    module: Any
+    attention: Any
+    qkv_proj: Any
+    q_size: int
+    kv_size: int
+    key_norm: HeadNorm | None
+    rope: RotaryTable | None
+
+
+def recognize(name: str, module: nn.Module, attention: Any) -> AttentionParts:
+    """Read the parts of an attention module.
+
+    Args:
+        name: the module's name in the model.
+        module: the module that owns ``attention``.
+        attention: vLLM's attention layer; its ``impl.vllm_config`` tells the longest sequence.
+
+    Raises:
+        UnsupportedError: the module is not built from parts known here.
+    """
+    who = f"{type(module).__name__} at {name}"
+    qkv_proj = getattr(module, "qkv_proj", None)
+    if getattr(module, "attn", None) != attention or not isinstance(qkv_proj, nn.Module):
+        raise unsupported_model(f"{who} is not recognized: it needs a fused projection `qkv_proj` beside its `attn`")
+    head_size, kv_heads = attention.head_size, attention.num_kv_heads
+    if attention.head_size_v != head_size:
+        raise unsupported_model(f"{who} has value heads of another size than its key heads, not supported")
+    rotary = getattr(module, "rotary_emb", None)
+    key_norm = getattr(module, "k_norm", None)
+    return AttentionParts(
+        name=name,
+        module=module,
+        attention=attention,
+        qkv_proj=qkv_proj,
+        q_size=attention.num_heads * head_size,
+        kv_size=kv_heads * head_size,
+        key_norm=None if key_norm is None else _read_norm(who, key_norm, head_size),
+        rope=None if rotary is None else _read_rope(who, rotary, attention.impl.vllm_config.model_config.max_model_len),
+    )
+
+
+def _read_norm(who: str, norm: Any, head_size: int) -> HeadNorm:
+    plain = type(norm) is RMSNorm and norm.variance_size_override is None
+    if not (plain or type(norm) is GemmaRMSNorm) or norm.weight.shape != (head_size,):
+        shape = tuple(getattr(getattr(norm, "weight", None), "shape", ()))
+        raise unsupported_model(
+            f"{who} normalizes its keys by {type(norm).__name__} with weights {shape}; supported is an RMSNorm "
+            f"of every head ({head_size} weights)"
+        )
+    weight = norm.weight.data.float()
+    return HeadNorm(weight=weight if plain else weight + 1.0, eps=norm.variance_epsilon)
+
+
+def _read_rope(who: str, rotary: Any, max_model_len: int) -> RotaryTable:
+    """The table of the positions that the model can serve, ``max_model_len`` of them.
+
+    A model's own table may be much longer (its ``max_position_embeddings``): what is never served would take memory,
+    and the check after surgery probes positions spread over this table.
+    """
+    tables = _tables.setdefault(rotary, {})
+    if max_model_len not in tables:
+        cache, exact = _longrope_caches(rotary) if _is_longrope(rotary) else _caches(who, rotary)
+        if cache.shape[0] < max_model_len:
+            raise UnsupportedError(
+                f"xquant: {who} knows {cache.shape[0]} positions ({type(rotary).__name__}), but sequences may have "
+                f"--max-model-len {max_model_len} tokens, and vLLM would read behind its table for the others; set "
+                f"--max-model-len {cache.shape[0]} or less"
+            )
+        # The module keeps its table in the model's dtype. Keys are rematerialized in FP32, so take the table before
+        # that rounding, if it is the same table.
+        exact = exact.float().to(cache.device)
+        if exact.shape != cache.shape or (exact - cache.float()).abs().max() > 0.02 * exact.abs().max():
+            exact = cache.float()
+        cos, sin = exact[:max_model_len].chunk(2, -1)
+        interleaved = not getattr(rotary, "is_neox_style", True)
+        tables[max_model_len] = RotaryTable(cos.contiguous(), sin.contiguous(), interleaved)
+    return tables[max_model_len]
+
+
+def _caches(who: str, rotary: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines ``[positions, rotary_size]``, as a module keeps them and as it computes them."""
+    cache = getattr(rotary, "cos_sin_cache", None)
+    one_angle_per_position = (
+        isinstance(rotary, RotaryEmbedding)
+        # Subclasses that only change the frequencies (scaling) share this; others rotate in ways of their own.
+        and type(rotary).forward_native is RotaryEmbedding.forward_native
+        and isinstance(cache, torch.Tensor)
+        and cache.shape[-1] == rotary.rotary_dim
+    )
+    if not one_angle_per_position:
+        raise unsupported_model(f"{who} uses {type(rotary).__name__}, a kind of RoPE that is not supported")
+    assert isinstance(cache, torch.Tensor)
+    return cache, rotary._compute_cos_sin_cache()
+
+
+def _is_longrope(rotary: Any) -> bool:
+    return type(rotary) is Phi3LongRoPEScaledRotaryEmbedding
+
+
+def _longrope_caches(rotary: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of LongRoPE (Phi-3), which keeps two tables behind one another, for short and for long contexts.
+
+    vLLM decides once, by ``max_model_len``, which one serves all sequences, so that a key is not turned by another
+    angle once its sequence has grown.
+    """
+    short = rotary.original_max_position_embeddings
+    if rotary.use_long_rope:
+        exact = rotary._compute_cos_sin_cache(rotary.max_position_embeddings, rotary.long_factor, rotary.long_mscale)
+        return rotary.long_short_cos_sin_cache[short:], exact
+    exact = rotary._compute_cos_sin_cache(short, rotary.short_factor, rotary.short_mscale)
+    return rotary.long_short_cos_sin_cache[:short], exact

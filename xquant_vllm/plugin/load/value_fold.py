@@ -1,0 +1,156 @@
+"""Fold the up-projection of values into the output projection of an attention module.
+
+Attention ends with one up-projection per query head, of the weighed latents, and ``o_proj`` multiplies what comes out
+of it. Where a layer has a square up-projection for every kv head, and nothing is added in between, both are one matrix:
+``W_o[:, h] U_h^T`` for query head h. Attention then returns the weighed latents themselves.
+
+As with keys and values nothing is trusted to be recognized: the untouched module and the folded one are run on the same
+attention output, the latter in latents, and a layer whose outputs differ is left as it is. The product is in FP64 and
+rounded once, to the dtype of ``o_proj``.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
+
+from xquant_vllm.plugin.load.capture import module_output
+from xquant_vllm.plugin.load.modules import DenseLinear
+from xquant_vllm.plugin.load.probe import Probe
+from xquant_vllm.plugin.load.recognize import AttentionParts
+from xquant_vllm.projection.rematerialize import LayerProjection
+
+logger = logging.getLogger("vllm.xquant_vllm")
+
+# Relative difference of the outputs, by dtype: several roundings' worth. Below it nothing but rounding differs.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True)
+class ValueFold:
+    """A fold that seems possible, made while the module is untouched.
+
+    Attributes:
+        parts: the module's parts.
+        projection: of the layer, with the up-projection to fold.
+        child: name of the output projection in the module.
+        latents: random weighed latents ``[num_tokens, num_heads * head_size]``.
+        expected: the untouched module's output for the attention output that they stand for.
+    """
+
+    parts: AttentionParts
+    projection: LayerProjection
+    child: str
+    latents: torch.Tensor
+    expected: torch.Tensor
+
+    @classmethod
+    def prepare(
+        cls, parts: AttentionParts, projection: LayerProjection, probe: Probe, qkv_proj: nn.Module
+    ) -> "ValueFold | None":
+        """Look whether a module's values can be folded.
+
+        Args:
+            parts: the module's parts, untouched.
+            projection: what its latents will be multiplied by.
+            probe: what to run it on.
+            qkv_proj: takes the place of ``qkv_proj``, which cannot run yet.
+
+        Returns:
+            The fold, or None where the layer has to do without.
+        """
+        up, child = projection.up_value, output_projection(parts)
+        if (
+            up is None
+            or projection.value_width != projection.head_size
+            or projection.value_bias is not None
+            or not child
+        ):
+            return None
+        generator = torch.Generator(device="cpu").manual_seed(2)
+        shape = (probe.hidden.shape[0], parts.attention.num_heads, projection.head_size)
+        latents = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(up)
+        of_heads = up.repeat_interleave(shape[1] // projection.num_kv_heads, 0)
+        attended = torch.einsum("thw,hws->ths", latents, of_heads).flatten(1).to(probe.hidden)
+        latents = latents.flatten(1).to(probe.hidden)
+        o_proj = getattr(parts.module, child)
+        expected = _output(parts, probe, attended, {"qkv_proj": qkv_proj, child: _dense(o_proj, o_proj.weight.data)})
+        return None if expected is None else cls(parts, projection, child, latents, expected)
+
+    def perform(self, probe: Probe, qkv_proj: nn.Module) -> LayerProjection:
+        """Fold, if the module's output stays what it was.
+
+        Args:
+            probe: the same as before.
+            qkv_proj: takes the place of ``qkv_proj`` after surgery.
+
+        Returns:
+            The projection without its value up-projection; with it where nothing was folded.
+        """
+        o_proj = getattr(self.parts.module, self.child)
+        assert self.projection.up_value is not None
+        folded = fold(o_proj.weight.data, self.projection.up_value)
+        children = {"qkv_proj": qkv_proj, self.child: _dense(o_proj, folded)}
+        actual = _output(self.parts, probe, self.latents, children)
+        if actual is None or actual.shape != self.expected.shape:
+            return self.projection
+        expected = self.expected.float()
+        error = ((actual.float() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+        if not error <= _TOLERANCE[folded.dtype]:
+            logger.debug("xquant: values of %s are not folded: its output changes by %.1e", self.parts.name, error)
+            return self.projection
+        o_proj.weight.data.copy_(folded)
+        return replace(self.projection, up_value=None)
+
+
+def fold(weight: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """An output projection of weighed latents.
+
+    Args:
+        weight: ``[out, num_heads * head_size]``, of attention outputs; any floating dtype.
+        up: ``[num_kv_heads, head_size, head_size]``, FP32, from latents to values. Query heads share kv heads in
+            consecutive groups.
+
+    Returns:
+        ``[out, num_heads * head_size]``, in the weight's dtype, rounded once.
+    """
+    kv_heads, _, head_size = up.shape
+    of_heads = weight.to(torch.float64).unflatten(1, (kv_heads, -1, head_size))
+    return torch.einsum("okgs,kws->okgw", of_heads, up.to(torch.float64)).flatten(1).to(weight.dtype)
+
+
+def output_projection(parts: AttentionParts) -> str | None:
+    """Name of the module's output projection; None without one whose weight can be exchanged."""
+    found = [name for name, child in parts.module.named_children() if isinstance(child, RowParallelLinear)]
+    if len(found) != 1:
+        return None
+    layer: Any = getattr(parts.module, found[0])
+    weight = getattr(layer, "weight", None)
+    plain = (
+        type(layer) is RowParallelLinear
+        and isinstance(layer.quant_method, UnquantizedLinearMethod)
+        and (layer.input_is_parallel or layer.tp_size == 1)
+        and isinstance(weight, torch.Tensor)
+        and weight.dtype in _TOLERANCE
+        and weight.dim() == 2
+        and weight.shape[1] == parts.q_size
+    )
+    return found[0] if plain else None
+
+
+def _dense(o_proj: Any, weight: torch.Tensor) -> DenseLinear:
+    return DenseLinear(weight, None if o_proj.bias is None else o_proj.bias.data)
+
+
+def _output(
+    parts: AttentionParts, probe: Probe, attended: torch.Tensor, children: dict[str, nn.Module]
+) -> torch.Tensor | None:
+    """The module's output, or None if it cannot be had this way."""
+    try:
+        return module_output(parts.module, probe.hidden, probe.positions, attended, children)
+    except Exception as error:  # whatever a model's code may raise; the layer is served without the fold
+        logger.debug("xquant: values of %s are not folded: %s: %s", parts.name, type(error).__name__, error)
+        return None

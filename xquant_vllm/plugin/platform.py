@@ -1,0 +1,76 @@
+"""Two seams of vLLM's platform class: the check of a finished configuration, and backend selection on the CPU."""
+
+from pkgutil import resolve_name
+from typing import Any
+
+from xquant_vllm import __version__
+from xquant_vllm.plugin.registration import BACKENDS, selected_backends
+
+_WRAPPED = "_xquant_wrapped"
+
+
+def wrap_platform() -> None:
+    """Wrap the current platform's class methods, once per process."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    if platform.__dict__.get(_WRAPPED):
+        return
+    setattr(platform, _WRAPPED, True)
+    _wrap_config_check(platform)
+    if current_platform.is_cpu():
+        _wrap_cpu_selection(platform)
+
+
+def _wrap_config_check(platform: Any) -> None:
+    """Refuse impossible configurations where vLLM checks its own, so that the error comes before anything is loaded."""
+    original = platform.check_and_update_config
+
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        original(vllm_config)
+        for name in selected_backends(vllm_config.attention_config):
+            resolve_name(BACKENDS[name].check)(vllm_config)
+            _mark_compile_cache(vllm_config)
+
+    platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _mark_compile_cache(vllm_config: Any) -> None:
+    """Keep vLLM from reusing a graph that another version of this package has shaped.
+
+    The key of its compile cache covers ``additional_config``, but knows nothing of the modules replaced at load.
+    """
+    if isinstance(vllm_config.additional_config, dict):
+        vllm_config.additional_config = {**vllm_config.additional_config, "xquant_version": __version__}
+
+
+def _wrap_cpu_selection(platform: Any) -> None:
+    """Let the CPU platform select the backends of this package.
+
+    It knows only its own: for any other it logs a line and silently serves the unquantized cache. What is validated
+    here is what the CUDA platform validates for every backend.
+    """
+    original = platform.get_attn_backend_cls
+
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        if getattr(selected_backend, "name", None) not in BACKENDS:
+            return original(selected_backend, attn_selector_config, num_heads)
+        reasons = selected_backend.get_class().validate_configuration(
+            device_capability=None, **attn_selector_config._asdict()
+        )
+        if reasons:
+            from vllm.config import get_current_vllm_config
+
+            from xquant_vllm.plugin.checks import unsupported_model
+
+            model = get_current_vllm_config().model_config
+            raise unsupported_model(
+                f"{model.architecture} ({model.model}) has an attention layer that cannot be served: "
+                f"{'; '.join(reasons)} ({attn_selector_config})",
+                selected_backend.name,
+            )
+        return selected_backend.get_path()
+
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
