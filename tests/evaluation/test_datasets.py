@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from xquant_vllm.errors import RefusedError
 from xquant_vllm.evaluation.datasets import dataset_text
 from xquant_vllm.evaluation.method_options import DATASETS
-from xquant_vllm.offline.refused import RefusedError
 
 ROWS = {
     "wikitext-2": {"text": ["one", "two"]},

@@ -110,7 +110,7 @@ def test_a_sequence_begins_after_it_was_announced(models):
 
 
 def test_keys_of_as_many_tokens_as_heads_are_refused(models):
-    from xquant_vllm.offline.refused import RefusedError
+    from xquant_vllm.errors import RefusedError
 
     model, _, _ = models("qwen3")
     with pytest.raises(RefusedError, match="--window 2 is also the number of kv heads"):

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
+from xquant_vllm.errors import RefusedError
 from xquant_vllm.evaluation.needle import NeedleScore, evaluate_needles, score_needle
 from xquant_vllm.evaluation.needle_prompts import NeedlePrompt, needle_prompts
-from xquant_vllm.offline.refused import RefusedError
 from xquant_vllm.offline.texts import python_docs_to_evaluate
 
 PROMPT = NeedlePrompt(5, 0.5, torch.tensor([1, 2, 3]), torch.tensor([4, 5]))

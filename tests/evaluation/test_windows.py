@@ -3,8 +3,8 @@
 import pytest
 
 from tests.cli.test_factorize import FakeTokenizer
+from xquant_vllm.errors import RefusedError
 from xquant_vllm.evaluation.windows import cut_windows
-from xquant_vllm.offline.refused import RefusedError
 
 TEXT = " ".join("x" * (i % 90) + "y" for i in range(500))
 IDS = FakeTokenizer().encode(TEXT, add_special_tokens=False)

@@ -8,9 +8,9 @@ import transformers
 
 from tests.cli.test_factorize import FakeTokenizer
 from tests.tiny_models import save_tiny_model
+from xquant_vllm.errors import RefusedError
 from xquant_vllm.offline import samples
 from xquant_vllm.offline.checkpoint import open_checkpoint
-from xquant_vllm.offline.refused import RefusedError
 from xquant_vllm.offline.samples import collect_samples, tokenize
 
 CPU = torch.device("cpu")

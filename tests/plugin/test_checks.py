@@ -9,7 +9,8 @@ from vllm.engine.arg_utils import EngineArgs
 
 from tests.tiny_models import save_tiny_model
 from xquant_vllm import __version__
-from xquant_vllm.plugin.checks import UnsupportedError, unsupported_model
+from xquant_vllm.errors import UnsupportedError
+from xquant_vllm.plugin.checks import unsupported_model
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from xquant_vllm.errors import SettingsError
 from xquant_vllm.projection.factor_file import (
     FACTORS_FILE,
     FORMAT_VERSION,
@@ -32,7 +33,6 @@ from xquant_vllm.scheme.factor_header import (
     read_header,
 )
 from xquant_vllm.scheme.factor_provider import FactorProvider, HeadShard, LayerWeights, check_factors, spec_of
-from xquant_vllm.scheme.setting_errors import SettingsError
 from xquant_vllm.scheme.settings import parse_settings, settings_of
 
 LAYERS, KV_HEADS, HEAD_SIZE, HIDDEN = 3, 4, 8, 24

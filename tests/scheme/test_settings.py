@@ -2,8 +2,8 @@
 
 import pytest
 
+from xquant_vllm.errors import SettingsError
 from xquant_vllm.scheme.formats import LayerShape, layer_formats
-from xquant_vllm.scheme.setting_errors import SettingsError
 from xquant_vllm.scheme.settings import OVERRIDE_VARIABLE, PerStream, parse_settings
 
 CHAIN = {"method": "xquant-cl"}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from xquant_vllm.cli.served_folder import served_folder
+from xquant_vllm.errors import RefusedError
 from xquant_vllm.evaluation.kept_scores import KeptScores, Score, model_fingerprint
 from xquant_vllm.evaluation.logits import Engine, Logits
 from xquant_vllm.evaluation.method_options import SERVED_METHODS, MethodOptions
@@ -20,7 +21,6 @@ from xquant_vllm.evaluation.prepared_method import PreparedMethod
 from xquant_vllm.evaluation.result import versions
 from xquant_vllm.evaluation.served_engine import serve, vllm_version
 from xquant_vllm.offline.checkpoint import Checkpoint, open_checkpoint
-from xquant_vllm.offline.refused import RefusedError
 from xquant_vllm.projection.factor_file import DTYPES
 from xquant_vllm.scheme.factor_conflicts import factors_in
 

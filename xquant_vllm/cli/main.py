@@ -20,9 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     # torch takes seconds to import: not for --help.
-    from xquant_vllm.offline.refused import RefusedError
-    from xquant_vllm.plugin.checks import UnsupportedError
-    from xquant_vllm.scheme.setting_errors import SettingsError
+    from xquant_vllm.errors import RefusedError, SettingsError, UnsupportedError
 
     try:
         options.command(options)

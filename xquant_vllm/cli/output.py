@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from xquant_vllm.offline.refused import RefusedError
+from xquant_vllm.errors import RefusedError
 from xquant_vllm.projection.factor_file import FACTORS_FILE, HEADER_FILE
 
 _INDEX = "model.safetensors.index.json"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from xquant_vllm.offline.refused import RefusedError
+from xquant_vllm.errors import RefusedError
 
 # Documents of C4 that are joined; its validation shards are far longer than anybody evaluates on.
 _C4_DOCUMENTS = 1000

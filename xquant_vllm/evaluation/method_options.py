@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from xquant_vllm.offline.refused import RefusedError
+from xquant_vllm.errors import RefusedError
 
 SERVED_METHODS = ("xquant", "xquant-cl")
 METHODS = (

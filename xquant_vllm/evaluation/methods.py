@@ -2,6 +2,7 @@
 
 import torch
 
+from xquant_vllm.errors import RefusedError
 from xquant_vllm.evaluation.baselines.kivi import (
     PRE_ROPE_GROUP_SIZE,
     PUBLISHED_GROUP_SIZE,
@@ -18,7 +19,6 @@ from xquant_vllm.evaluation.method_options import SERVED_METHODS, MethodOptions
 from xquant_vllm.evaluation.prepared_method import PreparedMethod
 from xquant_vllm.evaluation.served_method import prepare_served
 from xquant_vllm.offline.checkpoint import Checkpoint
-from xquant_vllm.offline.refused import RefusedError
 
 
 def prepare_method(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from xquant_vllm.offline.refused import RefusedError
+from xquant_vllm.errors import RefusedError
 from xquant_vllm.offline.texts import opening_tokens
 
 _CITIES = ("Oslo", "Lima", "Cairo", "Paris", "Rome", "Tokyo", "Delhi", "Berlin", "Madrid", "Dublin")

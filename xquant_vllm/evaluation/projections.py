@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from xquant_vllm.errors import RefusedError
 from xquant_vllm.offline.checkpoint import Checkpoint
-from xquant_vllm.offline.refused import RefusedError
 
 Rematerialize = Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 ReadBack = Callable[[torch.Tensor], torch.Tensor]

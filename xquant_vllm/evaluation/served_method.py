@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from xquant_vllm.errors import RefusedError
 from xquant_vllm.evaluation.cache_method import CacheMethod
 from xquant_vllm.evaluation.hooked_model import HookedModel
 from xquant_vllm.evaluation.method_options import (
@@ -20,7 +21,6 @@ from xquant_vllm.evaluation.prepared_method import PreparedMethod
 from xquant_vllm.evaluation.served_cache import ServedCache, layer_parameters
 from xquant_vllm.offline.calibrated import CALIBRATED_BITS, CalibratedFactors, fit_layers, plan_calibration
 from xquant_vllm.offline.checkpoint import Checkpoint
-from xquant_vllm.offline.refused import RefusedError
 from xquant_vllm.offline.samples import tokenize
 from xquant_vllm.offline.texts import text_name
 from xquant_vllm.plugin.checks import check_layer_kinds, check_layers

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from xquant_vllm.offline.refused import RefusedError
+from xquant_vllm.errors import RefusedError
 from xquant_vllm.offline.texts import opening_tokens
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from xquant_vllm.errors import RefusedError
 from xquant_vllm.offline.checkpoint import Checkpoint
-from xquant_vllm.offline.refused import RefusedError
 
 
 def attention_modules(model: nn.Module, checkpoint: Checkpoint) -> list[Any]:

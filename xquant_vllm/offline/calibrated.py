@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from xquant_vllm.errors import RefusedError
 from xquant_vllm.offline.checkpoint import Checkpoint
-from xquant_vllm.offline.refused import RefusedError
 from xquant_vllm.offline.samples import collect_samples
 from xquant_vllm.projection.calibrated import fit_heads, layer_budget
 from xquant_vllm.projection.joint_kv import JointKVBasis

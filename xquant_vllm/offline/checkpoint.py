@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from xquant_vllm.offline.refused import RefusedError
+from xquant_vllm.errors import RefusedError
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PROJECTION = re.compile(r"(?P<stem>.*\blayers)\.(?P<layer>\d+)\.self_attn\.(?P<part>[kv]_proj|qkv_proj)\.weight")

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from xquant_vllm.errors import RefusedError
 from xquant_vllm.offline.attention_modules import attention_modules
 from xquant_vllm.offline.checkpoint import Checkpoint
-from xquant_vllm.offline.refused import RefusedError
 from xquant_vllm.offline.texts import calibration_text, opening_tokens
 from xquant_vllm.projection.calibration import LayerSample
 

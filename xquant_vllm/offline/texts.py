@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from xquant_vllm.offline.refused import RefusedError
+from xquant_vllm.errors import RefusedError
 
 PYTHON_DOCS = "python-docs"
 

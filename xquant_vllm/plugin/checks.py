@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from xquant_vllm.codec.layout import BLOCK_SIZE_MULTIPLE
+from xquant_vllm.errors import SettingsError, UnsupportedError
 from xquant_vllm.plugin.registration import BACKEND_NAME
 from xquant_vllm.scheme.factor_provider import check_factors
 from xquant_vllm.scheme.formats import LayerShape, layer_formats
-from xquant_vllm.scheme.setting_errors import SettingsError
 from xquant_vllm.scheme.settings import XQuantSettings, settings_of
 
 SUPPORTED_CACHE_DTYPES = ("auto", "bfloat16", "float16")
@@ -17,10 +17,6 @@ SPECULATIVE_WITHOUT_DRAFT_MODEL = ("ngram", "suffix")
 
 _NO_CHAIN = 'set "method": "xquant"'
 OTHER_BACKEND = "choose another --attention-backend for this model"
-
-
-class UnsupportedError(ValueError):
-    """A vLLM feature that does not work together with this backend."""
 
 
 def unsupported_model(problem: str, backend: str = BACKEND_NAME) -> UnsupportedError:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from xquant_vllm.errors import FactorFileError
 from xquant_vllm.projection.basis import BasisKind, LatentBasis, latent_shape
 
 FACTORS_FILE = "xquant_factors.safetensors"
@@ -23,10 +24,6 @@ FORMAT_VERSION = 2
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
-class FactorFileError(ValueError):
-    """A file that is not what it says; the message starts with what is wrong with it, without the file's name."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -11,13 +11,8 @@ from pathlib import Path
 
 import torch
 
-from xquant_vllm.projection.factor_file import (
-    FORMAT_VERSION,
-    FactorFileError,
-    TensorWriter,
-    read_tensors,
-    tensor_bytes,
-)
+from xquant_vllm.errors import FactorFileError
+from xquant_vllm.projection.factor_file import FORMAT_VERSION, TensorWriter, read_tensors, tensor_bytes
 
 logger = logging.getLogger("vllm.xquant_vllm")
 

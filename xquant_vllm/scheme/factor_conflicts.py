@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from xquant_vllm.codec.packing import UNQUANTIZED_BITS
-from xquant_vllm.projection.factor_file import FACTORS_FILE, HEADER_FILE, FactorFileError
+from xquant_vllm.errors import FactorFileError, SettingsError
+from xquant_vllm.projection.factor_file import FACTORS_FILE, HEADER_FILE
 from xquant_vllm.scheme.factor_header import FactorHeader, FactorSettings, read_header
-from xquant_vllm.scheme.setting_errors import SettingsError
 from xquant_vllm.scheme.settings import PerStream, XQuantSettings
 
 # Built into all calibrated factors: they know of nothing else.

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from xquant_vllm.errors import FactorFileError
 from xquant_vllm.projection.ahead import AheadPool
 from xquant_vllm.projection.basis import LatentBasis
 from xquant_vllm.projection.factor_file import (
     DTYPES,
     FACTORS_FILE,
     HEADER_FILE,
-    FactorFileError,
     bases_from,
     dtype_name,
     head_fingerprints,

@@ -8,9 +8,9 @@ from xquant_vllm.codec.allocated import AllocatedFormat
 from xquant_vllm.codec.allocation import Runs
 from xquant_vllm.codec.layout import Stream, StreamFormat
 from xquant_vllm.codec.packing import UNQUANTIZED_BITS
+from xquant_vllm.errors import SettingsError
 from xquant_vllm.projection.basis import latent_shape
 from xquant_vllm.projection.predicted import joint_width
-from xquant_vllm.scheme.setting_errors import SettingsError
 from xquant_vllm.scheme.settings import PerStream, XQuantSettings
 
 _LARGEST_DEFAULT_GROUP = 128

@@ -1,4 +1,4 @@
-"""One clear error for settings that cannot work, whichever backend they are for."""
+"""From pydantic's errors to one clear error for users, whichever backend the settings are for."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -7,11 +7,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
+from xquant_vllm.errors import SettingsError
+
 _OWN = "xquant"  # type of the errors that say themselves what to do
-
-
-class SettingsError(ValueError):
-    """A setting that cannot work; the message names it, its value, why, and what to set."""
 
 
 def refuse(why: str, instead: str) -> PydanticCustomError:

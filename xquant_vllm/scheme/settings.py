@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 
 from xquant_vllm.codec.layout import UNIFORM_BITS
 from xquant_vllm.codec.packing import UNQUANTIZED_BITS
-from xquant_vllm.scheme.setting_errors import SettingsError, explained, refuse
+from xquant_vllm.errors import SettingsError
+from xquant_vllm.scheme.setting_errors import explained, refuse
 
 CONFIG_KEY = "xquant"
 # Overrides single settings in tests, as JSON. Users set --additional-config.

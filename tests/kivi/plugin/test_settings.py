@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from xquant_vllm.errors import SettingsError
 from xquant_vllm.kivi.plugin.settings import parse_settings
-from xquant_vllm.scheme.setting_errors import SettingsError
 
 
 def test_defaults_are_as_published():

@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
+from xquant_vllm.errors import SettingsError
 from xquant_vllm.plugin.evaluation.engine import EngineRequest
 from xquant_vllm.plugin.evaluation.process import EngineProcess
-from xquant_vllm.scheme.setting_errors import SettingsError
 
 REQUEST = EngineRequest("model", None, "bfloat16", 4)
 HEAD = torch.tensor([[1.0, 2.0, 4.0], [0.5, 0.25, 0.125]])

@@ -7,7 +7,7 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope, phi3_long_rope_scaled_rope
 
-from xquant_vllm.plugin.checks import UnsupportedError
+from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.plugin.load.modules import QueryOnlyRotary
 from xquant_vllm.plugin.load.recognize import _read_rope
 from xquant_vllm.projection.rope import apply_rope

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from xquant_vllm.plugin.checks import UnsupportedError
+from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.plugin.load.capture import capture_qkv
 from xquant_vllm.plugin.load.modules import DenseLinear
 from xquant_vllm.plugin.load.recognize import AttentionParts

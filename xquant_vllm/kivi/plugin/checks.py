@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
+from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.kivi.plugin.settings import layouts_of, settings_of
-from xquant_vllm.plugin.checks import SUPPORTED_CACHE_DTYPES, UnsupportedError, unsupported_features
+from xquant_vllm.plugin.checks import SUPPORTED_CACHE_DTYPES, unsupported_features
 
 
 def check_config(vllm_config: Any) -> None:

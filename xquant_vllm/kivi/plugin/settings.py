@@ -7,9 +7,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from xquant_vllm.codec.layout import BLOCK_SIZE_MULTIPLE
+from xquant_vllm.errors import SettingsError
 from xquant_vllm.kivi.block_sizes import choose_block_sizes
 from xquant_vllm.kivi.pages import KIVI_BITS, QuantizedLayout, ResidualLayout
-from xquant_vllm.scheme.setting_errors import SettingsError, explained, refuse
+from xquant_vllm.scheme.setting_errors import explained, refuse
 
 CONFIG_KEY = "kivi"
 

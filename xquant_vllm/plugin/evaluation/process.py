@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from xquant_vllm.errors import SettingsError
 from xquant_vllm.plugin.evaluation.engine import EngineRequest, EvaluationEngine
-from xquant_vllm.scheme.setting_errors import SettingsError
 
 _STARTED, _ANSWERED, _REFUSED, _FAILED = "started", "answered", "refused", "failed"
 

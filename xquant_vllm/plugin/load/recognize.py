@@ -10,7 +10,8 @@ from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.rotary_embedding import Phi3LongRoPEScaledRotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
-from xquant_vllm.plugin.checks import UnsupportedError, unsupported_model
+from xquant_vllm.errors import UnsupportedError
+from xquant_vllm.plugin.checks import unsupported_model
 from xquant_vllm.projection.rematerialize import HeadNorm
 from xquant_vllm.projection.rope import RotaryTable
 

@@ -1,0 +1,21 @@
+"""The errors that a user can mend. Each message is whole: what is wrong, why, and what to do instead."""
+
+
+class XQuantError(ValueError):
+    """The base of all of them; the command line prints it and stops."""
+
+
+class SettingsError(XQuantError):
+    """A setting of the server that cannot work; the message names it, its value, why, and what to set."""
+
+
+class UnsupportedError(XQuantError):
+    """A model, or a feature of vLLM, that does not work together with a backend of this package."""
+
+
+class RefusedError(XQuantError):
+    """A file, a text or an option of a command that cannot be used."""
+
+
+class FactorFileError(XQuantError):
+    """A factor file that cannot be used; the message says what is wrong with it, a verb first, without its name."""
