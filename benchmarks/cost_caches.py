@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from xquant_vllm.codec.allocation import allocate
+from xquant_vllm.codec.allocation import LayerAllocation, allocate
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
 from xquant_vllm.projection.calibrated import layer_budget
 from xquant_vllm.projection.predicted import joint_width
-from xquant_vllm.scheme.formats import LayerAllocation, LayerFormat, LayerShape, layer_formats
+from xquant_vllm.scheme.formats import LayerFormat, LayerShape, layer_formats
 from xquant_vllm.scheme.settings import XQuantSettings
 
 # Variances of calibrated channels are taken as c ** -power, those of values times a share: so that SmolLM2 at 2 bits

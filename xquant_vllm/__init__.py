@@ -1,7 +1,6 @@
 """KV cache rematerialization (XQuant, arXiv 2508.10395) as a vLLM attention backend.
 
-Rooms, in the only direction they may import each other: ``codec <- projection <- attention <- integration <- offline <-
-evaluation <- cli``.
+The rooms and the order in which they may import each other are listed in ``pyproject.toml`` (``tool.importlinter``).
 Importing this package imports neither torch nor vLLM.
 """
 

@@ -10,7 +10,7 @@ from xquant_vllm.offline.calibrated import CalibratedFactors, fit_layers, plan_c
 from xquant_vllm.offline.checkpoint import Checkpoint, open_checkpoint
 from xquant_vllm.projection.calibrated import layer_budget
 from xquant_vllm.projection.predicted import PredictedLink
-from xquant_vllm.scheme.factor_provider import LayerWeights
+from xquant_vllm.scheme.layer_weights import LayerWeights
 from xquant_vllm.scheme.settings import parse_settings
 
 CHAIN = {"method": "xquant-cl"}

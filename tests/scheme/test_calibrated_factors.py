@@ -16,12 +16,15 @@ from tests.tiny_models import save_tiny_model
 from xquant_vllm.cli.main import main
 from xquant_vllm.errors import SettingsError
 from xquant_vllm.offline.checkpoint import open_checkpoint
+from xquant_vllm.plugin.engine_factors import check_factors
+from xquant_vllm.plugin.engine_settings import settings_of
 from xquant_vllm.projection.calibrated import layer_budget
 from xquant_vllm.projection.factor_file import FACTORS_FILE, HEADER_FILE
 from xquant_vllm.scheme.factor_header import FactorHeader, read_header
-from xquant_vllm.scheme.factor_provider import FactorProvider, HeadShard, LayerWeights, check_factors
+from xquant_vllm.scheme.factor_provider import FactorProvider
 from xquant_vllm.scheme.formats import LayerFormat, LayerShape, layer_formats
-from xquant_vllm.scheme.settings import parse_settings, settings_of
+from xquant_vllm.scheme.layer_weights import HeadShard, LayerWeights
+from xquant_vllm.scheme.settings import parse_settings
 
 LAYERS, KV_HEADS, HEAD_SIZE, HIDDEN = 3, 4, 32, 128
 SIZES = (KV_HEADS, HEAD_SIZE, HIDDEN)

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from xquant_vllm.errors import SettingsError
+from xquant_vllm.plugin.engine_factors import check_factors
+from xquant_vllm.plugin.engine_settings import settings_of
 from xquant_vllm.projection.factor_file import (
     FACTORS_FILE,
     FORMAT_VERSION,
@@ -32,8 +34,9 @@ from xquant_vllm.scheme.factor_header import (
     Streams,
     read_header,
 )
-from xquant_vllm.scheme.factor_provider import FactorProvider, HeadShard, LayerWeights, check_factors, spec_of
-from xquant_vllm.scheme.settings import parse_settings, settings_of
+from xquant_vllm.scheme.factor_provider import FactorProvider
+from xquant_vllm.scheme.layer_weights import HeadShard, LayerWeights, spec_of
+from xquant_vllm.scheme.settings import parse_settings
 
 LAYERS, KV_HEADS, HEAD_SIZE, HIDDEN = 3, 4, 8, 24
 

@@ -6,13 +6,13 @@ from xquant_vllm.attention.gpu.prepared import PreparedPlan
 from xquant_vllm.codec.layout import StreamFormat
 from xquant_vllm.projection.rematerialize import LayerProjection
 from xquant_vllm.scheme.formats import LayerFormat, LayerShape
-from xquant_vllm.scheme.layer_scheme import LayerCache
+from xquant_vllm.scheme.layer_scheme import LayerScheme
 
 
 def test_on_host() -> None:
     projection = LayerProjection(torch.randn(2, 32, 32), torch.randn(2, 32, 32))
     form = LayerFormat(LayerShape(0, 64, 2, 32), "latent", (StreamFormat(2, 32, 4, 32),) * 2)
-    cache = LayerCache(form, projection)
+    cache = LayerScheme(form, projection)
     moved = cache.on_host()
     arguments = {"num_heads": 4, "scale": 1.0, "sliding_window": None, "logits_soft_cap": None}
     plan = moved.plan(16, [], **arguments)

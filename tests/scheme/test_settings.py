@@ -4,7 +4,7 @@ import pytest
 
 from xquant_vllm.errors import SettingsError
 from xquant_vllm.scheme.formats import LayerShape, layer_formats
-from xquant_vllm.scheme.settings import OVERRIDE_VARIABLE, PerStream, parse_settings
+from xquant_vllm.scheme.settings import PerStream, parse_settings
 
 CHAIN = {"method": "xquant-cl"}
 
@@ -79,12 +79,9 @@ def test_every_problem_is_named_at_once():
     assert len(str(error.value).splitlines()) == 3
 
 
-def test_environment_override_is_merged_and_checked(monkeypatch):
-    monkeypatch.setenv(OVERRIDE_VARIABLE, '{"bits": 2}')
-    assert parse_settings({"bits": 8, "rotate": False}).bits == PerStream(key=2, value=2)
-    monkeypatch.setenv(OVERRIDE_VARIABLE, "{bits: 2}")
-    with pytest.raises(SettingsError, match=f"{OVERRIDE_VARIABLE} = '{{bits: 2}}' is not JSON"):
-        parse_settings({})
+def test_settings_come_from_the_configuration_alone(monkeypatch):
+    monkeypatch.setenv("XQUANT_SETTINGS", '{"bits": 2}')
+    assert parse_settings({"bits": 8, "rotate": False}).bits == PerStream(key=8, value=8)
 
 
 @pytest.mark.parametrize(

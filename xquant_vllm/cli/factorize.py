@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from xquant_vllm import __version__
 from xquant_vllm.cli.output import link_checkpoint, replaced_folder
+from xquant_vllm.codec.allocation import LayerAllocation
 from xquant_vllm.errors import RefusedError
 from xquant_vllm.offline.calibrated import CalibrationPlan, fit_layers, plan_calibration
 from xquant_vllm.offline.checkpoint import Checkpoint, open_checkpoint
@@ -39,8 +40,9 @@ from xquant_vllm.scheme.factor_header import (
     Source,
     Streams,
 )
-from xquant_vllm.scheme.factor_provider import Bases, joint_name, spec_of
-from xquant_vllm.scheme.formats import LayerAllocation, LayerShape, layer_formats
+from xquant_vllm.scheme.factor_reader import Bases, joint_name
+from xquant_vllm.scheme.formats import LayerShape, layer_formats
+from xquant_vllm.scheme.layer_weights import spec_of
 from xquant_vllm.scheme.settings import XQuantSettings, parse_settings
 
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

@@ -21,6 +21,8 @@ _NARROW, _UNIT, _WIDE_UNIT = 256, 4, 16
 _LONGEST_RUN = 256
 
 Runs = tuple[tuple[int, int], ...]
+# Bits of the channels of every stream and latent head of a layer, as calibrated factors have them.
+LayerAllocation = tuple[tuple[Runs, ...], ...]
 """Bits and number of channels, bits descending; channels beyond are not stored."""
 
 

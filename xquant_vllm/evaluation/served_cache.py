@@ -9,7 +9,7 @@ from xquant_vllm.attention.reference import store
 from xquant_vllm.evaluation.cache_method import InputMethod
 from xquant_vllm.evaluation.hooked_model import HookedModel
 from xquant_vllm.projection.rematerialize import rematerialize_keys, rematerialize_values
-from xquant_vllm.scheme.builder import CacheBuilder, Factors, LayerParameters
+from xquant_vllm.scheme.builder import Factors, LayerParameters, SchemeBuilder
 from xquant_vllm.scheme.formats import LayerFormat
 from xquant_vllm.scheme.settings import XQuantSettings
 
@@ -34,7 +34,7 @@ class ServedCache(InputMethod):
             factors: gives the bases of latents.
             parameters: what the model makes keys and values with, up to norm and RoPE, which stay the model's.
         """
-        builder = CacheBuilder(settings, formats, factors)
+        builder = SchemeBuilder(settings, formats, factors)
         built = [builder.build(position, layer) for position, layer in enumerate(parameters)]
         self._caches = [cache for cache, _ in built]
         self._downs = [down for _, down in built]

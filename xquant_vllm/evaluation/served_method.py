@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from xquant_vllm.codec.allocation import LayerAllocation
 from xquant_vllm.errors import RefusedError
 from xquant_vllm.evaluation.cache_method import CacheMethod
 from xquant_vllm.evaluation.hooked_model import HookedModel
@@ -28,7 +29,7 @@ from xquant_vllm.projection.factor_file import DTYPES, dtype_name
 from xquant_vllm.scheme.factor_conflicts import factors_in, over_factors
 from xquant_vllm.scheme.factor_header import FactorHeader
 from xquant_vllm.scheme.factor_provider import FactorProvider
-from xquant_vllm.scheme.formats import LayerAllocation, LayerShape, layer_formats
+from xquant_vllm.scheme.formats import LayerShape, layer_formats
 from xquant_vllm.scheme.settings import XQuantSettings, parse_settings
 
 # What calibration decides, or has no use for.

@@ -5,14 +5,15 @@ from dataclasses import dataclass, field
 
 import torch
 
+from xquant_vllm.codec.allocation import LayerAllocation
 from xquant_vllm.errors import RefusedError
 from xquant_vllm.offline.checkpoint import Checkpoint
 from xquant_vllm.offline.samples import collect_samples
 from xquant_vllm.projection.calibrated import fit_heads, layer_budget
 from xquant_vllm.projection.joint_kv import JointKVBasis
 from xquant_vllm.projection.predicted import PredictedChain, PredictedLink, layers_of_groups
-from xquant_vllm.scheme.factor_provider import Bases, LayerWeights
-from xquant_vllm.scheme.formats import LayerAllocation
+from xquant_vllm.scheme.factor_reader import Bases
+from xquant_vllm.scheme.layer_weights import LayerWeights
 from xquant_vllm.scheme.settings import XQuantSettings
 
 # What a channel can be given, on average: with more, a budget would not be spent.

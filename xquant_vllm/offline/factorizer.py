@@ -4,7 +4,7 @@ import torch
 
 from xquant_vllm.offline.checkpoint import Checkpoint
 from xquant_vllm.projection.layer import BasisSpec, factorize_layer
-from xquant_vllm.scheme.factor_provider import Bases
+from xquant_vllm.scheme.factor_reader import Bases
 
 
 class Factorizer:

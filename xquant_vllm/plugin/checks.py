@@ -5,10 +5,11 @@ from typing import Any
 
 from xquant_vllm.codec.layout import BLOCK_SIZE_MULTIPLE
 from xquant_vllm.errors import SettingsError, UnsupportedError
+from xquant_vllm.plugin.engine_factors import check_factors
+from xquant_vllm.plugin.engine_settings import settings_of
 from xquant_vllm.plugin.registration import BACKEND_NAME
-from xquant_vllm.scheme.factor_provider import check_factors
 from xquant_vllm.scheme.formats import LayerShape, layer_formats
-from xquant_vllm.scheme.settings import XQuantSettings, settings_of
+from xquant_vllm.scheme.settings import XQuantSettings
 
 SUPPORTED_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 # Methods that propose tokens without a model of their own, so without attention layers that would need a cache.

@@ -18,9 +18,10 @@ from xquant_vllm.projection.joint_kv import JointKVBasis
 from xquant_vllm.projection.predicted import PredictedLink
 from xquant_vllm.projection.rematerialize import HeadNorm, LayerProjection
 from xquant_vllm.projection.rope import RotaryTable
-from xquant_vllm.scheme.factor_provider import Bases, LayerWeights
+from xquant_vllm.scheme.factor_reader import Bases
 from xquant_vllm.scheme.formats import LayerFormat
-from xquant_vllm.scheme.layer_scheme import LayerCache
+from xquant_vllm.scheme.layer_scheme import LayerScheme
+from xquant_vllm.scheme.layer_weights import LayerWeights
 from xquant_vllm.scheme.settings import XQuantSettings
 
 # Of the rotation of X: one for all layers, so that deltas add up.
@@ -74,7 +75,7 @@ def layer_weights(form: LayerFormat, key: torch.Tensor, value: torch.Tensor) -> 
     return LayerWeights(form.shape.index, key, value, form.shape.num_kv_heads, together=form.holds == "joint")
 
 
-class CacheBuilder:
+class SchemeBuilder:
     """Builds layer after layer, in the order in which they run: later ones may build on earlier ones."""
 
     def __init__(self, settings: XQuantSettings, formats: Sequence[LayerFormat], factors: Factors) -> None:
@@ -83,7 +84,7 @@ class CacheBuilder:
         # Of the layers of a chain so far, by position in the model: [width, hidden_size].
         self._lifts: dict[int, torch.Tensor] = {}
 
-    def build(self, position: int, parameters: LayerParameters) -> tuple[LayerCache, torch.Tensor | None]:
+    def build(self, position: int, parameters: LayerParameters) -> tuple[LayerScheme, torch.Tensor | None]:
         """Build the next layer.
 
         Args:
@@ -102,16 +103,16 @@ class CacheBuilder:
             return self._joint_latents(position, form, parameters)
         return self._input(form, parameters), None
 
-    def _latents(self, form: LayerFormat, parameters: LayerParameters) -> tuple[LayerCache, torch.Tensor]:
+    def _latents(self, form: LayerFormat, parameters: LayerParameters) -> tuple[LayerScheme, torch.Tensor]:
         """Keys and values have bases of their own."""
         key, value = self._factors.layer_factors(parameters.weights(form))
         key = with_integer_up(key, form.streams[0])
-        cache = LayerCache(form, parameters.projection(key.up, value.up))
+        cache = LayerScheme(form, parameters.projection(key.up, value.up))
         return cache, torch.cat([_rows_of(basis) for basis in (key, value)])
 
     def _joint_latents(
         self, position: int, form: LayerFormat, parameters: LayerParameters
-    ) -> tuple[LayerCache, torch.Tensor]:
+    ) -> tuple[LayerScheme, torch.Tensor]:
         """One basis for keys and values; earlier layers of a chain predict it.
 
         Calibrated ones are taken if there are any, else those of the paper's chain, from the weights alone.
@@ -122,7 +123,7 @@ class CacheBuilder:
             projection = parameters.projection(link.up_key, link.up_value)
             rows = 2 * form.shape.num_kv_heads * form.shape.head_size
             down = torch.nn.functional.pad(link.down, (0, rows - link.down.shape[1]))
-            return LayerCache(form, projection, prediction_matrix=link.prediction), down.T
+            return LayerScheme(form, projection, prediction_matrix=link.prediction), down.T
         basis = self._factors.joint_basis(weights)
         if not form.reads:
             self._lifts.clear()  # nothing later reads what was before an anchor
@@ -132,21 +133,21 @@ class CacheBuilder:
             chain_up_projection([*earlier, basis.lift], rows, form.shape.num_kv_heads)
             for rows in (parameters.key, parameters.value)
         ]
-        cache = LayerCache(
+        cache = LayerScheme(
             form,
             parameters.projection(*ups),
             prediction_matrix=chain_prediction(earlier, basis.down[0]) if earlier else None,
         )
         return cache, basis.down[0].T
 
-    def _input(self, form: LayerFormat, parameters: LayerParameters) -> LayerCache:
+    def _input(self, form: LayerFormat, parameters: LayerParameters) -> LayerScheme:
         """The layer input is stored, and the weights become up-projections."""
         shape = form.shape
         rotation = None
         if self._settings.rotate:
             rotation = hadamard_rotation(shape.hidden_size, _INPUT_SEED).to(parameters.key.device)
         ups = [input_up_projection(rows, shape.num_kv_heads, rotation) for rows in (parameters.key, parameters.value)]
-        return LayerCache(form, parameters.projection(*ups), rotation=rotation)
+        return LayerScheme(form, parameters.projection(*ups), rotation=rotation)
 
 
 def _rows_of(basis: LatentBasis) -> torch.Tensor:

@@ -22,18 +22,6 @@ _CALIBRATED: dict[str, Any] = {
 _CHAIN_OPTIONS = ("--first-layers", "--anchor-interval")
 
 
-def factors_of(vllm_config: Any) -> tuple[Path | None, FactorHeader | None]:
-    """The model's folder and the header of its factors; None for a model without.
-
-    Raises:
-        SettingsError: the header cannot be used.
-    """
-    model = getattr(getattr(vllm_config, "model_config", None), "model", None)
-    if not isinstance(model, str) or not Path(model).is_dir():
-        return None, None
-    return Path(model), factors_in(Path(model))
-
-
 def factors_in(folder: Path) -> FactorHeader | None:
     """The header of a folder's factors; None for a folder without.
 

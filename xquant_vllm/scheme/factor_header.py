@@ -7,12 +7,12 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from xquant_vllm.codec.allocated import AllocatedFormat
+from xquant_vllm.codec.allocation import LayerAllocation
 from xquant_vllm.errors import FactorFileError
 from xquant_vllm.projection.basis import BasisKind
 from xquant_vllm.projection.factor_file import DTYPES, FORMAT_VERSION, HEADER_FILE, read_json
 from xquant_vllm.projection.layer import BasisSpec
 from xquant_vllm.projection.predicted import joint_width
-from xquant_vllm.scheme.formats import LayerAllocation
 
 
 class _Model(BaseModel):

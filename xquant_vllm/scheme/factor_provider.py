@@ -1,83 +1,34 @@
 """Where a layer's bases come from: the model folder's factor file, the user's cache, or a computation."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from xquant_vllm.errors import FactorFileError
+from xquant_vllm.codec.allocation import LayerAllocation
 from xquant_vllm.projection.ahead import AheadPool
 from xquant_vllm.projection.basis import LatentBasis
 from xquant_vllm.projection.factor_file import (
-    DTYPES,
     FACTORS_FILE,
     HEADER_FILE,
     bases_from,
-    dtype_name,
     head_fingerprints,
     layer_shapes,
     layer_tensors,
-    read_tensors,
 )
 from xquant_vllm.projection.joint_kv import JointKVBasis, factorize_joint_kv
-from xquant_vllm.projection.layer import BasisSpec, factorize_layer
-from xquant_vllm.projection.predicted import PredictedLink, layers_of_groups, link_shapes
+from xquant_vllm.projection.layer import factorize_layer
+from xquant_vllm.projection.predicted import PredictedLink
 from xquant_vllm.scheme.factor_cache import FactorCache, Shapes, cache_folder
-from xquant_vllm.scheme.factor_conflicts import factors_of, refuse_factors
+from xquant_vllm.scheme.factor_conflicts import refuse_factors
 from xquant_vllm.scheme.factor_header import FactorHeader
-from xquant_vllm.scheme.formats import LayerAllocation
+from xquant_vllm.scheme.factor_reader import Bases, read_layer, read_link
+from xquant_vllm.scheme.layer_weights import HeadShard, LayerWeights, spec_of
 from xquant_vllm.scheme.settings import XQuantSettings
-
-Bases = tuple[LatentBasis, LatentBasis]
 
 # Of the rotation of every joint latent.
 _JOINT_SEED = 10395
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """A layer's projections on this rank. Equal if they are of the same layer.
-
-    Attributes:
-        layer_index: the layer, counted from the model's first.
-        key: ``[num_kv_heads * head_size, hidden_size]`` in the serving dtype; not written before its bases are there.
-        value: likewise.
-        num_kv_heads: kv heads on this rank.
-        together: whether one basis for keys and values is wanted.
-    """
-
-    layer_index: int
-    key: torch.Tensor = field(compare=False)
-    value: torch.Tensor = field(compare=False)
-    num_kv_heads: int = field(compare=False)
-    together: bool = False
-
-    @property
-    def head_size(self) -> int:
-        """Channels of a head."""
-        return self.key.shape[0] // self.num_kv_heads
-
-
-@dataclass(frozen=True)
-class HeadShard:
-    """Which of the model's kv heads this rank holds: ``first`` and those after it; replicated heads have several."""
-
-    first: int
-    total: int
-
-    @staticmethod
-    def of_rank(rank: int, ranks: int, total: int) -> "HeadShard":
-        """The shard of a tensor parallel rank, as vLLM cuts a fused ``qkv_proj``."""
-        return HeadShard(rank * (total // ranks) if total >= ranks else rank // (ranks // total), total)
-
-
-def spec_of(settings: XQuantSettings, dtype: torch.dtype) -> BasisSpec:
-    """What settings make of weights served in ``dtype``."""
-    outliers = settings.outlier_channels
-    return BasisSpec(settings.basis, outliers.key, outliers.value, settings.rotate, dtype)
 
 
 class FactorProvider:
@@ -101,23 +52,6 @@ class FactorProvider:
         self._cache = FactorCache(cache_folder()) if settings.factor_cache else None
         self._origins: Counter[str] = Counter()
         self._pool: AheadPool[LayerWeights, Bases | JointKVBasis] = AheadPool(self._produce)
-
-    @staticmethod
-    def for_engine(vllm_config: Any, settings: XQuantSettings) -> "FactorProvider":
-        """The provider of this rank's model.
-
-        Raises:
-            SettingsError: the model folder has factors that cannot be used.
-        """
-        from vllm.distributed import get_tensor_model_parallel_rank
-
-        folder, header = factors_of(vllm_config)
-        if header is None:
-            return FactorProvider(settings, None, None, None)
-        total = vllm_config.model_config.get_total_num_kv_heads()
-        ranks = vllm_config.parallel_config.tensor_parallel_size
-        shard = HeadShard.of_rank(get_tensor_model_parallel_rank() if ranks > 1 else 0, ranks, total)
-        return FactorProvider(settings, folder, header, shard)
 
     def __enter__(self) -> "FactorProvider":
         """Start the threads. PyTorch computes with one thread until they are stopped."""
@@ -171,7 +105,7 @@ class FactorProvider:
         if self._header is None or self._folder is None or not self._header.joint_latents:
             return None
         self._check(layer, self._header)
-        link = _read_link(self._folder, layer.layer_index, layers_of_group, self._header)
+        link = read_link(self._folder, layer.layer_index, layers_of_group, self._header)
         self._origins["read"] += 1
         device = layer.key.device
         return PredictedLink(
@@ -249,7 +183,7 @@ class FactorProvider:
     def _from_file(self, layer: LayerWeights, header: FactorHeader) -> Bases:
         assert self._folder is not None
         heads = self._check(layer, header)
-        key, value = _read_layer(self._folder, layer.layer_index, header)
+        key, value = read_layer(self._folder, layer.layer_index, header)
         self._origins["read"] += 1
         if layer.num_kv_heads == header.source.kv_heads:
             return key, value
@@ -282,87 +216,6 @@ class FactorProvider:
                 header,
             )
         return heads
-
-
-def check_factors(vllm_config: Any, settings: XQuantSettings) -> None:
-    """Refuse a model folder's factors that cannot be served, before a weight is loaded.
-
-    Args:
-        vllm_config: the configuration.
-        settings: the settings, with the folder's defaults in them.
-
-    Raises:
-        SettingsError: with the file, what is wrong and the command to run.
-    """
-    folder, header = factors_of(vllm_config)
-    if folder is None or header is None:
-        return
-    for problem, remedy in _problems(vllm_config, header):
-        raise refuse_factors(folder / HEADER_FILE, problem, header, remedy)
-    # Its last layer is the first to be missing if the file is truncated.
-    last = header.source.layers - 1
-    if not header.joint_latents:
-        _read_layer(folder, last, header)
-    else:
-        chained = header.settings.chain is not None
-        groups = layers_of_groups([not chained or settings.is_anchor(index) for index in range(last + 1)])
-        _read_link(folder, last, groups[last], header)
-
-
-def _read_layer(folder: Path, index: int, header: FactorHeader) -> Bases:
-    source, spec = header.source, header.spec
-    shapes = layer_shapes(index, source.hidden_size, source.kv_heads, source.head_size, spec.kind, spec.dtype)
-    try:
-        return bases_from(index, read_tensors(folder / FACTORS_FILE, shapes, header.checksums))
-    except FactorFileError as error:
-        raise refuse_factors(folder / FACTORS_FILE, str(error), header) from None
-
-
-def joint_name(layer: int, name: str) -> str:
-    """Name of a tensor of a layer's calibrated joint latent."""
-    return f"layers.{layer}.joint.{name}"
-
-
-def _read_link(folder: Path, index: int, layers_of_group: int, header: FactorHeader) -> PredictedLink:
-    source = header.source
-    shapes = link_shapes(source.hidden_size, source.kv_heads, source.head_size, layers_of_group, DTYPES[header.dtype])
-    named = {joint_name(index, name): form for name, form in shapes.items()}
-    try:
-        tensors = read_tensors(folder / FACTORS_FILE, named, header.checksums)
-    except FactorFileError as error:
-        raise refuse_factors(folder / FACTORS_FILE, str(error), header) from None
-    return PredictedLink(
-        tensors[joint_name(index, "down")],
-        tensors[joint_name(index, "up_key")],
-        tensors[joint_name(index, "up_value")],
-        tensors.get(joint_name(index, "prediction")),
-    )
-
-
-def _problems(vllm_config: Any, header: FactorHeader) -> Iterator[tuple[str, str]]:
-    model, source = vllm_config.model_config, header.source
-    ranks = vllm_config.parallel_config.tensor_parallel_size
-    if dtype_name(model.dtype) != header.dtype:
-        name = dtype_name(model.dtype)
-        yield f"is for --dtype {header.dtype}, but the model is served in {name}", f"--dtype {name}"
-    if header.settings.chain is not None and ranks > 1:
-        yield (
-            f"has a chain, whose latents do not shard, so it serves --tensor-parallel-size 1 and not {ranks}",
-            "--method xquant --basis head",
-        )
-    elif header.settings.basis == "joint" and ranks > 1:
-        yield (
-            f'has the basis "joint", whose latents do not shard, so it serves --tensor-parallel-size 1 and not {ranks}',
-            "--basis head",
-        )
-    shape = (model.get_total_num_hidden_layers(), model.get_total_num_kv_heads(), model.get_head_size())
-    made_of = (source.layers, source.kv_heads, source.head_size)
-    if shape != made_of:
-        yield (
-            f"is of another model: it is made of {made_of[0]} layers with {made_of[1]} kv heads of {made_of[2]}, but "
-            f"this one has {shape[0]} layers with {shape[1]} of {shape[2]}",
-            "",
-        )
 
 
 def _of_heads(basis: LatentBasis, heads: slice) -> LatentBasis:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from xquant_vllm.codec.allocated import AllocatedFormat
-from xquant_vllm.codec.allocation import Runs
+from xquant_vllm.codec.allocation import LayerAllocation
 from xquant_vllm.codec.layout import Stream, StreamFormat
 from xquant_vllm.codec.packing import UNQUANTIZED_BITS
 from xquant_vllm.errors import SettingsError
@@ -16,8 +16,6 @@ from xquant_vllm.scheme.settings import PerStream, XQuantSettings
 _LARGEST_DEFAULT_GROUP = 128
 
 Holds = Literal["latent", "x", "joint"]
-# Bits of the channels of every stream and latent head of a layer, as calibrated factors have them.
-LayerAllocation = tuple[tuple[Runs, ...], ...]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from xquant_vllm.scheme.formats import LayerFormat
 
 
 @dataclass(frozen=True)
-class LayerCache:
+class LayerScheme:
     """One layer's cache, except for the block size, which vLLM decides on later.
 
     Attributes:
@@ -32,7 +32,7 @@ class LayerCache:
     prediction_matrix: torch.Tensor | None = None
     kernel_device: torch.device | None = None
 
-    def on_host(self) -> "LayerCache":
+    def on_host(self) -> "LayerScheme":
         """The same with its up-projections on the host, for kernels that arrange them once and keep the result.
 
         They are in FP32 and, where pages hold X, as many as the rows of ``qkv_proj`` that they replace: memory that

@@ -1,7 +1,5 @@
 """The settings that users give as ``--additional-config '{"xquant": {...}}'``, checked once and frozen."""
 
-import json
-import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -13,8 +11,6 @@ from xquant_vllm.errors import SettingsError
 from xquant_vllm.scheme.setting_errors import explained, refuse
 
 CONFIG_KEY = "xquant"
-# Overrides single settings in tests, as JSON. Users set --additional-config.
-OVERRIDE_VARIABLE = "XQUANT_SETTINGS"
 
 # First layers and anchor interval. For X the paper's choice (section 3.3): the first layers change most from one to the
 # next, and a single base.
@@ -238,34 +234,7 @@ def parse_settings(raw: Mapping[str, Any] | None) -> XQuantSettings:
             f"xquant: additional_config['{CONFIG_KEY}'] = {raw!r} is not a table of settings; "
             f'set for example --additional-config \'{{"xquant": {{"bits": 4}}}}\''
         )
-    raw = {**raw, **_override()}
     try:
         return XQuantSettings.model_validate(raw)
     except ValidationError as error:
         raise explained(error, raw, CONFIG_KEY, XQuantSettings.model_fields, _ADVICE) from None
-
-
-def settings_of(vllm_config: Any) -> XQuantSettings:
-    """The settings in a vLLM configuration, over those that the model folder's factors were made for.
-
-    Raises:
-        SettingsError: a setting cannot work, the folder's factors cannot be used, or the two contradict each other.
-    """
-    additional = getattr(vllm_config, "additional_config", None)
-    settings = parse_settings(additional.get(CONFIG_KEY) if isinstance(additional, Mapping) else None)
-    from xquant_vllm.scheme.factor_conflicts import factors_of, over_factors  # which need what is defined here
-
-    return over_factors(settings, *factors_of(vllm_config))
-
-
-def _override() -> Mapping[str, Any]:
-    text = os.environ.get(OVERRIDE_VARIABLE)
-    if not text:
-        return {}
-    try:
-        override = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise SettingsError(f"xquant: {OVERRIDE_VARIABLE} = {text!r} is not JSON ({error}); unset it") from None
-    if not isinstance(override, Mapping):
-        raise SettingsError(f"xquant: {OVERRIDE_VARIABLE} = {text!r} is not a JSON object; unset it")
-    return override

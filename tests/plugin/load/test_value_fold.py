@@ -18,7 +18,7 @@ from xquant_vllm.plugin.load.capture import module_output
 from xquant_vllm.plugin.load.modules import DenseLinear
 from xquant_vllm.plugin.load.value_fold import fold, output_projection
 from xquant_vllm.projection.rematerialize import rematerialize_values
-from xquant_vllm.scheme.layer_scheme import LayerCache
+from xquant_vllm.scheme.layer_scheme import LayerScheme
 
 SETTINGS = {"cache": "latent"}
 
@@ -96,7 +96,7 @@ def answer(module: WithOutput, attended: torch.Tensor) -> torch.Tensor:
     return module_output(module, hidden, torch.arange(len(hidden)), attended, {"o_proj": dense(module)})
 
 
-def folded(cache: LayerCache) -> bool:
+def folded(cache: LayerScheme) -> bool:
     return cache.projection.up_value is None
 
 

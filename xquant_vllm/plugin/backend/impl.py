@@ -10,10 +10,10 @@ from xquant_vllm.attention import dispatch, reference
 from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.plugin.backend.metadata import PagedMetadata
 from xquant_vllm.plugin.backend.paged_impl import PagedImpl, pages_of, refuse_output_scales
+from xquant_vllm.plugin.engine_settings import settings_of
 from xquant_vllm.plugin.load.loader import install_loader_hook
 from xquant_vllm.plugin.registration import BACKEND_NAME
-from xquant_vllm.scheme.layer_scheme import LayerCache
-from xquant_vllm.scheme.settings import settings_of
+from xquant_vllm.scheme.layer_scheme import LayerScheme
 
 
 class XQuantImpl(PagedImpl):
@@ -28,13 +28,13 @@ class XQuantImpl(PagedImpl):
         """Keep the layer's shape; refuse what the kernels do not do."""
         super().__init__(*args, **kwargs)
         self.settings = settings_of(self.vllm_config)
-        self.cache: LayerCache | None = None
+        self.cache: LayerScheme | None = None
         self._earlier: tuple[Any, ...] = ()
         self._plans: dict[int, AttentionLayerPlan] = {}
         self._known_pages: tuple[list[torch.Tensor], tuple[torch.Tensor, ...]] = ([], ())
         install_loader_hook()
 
-    def set_cache(self, cache: LayerCache, earlier: Sequence[Any]) -> None:
+    def set_cache(self, cache: LayerScheme, earlier: Sequence[Any]) -> None:
         """Take what surgery made of this layer.
 
         Args:

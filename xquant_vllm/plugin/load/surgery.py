@@ -1,7 +1,7 @@
 """Replace the key and value projections of an attention module, and move what they did behind the cache.
 
 After surgery ``qkv_proj`` yields queries and latents (or the layer input itself), RoPE turns queries alone, the key
-norm is gone, and :class:`LayerCache` holds what they did. The result is checked on every layer against what the
+norm is gone, and :class:`LayerScheme` holds what they did. The result is checked on every layer against what the
 untouched module computes: a model that treats its keys in a way not foreseen here is refused instead of served wrongly.
 """
 
@@ -22,9 +22,9 @@ from xquant_vllm.plugin.load.probe import make_probe
 from xquant_vllm.plugin.load.recognize import AttentionParts
 from xquant_vllm.plugin.load.value_fold import ValueFold
 from xquant_vllm.projection.rematerialize import rematerialize_keys, rematerialize_values
-from xquant_vllm.scheme.builder import CacheBuilder, Factors
+from xquant_vllm.scheme.builder import Factors, SchemeBuilder
 from xquant_vllm.scheme.formats import LayerFormat
-from xquant_vllm.scheme.layer_scheme import LayerCache
+from xquant_vllm.scheme.layer_scheme import LayerScheme
 from xquant_vllm.scheme.settings import XQuantSettings
 
 # Relative error of rematerialized against original keys and values, by the dtype they are computed in. An unforeseen
@@ -37,10 +37,10 @@ class Surgeon:
 
     def __init__(self, settings: XQuantSettings, formats: Sequence[LayerFormat], factors: Factors) -> None:
         """Prepare for layers of these formats, whose bases ``factors`` gives."""
-        self._formats, self._builder = formats, CacheBuilder(settings, formats, factors)
+        self._formats, self._builder = formats, SchemeBuilder(settings, formats, factors)
         self._fold_values = settings.fold_values
 
-    def operate(self, position: int, parts: AttentionParts, dense: DenseLinear) -> LayerCache:
+    def operate(self, position: int, parts: AttentionParts, dense: DenseLinear) -> LayerScheme:
         """Replace the projections of one attention module.
 
         Args:
@@ -89,7 +89,7 @@ def _wrap_child(module: nn.Module, child: str, wrap: Any) -> None:
 
 
 def _exact_latents(
-    cache: LayerCache, earlier: Sequence[Stream], key: torch.Tensor, value: torch.Tensor
+    cache: LayerScheme, earlier: Sequence[Stream], key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Key and value latents ``[num_tokens, heads, width]`` if nothing were quantized.
 
@@ -118,7 +118,7 @@ def _exact_latents(
 
 def _verify(
     parts: AttentionParts,
-    cache: LayerCache,
+    cache: LayerScheme,
     earlier: Sequence[Stream],
     positions: torch.Tensor,
     before: tuple[torch.Tensor, ...],

@@ -1,0 +1,94 @@
+"""The factors in the model folder of a vLLM configuration: found, checked before a weight is loaded, and provided."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from xquant_vllm.projection.factor_file import HEADER_FILE, dtype_name
+from xquant_vllm.projection.predicted import layers_of_groups
+from xquant_vllm.scheme.factor_conflicts import factors_in, refuse_factors
+from xquant_vllm.scheme.factor_header import FactorHeader
+from xquant_vllm.scheme.factor_provider import FactorProvider
+from xquant_vllm.scheme.factor_reader import read_layer, read_link
+from xquant_vllm.scheme.layer_weights import HeadShard
+from xquant_vllm.scheme.settings import XQuantSettings
+
+
+def factors_of(vllm_config: Any) -> tuple[Path | None, FactorHeader | None]:
+    """The model's folder and the header of its factors; None for a model without.
+
+    Raises:
+        SettingsError: the header cannot be used.
+    """
+    model = getattr(getattr(vllm_config, "model_config", None), "model", None)
+    if not isinstance(model, str) or not Path(model).is_dir():
+        return None, None
+    return Path(model), factors_in(Path(model))
+
+
+def factor_provider(vllm_config: Any, settings: XQuantSettings) -> FactorProvider:
+    """The provider of this rank's model.
+
+    Raises:
+        SettingsError: the model folder has factors that cannot be used.
+    """
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    folder, header = factors_of(vllm_config)
+    if header is None:
+        return FactorProvider(settings, None, None, None)
+    total = vllm_config.model_config.get_total_num_kv_heads()
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    shard = HeadShard.of_rank(get_tensor_model_parallel_rank() if ranks > 1 else 0, ranks, total)
+    return FactorProvider(settings, folder, header, shard)
+
+
+def check_factors(vllm_config: Any, settings: XQuantSettings) -> None:
+    """Refuse a model folder's factors that cannot be served, before a weight is loaded.
+
+    Args:
+        vllm_config: the configuration.
+        settings: the settings, with the folder's defaults in them.
+
+    Raises:
+        SettingsError: with the file, what is wrong and the command to run.
+    """
+    folder, header = factors_of(vllm_config)
+    if folder is None or header is None:
+        return
+    for problem, remedy in _problems(vllm_config, header):
+        raise refuse_factors(folder / HEADER_FILE, problem, header, remedy)
+    # Its last layer is the first to be missing if the file is truncated.
+    last = header.source.layers - 1
+    if not header.joint_latents:
+        read_layer(folder, last, header)
+    else:
+        chained = header.settings.chain is not None
+        groups = layers_of_groups([not chained or settings.is_anchor(index) for index in range(last + 1)])
+        read_link(folder, last, groups[last], header)
+
+
+def _problems(vllm_config: Any, header: FactorHeader) -> Iterator[tuple[str, str]]:
+    model, source = vllm_config.model_config, header.source
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    if dtype_name(model.dtype) != header.dtype:
+        name = dtype_name(model.dtype)
+        yield f"is for --dtype {header.dtype}, but the model is served in {name}", f"--dtype {name}"
+    if header.settings.chain is not None and ranks > 1:
+        yield (
+            f"has a chain, whose latents do not shard, so it serves --tensor-parallel-size 1 and not {ranks}",
+            "--method xquant --basis head",
+        )
+    elif header.settings.basis == "joint" and ranks > 1:
+        yield (
+            f'has the basis "joint", whose latents do not shard, so it serves --tensor-parallel-size 1 and not {ranks}',
+            "--basis head",
+        )
+    shape = (model.get_total_num_hidden_layers(), model.get_total_num_kv_heads(), model.get_head_size())
+    made_of = (source.layers, source.kv_heads, source.head_size)
+    if shape != made_of:
+        yield (
+            f"is of another model: it is made of {made_of[0]} layers with {made_of[1]} kv heads of {made_of[2]}, but "
+            f"this one has {shape[0]} layers with {shape[1]} of {shape[2]}",
+            "",
+        )

@@ -1,0 +1,19 @@
+"""The settings in a vLLM configuration."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from xquant_vllm.plugin.engine_factors import factors_of
+from xquant_vllm.scheme.factor_conflicts import over_factors
+from xquant_vllm.scheme.settings import CONFIG_KEY, XQuantSettings, parse_settings
+
+
+def settings_of(vllm_config: Any) -> XQuantSettings:
+    """The settings in a vLLM configuration, over those that the model folder's factors were made for.
+
+    Raises:
+        SettingsError: a setting cannot work, the folder's factors cannot be used, or the two contradict each other.
+    """
+    additional = getattr(vllm_config, "additional_config", None)
+    settings = parse_settings(additional.get(CONFIG_KEY) if isinstance(additional, Mapping) else None)
+    return over_factors(settings, *factors_of(vllm_config))
