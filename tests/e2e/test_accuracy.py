@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.family_coverage import LATENTS
-from xquant_vllm.evaluation.hooked_model import HookedModel
-from xquant_vllm.evaluation.method_options import MethodOptions
-from xquant_vllm.evaluation.methods import prepare_method
+from xquant_vllm.evaluation.methods.method_options import MethodOptions
+from xquant_vllm.evaluation.methods.methods import prepare_method
+from xquant_vllm.evaluation.model.hooked_model import HookedModel
 from xquant_vllm.offline.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.e2e

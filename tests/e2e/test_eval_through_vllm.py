@@ -10,7 +10,7 @@ from tests.cli.test_factorize import FakeTokenizer, factorize
 from tests.e2e.test_families import ENGINE
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.cli.main import main
-from xquant_vllm.evaluation.windows import cut_windows
+from xquant_vllm.evaluation.tasks.windows import cut_windows
 from xquant_vllm.offline.texts import python_docs_to_evaluate
 
 pytestmark = pytest.mark.e2e

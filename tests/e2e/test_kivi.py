@@ -7,9 +7,9 @@ import torch
 
 from tests.e2e.engine_process import NUM_LOGITS
 from tests.tiny_models import save_tiny_model
-from xquant_vllm.evaluation.baselines.kivi import Kivi
-from xquant_vllm.evaluation.cache_method import CacheMethod
-from xquant_vllm.evaluation.hooked_model import HookedModel
+from xquant_vllm.evaluation.methods.baselines.kivi import Kivi
+from xquant_vllm.evaluation.methods.cache_method import CacheMethod
+from xquant_vllm.evaluation.model.hooked_model import HookedModel
 from xquant_vllm.offline.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.e2e

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xquant_vllm.evaluation.baselines.kivi import kivi_bytes
+from xquant_vllm.evaluation.methods.baselines.kivi import kivi_bytes
 from xquant_vllm.kivi.pages import QuantizedLayout, ResidualLayout
 
 layouts = st.builds(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kivi.kivi_cases import Spec, make_plan
-from xquant_vllm.evaluation.baselines.kivi import recent
+from xquant_vllm.evaluation.methods.baselines.kivi import recent
 
 
 @pytest.mark.parametrize("residual", [32, 96, 128])

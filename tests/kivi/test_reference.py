@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.kivi.kivi_cases import POISON, Sequences, Spec, at_once, one_by_one, random_spec, random_steps
-from xquant_vllm.evaluation.baselines.groups import per_channel, per_token
-from xquant_vllm.evaluation.baselines.kivi import Kivi, KiviPreRope
+from xquant_vllm.evaluation.methods.baselines.groups import per_channel, per_token
+from xquant_vllm.evaluation.methods.baselines.kivi import Kivi, KiviPreRope
 from xquant_vllm.kivi import reference
 from xquant_vllm.kivi.codec import load_key_groups, load_values
 from xquant_vllm.projection.rope import apply_rope

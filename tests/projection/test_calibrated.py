@@ -10,7 +10,7 @@ from xquant_vllm.codec.allocated import AllocatedFormat, dequantize_allocated, q
 from xquant_vllm.codec.allocation import run_bytes
 from xquant_vllm.codec.layout import StreamFormat
 from xquant_vllm.codec.quantizer import dequantize, quantize
-from xquant_vllm.evaluation.baselines.paper_xquant import xquant_bytes
+from xquant_vllm.evaluation.methods.baselines.paper_xquant import xquant_bytes
 from xquant_vllm.projection.basis import factorize
 from xquant_vllm.projection.calibrated import CalibratedHeads, fit_heads, layer_budget
 

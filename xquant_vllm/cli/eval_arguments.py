@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 # What imports torch, which takes seconds, is imported when a command runs: not for --help.
-from xquant_vllm.evaluation.method_options import DATASETS, METHODS
+from xquant_vllm.evaluation.methods.method_options import DATASETS, METHODS
 
 
 def add_eval(commands: Any) -> None:
@@ -138,7 +138,7 @@ def add_method(parser: argparse.ArgumentParser) -> None:
 
 def run_perplexity(options: argparse.Namespace) -> None:
     """Run the command; torch takes seconds to import."""
-    from xquant_vllm.cli.eval import evaluate_perplexity
+    from xquant_vllm.cli.eval_perplexity import evaluate_perplexity
 
     evaluate_perplexity(options)
 

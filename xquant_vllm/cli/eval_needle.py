@@ -6,9 +6,9 @@ from tqdm import tqdm
 
 from xquant_vllm.cli.eval_output import refuse_infinite, report, text_of
 from xquant_vllm.cli.eval_subject import Subject
-from xquant_vllm.evaluation.needle import NeedleScore, evaluate_needles
-from xquant_vllm.evaluation.needle_prompts import needle_prompts
-from xquant_vllm.evaluation.needle_result import needle_result, needle_summary
+from xquant_vllm.evaluation.tasks.needle import NeedleScore, evaluate_needles
+from xquant_vllm.evaluation.tasks.needle_prompts import needle_prompts
+from xquant_vllm.evaluation.tasks.needle_result import needle_result, needle_summary
 
 
 def evaluate_needle(options: argparse.Namespace) -> None:

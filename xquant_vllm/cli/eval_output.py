@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from xquant_vllm.errors import RefusedError
-from xquant_vllm.evaluation.datasets import dataset_text
 from xquant_vllm.evaluation.files import replace_json
+from xquant_vllm.evaluation.tasks.datasets import dataset_text
 from xquant_vllm.offline.texts import PYTHON_DOCS, python_docs_to_evaluate, read_file, text_name
 
 

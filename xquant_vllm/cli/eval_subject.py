@@ -12,14 +12,14 @@ import torch
 
 from xquant_vllm.cli.served_folder import served_folder
 from xquant_vllm.errors import RefusedError
-from xquant_vllm.evaluation.kept_scores import KeptScores, Score, model_fingerprint
-from xquant_vllm.evaluation.logits import Engine, Logits
-from xquant_vllm.evaluation.method_options import SERVED_METHODS, MethodOptions
-from xquant_vllm.evaluation.methods import bytes_16bit, prepare_method
-from xquant_vllm.evaluation.offline_engine import OfflineEngine
-from xquant_vllm.evaluation.prepared_method import PreparedMethod
-from xquant_vllm.evaluation.result import versions
-from xquant_vllm.evaluation.served_engine import serve, vllm_version
+from xquant_vllm.evaluation.engines.logits import Engine, Logits
+from xquant_vllm.evaluation.engines.offline_engine import OfflineEngine
+from xquant_vllm.evaluation.engines.served_engine import serve, vllm_version
+from xquant_vllm.evaluation.methods.method_options import SERVED_METHODS, MethodOptions
+from xquant_vllm.evaluation.methods.methods import bytes_16bit, prepare_method
+from xquant_vllm.evaluation.methods.prepared_method import PreparedMethod
+from xquant_vllm.evaluation.tasks.kept_scores import KeptScores, Score, model_fingerprint
+from xquant_vllm.evaluation.tasks.result import versions
 from xquant_vllm.offline.checkpoint import Checkpoint, open_checkpoint
 from xquant_vllm.projection.factor_file import DTYPES
 from xquant_vllm.scheme.factor_conflicts import factors_in

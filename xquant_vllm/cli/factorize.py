@@ -11,12 +11,12 @@ import torch
 from tqdm import tqdm
 
 from xquant_vllm import __version__
-from xquant_vllm.cli.output import link_checkpoint, replaced_folder
 from xquant_vllm.codec.allocation import LayerAllocation
 from xquant_vllm.errors import RefusedError
 from xquant_vllm.offline.calibrated import CalibrationPlan, fit_layers, plan_calibration
 from xquant_vllm.offline.checkpoint import Checkpoint, open_checkpoint
 from xquant_vllm.offline.factorizer import Factorizer
+from xquant_vllm.offline.output_folder import link_checkpoint, replaced_folder
 from xquant_vllm.projection.ahead import AheadPool
 from xquant_vllm.projection.basis import BasisKind
 from xquant_vllm.projection.calibration import GRADIENT_RIDGE, INPUT_RIDGE

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xquant_vllm.cli.factorize import factorize_checkpoint
-from xquant_vllm.evaluation.method_options import DEFAULT_CALIBRATION_TOKENS, MethodOptions
-from xquant_vllm.evaluation.served_method import calibration_source
+from xquant_vllm.evaluation.methods.method_options import DEFAULT_CALIBRATION_TOKENS, MethodOptions
+from xquant_vllm.evaluation.methods.served_method import calibration_source
 from xquant_vllm.offline.checkpoint import Checkpoint
 from xquant_vllm.scheme.factor_conflicts import factors_in, over_factors
 from xquant_vllm.scheme.settings import parse_settings

@@ -1,0 +1,1 @@
+"""A transformers model whose keys and values pass through a cache."""

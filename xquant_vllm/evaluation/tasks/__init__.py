@@ -1,0 +1,1 @@
+"""What is asked of a cache, and how answers are scored."""
