@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
+from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.plugin.engine_factors import factors_of
 from xquant_vllm.scheme.factor_conflicts import over_factors
 from xquant_vllm.scheme.settings import CONFIG_KEY, XQuantSettings, parse_settings
 
 
+@per_object
 def settings_of(vllm_config: Any) -> XQuantSettings:
-    """The settings in a vLLM configuration, over those that the model folder's factors were made for.
+    """The settings in a vLLM configuration, over those that the model folder's factors were made for; parsed once.
 
     Raises:
         SettingsError: a setting cannot work, the folder's factors cannot be used, or the two contradict each other.

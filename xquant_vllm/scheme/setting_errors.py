@@ -1,13 +1,15 @@
 """From pydantic's errors to one clear error for users, whichever backend the settings are for."""
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticCustomError
 
 from xquant_vllm.errors import SettingsError
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 _OWN = "xquant"  # type of the errors that say themselves what to do
 
@@ -17,19 +19,31 @@ def refuse(why: str, instead: str) -> PydanticCustomError:
     return PydanticCustomError(_OWN, "{why}; {instead}", {"why": why, "instead": instead})
 
 
-def explained(
-    error: ValidationError, raw: Mapping[str, Any], key: str, known: Iterable[str], advice: Mapping[str, str]
-) -> SettingsError:
-    """The error for users, with one line per setting that cannot work.
+def validated(raw: Any, settings: type[Settings], key: str, advice: Mapping[str, str]) -> Settings:
+    """Check the user's settings.
 
     Args:
-        error: pydantic's.
-        raw: the settings as given.
-        key: what they are given under in ``additional_config``, which starts every line.
-        known: names of all settings.
+        raw: what is given under ``key`` in ``additional_config``, or None for the defaults.
+        settings: the model to check against.
+        key: starts every line of the error.
         advice: what to set, by setting, where pydantic itself finds the value wrong.
+
+    Raises:
+        SettingsError: with one line per setting that cannot work.
     """
-    return SettingsError("\n".join(_explain(problem, raw, key, list(known), advice) for problem in error.errors()))
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, Mapping):
+        raise SettingsError(
+            f"{key}: additional_config['{key}'] = {raw!r} is not a table of settings; "
+            f'set for example --additional-config \'{{"{key}": {{"bits": 4}}}}\''
+        )
+    try:
+        return settings.model_validate(raw)
+    except ValidationError as error:
+        known = list(settings.model_fields)
+        lines = [_explain(problem, raw, key, known, advice) for problem in error.errors()]
+        raise SettingsError("\n".join(lines)) from None
 
 
 def _explain(problem: Any, raw: Mapping[str, Any], key: str, known: list[str], advice: Mapping[str, str]) -> str:

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from xquant_vllm.codec.layout import UNIFORM_BITS
 from xquant_vllm.codec.packing import UNQUANTIZED_BITS
 from xquant_vllm.errors import SettingsError
-from xquant_vllm.scheme.setting_errors import explained, refuse
+from xquant_vllm.scheme.setting_errors import refuse, validated
 
 CONFIG_KEY = "xquant"
 
@@ -227,14 +227,4 @@ def parse_settings(raw: Mapping[str, Any] | None) -> XQuantSettings:
     Raises:
         SettingsError: with one line per setting that cannot work.
     """
-    if raw is None:
-        raw = {}
-    if not isinstance(raw, Mapping):
-        raise SettingsError(
-            f"xquant: additional_config['{CONFIG_KEY}'] = {raw!r} is not a table of settings; "
-            f'set for example --additional-config \'{{"xquant": {{"bits": 4}}}}\''
-        )
-    try:
-        return XQuantSettings.model_validate(raw)
-    except ValidationError as error:
-        raise explained(error, raw, CONFIG_KEY, XQuantSettings.model_fields, _ADVICE) from None
+    return validated(raw, XQuantSettings, CONFIG_KEY, _ADVICE)

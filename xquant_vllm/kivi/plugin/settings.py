@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from xquant_vllm.codec.layout import BLOCK_SIZE_MULTIPLE
 from xquant_vllm.errors import SettingsError
 from xquant_vllm.kivi.block_sizes import choose_block_sizes
 from xquant_vllm.kivi.pages import KIVI_BITS, QuantizedLayout, ResidualLayout
-from xquant_vllm.scheme.setting_errors import explained, refuse
+from xquant_vllm.scheme.setting_errors import refuse, validated
 
 CONFIG_KEY = "kivi"
 
@@ -119,17 +119,7 @@ def parse_settings(raw: Mapping[str, Any] | None) -> KiviSettings:
     Raises:
         SettingsError: with one line per setting that cannot work.
     """
-    if raw is None:
-        raw = {}
-    if not isinstance(raw, Mapping):
-        raise SettingsError(
-            f"kivi: additional_config['{CONFIG_KEY}'] = {raw!r} is not a table of settings; "
-            f'set for example --additional-config \'{{"kivi": {{"bits": 4}}}}\''
-        )
-    try:
-        return KiviSettings.model_validate(raw)
-    except ValidationError as error:
-        raise explained(error, raw, CONFIG_KEY, KiviSettings.model_fields, _ADVICE) from None
+    return validated(raw, KiviSettings, CONFIG_KEY, _ADVICE)
 
 
 def settings_of(vllm_config: Any) -> KiviSettings:
