@@ -6,12 +6,12 @@ import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.cli.test_factorize import FakeTokenizer, factorize
+from tests.engine_config import engine_config
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.cli.main import main
 from xquant_vllm.errors import SettingsError
@@ -69,16 +69,8 @@ def weights_of(folder: Path, layer: int, heads: slice = slice(None)) -> LayerWei
 
 
 def config_of(folder, *, ranks=1, dtype=torch.bfloat16, **settings):
-    """A vLLM configuration as far as it is asked here."""
-    model = SimpleNamespace(
-        model=str(folder),
-        dtype=dtype,
-        get_total_num_hidden_layers=lambda: LAYERS,
-        get_total_num_kv_heads=lambda: KV_HEADS,
-        get_head_size=lambda: HEAD_SIZE,
-    )
-    parallel = SimpleNamespace(tensor_parallel_size=ranks)
-    return SimpleNamespace(model_config=model, parallel_config=parallel, additional_config={"xquant": settings})
+    sizes = {"layers": LAYERS, "kv_heads": KV_HEADS, "head_size": HEAD_SIZE}
+    return engine_config(folder, ranks=ranks, dtype=dtype, settings=settings, **sizes)
 
 
 @dataclass

@@ -5,11 +5,11 @@ import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.engine_config import engine_config
 from xquant_vllm.errors import SettingsError
 from xquant_vllm.plugin.engine_factors import check_factors
 from xquant_vllm.plugin.engine_settings import settings_of
@@ -88,19 +88,8 @@ def write_factors(folder, **settings):
 
 
 def config_of(folder, *, ranks=1, dtype=torch.bfloat16, layers=LAYERS, **settings):
-    """A vLLM configuration as far as it is asked here."""
-    model = SimpleNamespace(
-        model=str(folder),
-        dtype=dtype,
-        get_total_num_hidden_layers=lambda: layers,
-        get_total_num_kv_heads=lambda: KV_HEADS,
-        get_head_size=lambda: HEAD_SIZE,
-    )
-    return SimpleNamespace(
-        model_config=model,
-        parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
-        additional_config={"xquant": settings},
-    )
+    sizes = {"layers": layers, "kv_heads": KV_HEADS, "head_size": HEAD_SIZE}
+    return engine_config(folder, ranks=ranks, dtype=dtype, settings=settings, **sizes)
 
 
 def provider_of(folder, shard=None):
