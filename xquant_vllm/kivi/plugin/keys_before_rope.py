@@ -8,8 +8,8 @@ from xquant_vllm.plugin.checks import unsupported_model
 from xquant_vllm.plugin.load.capture import capture_qkv
 from xquant_vllm.plugin.load.modules import QueryOnlyRotary
 from xquant_vllm.plugin.load.probe import make_probe
+from xquant_vllm.plugin.load.proof import differences
 from xquant_vllm.plugin.load.recognize import recognize
-from xquant_vllm.plugin.load.surgery import TOLERANCE
 from xquant_vllm.plugin.registration import KIVI_BACKEND_NAME
 from xquant_vllm.projection.rope import RotaryTable, apply_rope
 
@@ -40,13 +40,11 @@ def take_keys_before_rope(name: str, module: Any, attention: Any) -> RotaryTable
     after = capture_qkv(name, module, hidden, positions)
     keys = after[1].float().unflatten(1, (-1, attention.head_size))
     rebuilt = after[0].float(), apply_rope(keys, positions, parts.rope).flatten(1), after[2].float()
-    for what, expected, actual in zip(("queries", "keys", "values"), before, rebuilt, strict=True):
-        error = ((actual - expected.float()).norm() / expected.float().norm().clamp_min(1e-30)).item()
-        if not error <= TOLERANCE[dtype]:
-            raise unsupported_model(
-                f"{type(module).__name__} at {name} is not recognized: its {what} differ by {error:.1e} (relative, "
-                f"tolerance {TOLERANCE[dtype]:.0e}) when keys are rotated after they were cached (leave pre_rope out "
-                "to cache them after RoPE)",
-                KIVI_BACKEND_NAME,
-            )
+    for what, error, tolerance in differences(before, rebuilt):
+        raise unsupported_model(
+            f"{type(module).__name__} at {name} is not recognized: its {what} differ by {error:.1e} (relative, "
+            f"tolerance {tolerance:.0e}) when keys are rotated after they were cached (leave pre_rope out to cache "
+            "them after RoPE)",
+            KIVI_BACKEND_NAME,
+        )
     return parts.rope

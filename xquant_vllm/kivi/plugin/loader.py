@@ -12,6 +12,7 @@ from xquant_vllm.kivi.plugin.cache_spec import publish_pages
 from xquant_vllm.kivi.plugin.keys_before_rope import take_keys_before_rope
 from xquant_vllm.kivi.plugin.residual import ResidualLayer
 from xquant_vllm.plugin.load.weight_hook import backend_layers, wrap_weight_processing
+from xquant_vllm.plugin.registration import KIVI_BACKEND_NAME
 
 logger = logging.getLogger("vllm.xquant_vllm")
 
@@ -24,10 +25,8 @@ def install_loader_hook() -> None:
 
 
 def _process(original: Callable[[], None], model: nn.Module) -> None:
-    from xquant_vllm.kivi.plugin.impl import KiviImpl  # which installs this hook, so it cannot be imported above
-
     original()
-    layers = backend_layers(model, KiviImpl)
+    layers = backend_layers(model, KIVI_BACKEND_NAME)
     for name, owner, attention in layers:
         _prepare(name, owner, attention)
     if layers:

@@ -28,32 +28,32 @@ class XQuantImpl(PagedImpl):
         """Keep the layer's shape; refuse what the kernels do not do."""
         super().__init__(*args, **kwargs)
         self.settings = settings_of(self.vllm_config)
-        self.cache: LayerScheme | None = None
+        self.scheme: LayerScheme | None = None
         self._earlier: tuple[Any, ...] = ()
         self._plans: dict[int, AttentionLayerPlan] = {}
         self._known_pages: tuple[list[torch.Tensor], tuple[torch.Tensor, ...]] = ([], ())
         install_loader_hook()
 
-    def set_cache(self, cache: LayerScheme, earlier: Sequence[Any]) -> None:
+    def set_scheme(self, scheme: LayerScheme, earlier: Sequence[Any]) -> None:
         """Take what surgery made of this layer.
 
         Args:
-            cache: how its cache is written and read.
+            scheme: how its cache is written and read.
             earlier: vLLM's ``Attention`` of the layers whose pages are read too.
         """
-        device = cache.projection.up_key.device
+        device = scheme.projection.up_key.device
         arranges = device.type != "cpu" and dispatch.select(device.type) is not reference
-        self.cache, self._earlier = cache.on_host() if arranges else cache, tuple(earlier)
+        self.scheme, self._earlier = scheme.on_host() if arranges else scheme, tuple(earlier)
         self._plans.clear()
 
     def _plan(self, block_size: int) -> AttentionLayerPlan:
         """The layer's plan for pages of a block size; vLLM decides on it after the weights are loaded."""
         plan = self._plans.get(block_size)
         if plan is None:
-            assert self.cache is not None
-            plan = self._plans[block_size] = self.cache.plan(
+            assert self.scheme is not None
+            plan = self._plans[block_size] = self.scheme.plan(
                 block_size,
-                [attention.impl.cache.format for attention in self._earlier],
+                [attention.impl.scheme.format for attention in self._earlier],
                 num_heads=self.num_heads,
                 scale=self.scale,
                 sliding_window=self.sliding_window,
@@ -130,8 +130,8 @@ class XQuantImpl(PagedImpl):
         plan = self._plan(kv_cache.shape[2])
         inputs = None
         if plan.exact_from is not None:
-            assert self.cache is not None
-            inputs = self.cache.inputs(key[:tokens], value[:tokens])
+            assert self.scheme is not None
+            inputs = self.scheme.inputs(key[:tokens], value[:tokens])
         batch = attn_metadata.batch
         kernels.paged_attention(query[:tokens], self._pages(kv_cache), plan, batch, output[:tokens], inputs)
         return output
@@ -154,6 +154,6 @@ class XQuantImpl(PagedImpl):
             slot_mapping: ``[num_tokens]`` int64; negative entries are padding.
         """
         kernels = dispatch.select(key.device.type)
-        assert self.cache is not None
+        assert self.scheme is not None
         plan = self._plan(kv_cache.shape[2])
-        kernels.store(self._pages(kv_cache), plan, slot_mapping, self.cache.inputs(key, value))
+        kernels.store(self._pages(kv_cache), plan, slot_mapping, self.scheme.inputs(key, value))

@@ -77,7 +77,7 @@ class XQuantMetadataBuilder(PagedMetadataBuilder):
         if device.type == "cuda":
             # Leading sequences with few query tokens decode, the rest prefills.
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        missed = [name for name, layer in layers.items() if layer.impl.cache is None]
+        missed = [name for name, layer in layers.items() if layer.impl.scheme is None]
         if missed:
             raise RuntimeError(
                 f"xquant: the weights of {missed[0]} (and {len(missed) - 1} more layers) were never factorized: "

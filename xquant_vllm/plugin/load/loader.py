@@ -14,11 +14,12 @@ from xquant_vllm.plugin.load.cache_spec import publish_page_size
 from xquant_vllm.plugin.load.coverage import describe_coverage
 from xquant_vllm.plugin.load.effective_weight import effective_linear
 from xquant_vllm.plugin.load.modules import DenseLinear
-from xquant_vllm.plugin.load.operations import key_value_rows
+from xquant_vllm.plugin.load.projections import key_value_rows
 from xquant_vllm.plugin.load.recognize import AttentionParts, recognize
 from xquant_vllm.plugin.load.report import report
 from xquant_vllm.plugin.load.surgery import Surgeon
 from xquant_vllm.plugin.load.weight_hook import backend_layers, wrap_weight_processing
+from xquant_vllm.plugin.registration import BACKEND_NAME
 from xquant_vllm.scheme.builder import layer_weights
 from xquant_vllm.scheme.factor_provider import FactorProvider
 from xquant_vllm.scheme.formats import LayerShape, layer_formats
@@ -37,7 +38,7 @@ def install_loader_hook() -> None:
 
 
 def _process(original: Callable[[], None], model: Any) -> None:
-    layers = _xquant_layers(model)
+    layers = backend_layers(model, BACKEND_NAME)
     if not layers:
         original()
         return
@@ -56,13 +57,6 @@ def _process(original: Callable[[], None], model: Any) -> None:
     model.load_weights = _refuse_new_weights
     report([attention.impl for _, _, attention in layers], quantized, factors.describe(seconds))
     logger.info("xquant: %s", describe_coverage(model))
-
-
-def _xquant_layers(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
-    """All attention layers of this backend as (name of the owner, owner, attention); refuse layers that escaped it."""
-    from xquant_vllm.plugin.backend.impl import XQuantImpl  # which installs this hook, so it cannot be imported above
-
-    return backend_layers(model, XQuantImpl)
 
 
 def _refuse_new_weights(*_: Any, **__: Any) -> None:
@@ -113,6 +107,6 @@ def _operate(
             else:
                 bias = getattr(part.qkv_proj, "bias", None)
                 dense = DenseLinear(part.qkv_proj.weight.data, None if bias is None else bias.data)
-            cache = surgeon.operate(position, part, dense)
-            attention.impl.set_cache(cache, [layers[index][2] for index in form.reads])
+            scheme = surgeon.operate(position, part, dense)
+            attention.impl.set_scheme(scheme, [layers[index][2] for index in form.reads])
             publish_page_size(attention, form.bytes_per_token)

@@ -28,12 +28,12 @@ def report(impls: Sequence[Any], quantized: int, factors: str) -> None:
         factors: where the bases came from.
     """
     settings = impls[0].settings
-    formats = [impl.cache.format for impl in impls]
+    formats = [impl.scheme.format for impl in impls]
     config = impls[0].vllm_config
     for line in _lines(settings, formats, factors):
         logger.info("xquant: %s", line)
     if settings.fold_values:
-        folded = sum(impl.cache.projection.up_value is None for impl in impls)
+        folded = sum(impl.scheme.projection.up_value is None for impl in impls)
         logger.info(
             "xquant: in %d of %d layers the up-projection of values is folded into the output projection",
             folded,

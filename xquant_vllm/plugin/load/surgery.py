@@ -9,27 +9,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
-from xquant_vllm.attention.latents import combine
-from xquant_vllm.codec.layout import Stream
 from xquant_vllm.plugin.checks import unsupported_model
 from xquant_vllm.plugin.load.capture import capture_qkv
 from xquant_vllm.plugin.load.modules import DenseLinear, QueryOnlyRotary
-from xquant_vllm.plugin.load.operations import Operation
 from xquant_vllm.plugin.load.probe import make_probe
+from xquant_vllm.plugin.load.projections import layer_parameters, let_input_through, replace_rows, shares_memory
+from xquant_vllm.plugin.load.proof import prove_keys_and_values
 from xquant_vllm.plugin.load.recognize import AttentionParts
 from xquant_vllm.plugin.load.value_fold import ValueFold
-from xquant_vllm.projection.rematerialize import rematerialize_keys, rematerialize_values
 from xquant_vllm.scheme.builder import Factors, SchemeBuilder
 from xquant_vllm.scheme.formats import LayerFormat
 from xquant_vllm.scheme.layer_scheme import LayerScheme
 from xquant_vllm.scheme.settings import XQuantSettings
-
-# Relative error of rematerialized against original keys and values, by the dtype they are computed in. An unforeseen
-# treatment of keys is wrong by a large part of their size; quantized activations of a quantized layer are not.
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 class Surgeon:
@@ -63,80 +56,26 @@ class Surgeon:
             )
         probe = make_probe(parts, weight.shape[1], weight)
         hidden, positions = probe.hidden, probe.positions
-        in_place = getattr(parts.qkv_proj, "weight", None) is not None and (
-            parts.qkv_proj.weight.data_ptr() == weight.data_ptr()
-        )
+        in_place = shares_memory(parts, dense)
         # A plain layer cannot run before vLLM has dispatched its GEMM; a quantized one is itself the truth.
         before = capture_qkv(parts.name, parts.module, hidden, positions, dense if in_place else None)
         form = self._formats[position]
-        operation = Operation(parts, form, dense, in_place)
-        cache, down = self._builder.build(position, operation.parameters)
+        scheme, down = self._builder.build(position, layer_parameters(parts, form.shape, dense))
         # What vLLM has processed it may have packed. What was not is still the checkpoint's.
-        fold = ValueFold.prepare(parts, cache.projection, probe, dense) if in_place and self._fold_values else None
-        stand_in = operation.perform(down)
+        fold = ValueFold.prepare(parts, scheme.projection, probe, dense) if in_place and self._fold_values else None
+        if down is None:
+            stand_in = let_input_through(parts, form.shape, dense)
+        else:
+            stand_in = replace_rows(parts, dense, down)
         _wrap_child(parts.module, "rotary_emb", QueryOnlyRotary)
         _wrap_child(parts.module, "k_norm", lambda _: nn.Identity())
         after = capture_qkv(parts.name, parts.module, hidden, positions, stand_in)
         earlier = [self._formats[index].streams[0] for index in form.reads]
-        _verify(parts, cache, earlier, positions, before, after)
-        return cache if fold is None else replace(cache, projection=fold.perform(probe, stand_in))
+        prove_keys_and_values(parts, scheme, earlier, positions, before, after)
+        return scheme if fold is None else replace(scheme, projection=fold.perform(probe, stand_in))
 
 
 def _wrap_child(module: nn.Module, child: str, wrap: Any) -> None:
     original = getattr(module, child, None)
     if original is not None:
         setattr(module, child, wrap(original))
-
-
-def _exact_latents(
-    cache: LayerScheme, earlier: Sequence[Stream], key: torch.Tensor, value: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Key and value latents ``[num_tokens, heads, width]`` if nothing were quantized.
-
-    What earlier layers of a chain have stored may be anything: the own stream makes good what they do not say.
-    """
-    inputs = [x.flatten(1).float() for x in cache.inputs(key, value)]
-    if cache.rotation is not None:
-        inputs[0] = cache.rotation.apply(inputs[0])
-    own = [
-        x.unflatten(1, (stream.num_heads, stream.width)) for x, stream in zip(inputs, cache.format.streams, strict=True)
-    ]
-    if cache.format.holds == "latent":
-        return own[0], own[1]
-    generator = torch.Generator(device="cpu").manual_seed(1)
-    stored = [
-        torch.randn(own[0].shape[0], stream.num_heads, stream.width, generator=generator, device="cpu").to(own[0])
-        for stream in earlier
-    ]
-    prediction = cache.prediction
-    if prediction is not None:
-        predicted = combine(prediction.terms, stored)
-        own[0] = own[0] - (predicted if prediction.matrix is None else predicted @ prediction.matrix)
-    latent = combine(cache.key_terms, [*stored, own[0]])
-    return latent, latent
-
-
-def _verify(
-    parts: AttentionParts,
-    cache: LayerScheme,
-    earlier: Sequence[Stream],
-    positions: torch.Tensor,
-    before: tuple[torch.Tensor, ...],
-    after: tuple[torch.Tensor, ...],
-) -> None:
-    shape = cache.format.shape
-    key_latents, value_latents = _exact_latents(cache, earlier, after[1], after[2])
-    rebuilt = (
-        after[0].float(),
-        rematerialize_keys(key_latents, positions, cache.projection).flatten(1),
-        rematerialize_values(value_latents, cache.projection).flatten(1),
-    )
-    tolerance = TOLERANCE[before[0].dtype]
-    for what, expected, actual in zip(("queries", "keys", "values"), before, rebuilt, strict=True):
-        error = ((actual - expected.float()).norm() / expected.float().norm().clamp_min(1e-30)).item()
-        if not error <= tolerance:
-            raise unsupported_model(
-                f"{type(parts.module).__name__} at {parts.name} is not recognized: its rematerialized {what} "
-                f"({shape.num_kv_heads} kv heads of {shape.head_size}) differ from its own by {error:.1e} (relative, "
-                f"tolerance {tolerance:.0e}), so it treats them in a way that is not supported"
-            )

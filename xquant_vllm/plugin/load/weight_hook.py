@@ -31,8 +31,8 @@ def wrap_weight_processing(marker: str, process: Callable[[Callable[[], None], A
     base_loader.process_weights_after_loading = process_weights_after_loading
 
 
-def backend_layers(model: nn.Module, impl_class: type) -> list[tuple[str, nn.Module, Any]]:
-    """All attention layers with this implementation as (name of the owner, owner, attention).
+def backend_layers(model: nn.Module, backend_name: str) -> list[tuple[str, nn.Module, Any]]:
+    """All attention layers of this backend as (name of the owner, owner, attention).
 
     Raises:
         UnsupportedError: other layers escaped the backend although it was asked for all.
@@ -40,7 +40,7 @@ def backend_layers(model: nn.Module, impl_class: type) -> list[tuple[str, nn.Mod
     attentions = [(name, module) for name, module in model.named_modules() if isinstance(module, Attention)]
     layers, escaped = [], []
     for name, attention in attentions:
-        if isinstance(attention.impl, impl_class):
+        if getattr(attention.impl, "backend_name", None) == backend_name:
             owner_name = name.rpartition(".")[0]
             layers.append((owner_name, model.get_submodule(owner_name), attention))
         else:
