@@ -128,7 +128,7 @@ def kv_cache(model: Model, bits: int) -> Cache:
 
 def allocation(model: Model, bits: int, joint: bool) -> LayerAllocation:
     """The bits of a layer's channels: the package's budget, shared out over power laws."""
-    budget = layer_budget(model.kv_heads, model.head_size, model.hidden_size, bits, joint=joint)
+    budget = layer_budget(model.kv_heads, model.head_size, model.hidden_size, bits, joint_kv=joint)
     width = joint_width(model.hidden_size, model.kv_heads, model.head_size) if joint else model.head_size
     channels = torch.arange(1, width + 1, dtype=torch.float64)
     if joint:

@@ -132,7 +132,7 @@ def calibrated_runs(model: Model, bits: int, generator: torch.Generator) -> tupl
     """Bits of the channels of every key and every value head, as calibration gives them: each kv head's key and value
     share the budget by their variances, which fall differently in every head.
     """
-    budget = layer_budget(model.kv_heads, model.head_size, model.hidden_size, bits, joint=False)
+    budget = layer_budget(model.kv_heads, model.head_size, model.hidden_size, bits, joint_kv=False)
     pairs = [
         allocate(
             [_variances(model.head_size, decay, generator) for decay in (_KEY_DECAY, _VALUE_DECAY)],
@@ -203,7 +203,7 @@ def _streams(
         return [[AllocatedFormat(size, keys), AllocatedFormat(size, values)]], None, size
     if what == "joint allocated":
         width = joint_width(hidden, heads, size)
-        budget = layer_budget(heads, size, hidden, int(bits), joint=True) - 1
+        budget = layer_budget(heads, size, hidden, int(bits), joint_kv=True) - 1
         runs = (allocate([_variances(width, _JOINT_DECAY, generator)], budget)[0],)
         return [[AllocatedFormat(width, runs)]], (LatentTerm(0, 0),), width
     group = min(128, hidden)

@@ -127,7 +127,7 @@ def test_a_calibrated_folder_differs_in_nothing_but_its_bases(models, tmp_path, 
     assert [[len(stream) for stream in layer] for layer in calibrated.settings.allocation] == [[2, 2]] * LAYERS
     for layer in calibrated.settings.allocation:
         codes = sum(bits * channels // 8 for stream in layer for runs in stream for bits, channels in runs)
-        assert codes + 4 <= layer_budget(2, 32, 128, 3, joint=False) < codes + 4 + 4
+        assert codes + 4 <= layer_budget(2, 32, 128, 3, joint_kv=False) < codes + 4 + 4
     names = {path.name for path in (tmp_path / "plain").iterdir()}
     assert {path.name for path in (tmp_path / "calibrated").iterdir()} == names
     tensors = {name: load_file(tmp_path / name / FACTORS_FILE) for name in ("plain", "calibrated")}
@@ -170,7 +170,7 @@ def test_a_calibrated_latent_is_joint_where_the_layer_input_is_narrower(
         assert tensors["layers.0.joint.down"].shape == (128, width)
         assert tensors["layers.0.joint.up_key"].shape == (source.kv_heads, width, source.head_size)
         assert not [name for name in tensors if name.endswith("prediction")]
-        budget = layer_budget(source.kv_heads, source.head_size, 128, 4, joint=True)
+        budget = layer_budget(source.kv_heads, source.head_size, 128, 4, joint_kv=True)
         for ((runs,),) in header.settings.allocation:
             assert sum(bits * channels // 8 for bits, channels in runs) < budget
 

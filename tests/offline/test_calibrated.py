@@ -40,9 +40,9 @@ def checkpoints(tmp_path_factory):
 def test_what_settings_ask_for(checkpoints, family, settings, joint, anchors):
     checkpoint = checkpoints[family]
     plan = plan_calibration(checkpoint, parse_settings({**settings, "bits": 3}))
-    assert plan.joint is joint
+    assert plan.joint_kv is joint
     assert "".join("a" if anchor else "-" for anchor in plan.anchors) == anchors
-    assert plan.budget == layer_budget(checkpoint.kv_heads, 32, 128, 3, joint=joint)
+    assert plan.budget == layer_budget(checkpoint.kv_heads, 32, 128, 3, joint_kv=joint)
     assert plan.layers_of_groups == [len(anchors[: i + 1]) - anchors.rindex("a", 0, i + 1) for i in range(3)]
 
 
@@ -62,20 +62,20 @@ def test_a_whole_model_is_fitted_within_its_bytes(checkpoints, family, settings)
     factors = CalibratedFactors(layers)
     assert list(factors.allocations) == [0, 1, 2]
     for layer, allocation in factors.allocations.items():
-        width = min(128, 2 * checkpoint.kv_heads * 32) if plan.joint else 32
+        width = min(128, 2 * checkpoint.kv_heads * 32) if plan.joint_kv else 32
         taken = sum(AllocatedFormat(width, runs).bytes_per_token for runs in allocation)
         assert taken <= plan.budget
         # At eight bits there is nothing left to spend it on.
         assert taken > plan.budget - 8 or settings["bits"] == 8
         key, value = (weight.bfloat16() for weight in checkpoint.key_value(layer))
         weights = LayerWeights(layer, key, value, checkpoint.kv_heads)
-        if plan.joint:
+        if plan.joint_kv:
             link = factors.layer_link(weights, plan.layers_of_groups[layer])
             assert isinstance(link, PredictedLink)
             own = link.up_key[:, -width:]
             rebuilt = (link.down.float() @ own).mT.flatten(0, 1)
             with pytest.raises(KeyError):
-                factors.joint_basis(weights)
+                factors.joint_kv_basis(weights)
         else:
             basis, _ = factors.layer_factors(weights)
             rebuilt = (basis.down.float() @ basis.up).mT.flatten(0, 1)

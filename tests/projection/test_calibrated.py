@@ -77,7 +77,7 @@ def test_nothing_is_lost_with_all_channels(dtype, tolerance):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_codes_and_scales_fit_the_budget_and_use_it(bits):
     (text,) = layer_texts(1, HIDDEN, HEADS * HEAD_SIZE)
-    budget = layer_budget(HEADS, HEAD_SIZE, HIDDEN, bits, joint=False)
+    budget = layer_budget(HEADS, HEAD_SIZE, HIDDEN, bits, joint_kv=False)
     fitted = fit(text, budget)
     streams = [AllocatedFormat(HEAD_SIZE, runs) for runs in (fitted.key_runs, fitted.value_runs)]
     taken = sum(stream.bytes_per_token for stream in streams)
@@ -171,6 +171,6 @@ def test_a_short_text_and_gradients_of_nothing_lose_nothing(tokens):
 )
 def test_the_budget_is_the_papers_bytes(sizes, bits, joint, expected):
     kv_heads, head_size, hidden_size = sizes
-    assert layer_budget(*sizes, bits, joint=joint) == expected
+    assert layer_budget(*sizes, bits, joint_kv=joint) == expected
     if joint or kv_heads * head_size < hidden_size:
         assert xquant_bytes(hidden_size, kv_heads * head_size, bits) == expected

@@ -8,7 +8,7 @@ from xquant_vllm.codec.allocated import AllocatedFormat, dequantize_allocated, q
 from xquant_vllm.codec.allocation import run_bytes
 from xquant_vllm.projection.predicted import (
     PredictedChain,
-    joint_width,
+    joint_kv_width,
     layers_of_groups,
     link_shapes,
     link_tensors,
@@ -180,7 +180,7 @@ def test_a_short_text_does_not_fit_a_chain_to_noise():
 @pytest.mark.parametrize("budget", [12, 24, 36])
 def test_codes_and_scale_fit_the_budget_and_use_it(hidden_size, budget):
     texts = layer_texts(3, hidden_size, ROWS)
-    width = joint_width(hidden_size, KV_HEADS, HEAD_SIZE)
+    width = joint_kv_width(hidden_size, KV_HEADS, HEAD_SIZE)
     for _, runs in fit(texts, [True, False, False], budget=budget):
         assert budget - 3 <= AllocatedFormat(width, (runs,)).bytes_per_token <= budget
         assert run_bytes(runs) < budget
@@ -208,8 +208,8 @@ def test_a_model_whose_gradients_say_nothing_loses_nothing():
 
 
 def test_a_joint_latent_is_never_wider_than_the_input():
-    assert joint_width(576, 9, 64) == 576
-    assert joint_width(576, 3, 64) == 384
+    assert joint_kv_width(576, 9, 64) == 576
+    assert joint_kv_width(576, 3, 64) == 384
 
 
 @pytest.mark.parametrize("hidden_size", [HIDDEN, 40])

@@ -103,13 +103,13 @@ def relative(actual, expected):
 
 def test_bases_of_every_head_with_their_bits(made):
     rank = rank_of(made("head"))
-    budget = layer_budget(*SIZES, 3, joint=False)
+    budget = layer_budget(*SIZES, 3, joint_kv=False)
     for layer, form in enumerate(rank.formats):
         weights = weights_of(rank.folder, layer)
         for basis, weight in zip(rank.provider.layer_factors(weights), (weights.key, weights.value), strict=True):
             rebuilt = (basis.down.float() @ basis.up).mT.flatten(0, 1)
             assert relative(rebuilt, weight.float()) < 2e-2
-        assert form.holds == "latent"
+        assert form.holds == "latents"
         assert [(stream.width, stream.num_heads) for stream in form.streams] == [(HEAD_SIZE, KV_HEADS)] * 2
         assert budget - 4 * KV_HEADS < form.bytes_per_token <= budget
     assert "(calibrated on 300 tokens)" in rank.provider.describe(0)
@@ -119,12 +119,12 @@ def test_bases_of_every_head_with_their_bits(made):
 def test_joint_latents_alone_and_in_a_chain(made, kind):
     rank = rank_of(made(kind))
     # The layer input is narrower than keys and values.
-    budget = layer_budget(*SIZES, 3, joint=True)
+    budget = layer_budget(*SIZES, 3, joint_kv=True)
     assert budget == HIDDEN * 3 // 8 + 4
     assert [form.reads for form in rank.formats] == ([(), (0,), ()] if kind == "chain" else [()] * 3)
     stored, generator = [], torch.Generator().manual_seed(0)
     for layer, form in enumerate(rank.formats):
-        assert form.holds == "joint"
+        assert form.holds == "joint_kv"
         assert [(stream.width, stream.num_heads) for stream in form.streams] == [(HIDDEN, 1)]
         assert budget - 8 < form.bytes_per_token <= budget
         weights = weights_of(rank.folder, layer)

@@ -273,7 +273,7 @@ def test_bases_of_keys_and_values_together_are_cached_beside_the_others(cache):
     for expected in ("computed", "cached"):
         with FactorProvider(parse_settings({"method": "xquant-cl"}), None, None, None) as provider:
             provider.announce(together)
-            bases.append([provider.joint_basis(layer) for layer in together])
+            bases.append([provider.joint_kv_basis(layer) for layer in together])
         assert f"factors {expected}" in provider.describe(0)
     for first, second, layer in zip(*bases, together, strict=True):
         assert torch.equal(first.down, second.down)

@@ -19,12 +19,12 @@ def formats(settings, layers=8, hidden_size=576, kv_heads=9, head_size=64):
     [
         # Multi-head attention: X has half the channels. Groups of 96.
         ({}, 9, "x", 288 + 24),
-        ({"cache": "latent"}, 9, "latent", 2 * 9 * (32 + 4) + 9 * 2),
-        ({"bits": {"key": 4, "value": 2}}, 9, "latent", 9 * (32 + 16 + 8 + 2)),
+        ({"cache": "latent"}, 9, "latents", 2 * 9 * (32 + 4) + 9 * 2),
+        ({"bits": {"key": 4, "value": 2}}, 9, "latents", 9 * (32 + 16 + 8 + 2)),
         # Grouped queries: latents have fewer.
-        ({}, 3, "latent", 2 * 3 * (32 + 4) + 3 * 2),
+        ({}, 3, "latents", 2 * 3 * (32 + 4) + 3 * 2),
         ({"cache": "x", "bits": 2}, 3, "x", 144 + 24),
-        ({"method": "xquant-cl", "bits": 2, "first_layers_bits": 2}, 3, "joint", 96 + 4 * 4 + 2),
+        ({"method": "xquant-cl", "bits": 2, "first_layers_bits": 2}, 3, "joint_kv", 96 + 4 * 4 + 2),
         ({"method": "xquant-cl", "bits": 2, "first_layers_bits": 2, "cache": "x"}, 3, "x", 144 + 24),
         ({"bits": 16, "group_size": 64}, 9, "x", 1152),
     ],
@@ -36,7 +36,7 @@ def test_what_has_fewer_channels_is_cached_to_the_byte(settings, kv_heads, holds
 
 
 def test_of_two_equally_wide_ones_each_method_takes_the_one_that_it_reads_faster():
-    assert formats({}, hidden_size=512, kv_heads=4)[0].holds == "latent"
+    assert formats({}, hidden_size=512, kv_heads=4)[0].holds == "latents"
     assert formats({"method": "xquant-cl"}, hidden_size=512, kv_heads=4)[0].holds == "x"
 
 
@@ -102,7 +102,7 @@ def test_calibrated_layers_hold_what_their_factors_say():
     first, second = allocated(allocations, {"bits": 8})
     assert (first.shape.index, second.shape.index) == (0, 5)
     for form in (first, second):
-        assert form.holds == "latent"
+        assert form.holds == "latents"
         assert form.reads == ()
         assert [(stream.width, stream.num_heads) for stream in form.streams] == [(64, 3)] * 2
     assert tuple(stream.runs for stream in first.streams) == allocations[0]
@@ -115,7 +115,7 @@ def test_calibrated_layers_hold_what_their_factors_say():
 def test_a_calibrated_joint_latent_is_no_wider_than_the_layer_input(hidden_size, width):
     runs = ((4, 128), (2, 64))
     (form,) = allocated({0: ((runs,),)}, hidden_size=hidden_size)
-    assert form.holds == "joint"
+    assert form.holds == "joint_kv"
     assert [(stream.width, stream.num_heads) for stream in form.streams] == [(width, 1)]
     assert form.bytes_per_token == 64 + 16 + 1
 

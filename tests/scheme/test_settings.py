@@ -100,7 +100,7 @@ def test_formats_count_every_byte(raw, kv_heads, head_size, group_size, bytes_pe
     # So wide that X would take more.
     shape = LayerShape(0, 64 * kv_heads * head_size, kv_heads, head_size)
     (form,) = layer_formats(parse_settings(raw), [shape])
-    assert form.holds == "latent"
+    assert form.holds == "latents"
     assert {stream.group_size for stream in form.streams} == {group_size}
     assert form.bytes_per_token == bytes_per_token
 

@@ -40,7 +40,7 @@ from xquant_vllm.scheme.factor_header import (
     Source,
     Streams,
 )
-from xquant_vllm.scheme.factor_reader import Bases, joint_name
+from xquant_vllm.scheme.factor_reader import Bases, joint_kv_name
 from xquant_vllm.scheme.formats import LayerShape, layer_formats
 from xquant_vllm.scheme.layer_weights import spec_of
 from xquant_vllm.scheme.settings import XQuantSettings, parse_settings
@@ -148,11 +148,11 @@ class _Run:
         """All layers, fitted to token ids ``[sequences, length]``."""
         plan = self._plan = plan_calibration(self.checkpoint, self.settings)
         fitted = fit_layers(self.checkpoint, plan, batch, self.dtype, self.device)
-        with self._writing(layer_shapes, "head") if not plan.joint else self._writing(self._link_shapes):
+        with self._writing(layer_shapes, "head") if not plan.joint_kv else self._writing(self._link_shapes):
             for layer, of_layer in enumerate(fitted):
                 if isinstance(of_layer.factors, PredictedLink):
                     named = link_tensors(of_layer.factors)
-                    tensors = {joint_name(layer, name): tensor for name, tensor in named.items()}
+                    tensors = {joint_kv_name(layer, name): tensor for name, tensor in named.items()}
                 else:
                     tensors = layer_tensors(layer, *of_layer.factors)
                 self._allocations.append(of_layer.allocation)
@@ -177,14 +177,14 @@ class _Run:
             chain = ChainSettings(first_layers=filled.first_layers, anchor_interval=filled.anchor_interval)
         allocation = [[[list(runs) for runs in stream] for stream in layer] for layer in self._allocations]
         return general.model_copy(
-            update={"basis": "joint" if plan.joint else "head", "allocation": allocation, "chain": chain}
+            update={"basis": "joint" if plan.joint_kv else "head", "allocation": allocation, "chain": chain}
         )
 
     def _link_shapes(self, layer: int, *shape_and_dtype: Any) -> Shapes:
         assert self._plan is not None
         *sizes, dtype = shape_and_dtype
         link = link_shapes(*sizes, self._plan.layers_of_groups[layer], dtype)  # type: ignore[call-arg]
-        return {joint_name(layer, name): form for name, form in link.items()}
+        return {joint_kv_name(layer, name): form for name, form in link.items()}
 
     def _data_free_layer(self, layer: int) -> tuple[Bases, list[str]]:
         return self._factorizer.bases(layer), self._fingerprints(layer)

@@ -25,12 +25,12 @@ class CalibrationPlan:
     """What is to be fitted.
 
     Attributes:
-        joint: one latent for keys and values of all kv heads, instead of one for each and every kv head.
+        joint_kv: one latent for keys and values of all kv heads, instead of one for each and every kv head.
         budget: bytes per token of every layer.
         anchors: of a joint latent, which layers nothing predicts.
     """
 
-    joint: bool
+    joint_kv: bool
     budget: int
     anchors: tuple[bool, ...]
 
@@ -54,12 +54,12 @@ def plan_calibration(checkpoint: Checkpoint, settings: XQuantSettings) -> Calibr
         )
     chained = settings.method == "xquant-cl"
     narrow = checkpoint.hidden_size < 2 * checkpoint.kv_heads * checkpoint.head_size
-    joint = chained or settings.basis == "joint" or ("basis" not in settings.model_fields_set and narrow)
+    joint_kv = chained or settings.basis == "joint" or ("basis" not in settings.model_fields_set and narrow)
     sizes = (checkpoint.kv_heads, checkpoint.head_size, checkpoint.hidden_size)
-    budget = layer_budget(*sizes, bits.key, joint=joint)
+    budget = layer_budget(*sizes, bits.key, joint_kv=joint_kv)
     filled = settings.for_chain("latent")
     anchors = tuple(not chained or filled.is_anchor(layer) for layer in range(checkpoint.layers))
-    return CalibrationPlan(joint, budget, anchors)
+    return CalibrationPlan(joint_kv, budget, anchors)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def fit_layers(
         # Rounded first, because that is what a server has.
         key, value = (weight.to(dtype).to(device) for weight in checkpoint.key_value(layer))
         with torch.no_grad():
-            if plan.joint:
+            if plan.joint_kv:
                 link, runs = chain.add(sample, key, value, heads, plan.budget, plan.anchors[layer])
                 yield CalibratedLayer(link, ((runs,),))
             else:
@@ -117,7 +117,7 @@ class CalibratedFactors:
         assert isinstance(factors, tuple)
         return factors
 
-    def joint_basis(self, layer: LayerWeights) -> JointKVBasis:
+    def joint_kv_basis(self, layer: LayerWeights) -> JointKVBasis:
         """There is none: calibrated latents of keys and values together are links."""
         raise KeyError(layer.layer_index)
 

@@ -60,7 +60,7 @@ def check_factors(vllm_config: Any, settings: XQuantSettings) -> None:
         raise refuse_factors(folder / HEADER_FILE, problem, header, remedy)
     # Its last layer is the first to be missing if the file is truncated.
     last = header.source.layers - 1
-    if not header.joint_latents:
+    if not header.joint_kv:
         read_layer(folder, last, header)
     else:
         chained = header.settings.chain is not None

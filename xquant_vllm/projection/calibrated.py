@@ -30,7 +30,7 @@ class CalibratedHeads:
     value_runs: tuple[Runs, ...]
 
 
-def layer_budget(num_kv_heads: int, head_size: int, hidden_size: int, bits: int, *, joint: bool) -> int:
+def layer_budget(num_kv_heads: int, head_size: int, hidden_size: int, bits: int, *, joint_kv: bool) -> int:
     """Bytes per token of a layer: what the paper's pages take at these bits (XQuant, section 3).
 
     Keys have a scale and zero of 16 bits for 128 tokens of every channel, values and the layer input for 128 channels.
@@ -40,10 +40,10 @@ def layer_budget(num_kv_heads: int, head_size: int, hidden_size: int, bits: int,
         head_size: channels of a head.
         hidden_size: channels of the layer input.
         bits: bits per channel.
-        joint: whether the layer input will do, where it is narrower than keys and values.
+        joint_kv: whether the layer input will do, where it is narrower than keys and values.
     """
     channels = num_kv_heads * head_size
-    if joint and hidden_size < 2 * channels:
+    if joint_kv and hidden_size < 2 * channels:
         return hidden_size * bits // 8 + _PAPER_PARAMETERS * -(-hidden_size // _PAPER_GROUP)
     keys = channels * bits // 8 + _PAPER_PARAMETERS * channels // _PAPER_GROUP
     return keys + channels * bits // 8 + _PAPER_PARAMETERS * -(-channels // _PAPER_GROUP)

@@ -33,14 +33,14 @@ _PREDICTOR_RIDGE = 1e-2
 _MOST_PREDECESSORS = 3
 
 
-def joint_width(hidden_size: int, num_kv_heads: int, head_size: int) -> int:
+def joint_kv_width(hidden_size: int, num_kv_heads: int, head_size: int) -> int:
     """Channels of a joint latent: no more than the layer input has."""
     return min(hidden_size, 2 * num_kv_heads * head_size)
 
 
 @dataclass(frozen=True)
 class PredictedLink:
-    """One layer, unrolled. w is :func:`joint_width`; the group has n layers so far.
+    """One layer, unrolled. w is :func:`joint_kv_width`; the group has n layers so far.
 
     Attributes:
         down: ``[hidden_size, w]``, in the serving dtype.
@@ -151,7 +151,7 @@ def link_shapes(
     hidden_size: int, num_kv_heads: int, head_size: int, layers_of_group: int, dtype: torch.dtype
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtypes and shapes of a link's tensors by name; ``layers_of_group`` counts this layer and those before it."""
-    width = joint_width(hidden_size, num_kv_heads, head_size)
+    width = joint_kv_width(hidden_size, num_kv_heads, head_size)
     up = (torch.float32, (num_kv_heads, layers_of_group * width, head_size))
     shapes = {"down": (dtype, (hidden_size, width)), "up_key": up, "up_value": up}
     if layers_of_group > 1:

@@ -34,7 +34,7 @@ class Factors(Protocol):
     def layer_factors(self, layer: LayerWeights) -> Bases:
         """Key basis and value basis of a layer."""
 
-    def joint_basis(self, layer: LayerWeights) -> JointKVBasis:
+    def joint_kv_basis(self, layer: LayerWeights) -> JointKVBasis:
         """The data-free basis of a layer's keys and values together."""
 
     def layer_link(self, layer: LayerWeights, layers_of_group: int) -> PredictedLink | None:
@@ -72,7 +72,7 @@ class LayerParameters:
 
 def layer_weights(form: LayerFormat, key: torch.Tensor, value: torch.Tensor) -> LayerWeights:
     """Weights ``[num_kv_heads * head_size, hidden_size]`` of a layer with these pages, not copied."""
-    return LayerWeights(form.shape.index, key, value, form.shape.num_kv_heads, together=form.holds == "joint")
+    return LayerWeights(form.shape.index, key, value, form.shape.num_kv_heads, together=form.holds == "joint_kv")
 
 
 class SchemeBuilder:
@@ -97,10 +97,10 @@ class SchemeBuilder:
             input, which goes into the cache as it is.
         """
         form = self._formats[position]
-        if form.holds == "latent":
+        if form.holds == "latents":
             return self._latents(form, parameters)
-        if form.holds == "joint":
-            return self._joint_latents(position, form, parameters)
+        if form.holds == "joint_kv":
+            return self._joint_kv(position, form, parameters)
         return self._input(form, parameters), None
 
     def _latents(self, form: LayerFormat, parameters: LayerParameters) -> tuple[LayerScheme, torch.Tensor]:
@@ -110,7 +110,7 @@ class SchemeBuilder:
         cache = LayerScheme(form, parameters.projection(key.up, value.up))
         return cache, torch.cat([_rows_of(basis) for basis in (key, value)])
 
-    def _joint_latents(
+    def _joint_kv(
         self, position: int, form: LayerFormat, parameters: LayerParameters
     ) -> tuple[LayerScheme, torch.Tensor]:
         """One basis for keys and values; earlier layers of a chain predict it.
@@ -124,7 +124,7 @@ class SchemeBuilder:
             rows = 2 * form.shape.num_kv_heads * form.shape.head_size
             down = torch.nn.functional.pad(link.down, (0, rows - link.down.shape[1]))
             return LayerScheme(form, projection, prediction_matrix=link.prediction), down.T
-        basis = self._factors.joint_basis(weights)
+        basis = self._factors.joint_kv_basis(weights)
         if not form.reads:
             self._lifts.clear()  # nothing later reads what was before an anchor
         earlier = [self._lifts[before] for before in form.reads]

@@ -12,7 +12,7 @@ from xquant_vllm.errors import FactorFileError
 from xquant_vllm.projection.basis import BasisKind
 from xquant_vllm.projection.factor_file import DTYPES, FORMAT_VERSION, HEADER_FILE, read_json
 from xquant_vllm.projection.layer import BasisSpec
-from xquant_vllm.projection.predicted import joint_width
+from xquant_vllm.projection.predicted import joint_kv_width
 
 
 class _Model(BaseModel):
@@ -118,7 +118,7 @@ class FactorHeader(_Model):
         return BasisSpec(kind, outliers.key, outliers.value, self.settings.rotate, DTYPES[self.dtype])
 
     @property
-    def joint_latents(self) -> bool:
+    def joint_kv(self) -> bool:
         """Whether every layer has one calibrated latent for keys and values (and not a basis for each)."""
         return self.settings.allocation is not None and self.settings.basis == "joint"
 
@@ -128,7 +128,7 @@ class FactorHeader(_Model):
             return None
         streams = self.settings.allocation[layer]
         # A latent for all kv heads is never cut.
-        of_rank = streams if self.joint_latents else [stream[heads] for stream in streams]
+        of_rank = streams if self.joint_kv else [stream[heads] for stream in streams]
         return tuple(tuple(tuple((bits, channels) for bits, channels in runs) for runs in stream) for stream in of_rank)
 
 
@@ -165,13 +165,13 @@ def _read(path: Path, _modified: int, _size: int) -> FactorHeader:
         raise FactorFileError("is no header of factors (source.fingerprints: not one per layer and kv head)")
     allocation = header.settings.allocation
     if allocation is not None:
-        latents = [1] if header.joint_latents else [header.source.kv_heads] * 2
+        latents = [1] if header.joint_kv else [header.source.kv_heads] * 2
         if [[len(stream) for stream in streams] for streams in allocation] != [latents] * header.source.layers:
             raise FactorFileError("is no header of factors (settings.allocation: not one per layer and latent head)")
         _check_runs(header)
     if allocation is not None and header.settings.bits is None:
         raise FactorFileError("is no header of factors (settings.bits: missing, but the factors are calibrated)")
-    if header.settings.chain is not None and not header.joint_latents:
+    if header.settings.chain is not None and not header.joint_kv:
         raise FactorFileError(
             "is no header of factors (settings.chain: of factors that are no calibrated joint latents)"
         )
@@ -182,8 +182,8 @@ def _check_runs(header: FactorHeader) -> None:
     """Refuse bits and channels that no page holds."""
     source = header.source
     width = source.head_size
-    if header.joint_latents:
-        width = joint_width(source.hidden_size, source.kv_heads, source.head_size)
+    if header.joint_kv:
+        width = joint_kv_width(source.hidden_size, source.kv_heads, source.head_size)
     for layer in range(source.layers):
         try:
             for stream in header.allocation_of(layer, slice(None)) or ():

@@ -28,7 +28,7 @@ from xquant_vllm.scheme.layer_weights import HeadShard, LayerWeights, spec_of
 from xquant_vllm.scheme.settings import XQuantSettings
 
 # Of the rotation of every joint latent.
-_JOINT_SEED = 10395
+_JOINT_KV_SEED = 10395
 
 
 class FactorProvider:
@@ -64,7 +64,7 @@ class FactorProvider:
 
     def announce(self, layers: Iterable[LayerWeights]) -> None:
         """Name the layers that will be asked for, in order, so that they can be prepared ahead."""
-        self._pool.announce(layer for layer in layers if not (layer.together and self._joint_latents))
+        self._pool.announce(layer for layer in layers if not (layer.together and self._holds_joint_kv))
 
     def layer_factors(self, layer: LayerWeights) -> Bases:
         """Key basis and value basis of a layer, on the device of its weights.
@@ -76,7 +76,7 @@ class FactorProvider:
         assert isinstance(bases, tuple)
         return bases
 
-    def joint_basis(self, layer: LayerWeights) -> JointKVBasis:
+    def joint_kv_basis(self, layer: LayerWeights) -> JointKVBasis:
         """The data-free basis of a layer's keys and values together, on the device of its weights."""
         basis = self._pool.take(layer)
         assert isinstance(basis, JointKVBasis)
@@ -89,8 +89,8 @@ class FactorProvider:
         return self._header.allocation_of(layer_index, self._heads(num_kv_heads))
 
     @property
-    def _joint_latents(self) -> bool:
-        return self._header is not None and self._header.joint_latents
+    def _holds_joint_kv(self) -> bool:
+        return self._header is not None and self._header.joint_kv
 
     def layer_link(self, layer: LayerWeights, layers_of_group: int) -> PredictedLink | None:
         """A layer's calibrated joint latent, on the device of its weights; None if the model folder has none.
@@ -102,7 +102,7 @@ class FactorProvider:
         Raises:
             SettingsError: the model folder has such latents, but not of these weights.
         """
-        if self._header is None or self._folder is None or not self._header.joint_latents:
+        if self._header is None or self._folder is None or not self._header.joint_kv:
             return None
         self._check(layer, self._header)
         link = read_link(self._folder, layer.layer_index, layers_of_group, self._header)
@@ -132,7 +132,7 @@ class FactorProvider:
         device = layer.key.device
         with torch.no_grad():
             if layer.together:
-                joint = self._joint(layer)
+                joint = self._joint_kv(layer)
                 return JointKVBasis(joint.down.to(device), joint.lift.to(device))
             bases = self._data_free(layer) if self._header is None else self._from_file(layer, self._header)
         key, value = (LatentBasis(basis.down.to(device), basis.up.to(device)) for basis in bases)
@@ -149,14 +149,14 @@ class FactorProvider:
         )
         return bases_from(0, tensors)
 
-    def _joint(self, layer: LayerWeights) -> JointKVBasis:
+    def _joint_kv(self, layer: LayerWeights) -> JointKVBasis:
         outliers, rotate = self._settings.outlier_channels.key, self._settings.rotate
         hidden_size, width, dtype = layer.key.shape[1], 2 * layer.key.shape[0], layer.key.dtype
         shapes = {"down": (dtype, (1, hidden_size, width)), "lift": (torch.float32, (width, hidden_size))}
 
         def compute() -> dict[str, torch.Tensor]:
             basis = factorize_joint_kv(
-                layer.key, layer.value, outlier_channels=outliers, rotate=rotate, seed=_JOINT_SEED, dtype=dtype
+                layer.key, layer.value, outlier_channels=outliers, rotate=rotate, seed=_JOINT_KV_SEED, dtype=dtype
             )
             return {"down": basis.down, "lift": basis.lift}
 

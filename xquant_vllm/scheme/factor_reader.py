@@ -26,7 +26,7 @@ def read_layer(folder: Path, index: int, header: FactorHeader) -> Bases:
         raise refuse_factors(folder / FACTORS_FILE, str(error), header) from None
 
 
-def joint_name(layer: int, name: str) -> str:
+def joint_kv_name(layer: int, name: str) -> str:
     """Name of a tensor of a layer's calibrated joint latent."""
     return f"layers.{layer}.joint.{name}"
 
@@ -45,14 +45,14 @@ def read_link(folder: Path, index: int, layers_of_group: int, header: FactorHead
     """
     source = header.source
     shapes = link_shapes(source.hidden_size, source.kv_heads, source.head_size, layers_of_group, DTYPES[header.dtype])
-    named = {joint_name(index, name): form for name, form in shapes.items()}
+    named = {joint_kv_name(index, name): form for name, form in shapes.items()}
     try:
         tensors = read_tensors(folder / FACTORS_FILE, named, header.checksums)
     except FactorFileError as error:
         raise refuse_factors(folder / FACTORS_FILE, str(error), header) from None
     return PredictedLink(
-        tensors[joint_name(index, "down")],
-        tensors[joint_name(index, "up_key")],
-        tensors[joint_name(index, "up_value")],
-        tensors.get(joint_name(index, "prediction")),
+        tensors[joint_kv_name(index, "down")],
+        tensors[joint_kv_name(index, "up_key")],
+        tensors[joint_kv_name(index, "up_value")],
+        tensors.get(joint_kv_name(index, "prediction")),
     )

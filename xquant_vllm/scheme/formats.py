@@ -10,12 +10,12 @@ from xquant_vllm.codec.layout import Stream, StreamFormat
 from xquant_vllm.codec.packing import UNQUANTIZED_BITS
 from xquant_vllm.errors import SettingsError
 from xquant_vllm.projection.basis import latent_shape
-from xquant_vllm.projection.predicted import joint_width
+from xquant_vllm.projection.predicted import joint_kv_width
 from xquant_vllm.scheme.settings import PerStream, XQuantSettings
 
 _LARGEST_DEFAULT_GROUP = 128
 
-Holds = Literal["latent", "x", "joint"]
+Holds = Literal["latents", "x", "joint_kv"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class LayerFormat:
 
     Attributes:
         shape: the layer's sizes.
-        holds: ``"latent"``: latents of keys and of values, a stream each; ``"x"``: the rotated layer input, one stream
-            for both; ``"joint"``: latents of keys and values together, one stream.
+        holds: ``"latents"``: latents of keys and of values, a stream each; ``"x"``: the rotated layer input, one stream
+            for both; ``"joint_kv"``: one latent for keys and values together, one stream.
         streams: number formats.
         reads: positions (in the sequence of layers) of the earlier layers whose pages this one reads too, in order;
             they hold its prediction, and this layer's own pages the difference from it. Empty for a layer by itself.
@@ -94,16 +94,16 @@ def layer_formats(
 def _allocated(shape: LayerShape, allocation: LayerAllocation) -> LayerFormat:
     """Of calibrated factors: one latent for keys and values, or a stream of latents each."""
     if len(allocation) == 1:
-        width = joint_width(shape.hidden_size, shape.num_kv_heads, shape.head_size)
-        return LayerFormat(shape, "joint", (AllocatedFormat(width, allocation[0]),))
-    return LayerFormat(shape, "latent", tuple(AllocatedFormat(shape.head_size, runs) for runs in allocation))
+        width = joint_kv_width(shape.hidden_size, shape.num_kv_heads, shape.head_size)
+        return LayerFormat(shape, "joint_kv", (AllocatedFormat(width, allocation[0]),))
+    return LayerFormat(shape, "latents", tuple(AllocatedFormat(shape.head_size, runs) for runs in allocation))
 
 
 def _uniform(settings: XQuantSettings, shape: LayerShape) -> LayerFormat:
     """Without calibration, and pages of X: the same bits in all channels."""
     holds = _holds(settings, shape)
     bits = settings.for_chain("x" if holds == "x" else "latent").bits_of_layer(shape.index)
-    if holds != "latent" and bits.key != bits.value:
+    if holds != "latents" and bits.key != bits.value:
         which = "'method': 'xquant-cl'" if settings.method == "xquant-cl" else "'cache': 'x'"
         raise SettingsError(
             f"xquant: setting 'bits': {bits} cannot work with {which}, which caches one vector for keys and "
@@ -114,11 +114,11 @@ def _uniform(settings: XQuantSettings, shape: LayerShape) -> LayerFormat:
 
 def _holds(settings: XQuantSettings, shape: LayerShape) -> Holds:
     """What has fewer channels, if the user does not say."""
-    latents: Holds = "latent" if settings.method == "xquant" else "joint"
+    latents: Holds = "latents" if settings.method == "xquant" else "joint_kv"
     if settings.cache is not None:
         return "x" if settings.cache == "x" else latents
     bits = settings.bits_of_layer(shape.index)
-    if latents == "latent" and bits.key != bits.value:
+    if latents == "latents" and bits.key != bits.value:
         return latents
     # Of two equally wide ones the one that is read faster: latents; but in a chain X, whose deltas are summed before
     # anything is multiplied.
@@ -135,7 +135,7 @@ def _streams(settings: XQuantSettings, shape: LayerShape, bits: PerStream, holds
         # The rotation leaves no outliers.
         group_size = settings.group_size or _default_group_size("layer input", shape.hidden_size)
         return (_stream("layer input", 1, shape.hidden_size, group_size, bits.key, 0),)
-    if holds == "joint":
+    if holds == "joint_kv":
         width = shape.num_kv_heads * shape.head_size
         # Groups end where the values begin.
         group_size = settings.group_size or _default_group_size("joint latent", width)

@@ -58,7 +58,7 @@ class LayerScheme:
     @property
     def value_terms(self) -> tuple[LatentTerm, ...]:
         """What value latents are read from."""
-        return (LatentTerm(0, 1),) if self.format.holds == "latent" else self.key_terms
+        return (LatentTerm(0, 1),) if self.format.holds == "latents" else self.key_terms
 
     @property
     def prediction(self) -> Prediction | None:
@@ -67,7 +67,7 @@ class LayerScheme:
 
     def inputs(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What vLLM passes as key and value ``[num_tokens, heads, head_size]``, one tensor for every stream."""
-        if self.format.holds == "latent":
+        if self.format.holds == "latents":
             return key, value
         if self.format.holds == "x":
             # Padded to whole heads on its way through the model's code.

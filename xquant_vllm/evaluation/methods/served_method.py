@@ -71,7 +71,7 @@ def prepare_served(
     allocations: dict[int, LayerAllocation] = {}
     if batch is not None:
         plan = plan_calibration(checkpoint, settings)
-        settings = settings.model_copy(update={"basis": "joint" if plan.joint else "head", "cache": "latent"})
+        settings = settings.model_copy(update={"basis": "joint" if plan.joint_kv else "head", "cache": "latent"})
         calibrated.layers.update(enumerate(fit_layers(checkpoint, plan, batch, dtype, device)))
         allocations = calibrated.allocations
     elif header is not None:

@@ -80,7 +80,7 @@ def _exact_latents(
         x.unflatten(1, (stream.num_heads, stream.width))
         for x, stream in zip(inputs, scheme.format.streams, strict=True)
     ]
-    if scheme.format.holds == "latent":
+    if scheme.format.holds == "latents":
         return own[0], own[1]
     generator = torch.Generator(device="cpu").manual_seed(1)
     stored = [

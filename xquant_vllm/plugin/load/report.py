@@ -13,9 +13,9 @@ from xquant_vllm.scheme.settings import XQuantSettings
 logger = logging.getLogger("vllm.xquant_vllm")
 
 _WHAT = {
-    "latent": "latents of keys and values",
+    "latents": "latents of keys and values",
     "x": "the layer input",
-    "joint": "joint latents of keys and values",
+    "joint_kv": "joint latents of keys and values",
 }
 
 
