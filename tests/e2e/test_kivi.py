@@ -8,7 +8,7 @@ import torch
 from tests.e2e.engine_process import NUM_LOGITS
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.evaluation.methods.baselines.kivi import Kivi
-from xquant_vllm.evaluation.methods.cache_method import CacheMethod
+from xquant_vllm.evaluation.model.cache_method import CacheMethod
 from xquant_vllm.evaluation.model.hooked_model import HookedModel
 from xquant_vllm.offline.checkpoint import open_checkpoint
 

@@ -7,9 +7,9 @@ from tests.tiny_models import save_tiny_model
 from xquant_vllm.codec.layout import StreamFormat
 from xquant_vllm.codec.quantizer import dequantize, quantize
 from xquant_vllm.codec.rotation import hadamard_rotation
-from xquant_vllm.evaluation.methods.cache_method import CacheMethod
 from xquant_vllm.evaluation.methods.method_options import MethodOptions
 from xquant_vllm.evaluation.methods.methods import prepare_method
+from xquant_vllm.evaluation.model.cache_method import CacheMethod
 from xquant_vllm.evaluation.model.hooked_model import HookedModel
 from xquant_vllm.offline.checkpoint import open_checkpoint
 from xquant_vllm.projection.integer_up import with_integer_up

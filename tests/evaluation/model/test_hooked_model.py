@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from tests.tiny_models import save_tiny_model
-from xquant_vllm.evaluation.methods.cache_method import (
+from xquant_vllm.evaluation.model.cache_method import (
     AttendedMethod,
     CacheMethod,
     InputMethod,

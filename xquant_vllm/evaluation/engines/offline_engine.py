@@ -4,8 +4,8 @@ from functools import cached_property
 
 import torch
 
-from xquant_vllm.evaluation.methods.cache_method import CacheMethod
 from xquant_vllm.evaluation.methods.prepared_method import PreparedMethod
+from xquant_vllm.evaluation.model.cache_method import CacheMethod
 from xquant_vllm.evaluation.model.hooked_model import HookedModel
 from xquant_vllm.offline.checkpoint import Checkpoint
 

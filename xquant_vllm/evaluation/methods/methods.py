@@ -13,10 +13,10 @@ from xquant_vllm.evaluation.methods.baselines.kivi import (
 from xquant_vllm.evaluation.methods.baselines.paper_xquant import DenseLayer, PaperXQuant, xquant_bytes
 from xquant_vllm.evaluation.methods.baselines.paper_xquant_cl import PaperXQuantCL, xquant_cl_bytes
 from xquant_vllm.evaluation.methods.baselines.turboquant import TurboQuant, turboquant_bytes
-from xquant_vllm.evaluation.methods.cache_method import CacheMethod
 from xquant_vllm.evaluation.methods.method_options import SERVED_METHODS, MethodOptions
 from xquant_vllm.evaluation.methods.prepared_method import PreparedMethod
 from xquant_vllm.evaluation.methods.served_method import prepare_served
+from xquant_vllm.evaluation.model.cache_method import CacheMethod
 from xquant_vllm.evaluation.model.hooked_model import HookedModel
 from xquant_vllm.offline.checkpoint import Checkpoint
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from xquant_vllm.evaluation.methods.cache_method import CacheMethod
+from xquant_vllm.evaluation.model.cache_method import CacheMethod
 from xquant_vllm.evaluation.model.hooked_model import HookedModel
 
 

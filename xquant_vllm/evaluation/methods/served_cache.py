@@ -6,7 +6,7 @@ import torch
 
 from xquant_vllm.attention.latents import read_blocks
 from xquant_vllm.attention.reference import store
-from xquant_vllm.evaluation.methods.cache_method import InputMethod
+from xquant_vllm.evaluation.model.cache_method import InputMethod
 from xquant_vllm.evaluation.model.hooked_model import HookedModel
 from xquant_vllm.projection.rematerialize import rematerialize_keys, rematerialize_values
 from xquant_vllm.scheme.builder import Factors, LayerParameters, SchemeBuilder

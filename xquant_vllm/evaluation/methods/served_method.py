@@ -9,7 +9,6 @@ import torch
 
 from xquant_vllm.codec.allocation import LayerAllocation
 from xquant_vllm.errors import RefusedError
-from xquant_vllm.evaluation.methods.cache_method import CacheMethod
 from xquant_vllm.evaluation.methods.method_options import (
     DEFAULT_CALIBRATION,
     DEFAULT_CALIBRATION_TOKENS,
@@ -19,6 +18,7 @@ from xquant_vllm.evaluation.methods.method_options import (
 )
 from xquant_vllm.evaluation.methods.prepared_method import PreparedMethod
 from xquant_vllm.evaluation.methods.served_cache import ServedCache, layer_parameters
+from xquant_vllm.evaluation.model.cache_method import CacheMethod
 from xquant_vllm.evaluation.model.hooked_model import HookedModel
 from xquant_vllm.offline.calibrated import CALIBRATED_BITS, CalibratedFactors, fit_layers, plan_calibration
 from xquant_vllm.offline.checkpoint import Checkpoint

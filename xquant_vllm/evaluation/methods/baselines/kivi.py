@@ -13,7 +13,7 @@ too, and its bytes are counted as if it were full.
 import torch
 
 from xquant_vllm.evaluation.methods.baselines.groups import per_channel, per_channel_bytes, per_token, per_token_bytes
-from xquant_vllm.evaluation.methods.cache_method import AttendedMethod, ProjectedMethod, Version
+from xquant_vllm.evaluation.model.cache_method import AttendedMethod, ProjectedMethod, Version
 
 PUBLISHED_GROUP_SIZE = 32
 PRE_ROPE_GROUP_SIZE = 128

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from xquant_vllm.evaluation.methods.baselines.groups import per_channel, per_channel_bytes, per_token, per_token_bytes
-from xquant_vllm.evaluation.methods.cache_method import InputMethod
+from xquant_vllm.evaluation.model.cache_method import InputMethod
 
 GROUP_SIZE = 128
 

@@ -23,7 +23,7 @@ from xquant_vllm.evaluation.methods.baselines.paper_xquant import (
     decompose,
     xquant_bytes,
 )
-from xquant_vllm.evaluation.methods.cache_method import InputMethod
+from xquant_vllm.evaluation.model.cache_method import InputMethod
 
 FIRST_LAYERS = 3
 

@@ -12,7 +12,7 @@ import torch
 
 from xquant_vllm.codec.quantizer import to_fp16
 from xquant_vllm.codec.rotation import random_rotation
-from xquant_vllm.evaluation.methods.cache_method import AttendedMethod, Version
+from xquant_vllm.evaluation.model.cache_method import AttendedMethod, Version
 
 _SEED = 2504
 
