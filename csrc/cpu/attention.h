@@ -1,4 +1,4 @@
-// Attention of one task to one chunk of its context. Per tile of 64 tokens:
+// Attention of one task to one stretch of its context. Per tile of 64 tokens:
 //
 //     latents^T [width][tokens]  <- codes of the keys                      unpack_channels
 //     keys^T    [head][tokens]   <- up_key^T * latents^T; bias, norm, RoPE gemm, rematerialize.h
@@ -20,18 +20,18 @@ inline void score(const xquant_plan& plan, const Pages& pages, const ExactTokens
     product.c = scratch.weights + first;
     product.ldc = kTile;
     if (plan.key_absorbed) {
-        for_chunks(plan.key, kv_head, [&](const Chunk& chunk) {
-            load_key_latents(plan, pages, kv_head, start, first, last, chunk, scratch);
-            product.depth = chunk.channels;
-            product.a = scratch.query + chunk.row;
+        for_bands(plan.key, kv_head, [&](const Band& band) {
+            load_key_latents(plan, pages, kv_head, start, first, last, band, scratch);
+            product.depth = band.channels;
+            product.a = scratch.query + band.row;
             product.b = scratch.latents + first;
-            product.accumulate = chunk.row > 0;
+            product.accumulate = band.row > 0;
             gemm<Order::kPlain>(rows, last - first, product);
         });
         return;
     }
     const int64_t from = exact.first_of(start, first, last);
-    if (from > first) load_keys(plan, pages, kv_head, start, first, round_up(from, kRun), scratch);
+    if (from > first) load_keys(plan, pages, kv_head, start, first, round_up(from, kStrip), scratch);
     if (from < last) exact.load_keys(kv_head, start, from, last, scratch.keys);
     product.depth = plan.head_size;
     product.a = scratch.query;
@@ -59,30 +59,30 @@ inline void weigh(const xquant_plan& plan, const Task& task, int64_t rows, int64
     }
 }
 
-// A chunk of the value latents of tokens start + [first, last), token-major; only tokens that some row sees: the others
+// A band of the value latents of tokens start + [first, last), token-major; only tokens that some row sees: the others
 // may hold anything, and 0 * NaN is NaN.
 inline void load_value_latents(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t start,
-                               int64_t first, int64_t last, const Chunk& chunk, const Scratch& scratch) {
+                               int64_t first, int64_t last, const Band& band, const Scratch& scratch) {
     const int64_t stride = scratch.value_stride;
-    for (int64_t i = chunk.first; i < chunk.last; ++i) {
+    for (int64_t i = band.first; i < band.last; ++i) {
         const xquant_term& term = plan.value.terms[i];
         const HeadView view = head_view(plan, term, kv_head);
-        for (int64_t run = first / kRun * kRun; run < last; run += kRun) {
-            const int64_t from = first > run ? first - run : 0, to = last < run + kRun ? last - run : kRun;
-            const int64_t position = start + run;
+        for (int64_t strip = first / kStrip * kStrip; strip < last; strip += kStrip) {
+            const int64_t from = first > strip ? first - strip : 0, to = last < strip + kStrip ? last - strip : kStrip;
+            const int64_t position = start + strip;
             const uint8_t* page = pages.page(term, position);
-            float* rows = scratch.values + run * stride;
+            float* rows = scratch.values + strip * stride;
             if (term.stream.allocated) {  // never added
-                unpack_allocated_rows(view, page, pages.slot(position), chunk.index, rows, stride, scratch.run);
+                unpack_allocated_rows(view, page, pages.slot(position), band.index, rows, stride, scratch.strip);
                 continue;
             }
-            float* target = i == chunk.first ? rows : scratch.added;
-            unpack_rows(view, page, pages.slot(position), chunk.index, from, to, target, stride);
-            if (i == chunk.first) continue;
+            float* target = i == band.first ? rows : scratch.added;
+            unpack_rows(view, page, pages.slot(position), band.index, from, to, target, stride);
+            if (i == band.first) continue;
             for (int64_t token = from; token < to; ++token) {
                 float* row = rows + token * stride;
                 const float* x = scratch.added + token * stride;
-                for (int64_t j = 0; j < chunk.channels; j += kLanes) store(row + j, load(row + j) + load(x + j));
+                for (int64_t j = 0; j < band.channels; j += kLanes) store(row + j, load(row + j) + load(x + j));
             }
         }
     }
@@ -92,22 +92,22 @@ inline void load_value_latents(const xquant_plan& plan, const Pages& pages, int6
 inline void accumulate_values(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t rows,
                               int64_t start, int64_t first, int64_t last, const State& state,
                               const Scratch& scratch) {
-    for_chunks(plan.value, kv_head, [&](const Chunk& chunk) {
-        if (kIntegers && values_in_integers(plan, kv_head, chunk)) {
-            accumulate_integer_values(plan, pages, kv_head, rows, start, first, last, chunk, state, scratch);
+    for_bands(plan.value, kv_head, [&](const Band& band) {
+        if (kIntegers && values_in_integers(plan, kv_head, band)) {
+            accumulate_integer_values(plan, pages, kv_head, rows, start, first, last, band, state, scratch);
             return;
         }
-        load_value_latents(plan, pages, kv_head, start, first, last, chunk, scratch);
+        load_value_latents(plan, pages, kv_head, start, first, last, band, scratch);
         Product product;
         product.depth = last - first;
         product.a = scratch.weights + first;
         product.lda = kTile;
         product.b = scratch.values + first * scratch.value_stride;
         product.ldb = scratch.value_stride;
-        product.c = state.accumulator + chunk.row;
+        product.c = state.accumulator + band.row;
         product.ldc = round_up(plan.value.width, kPad);
         product.accumulate = true;
-        gemm<Order::kPlain>(rows, round_up(chunk.channels, kPad), product);
+        gemm<Order::kPlain>(rows, round_up(band.channels, kPad), product);
     });
 }
 
@@ -134,11 +134,11 @@ inline void load_queries(const xquant_plan& plan, const xquant_attention_call& c
     }
 }
 
-// The tokens of a chunk that a task sees.
+// The tokens of a stretch that a task sees.
 struct Context {
     int64_t begin, end;
 
-    Context(const Task& task, int64_t chunk) : begin(chunk * kChunk), end(begin + kChunk) {
+    Context(const Task& task, int64_t stretch) : begin(stretch * kStretch), end(begin + kStretch) {
         if (task.oldest > begin) begin = task.oldest;
         if (task.end < end) end = task.end;
     }
@@ -161,12 +161,12 @@ inline void clear(const xquant_plan& plan, int64_t rows, const State& state) {
     memset(state.accumulator, 0, rows * round_up(plan.value.width, kPad) * sizeof(float));
 }
 
-inline bool attend(const xquant_plan& plan, const xquant_attention_call& call, const Task& task, int64_t chunk,
-                   const State& state, float* memory) {
+inline bool attend_stretch(const xquant_plan& plan, const xquant_attention_call& call, const Task& task,
+                           int64_t stretch, const State& state, float* memory) {
     const int64_t rows = task.query_count * group_of(plan);
     const Scratch scratch(plan, rows, memory);
     const Pages pages{plan, call, call.block_table + task.sequence * call.block_table_stride};
-    const Context context(task, chunk);
+    const Context context(task, stretch);
     const ExactTokens exact(plan, call, task);
     load_queries(plan, call, task, rows, scratch);
     clear(plan, rows, state);
@@ -174,7 +174,7 @@ inline bool attend(const xquant_plan& plan, const xquant_attention_call& call, c
     context.for_tiles([&](int64_t start, int64_t first, int64_t last) {
         const int64_t next = start + kTile, after = next + kTile;
         pages.prefetch_tile(task.kv_head, next, after < task.end ? after : task.end);
-        const int64_t first_column = first / kRun * kRun, last_column = round_up(last, kRun);
+        const int64_t first_column = first / kStrip * kStrip, last_column = round_up(last, kStrip);
         score(plan, pages, exact, task.kv_head, rows, start, first_column, last_column, scratch);
         weigh(plan, task, rows, start, first_column, last_column, state, scratch);
         const int64_t from = exact.first_of(start, first, last);
@@ -187,7 +187,7 @@ inline bool attend(const xquant_plan& plan, const xquant_attention_call& call, c
 inline void merge(const xquant_plan& plan, int64_t rows, const State& into, const State& from) {
     const int64_t width = round_up(plan.value.width, kPad);
     for (int64_t row = 0; row < rows; ++row) {
-        // A chunk in which a row sees nothing changes nothing, so it does not matter whether it was visited.
+        // A stretch in which a row sees nothing changes nothing, so it does not matter whether it was visited.
         if (from.sum[row] == 0.0f) continue;
         const bool grew = from.max[row] > into.max[row];
         const float max = grew ? from.max[row] : into.max[row];
@@ -202,7 +202,7 @@ inline void merge(const xquant_plan& plan, int64_t rows, const State& into, cons
 }
 
 // By what a row's sums are multiplied so that its weights, with that of its sink, add up to 1.
-inline float weight_unit(const xquant_plan& plan, const Task& task, int64_t row, const State& state) {
+inline float weight_factor(const xquant_plan& plan, const Task& task, int64_t row, const State& state) {
     const float max = state.max[row], sum = state.sum[row];
     if (!plan.sinks) return 1.0f / sum;
     const int64_t group = group_of(plan);
@@ -225,7 +225,7 @@ inline void up_project(const xquant_plan& plan, const Task& task, int64_t rows, 
             }
         };
         if (all) return copy(0, plan.value.width);
-        for_chunks(plan.value, task.kv_head, [&](const Chunk& chunk) { copy(chunk.row, chunk.channels); });
+        for_bands(plan.value, task.kv_head, [&](const Band& band) { copy(band.row, band.channels); });
         return;
     }
     const float* up = plan.up_value + task.kv_head * plan.value.width * padded_head;
@@ -242,7 +242,7 @@ inline void up_project(const xquant_plan& plan, const Task& task, int64_t rows, 
         gemm<Order::kPlain>(rows, padded_head, product);
     };
     if (all) return add(0, plan.value.width);
-    for_chunks(plan.value, task.kv_head, [&](const Chunk& chunk) { add(chunk.row, chunk.channels); });
+    for_bands(plan.value, task.kv_head, [&](const Band& band) { add(band.row, band.channels); });
 }
 
 inline void finish(const xquant_plan& plan, const xquant_attention_call& call, const Task& task, const State& state,
@@ -252,7 +252,7 @@ inline void finish(const xquant_plan& plan, const xquant_attention_call& call, c
     up_project(plan, task, rows, call.exact_values != nullptr, state, memory);
     for (int64_t row = 0; row < rows; ++row) {
         float* head = memory + row * padded_head;
-        const float factor = weight_unit(plan, task, row, state);
+        const float factor = weight_factor(plan, task, row, state);
         for (int64_t i = 0; i < head_size; ++i) head[i] *= factor;
         if (plan.value_bias) {
             // What a sink takes of the weight has no value, nor a bias.

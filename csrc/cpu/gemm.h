@@ -52,15 +52,15 @@ inline void gemm_block(const Product& p, const float* a, const float* b, float* 
     }
 }
 
-// All rows of one strip of kVectors columns; the last rows with a narrower block.
+// All rows of kVectors vectors of columns; the last rows with a narrower block.
 template <Order kOrder, int kRows, int kVectors>
-inline void gemm_strip(const Product& p, int64_t row, int64_t rows, int64_t column) {
+inline void gemm_columns(const Product& p, int64_t row, int64_t rows, int64_t column) {
     for (; row + kRows <= rows; row += kRows) {
         const float* a = p.a + (kOrder == Order::kTransposed ? row : row * p.lda);
         gemm_block<kOrder, kRows, kVectors>(p, a, p.b + column, p.c + row * p.ldc + column);
     }
     if constexpr (kRows > 1) {
-        if (row < rows) gemm_strip<kOrder, kRows - 1, kVectors>(p, row, rows, column);
+        if (row < rows) gemm_columns<kOrder, kRows - 1, kVectors>(p, row, rows, column);
     }
 }
 
@@ -69,8 +69,8 @@ template <Order kOrder>
 inline void gemm(int64_t rows, int64_t columns, const Product& p) {
     int64_t column = 0;
     if (rows <= 4) {  // decode: few rows, so more columns at once
-        for (; column + 4 * kLanes <= columns; column += 4 * kLanes) gemm_strip<kOrder, 4, 4>(p, 0, rows, column);
+        for (; column + 4 * kLanes <= columns; column += 4 * kLanes) gemm_columns<kOrder, 4, 4>(p, 0, rows, column);
     }
-    for (; column + 2 * kLanes <= columns; column += 2 * kLanes) gemm_strip<kOrder, kBlockRows, 2>(p, 0, rows, column);
-    for (; column < columns; column += kLanes) gemm_strip<kOrder, kBlockRows, 1>(p, 0, rows, column);
+    for (; column + 2 * kLanes <= columns; column += 2 * kLanes) gemm_columns<kOrder, kBlockRows, 2>(p, 0, rows, column);
+    for (; column < columns; column += kLanes) gemm_columns<kOrder, kBlockRows, 1>(p, 0, rows, column);
 }

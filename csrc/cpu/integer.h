@@ -3,14 +3,14 @@
 //
 //     up^T z = scale * unit * (integers^T codes) + zero * sums,   where up = unit * integers and sums = up^T 1
 //
-// for channels that share a token's scale and zero (a segment, see cpu_integers.py).
+// for channels that share a token's scale and zero: a scale group, see xquant_vllm/attention/cpu/integers.py.
 #pragma once
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 constexpr bool kIntegers = true;
 
-// A segment of a tile: what its sums are multiplied by. Rows of [tokens] are kTile apart.
-struct Segment {
+// A scale group of a tile: what its sums are multiplied by. Rows of [tokens] are kTile apart.
+struct ScaleGroup {
     int64_t pairs;            // of channels with integers of 16 bits, which come first
     int64_t quads;            // four channels with integers of 8 bits
     const int32_t* up;        // [pairs + quads][head_size]
@@ -25,10 +25,10 @@ struct Segment {
     bool accumulate;
 };
 
-// What the last segment does to keys while they are in registers.
+// What the last scale group does to keys while they are in registers.
 struct Finish {
     const float* bias;  // [head_size] or NULL
-    const float* rope;  // of the tile's first run, [pairs of channels][2][16], or NULL: keys are not turned
+    const float* rope;  // of the tile's first strip, [pairs of channels][2][16], or NULL: keys are not turned
     int64_t half;       // pairs of channels
 };
 
@@ -67,8 +67,8 @@ struct Rows {
 };
 
 template <int kRows, int kVectors, bool kTurn>
-inline void integer_block(const Segment& segment, const Finish& finish, int64_t head_size, const Rows& rows, int64_t pair,
-                          int64_t column, float* keys) {
+inline void integer_block(const ScaleGroup& scale_group, const Finish& finish, int64_t head_size, const Rows& rows,
+                          int64_t pair, int64_t column, float* keys) {
     constexpr int kHalf = kRows / 2;
     const auto row = [&](int i) { return kTurn && i >= kHalf ? rows.first + rows.apart + i - kHalf : rows.first + i; };
     __m512i sums[kRows][kVectors];
@@ -77,35 +77,36 @@ inline void integer_block(const Segment& segment, const Finish& finish, int64_t 
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) sums[i][j] = _mm512_setzero_si512();
     }
-    const int64_t words = segment.pairs * head_size;
-    const int32_t* low = segment.up + row(0);
-    const int32_t* high = segment.up + row(kHalf);
-    const int32_t* codes = segment.codes + column;
-    multiply_rows<true>(segment.quads, head_size, low + words, high + words, codes + segment.pairs * kTile, sums);
-    if (segment.pairs) {
+    const int64_t words = scale_group.pairs * head_size;
+    const int32_t* low = scale_group.up + row(0);
+    const int32_t* high = scale_group.up + row(kHalf);
+    const int32_t* codes = scale_group.codes + column;
+    multiply_rows<true>(scale_group.quads, head_size, low + words, high + words, codes + scale_group.pairs * kTile,
+                        sums);
+    if (scale_group.pairs) {
         // Integers of 8 bits count 256 of those of 16.
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
             for (int j = 0; j < kVectors; ++j) sums[i][j] = (__m512i)((vi)sums[i][j] << 8);
         }
-        multiply_rows<false>(segment.pairs, head_size, low, high, codes, sums);
+        multiply_rows<false>(scale_group.pairs, head_size, low, high, codes, sums);
     }
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
         const int64_t at = column + j * kLanes;
-        const vf scale = load(segment.scales + at), zero = load(segment.zeros + at);
+        const vf scale = load(scale_group.scales + at), zero = load(scale_group.zeros + at);
         vf key[kRows];
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
-            key[i] = to_float((vi)sums[i][j]) * scale * segment.units[row(i)] + zero * segment.sums[row(i)];
+            key[i] = to_float((vi)sums[i][j]) * scale * scale_group.units[row(i)] + zero * scale_group.sums[row(i)];
         }
-        for (int64_t k = 0; k < segment.outlier_channels; ++k) {
-            const vf outlier = load(segment.outliers + k * kTile + at);
+        for (int64_t k = 0; k < scale_group.outlier_channels; ++k) {
+            const vf outlier = load(scale_group.outliers + k * kTile + at);
 #pragma GCC unroll 8
-            for (int i = 0; i < kRows; ++i) key[i] += outlier * segment.up_outliers[k * head_size + row(i)];
+            for (int i = 0; i < kRows; ++i) key[i] += outlier * scale_group.up_outliers[k * head_size + row(i)];
         }
-        if (segment.accumulate) {
+        if (scale_group.accumulate) {
 #pragma GCC unroll 8
             for (int i = 0; i < kRows; ++i) key[i] += load(keys + row(i) * kTile + at);
         }
@@ -114,10 +115,10 @@ inline void integer_block(const Segment& segment, const Finish& finish, int64_t 
             for (int i = 0; i < kRows; ++i) key[i] += finish.bias[row(i)];
         }
         if constexpr (kTurn) {
-            const float* table = finish.rope + (at / kRun * finish.half + pair) * 2 * kRun;
+            const float* table = finish.rope + (at / kStrip * finish.half + pair) * 2 * kStrip;
 #pragma GCC unroll 8
-            for (int i = 0; i < kHalf; ++i, table += 2 * kRun) {
-                const vf cosine = load(table), sine = load(table + kRun), x = key[i], y = key[i + kHalf];
+            for (int i = 0; i < kHalf; ++i, table += 2 * kStrip) {
+                const vf cosine = load(table), sine = load(table + kStrip), x = key[i], y = key[i + kHalf];
                 key[i] = x * cosine - y * sine;
                 key[i + kHalf] = y * cosine + x * sine;
             }
@@ -128,31 +129,32 @@ inline void integer_block(const Segment& segment, const Finish& finish, int64_t 
 }
 
 template <int kVectors>
-inline void integer_columns(const Segment& segment, const Finish& finish, int64_t head_size, int64_t column, float* keys) {
+inline void integer_columns(const ScaleGroup& scale_group, const Finish& finish, int64_t head_size, int64_t column,
+                            float* keys) {
     int64_t row = 0;
     if (finish.rope) {
         for (int64_t pair = 0; pair < finish.half; pair += 4) {
-            integer_block<8, kVectors, true>(segment, finish, head_size, {pair, finish.half}, pair, column, keys);
+            integer_block<8, kVectors, true>(scale_group, finish, head_size, {pair, finish.half}, pair, column, keys);
         }
         row = 2 * finish.half;
     }
     for (; row < head_size; row += 8) {
-        integer_block<8, kVectors, false>(segment, finish, head_size, {row, 0}, 0, column, keys);
+        integer_block<8, kVectors, false>(scale_group, finish, head_size, {row, 0}, 0, column, keys);
     }
 }
 
 // keys [head_size][kTile], columns [first, last), which are multiples of 16.
-inline void integer_keys(const Segment& segment, const Finish& finish, int64_t head_size, int64_t first, int64_t last,
+inline void integer_keys(const ScaleGroup& scale_group, const Finish& finish, int64_t head_size, int64_t first, int64_t last,
                          float* keys) {
     int64_t column = first;
     for (; column + 2 * kLanes <= last; column += 2 * kLanes) {
-        integer_columns<2>(segment, finish, head_size, column, keys);
+        integer_columns<2>(scale_group, finish, head_size, column, keys);
     }
-    for (; column < last; column += kLanes) integer_columns<1>(segment, finish, head_size, column, keys);
+    for (; column < last; column += kLanes) integer_columns<1>(scale_group, finish, head_size, column, keys);
 }
 
-// Codes of a run, [channels][16] bytes, to rows of kTile, as many channels in a lane as their integers: `words` channels of
-// them two, the others four. Both numbers are multiples of 4.
+// Codes of a strip, [channels][16] bytes, to rows of kTile, as many channels in a lane as their integers: `words` channels
+// of them two, the others four. Both numbers are multiples of 4.
 inline void interleave_codes(const uint8_t* codes, int64_t words, int64_t channels, int32_t* to) {
     alignas(16) static const uint8_t kTokens[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     // Bytes of a lane: a token's code of one channel, and of the next, 16 bytes further. Of a pair in the even bytes, with
@@ -172,10 +174,11 @@ inline void interleave_codes(const uint8_t* codes, int64_t words, int64_t channe
         _mm512_storeu_si512(to, _mm512_maskz_permutexvar_epi8(~0ull, (__m512i)all, four));
     }
 }
-// One piece of a run whose codes are four in a lane, straight from the page: they are neighbours there as well. `size` is
-// the piece's bytes of a token, a multiple of 16.
+
+// One run of a strip whose codes are four in a lane, straight from the page: they are neighbours there as well. `size` is
+// the run's bytes of a token, a multiple of 16.
 template <int kBits>
-inline void interleave_piece(const uint8_t* codes, int64_t row_bytes, int64_t size, int32_t* to) {
+inline void interleave_run(const uint8_t* codes, int64_t row_bytes, int64_t size, int32_t* to) {
     for (int64_t byte = 0; byte < size; byte += 16) {
         vi quads[4];
         transpose_words(codes + byte, row_bytes, quads);

@@ -57,19 +57,19 @@ __attribute__((noinline)) void integer_values_block(const IntegerWeights& p, int
 }
 
 template <int kRows, int kVectors>
-inline void integer_values_strip(const IntegerWeights& p, int64_t row, int64_t rows, int64_t column) {
+inline void integer_values_columns(const IntegerWeights& p, int64_t row, int64_t rows, int64_t column) {
     for (; row + kRows <= rows; row += kRows) integer_values_block<kRows, kVectors>(p, row, column);
     if constexpr (kRows > 1) {
-        if (row < rows) integer_values_strip<kRows - 1, kVectors>(p, row, rows, column);
+        if (row < rows) integer_values_columns<kRows - 1, kVectors>(p, row, rows, column);
     }
 }
 
 // `channels` is a multiple of 16.
 inline void integer_values(const IntegerWeights& p, int64_t rows, int64_t channels) {
     int64_t column = 0;
-    for (; column + 4 * kLanes <= channels; column += 4 * kLanes) integer_values_strip<4, 4>(p, 0, rows, column);
-    for (; column + 2 * kLanes <= channels; column += 2 * kLanes) integer_values_strip<4, 2>(p, 0, rows, column);
-    for (; column < channels; column += kLanes) integer_values_strip<4, 1>(p, 0, rows, column);
+    for (; column + 4 * kLanes <= channels; column += 4 * kLanes) integer_values_columns<4, 4>(p, 0, rows, column);
+    for (; column + 2 * kLanes <= channels; column += 2 * kLanes) integer_values_columns<4, 2>(p, 0, rows, column);
+    for (; column < channels; column += kLanes) integer_values_columns<4, 1>(p, 0, rows, column);
 }
 
 struct RowOfIntegers {
@@ -105,9 +105,9 @@ inline vi pair_bytes(const uint8_t* first, const uint8_t* second) {
     return load_bytes(first) | load_bytes(second) << 16;
 }
 
-// One piece of two tokens. Writes up to kLanes - 1 lanes past it, as unpack_piece_row does.
+// One run of two tokens. Writes up to kLanes - 1 lanes past it, as unpack_run_row does.
 template <int kBits>
-inline void unpack_piece_pair(const uint8_t* first, const uint8_t* second, int64_t channels, int32_t* to) {
+inline void unpack_run_pair(const uint8_t* first, const uint8_t* second, int64_t channels, int32_t* to) {
     if constexpr (kTwoPlanes<kBits>) {
         constexpr int kHigh = kHighBits<kBits>;
         const int64_t size = channels * kHigh / 8;
@@ -140,16 +140,16 @@ inline void unpack_piece_pair(const uint8_t* first, const uint8_t* second, int64
     }
 }
 
-// Codes of a run's value latents to [8][stride], tokens 2i and 2i + 1 in row i.
-inline void load_code_pairs(const HeadView& view, const uint8_t* page, int64_t slot, const xquant_chunk& chunk, int32_t* to,
-                            int64_t stride, const RunScratch& scratch) {
+// Codes of a strip's value latents to [8][stride], tokens 2i and 2i + 1 in row i.
+inline void load_code_pairs(const HeadView& view, const uint8_t* page, int64_t slot, const xquant_band& band,
+                            int32_t* to, int64_t stride, const StripScratch& scratch) {
     if (view.stream.allocated) {
-        unpack_codes(view, page, slot, chunk, scratch);
-        for (int64_t start = 0; start < chunk.channels; start += 16) {
-            uint8_t rows[kRun * 16];
+        unpack_codes(view, page, slot, band, scratch);
+        for (int64_t start = 0; start < band.channels; start += 16) {
+            uint8_t rows[kStrip * 16];
             transpose_back(scratch.codes + start * 16, rows);
 #pragma GCC unroll 8
-            for (int64_t i = 0; i < kRun / 2; ++i) {
+            for (int64_t i = 0; i < kStrip / 2; ++i) {
                 const vi codes = pair_bytes(rows + back_row(2 * i), rows + back_row(2 * i + 1));
                 _mm512_storeu_si512(to + i * stride + start, (__m512i)codes);
             }
@@ -158,58 +158,59 @@ inline void load_code_pairs(const HeadView& view, const uint8_t* page, int64_t s
     }
     const uint8_t* codes = page + view.codes(slot);
     const int64_t row_bytes = view.head.row_bytes;
-    for (int64_t i = chunk.begin; i < chunk.end; ++i) {
-        const xquant_piece& piece = view.head.pieces[i];
-        with_bits(piece.bits, [&](auto bits) {
-            for (int64_t token = 0; token < kRun; token += 2) {
-                const uint8_t* first = codes + token * row_bytes + piece.byte;
-                unpack_piece_pair<bits.value>(first, first + row_bytes, piece.channels,
-                                              to + token / 2 * stride + piece.channel - chunk.channel);
+    for (int64_t i = band.begin; i < band.end; ++i) {
+        const xquant_run& run = view.head.runs[i];
+        with_bits(run.bits, [&](auto bits) {
+            for (int64_t token = 0; token < kStrip; token += 2) {
+                const uint8_t* first = codes + token * row_bytes + run.byte;
+                unpack_run_pair<bits.value>(first, first + row_bytes, run.channels,
+                                            to + token / 2 * stride + run.channel - band.channel);
             }
         });
     }
 }
 
-// Whether sums of a chunk are made here: codes of one term, in pieces of some length, and no FP16 numbers among them.
-inline bool values_in_integers(const xquant_plan& plan, int64_t kv_head, const Chunk& chunk) {
-    if (chunk.last - chunk.first > 1) return false;
-    const HeadView view = head_view(plan, plan.value.terms[chunk.first], kv_head);
+// Whether sums of a band are made here: codes of one term, in runs of some length, and no FP16 numbers among them.
+inline bool values_in_integers(const xquant_plan& plan, int64_t kv_head, const Band& band) {
+    if (band.last - band.first > 1) return false;
+    const HeadView view = head_view(plan, plan.value.terms[band.first], kv_head);
     if (view.stream.allocated) return true;
-    const xquant_chunk& pieces = view.head.chunks[chunk.index];
-    for (int64_t i = pieces.begin; i < pieces.end; ++i) {
-        // What is added behind a piece must be its own.
-        if (view.head.pieces[i].bits == 16 || view.head.pieces[i].channels % kPad) return false;
+    const xquant_band& runs = view.head.bands[band.index];
+    for (int64_t i = runs.begin; i < runs.end; ++i) {
+        // What is added behind a run must be its own.
+        if (view.head.runs[i].bits == 16 || view.head.runs[i].channels % kPad) return false;
     }
     return !view.stream.outlier_channels;
 }
 
-// Add the value latents of a chunk of tokens start + [first, last), times their weights. Others may hold anything: their
+// Add the value latents of a band of tokens start + [first, last), times their weights. Others may hold anything: their
 // scales and zeros are taken for 0.
 inline void accumulate_integer_values(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t rows,
-                                      int64_t start, int64_t first, int64_t last, const Chunk& chunk, const State& state,
+                                      int64_t start, int64_t first, int64_t last, const Band& band, const State& state,
                                       const Scratch& scratch) {
-    const xquant_term& term = plan.value.terms[chunk.first];
+    const xquant_term& term = plan.value.terms[band.first];
     const HeadView view = head_view(plan, term, kv_head);
-    const xquant_chunk& pieces = view.head.chunks[chunk.index];
+    const xquant_band& runs = view.head.bands[band.index];
     const bool allocated = view.stream.allocated;
-    const int64_t begin = first / kRun * kRun, end = round_up(last, kRun), stride = scratch.value_stride;
+    const int64_t begin = first / kStrip * kStrip, end = round_up(last, kStrip), stride = scratch.value_stride;
     int32_t* codes = (int32_t*)scratch.values;
-    for (int64_t run = begin; run < end; run += kRun) {
-        load_code_pairs(view, pages.page(term, start + run), pages.slot(start + run), pieces,
-                        codes + (run - begin) / 2 * stride, stride, scratch.run);
+    for (int64_t strip = begin; strip < end; strip += kStrip) {
+        load_code_pairs(view, pages.page(term, start + strip), pages.slot(start + strip), runs,
+                        codes + (strip - begin) / 2 * stride, stride, scratch.strip);
     }
-    const int64_t count = allocated ? 1 : pieces.end - pieces.begin;
+    const int64_t count = allocated ? 1 : runs.end - runs.begin;
     for (int64_t i = 0; i < count; ++i) {
-        const int64_t channel = allocated ? 0 : view.head.pieces[pieces.begin + i].channel - pieces.channel;
-        for (int64_t run = begin; run < end; run += kRun) {
-            const uint8_t* page = pages.page(term, start + run);
-            load_factors(view, page, pages.slot(start + run), pieces.begin + i, scratch.scales + run, scratch.zeros + run);
+        const int64_t channel = allocated ? 0 : view.head.runs[runs.begin + i].channel - runs.channel;
+        for (int64_t strip = begin; strip < end; strip += kStrip) {
+            const uint8_t* page = pages.page(term, start + strip);
+            load_factors(view, page, pages.slot(start + strip), runs.begin + i, scratch.scales + strip,
+                         scratch.zeros + strip);
         }
         for (int64_t j = begin; j < end; ++j) {
             if (j < first || j >= last) scratch.scales[j] = scratch.zeros[j] = 0.0f;
         }
         // What was rounded off a weight is to be multiplied by a code's distance from the middle, not by the code.
-        const float middle = allocated ? 0.0f : float((1 << view.head.pieces[pieces.begin + i].bits) - 1) / 2;
+        const float middle = allocated ? 0.0f : float((1 << view.head.runs[runs.begin + i].bits) - 1) / 2;
         // So zeros become what the middle stands for.
         for (int64_t j = begin; j < end; j += kLanes) {
             store(scratch.zeros + j, load(scratch.zeros + j) + load(scratch.scales + j) * middle);
@@ -234,15 +235,15 @@ inline void accumulate_integer_values(const xquant_plan& plan, const Pages& page
         p.sums = scratch.sums;
         p.codes = codes + channel;
         p.stride = stride;
-        p.step = allocated ? view.head.step + pieces.channel : nullptr;
-        p.zero = allocated ? view.head.zero + pieces.channel : nullptr;
+        p.step = allocated ? view.head.step + runs.channel : nullptr;
+        p.zero = allocated ? view.head.zero + runs.channel : nullptr;
         p.width = round_up(plan.value.width, kPad);
-        p.to = state.accumulator + chunk.row + channel;
-        integer_values(p, rows, round_up(allocated ? chunk.channels : view.head.pieces[pieces.begin + i].channels, kPad));
+        p.to = state.accumulator + band.row + channel;
+        integer_values(p, rows, round_up(allocated ? band.channels : view.head.runs[runs.begin + i].channels, kPad));
     }
 }
 #else
-inline bool values_in_integers(const xquant_plan&, int64_t, const Chunk&) { return false; }
+inline bool values_in_integers(const xquant_plan&, int64_t, const Band&) { return false; }
 inline void accumulate_integer_values(const xquant_plan&, const Pages&, int64_t, int64_t, int64_t, int64_t, int64_t,
-                                      const Chunk&, const State&, const Scratch&) {}
+                                      const Band&, const State&, const Scratch&) {}
 #endif

@@ -45,8 +45,8 @@ namespace {
 }  // namespace
 
 const Kernels XQUANT_KERNELS = {
-    XQUANT_KERNELS_NAME, store_scratch, attention_scratch, store_tokens, attend, merge, finish,
-    kivi_store_scratch, kivi_attention_scratch, kivi_store_tokens, kivi_store_group, kivi_attend,
+    XQUANT_KERNELS_NAME, store_scratch, attention_scratch, store_tokens, attend_stretch, merge, finish,
+    kivi_store_scratch, kivi_attention_scratch, kivi_store_tokens, kivi_store_group, kivi_attend_stretch,
 };
 
 }  // namespace xquant

@@ -163,7 +163,7 @@ inline uint8_t* pack_plane(const uint8_t* __restrict codes, int64_t channels, in
     return to + size;
 }
 
-inline void pack_piece(const uint8_t* codes, int64_t channels, int64_t bits, uint8_t* to) {
+inline void pack_run(const uint8_t* codes, int64_t channels, int64_t bits, uint8_t* to) {
     switch (bits) {
         case 8: pack_plane<8>(codes, channels, 0, to); break;
         case 6: pack_plane<2>(codes, channels, 4, pack_plane<4>(codes, channels, 0, to)); break;

@@ -32,13 +32,13 @@ inline void normalize(const float* weight, float eps, int64_t head_size, float* 
 // Rotate 16 tokens whose positions are 16 * block ... 16 * block + 15.
 inline void rotate(const xquant_plan& plan, int64_t block, float* keys, int64_t stride) {
     const int64_t half = plan.rotary_size / 2;
-    const float* table = plan.rope + block * half * 2 * kRun;
+    const float* table = plan.rope + block * half * 2 * kStrip;
     const int64_t step = plan.rotary_interleaved ? 2 : 1, apart = plan.rotary_interleaved ? 1 : half;
-    for (int64_t pair = 0; pair < half; ++pair, table += 2 * kRun) {
+    for (int64_t pair = 0; pair < half; ++pair, table += 2 * kStrip) {
         float* first = keys + pair * step * stride;
         float* second = first + apart * stride;
-        for (int64_t lane = 0; lane < kRun; lane += kLanes) {
-            const vf cosine = load(table + lane), sine = load(table + kRun + lane);
+        for (int64_t lane = 0; lane < kStrip; lane += kLanes) {
+            const vf cosine = load(table + lane), sine = load(table + kStrip + lane);
             const vf x = load(first + lane), y = load(second + lane);
             store(first + lane, x * cosine - y * sine);
             store(second + lane, y * cosine + x * sine);

@@ -67,30 +67,30 @@ inline int64_t state_floats(const xquant_plan& plan, int64_t rows) {
 
 inline State state_at(float* memory, int64_t rows) { return {memory, memory + pad(rows), memory + 2 * pad(rows)}; }
 
-// A task, or one chunk of its context.
-struct Unit {
+// A task, or one stretch of its context.
+struct Job {
     int64_t task;
-    int64_t first_chunk;
-    int64_t last_chunk;  // inclusive
-    int64_t state;       // of a chunk: where its state goes, in floats; -1: all chunks of the task, finished at once
+    int64_t first_stretch;
+    int64_t last_stretch;  // inclusive
+    int64_t state;         // of one stretch: where its state goes, in floats; -1: all of the task, finished at once
     double cost;
 };
 
-// A task cut into chunks, whose states are merged afterwards.
+// A task cut into stretches, whose states are merged afterwards.
 struct Split {
     int64_t task;
-    int64_t chunks;
-    int64_t state;  // of its first chunk; the others follow
+    int64_t stretches;
+    int64_t state;  // of its first stretch; the others follow
 };
 
 struct Schedule {
     std::vector<Task> tasks;
-    std::vector<Unit> units;  // most expensive first
+    std::vector<Job> jobs;  // most expensive first
     std::vector<Split> splits;
-    int64_t state_floats = 0;  // of all chunks of split tasks
+    int64_t state_floats = 0;  // of all stretches of split tasks
     int64_t rows = 0;          // of the largest task
 
-    // `cost` says what a cached token costs a task with so many rows of a kv head; the unit is of no account.
+    // `cost` says what a cached token costs a task with so many rows of a kv head; only ratios of costs count.
     template <typename Cost>
     void build(const xquant_plan& plan, const xquant_attention_call& call, int threads, const Cost& cost);
 
@@ -118,7 +118,7 @@ inline void Schedule::add_tasks(const xquant_plan& plan, const xquant_attention_
 template <typename Cost>
 inline void Schedule::build(const xquant_plan& plan, const xquant_attention_call& call, int threads, const Cost& cost) {
     tasks.clear();
-    units.clear();
+    jobs.clear();
     splits.clear();
     state_floats = rows = 0;
     add_tasks(plan, call);
@@ -126,28 +126,28 @@ inline void Schedule::build(const xquant_plan& plan, const xquant_attention_call
     for (size_t index = 0; index < tasks.size(); ++index) {
         const Task& task = tasks[index];
         const double whole = cost(rows_of(plan, task), task.kv_head) * double(task.end - task.oldest);
-        units.push_back({int64_t(index), task.oldest / kChunk, (task.end - 1) / kChunk, -1, whole});
+        jobs.push_back({int64_t(index), task.oldest / kStretch, (task.end - 1) / kStretch, -1, whole});
         total += whole;
     }
-    // Cut what would keep the other threads waiting. Results do not depend on this: see kChunk.
-    const size_t count = units.size();
+    // Cut what would keep the other threads waiting. Results do not depend on this: see kStretch.
+    const size_t count = jobs.size();
     for (size_t index = 0; threads > 1 && index < count; ++index) {
-        const Unit unit = units[index];
-        const int64_t chunks = unit.last_chunk - unit.first_chunk + 1;
-        if (chunks == 1 || unit.cost * threads * 4 < total) continue;
-        const int64_t floats = xquant::state_floats(plan, rows_of(plan, tasks[unit.task]));
-        splits.push_back({unit.task, chunks, state_floats});
-        for (int64_t chunk = unit.first_chunk; chunk <= unit.last_chunk; ++chunk) {
-            const Unit part = {unit.task, chunk, chunk, state_floats, unit.cost / double(chunks)};
+        const Job job = jobs[index];
+        const int64_t stretches = job.last_stretch - job.first_stretch + 1;
+        if (stretches == 1 || job.cost * threads * 4 < total) continue;
+        const int64_t floats = xquant::state_floats(plan, rows_of(plan, tasks[job.task]));
+        splits.push_back({job.task, stretches, state_floats});
+        for (int64_t stretch = job.first_stretch; stretch <= job.last_stretch; ++stretch) {
+            const Job part = {job.task, stretch, stretch, state_floats, job.cost / double(stretches)};
             state_floats += floats;
-            if (chunk == unit.first_chunk) {
-                units[index] = part;
+            if (stretch == job.first_stretch) {
+                jobs[index] = part;
             } else {
-                units.push_back(part);
+                jobs.push_back(part);
             }
         }
     }
-    std::sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.cost > b.cost; });
+    std::sort(jobs.begin(), jobs.end(), [](const Job& a, const Job& b) { return a.cost > b.cost; });
 }
 
 }  // namespace xquant

@@ -4,10 +4,10 @@
 struct StoreScratch {
     float* rows;       // [kStoreTokens][row_stride], channels of a stream, all heads
     float* rotated;    // [row_stride]
-    float* piece;      // [channels that are quantized at once, rounded up to 16]
+    float* numbers;    // [channels that are quantized at once, rounded up to 16]
     uint8_t* codes;    // likewise
     float* predicted;  // [kStoreTokens][predicted_stride], one head
-    float* term;       // [kRun][term_stride], of one token
+    float* term;       // [kStrip][term_stride], of one token
     int64_t row_stride;
     int64_t predicted_stride;
     int64_t term_stride;
@@ -28,7 +28,7 @@ struct StoreScratch {
             if (all > channels) channels = all;
             for (int64_t j = 0; j < stream.num_heads; ++j) {
                 const xquant_head& head = stream.heads[j];
-                const int64_t here = stream.allocated ? head.channels : head.pieces[0].channels;
+                const int64_t here = stream.allocated ? head.channels : head.runs[0].channels;
                 if (here > at_once) at_once = here;
             }
         }
@@ -37,13 +37,13 @@ struct StoreScratch {
         }
         row_stride = round_up(channels, kPad) + kPad;  // a product of the last head ends past its channels
         predicted_stride = round_up(plan.prediction.width, kPad);
-        term_stride = round_up(width, kPad) + kPad;  // unpack_rows writes past its last piece
+        term_stride = round_up(width, kPad) + kPad;  // unpack_rows writes past its last run
         rows = take(kStoreTokens * row_stride);
         rotated = take(row_stride);
-        piece = take(at_once);
+        numbers = take(at_once);
         codes = (uint8_t*)take(at_once);
         predicted = take(kStoreTokens * predicted_stride);
-        term = take(plan.prediction.num_terms ? kRun * term_stride : 0);
+        term = take(plan.prediction.num_terms ? kStrip * term_stride : 0);
     }
 };
 
@@ -54,12 +54,12 @@ inline void store_allocated(const HeadView& view, const float* row, int64_t slot
                             const StoreScratch& scratch) {
     const xquant_head& head = view.head;
     const int64_t padded = round_up(head.channels, kPad);
-    memcpy(scratch.piece, row, head.channels * sizeof(float));
-    for (int64_t i = head.channels; i < padded; ++i) scratch.piece[i] = 0.0f;
-    page[view.token_scale(slot)] = quantize_allocated(head, scratch.piece, padded, scratch.codes);
-    for (int64_t i = 0; i < head.num_pieces; ++i) {
-        const xquant_piece& piece = head.pieces[i];
-        pack_piece(scratch.codes + piece.channel, piece.channels, piece.bits, page + view.codes(slot) + piece.byte);
+    memcpy(scratch.numbers, row, head.channels * sizeof(float));
+    for (int64_t i = head.channels; i < padded; ++i) scratch.numbers[i] = 0.0f;
+    page[view.token_scale(slot)] = quantize_allocated(head, scratch.numbers, padded, scratch.codes);
+    for (int64_t i = 0; i < head.num_runs; ++i) {
+        const xquant_run& run = head.runs[i];
+        pack_run(scratch.codes + run.channel, run.channels, run.bits, page + view.codes(slot) + run.byte);
     }
 }
 
@@ -67,26 +67,26 @@ inline void store_allocated(const HeadView& view, const float* row, int64_t slot
 inline void store_uniform(const HeadView& view, const float* row, int64_t slot, uint8_t* page,
                           const StoreScratch& scratch) {
     const xquant_stream& stream = view.stream;
-    for (int64_t index = 0; index < view.head.num_pieces; ++index) {
-        const xquant_piece& piece = view.head.pieces[index];
-        const float* values = row + piece.channel;
-        uint8_t* to = page + view.codes(slot) + piece.byte;
-        if (piece.bits == 16) {
-            for (int64_t i = 0; i < piece.channels; ++i) {
+    for (int64_t index = 0; index < view.head.num_runs; ++index) {
+        const xquant_run& run = view.head.runs[index];
+        const float* values = row + run.channel;
+        uint8_t* to = page + view.codes(slot) + run.byte;
+        if (run.bits == 16) {
+            for (int64_t i = 0; i < run.channels; ++i) {
                 const uint16_t half = saturating_half(values[i]);
                 memcpy(to + i * 2, &half, 2);
             }
             continue;
         }
-        const int64_t outliers = index == 0 ? stream.outlier_channels : 0, padded = round_up(piece.channels, kPad);
+        const int64_t outliers = index == 0 ? stream.outlier_channels : 0, padded = round_up(run.channels, kPad);
         // Outliers and padding take the value of a channel that is neither, so they do not widen the range.
-        const float filler = values[piece.channels - 1];
-        memcpy(scratch.piece + outliers, values + outliers, (piece.channels - outliers) * sizeof(float));
-        for (int64_t i = 0; i < outliers; ++i) scratch.piece[i] = filler;
-        for (int64_t i = piece.channels; i < padded; ++i) scratch.piece[i] = filler;
-        const GroupParameters parameters = quantize_group(scratch.piece, padded, piece.bits, scratch.codes);
+        const float filler = values[run.channels - 1];
+        memcpy(scratch.numbers + outliers, values + outliers, (run.channels - outliers) * sizeof(float));
+        for (int64_t i = 0; i < outliers; ++i) scratch.numbers[i] = filler;
+        for (int64_t i = run.channels; i < padded; ++i) scratch.numbers[i] = filler;
+        const GroupParameters parameters = quantize_group(scratch.numbers, padded, run.bits, scratch.codes);
         memset(scratch.codes, 0, outliers);
-        pack_piece(scratch.codes, piece.channels, piece.bits, to);
+        pack_run(scratch.codes, run.channels, run.bits, to);
         memcpy(page + view.scale(index, slot), &parameters.scale, 2);
         memcpy(page + view.zero(index, slot), &parameters.zero, 2);
     }
@@ -101,16 +101,16 @@ inline void store_uniform(const HeadView& view, const float* row, int64_t slot, 
 inline void read_prediction(const xquant_plan& plan, const xquant_store_call& call, int64_t head, int64_t slot,
                             float* to, const StoreScratch& scratch) {
     const int64_t block = slot / plan.block_size, offset = slot % plan.block_size;
-    const int64_t run = offset / kRun * kRun, token = offset - run;
+    const int64_t strip = offset / kStrip * kStrip, token = offset - strip;
     int64_t row = -1, end = 0;
     for (int64_t i = 0; i < plan.prediction.num_terms; ++i) {
         const xquant_term& term = plan.prediction.terms[i];
         const xquant_pages& pages = call.pages[term.page];
         const HeadView view = head_view(plan, term, head);
         float* x = scratch.term + token * scratch.term_stride;
-        for (int64_t j = 0; j < view.head.num_chunks; ++j) {
-            unpack_rows(view, pages.data + block * pages.stride, run, j, token, token + 1,
-                        scratch.term + view.head.chunks[j].channel, scratch.term_stride);
+        for (int64_t j = 0; j < view.head.num_bands; ++j) {
+            unpack_rows(view, pages.data + block * pages.stride, strip, j, token, token + 1,
+                        scratch.term + view.head.bands[j].channel, scratch.term_stride);
         }
         memset(x + view.head.channels, 0, (term.stream.width - view.head.channels) * sizeof(float));
         if (term.adds) {
@@ -147,12 +147,12 @@ inline void subtract_prediction(const xquant_plan& plan, const xquant_store_call
         }
         if (!plan.prediction_matrix) continue;
         const float* matrix = plan.prediction_matrix + head * plan.prediction.width * padded;
-        for_chunks(plan.prediction, head, [&](const Chunk& chunk) {
+        for_bands(plan.prediction, head, [&](const Band& band) {
             Product product;
-            product.depth = chunk.channels;
-            product.a = scratch.predicted + chunk.row;
+            product.depth = band.channels;
+            product.a = scratch.predicted + band.row;
             product.lda = scratch.predicted_stride;
-            product.b = matrix + chunk.row * padded;
+            product.b = matrix + band.row * padded;
             product.ldb = padded;
             product.c = rows;
             product.ldc = scratch.row_stride;

@@ -2,20 +2,20 @@
 #pragma once
 
 struct Scratch {
-    float* query;    // [rows][query_width], times the scale
-    float* latents;  // [channels of a chunk][kTile], or pairs of their codes
-    float* scales;   // [kTile] of a segment
-    float* zeros;    // [kTile] of a segment
-    float* outliers; // [outlier channels][kTile]
-    float* keys;     // [head_size][kTile]
-    float* weights;  // [rows][kTile]
-    int32_t* integers; // [rows][kTile / 2], weights
-    float* units;    // [rows], of them
-    float* sums;     // [rows]
-    float* values;   // [kTile][value_stride]
-    float* added;    // [kRun][value_stride], of a term that is added to them
-    RunScratch run;  // for a chunk of keys or of values
-    float* head;     // [head_size], of a query to be absorbed
+    float* query;        // [rows][query_width], times the scale
+    float* latents;      // [channels of a band][kTile], or pairs of their codes
+    float* scales;       // [kTile] of a scale group
+    float* zeros;        // [kTile] of a scale group
+    float* outliers;     // [outlier channels][kTile]
+    float* keys;         // [head_size][kTile]
+    float* weights;      // [rows][kTile]
+    int32_t* integers;   // [rows][kTile / 2], weights
+    float* units;        // [rows], what 1 of these integers stands for
+    float* sums;         // [rows]
+    float* values;       // [kTile][value_stride]
+    float* added;        // [kStrip][value_stride], of a term that is added to them
+    StripScratch strip;  // for a band of keys or of values
+    float* head;         // [head_size], of a query to be absorbed
     int64_t query_width;
     int64_t value_stride;
     int64_t floats;  // size of all of it
@@ -28,8 +28,8 @@ struct Scratch {
             floats += round_up(count, kPad);
             return memory ? memory + at : nullptr;
         };
-        const ChunkSize keys_at_once(plan.key), values_at_once(plan.value);
-        // A row of values has room for unpack_rows to write past its last piece.
+        const BandSize keys_at_once(plan.key), values_at_once(plan.value);
+        // A row of values has room for unpack_rows to write past its last run.
         value_stride = round_up(values_at_once.channels, kPad) + kPad;
         query_width = round_up(plan.key_absorbed ? plan.key.width : plan.head_size, kPad);
         query = take(rows * query_width);
@@ -43,10 +43,10 @@ struct Scratch {
         units = take(rows);
         sums = take(rows);
         values = take(kTile * value_stride);
-        added = take(kRun * value_stride);
+        added = take(kStrip * value_stride);
         const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
-        run.bytes = (uint8_t*)take(round_up(larger(keys_at_once.bytes, values_at_once.bytes), 16) * 4 + kPad);
-        run.codes = (uint8_t*)take(round_up(larger(keys_at_once.channels, values_at_once.channels), 16) * 4 + kPad);
+        strip.bytes = (uint8_t*)take(round_up(larger(keys_at_once.bytes, values_at_once.bytes), 16) * 4 + kPad);
+        strip.codes = (uint8_t*)take(round_up(larger(keys_at_once.channels, values_at_once.channels), 16) * 4 + kPad);
         head = take(plan.head_size);
     }
 };
@@ -81,23 +81,23 @@ inline void prefetch(const uint8_t* from, int64_t bytes) {
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at);
 }
 
-// Ask for what a run of a latent head is unpacked from.
-inline void prefetch_run(const HeadView& view, const uint8_t* page, int64_t slot) {
-    prefetch(page + view.codes(slot), kRun * view.head.row_bytes);
+// Ask for what a strip of a latent head is unpacked from.
+inline void prefetch_strip(const HeadView& view, const uint8_t* page, int64_t slot) {
+    prefetch(page + view.codes(slot), kStrip * view.head.row_bytes);
     if (view.stream.allocated) {
         __builtin_prefetch(page + view.token_scale(slot));
         return;
     }
-    for (int64_t piece = 0; piece < view.head.num_pieces; ++piece) {
-        __builtin_prefetch(page + view.scale(piece, slot));
-        __builtin_prefetch(page + view.zero(piece, slot));
+    for (int64_t run = 0; run < view.head.num_runs; ++run) {
+        __builtin_prefetch(page + view.scale(run, slot));
+        __builtin_prefetch(page + view.zero(run, slot));
     }
     for (int64_t channel = 0; channel < view.stream.outlier_channels; ++channel) {
         __builtin_prefetch(page + view.outlier(channel, slot));
     }
 }
 
-// Addresses of the runs of 16 slots of one sequence.
+// Addresses of the strips of 16 slots of one sequence.
 struct Pages {
     const xquant_plan& plan;
     const xquant_attention_call& call;
@@ -120,10 +120,10 @@ struct Pages {
         const auto of = [&](const xquant_latent& latent, int64_t position) {
             for (int64_t i = 0; i < latent.num_terms; ++i) {
                 const xquant_term& term = latent.terms[i];
-                prefetch_run(head_view(plan, term, kv_head), page(term, position), slot(position));
+                prefetch_strip(head_view(plan, term, kv_head), page(term, position), slot(position));
             }
         };
-        for (int64_t position = begin; position < end; position += kRun) {
+        for (int64_t position = begin; position < end; position += kStrip) {
             of(plan.key, position);
             of(plan.value, position);
         }

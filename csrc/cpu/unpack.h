@@ -1,5 +1,5 @@
-// Codes to FP32 latents, 16 tokens (a run) at a time, in the two arrangements that the matrix products want: of uniform
-// streams, and of single tokens of allocated ones, whose runs are for unpack_allocated.h.
+// Codes to FP32 latents, 16 tokens (a strip) at a time, in the two arrangements that the matrix products want. All of
+// uniform streams; of allocated ones single tokens only, whose strips are for unpack_allocated.h.
 //
 // Loads may run up to 15 bytes past a row of codes: they stay inside the page, where scales follow the codes, and what
 // they read is never used.
@@ -33,11 +33,11 @@ constexpr int kHighBits = kBits / 3;
 template <int kBits>
 constexpr bool kTwoPlanes = kBits % 3 == 0;
 
-// One piece: transposed bytes [bytes][16] to latents [channels][stride], a run of 16 tokens wide.
+// One run: transposed bytes [bytes][16] to latents [channels][stride], a strip of 16 tokens wide.
 template <int kBits, bool kAdd>
-inline void unpack_piece_channels(const uint8_t* bytes, int64_t channels, const float* scales, const float* zeros,
-                                  float* to, int64_t stride) {
-    for (int64_t lane = 0; lane < kRun; lane += kLanes) {
+inline void unpack_run_channels(const uint8_t* bytes, int64_t channels, const float* scales, const float* zeros,
+                                float* to, int64_t stride) {
+    for (int64_t lane = 0; lane < kStrip; lane += kLanes) {
         const vf scale = load(scales + lane), zero = load(zeros + lane);
         const uint8_t* at = bytes + lane;
         if constexpr (kTwoPlanes<kBits>) {
@@ -64,18 +64,18 @@ inline void unpack_piece_channels(const uint8_t* bytes, int64_t channels, const 
     }
 }
 
-// The FP16 numbers of one piece, likewise; `codes` is the first slot's.
+// The FP16 numbers of one run, likewise; `codes` is the first slot's.
 template <bool kAdd>
-inline void copy_piece_channels(const uint8_t* codes, int64_t row_bytes, int64_t channels, float* to, int64_t stride) {
+inline void copy_run_channels(const uint8_t* codes, int64_t row_bytes, int64_t channels, float* to, int64_t stride) {
     for (int64_t channel = 0; channel < channels; ++channel) {
-        float numbers[kRun];
-        for (int64_t token = 0; token < kRun; ++token) {
+        float numbers[kStrip];
+        for (int64_t token = 0; token < kStrip; ++token) {
             uint16_t half;
             memcpy(&half, codes + token * row_bytes + channel * 2, 2);
             numbers[token] = half_to_float(half);
         }
         float* at = to + channel * stride;
-        for (int64_t lane = 0; lane < kRun; lane += kLanes) put<kAdd>(at + lane, load(numbers + lane));
+        for (int64_t lane = 0; lane < kStrip; lane += kLanes) put<kAdd>(at + lane, load(numbers + lane));
     }
 }
 
@@ -90,27 +90,27 @@ inline float token_scale(uint8_t code) {
 
 // Those of 16 slots.
 inline void token_scales(const HeadView& view, const uint8_t* page, int64_t slot, float* scales) {
-    for (int64_t i = 0; i < kRun; ++i) scales[i] = token_scale(page[view.token_scale(slot) + i]);
+    for (int64_t i = 0; i < kStrip; ++i) scales[i] = token_scale(page[view.token_scale(slot) + i]);
 }
 
-// Scales and zeros of a piece, for 16 slots: numbers are code * scale + zero, in both kinds of streams.
-struct PieceScales {
-    float scales[kRun], zeros[kRun];
-    float tokens[kRun];  // of an allocated stream
+// Scales and zeros of a run, for 16 slots: numbers are code * scale + zero, in both kinds of streams.
+struct RunScales {
+    float scales[kStrip], zeros[kStrip];
+    float tokens[kStrip];  // of an allocated stream
 
-    PieceScales(const HeadView& view, const uint8_t* page, int64_t slot) {
+    RunScales(const HeadView& view, const uint8_t* page, int64_t slot) {
         if (view.stream.allocated) token_scales(view, page, slot, tokens);
     }
 
-    void set(const HeadView& view, const uint8_t* page, int64_t slot, int64_t piece) {
-        const int64_t channel = view.head.pieces[piece].channel;
-        for (int64_t lane = 0; lane < kRun; lane += kLanes) {
+    void set(const HeadView& view, const uint8_t* page, int64_t slot, int64_t run) {
+        const int64_t channel = view.head.runs[run].channel;
+        for (int64_t lane = 0; lane < kStrip; lane += kLanes) {
             if (view.stream.allocated) {
                 store(scales + lane, load(tokens + lane) * view.head.step[channel]);
                 store(zeros + lane, load(tokens + lane) * view.head.zero[channel]);
             } else {
-                store(scales + lane, load_half(page + view.scale(piece, slot) + lane * 2));
-                store(zeros + lane, load_half(page + view.zero(piece, slot) + lane * 2));
+                store(scales + lane, load_half(page + view.scale(run, slot) + lane * 2));
+                store(zeros + lane, load_half(page + view.zero(run, slot) + lane * 2));
             }
         }
     }
@@ -128,33 +128,33 @@ inline void with_bits(int64_t bits, const Unpack& unpack) {
     }
 }
 
-// A chunk of 16 slots to [channels][stride]; `bytes` is scratch for the codes. Terms that add have no outlier channels.
+// A band of 16 slots to [channels][stride]; `bytes` is scratch for the codes. Terms that add have no outlier channels.
 template <bool kAdd>
 inline void unpack_channels(const HeadView& view, const uint8_t* page, int64_t slot, int64_t index, float* to,
                             int64_t stride, uint8_t* bytes) {
-    const xquant_chunk& chunk = view.head.chunks[index];
-    const int64_t first_byte = view.head.pieces[chunk.begin].byte;
+    const xquant_band& band = view.head.bands[index];
+    const int64_t first_byte = view.head.runs[band.begin].byte;
     const uint8_t* codes = page + view.codes(slot);
-    if (view.head.pieces[chunk.begin].bits != 16) {
-        transpose_codes(codes + first_byte, view.head.row_bytes, chunk_bytes(view.head, chunk), bytes);
+    if (view.head.runs[band.begin].bits != 16) {
+        transpose_codes(codes + first_byte, view.head.row_bytes, band_bytes(view.head, band), bytes);
     }
-    PieceScales scales(view, page, slot);
-    for (int64_t i = chunk.begin; i < chunk.end; ++i) {
-        const xquant_piece& piece = view.head.pieces[i];
-        float* at = to + (piece.channel - chunk.channel) * stride;
-        if (piece.bits == 16) {
-            copy_piece_channels<kAdd>(codes + piece.byte, view.head.row_bytes, piece.channels, at, stride);
+    RunScales scales(view, page, slot);
+    for (int64_t i = band.begin; i < band.end; ++i) {
+        const xquant_run& run = view.head.runs[i];
+        float* at = to + (run.channel - band.channel) * stride;
+        if (run.bits == 16) {
+            copy_run_channels<kAdd>(codes + run.byte, view.head.row_bytes, run.channels, at, stride);
             continue;
         }
         scales.set(view, page, slot, i);
-        with_bits(piece.bits, [&](auto bits) {
-            unpack_piece_channels<bits.value, kAdd>(bytes + (piece.byte - first_byte) * 16, piece.channels,
-                                                    scales.scales, scales.zeros, at, stride);
+        with_bits(run.bits, [&](auto bits) {
+            unpack_run_channels<bits.value, kAdd>(bytes + (run.byte - first_byte) * 16, run.channels,
+                                                  scales.scales, scales.zeros, at, stride);
         });
     }
     if (index > 0) return;
     for (int64_t channel = 0; channel < view.stream.outlier_channels; ++channel) {
-        for (int64_t lane = 0; lane < kRun; lane += kLanes) {
+        for (int64_t lane = 0; lane < kStrip; lane += kLanes) {
             store(to + channel * stride + lane, load_half(page + view.outlier(channel, slot) + lane * 2));
         }
     }
@@ -162,10 +162,10 @@ inline void unpack_channels(const HeadView& view, const uint8_t* page, int64_t s
 
 // --- Token-major: [tokens][channels], for values -------------------------------------------------------------------
 
-// One piece of one token. Writes up to kLanes - 1 floats past it: fields are written in ascending order, so the excess
+// One run of one token. Writes up to kLanes - 1 floats past it: fields are written in ascending order, so the excess
 // of one is overwritten by the next.
 template <int kBits>
-inline void unpack_piece_row(const uint8_t* bytes, int64_t channels, float scale, float zero, float* to) {
+inline void unpack_run_row(const uint8_t* bytes, int64_t channels, float scale, float zero, float* to) {
     const vf scales = broadcast(scale), zeros = broadcast(zero);
     if constexpr (kTwoPlanes<kBits>) {
         constexpr int kHigh = kHighBits<kBits>;
@@ -190,34 +190,34 @@ inline void unpack_piece_row(const uint8_t* bytes, int64_t channels, float scale
     }
 }
 
-// A chunk of tokens [first, last) of a run to [16][stride]; rows have room for kLanes more floats.
+// A band of tokens [first, last) of a strip to [16][stride]; rows have room for kLanes more floats.
 inline void unpack_rows(const HeadView& view, const uint8_t* page, int64_t slot, int64_t index, int64_t first,
                         int64_t last, float* to, int64_t stride) {
-    const xquant_chunk& chunk = view.head.chunks[index];
+    const xquant_band& band = view.head.bands[index];
     const int64_t row_bytes = view.head.row_bytes;
-    PieceScales scales(view, page, slot);
-    for (int64_t i = chunk.begin; i < chunk.end; ++i) {
-        const xquant_piece& piece = view.head.pieces[i];
-        const uint8_t* codes = page + view.codes(slot) + piece.byte;
-        float* at = to + (piece.channel - chunk.channel);
-        if (piece.bits == 16) {
+    RunScales scales(view, page, slot);
+    for (int64_t i = band.begin; i < band.end; ++i) {
+        const xquant_run& run = view.head.runs[i];
+        const uint8_t* codes = page + view.codes(slot) + run.byte;
+        float* at = to + (run.channel - band.channel);
+        if (run.bits == 16) {
             for (int64_t token = first; token < last; ++token) {
-                load_row(XQUANT_FP16, codes + token * row_bytes, 0, piece.channels, at + token * stride);
+                load_row(XQUANT_FP16, codes + token * row_bytes, 0, run.channels, at + token * stride);
             }
             continue;
         }
         scales.set(view, page, slot, i);
-        with_bits(piece.bits, [&](auto bits) {
+        with_bits(run.bits, [&](auto bits) {
             for (int64_t token = first; token < last; ++token) {
-                unpack_piece_row<bits.value>(codes + token * row_bytes, piece.channels, scales.scales[token],
-                                             scales.zeros[token], at + token * stride);
+                unpack_run_row<bits.value>(codes + token * row_bytes, run.channels, scales.scales[token],
+                                           scales.zeros[token], at + token * stride);
             }
         });
     }
     if (index > 0) return;
     for (int64_t channel = 0; channel < view.stream.outlier_channels; ++channel) {
-        float outliers[kRun];
-        for (int64_t lane = 0; lane < kRun; lane += kLanes) {
+        float outliers[kStrip];
+        for (int64_t lane = 0; lane < kStrip; lane += kLanes) {
             store(outliers + lane, load_half(page + view.outlier(channel, slot) + lane * 2));
         }
         for (int64_t token = first; token < last; ++token) to[token * stride + channel] = outliers[token];

@@ -91,9 +91,9 @@ inline void score_integers(const KeyView& view, const uint8_t* page, int64_t slo
         fold_integers(base.query + row * base.query_width, row, head_size, middle, scratch);
     }
     int32_t* codes = (int32_t*)base.keys;
-    const auto interleave = bits == 4 ? interleave_piece<4> : interleave_piece<2>;
-    for (int64_t run = first; run < last; run += kRun) {
-        interleave(page + view.codes(slot + run - first), row_bytes, row_bytes, codes + run);
+    const auto interleave = bits == 4 ? interleave_run<4> : interleave_run<2>;
+    for (int64_t strip = first; strip < last; strip += kStrip) {
+        interleave(page + view.codes(slot + strip - first), row_bytes, row_bytes, codes + strip);
     }
     int64_t column = first;
     for (; column + 2 * kLanes <= last; column += 2 * kLanes) {

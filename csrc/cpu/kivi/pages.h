@@ -39,7 +39,7 @@ struct ResidualView {
     int64_t row_bytes() const { return plan.layer.head_size * bytes_of(plan.residual_dtype); }
     // Of a slot's row, from the start of a page: its key, or its value.
     int64_t row(int64_t slot) const { return (kv_head * plan.residual_block_size + slot) * row_bytes(); }
-    // The key of a position; those of a run follow each other.
+    // The key of a position; those of a strip follow each other.
     const uint8_t* key(int64_t position) const {
         const int64_t size = plan.residual_block_size;
         return residual.pages.data + blocks[position / size] * residual.pages.stride + row(position % size);

@@ -9,7 +9,7 @@ struct KiviScratch {
     float* units;      // [rows], of them
     float* offsets;    // [rows], what is added to a group's scores
     float* exact;      // [rows][kTile], scores, or weights, of exact tokens
-    uint8_t* bytes;    // of a run, transposed
+    uint8_t* bytes;    // of a strip, transposed
     int64_t floats;    // size of all of it
 
     // Without memory only the size is right. It follows that of `base`.
@@ -28,6 +28,6 @@ struct KiviScratch {
         units = take(rows);
         offsets = take(rows);
         exact = take(rows * kTile);
-        bytes = (uint8_t*)take(round_up(plan.layer.head_size * bytes_of(plan.residual_dtype), 16) * kRun / 4);
+        bytes = (uint8_t*)take(round_up(plan.layer.head_size * bytes_of(plan.residual_dtype), 16) * kStrip / 4);
     }
 };

@@ -106,7 +106,7 @@ inline bool kivi_store_group(const xquant_kivi_plan& plan, const xquant_kivi_sto
                 store_codes(scratch.codes + i,
                             group_codes(load(keys + i), load(scratch.scales + i), load(scratch.zeros + i), plan.key_bits));
             }
-            pack_piece(scratch.codes, head_size, plan.key_bits, page + view.codes(slot + token));
+            pack_run(scratch.codes, head_size, plan.key_bits, page + view.codes(slot + token));
         }
     }
     return true;

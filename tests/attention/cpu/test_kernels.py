@@ -27,7 +27,7 @@ if not has_kernels():
     pytest.skip("no kernels", allow_module_level=True)
 
 from xquant_vllm.attention.cpu import kernels as cpu
-from xquant_vllm.attention.cpu import prepared as cpu_plan
+from xquant_vllm.attention.cpu import plan as cpu_plan
 
 
 def make_case(spec: Spec) -> Case:
@@ -135,7 +135,7 @@ def test_nan_query(isa: str, last_position: int) -> None:
 
 
 def test_nan_key(isa: str) -> None:
-    """A NaN in the only key of a chunk reaches its queries, and no earlier one."""
+    """A NaN in the only key of a stretch reaches its queries, and no earlier one."""
     case = make_case(Spec(seqs=((257, 3),)))
     latents = torch.full((1, 2 * 64), torch.nan), torch.zeros(1, 2 * 64)
     slot = case.batch.block_table[0, 256 // 16].long() * 16
@@ -393,8 +393,8 @@ def test_refuses_wrong_plans(case: Case) -> None:
     wide = PageLayout((AllocatedFormat(528, (((8, 8), (4, 256), (2, 8)),)),), 16)
     up = torch.zeros(1, 528, 64)
     terms = {"key_terms": (LatentTerm(0, 0),), "value_terms": (LatentTerm(0, 0),)}
-    with pytest.raises(ValueError, match="cannot be cut into chunks of 256 channels"):
-        cpu_plan.PreparedPlan(AttentionLayerPlan((wide,), LayerProjection(up, up), 2, 1.0, **terms))
+    with pytest.raises(ValueError, match="cannot be cut into bands of 256 channels"):
+        cpu_plan.CpuPlan(AttentionLayerPlan((wide,), LayerProjection(up, up), 2, 1.0, **terms))
 
 
 def test_refuses_terms_that_do_not_fit_together() -> None:
@@ -416,12 +416,12 @@ def test_refuses_terms_that_do_not_fit_together() -> None:
 
 
 def test_forgets_dead_plans() -> None:
-    before = len(cpu_plan.prepared_plans), len(cpu_plan.tiled_tables)
+    before = len(cpu_plan.prepare.kept), len(cpu_plan.tiled_table.kept)
     case = make_case(Spec())
     case.run(cpu)
-    assert (len(cpu_plan.prepared_plans), len(cpu_plan.tiled_tables)) == (before[0] + 1, before[1] + 1)
+    assert (len(cpu_plan.prepare.kept), len(cpu_plan.tiled_table.kept)) == (before[0] + 1, before[1] + 1)
     del case
-    assert (len(cpu_plan.prepared_plans), len(cpu_plan.tiled_tables)) == before
+    assert (len(cpu_plan.prepare.kept), len(cpu_plan.tiled_table.kept)) == before
 
 
 # --- OpenMP ---
@@ -447,6 +447,6 @@ before = pool()
 case.run(cpu)
 assert pool() == before, (before, pool())
 """
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

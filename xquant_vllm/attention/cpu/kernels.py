@@ -6,7 +6,7 @@ What is guaranteed, for one instruction set:
   bytes that read back with the same error;
 * ``paged_attention`` agrees with the reference in FP32 to a relative error of about 1e-5;
 * the output of a query token has the same bits whatever else is in the batch, however its prompt was cut into chunks,
-  wherever its blocks lie and however many threads work: the context is reduced in chunks at fixed positions.
+  wherever its blocks lie and however many threads work: the context is reduced in stretches at fixed positions.
 
 The library is plain C (csrc/cpu/api.h) and called through ctypes. It is linked against no OpenMP runtime, so that it
 runs on the threads of the runtime that torch uses; see :func:`_share_openmp_runtime`.
@@ -24,7 +24,7 @@ import torch
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.cpu.abi import ABI, Input, StoreCall
 from xquant_vllm.attention.cpu.exact_tokens import exact_tokens
-from xquant_vllm.attention.cpu.prepared import prepare
+from xquant_vllm.attention.cpu.plan import prepare
 from xquant_vllm.attention.cpu.tensors import batch_call, index_address, input_struct, set_heads
 from xquant_vllm.attention.plan import AttentionLayerPlan
 

@@ -1,7 +1,6 @@
 """A layer's plan as the C++ kernels want it: structs, and tensors in the order in which they are read."""
 
 import ctypes
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +12,12 @@ from xquant_vllm.attention.cpu.integers import IntegerKeys, integer_keys
 from xquant_vllm.attention.cpu.streams import LANES, CpuStream, cpu_stream
 from xquant_vllm.attention.cpu.tensors import page_structs
 from xquant_vllm.attention.latents import LatentTerm
+from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.projection.rope import RotaryTable
 
 
-class PreparedPlan:
+class CpuPlan:
     """The C struct of a plan, and the tensors that it points to.
 
     Attributes:
@@ -106,7 +106,7 @@ class PreparedPlan:
         struct.key_words = self._tensor(keys.words)
         struct.key_units = self._tensor(keys.units)
         struct.key_sums = self._tensor(keys.sums)
-        struct.key_segments = keys.units.shape[1]
+        struct.key_scale_groups = keys.units.shape[1]
 
     def _add_store(self, struct: Plan, plan: AttentionLayerPlan) -> None:
         """What happens to the first stream's input before it is quantized."""
@@ -169,22 +169,14 @@ def fp32(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tenso
     return tensor.contiguous()
 
 
-# Layers share a rotary table, so its rearranged copy is shared as well. Keys are ids of live objects.
-tiled_tables: dict[int, torch.Tensor] = {}
-prepared_plans: dict[int, PreparedPlan] = {}
-
-
-def _tiled_table(table: RotaryTable) -> torch.Tensor:
+# Layers share a rotary table, so its rearranged copy is shared as well.
+@per_object
+def tiled_table(table: RotaryTable) -> torch.Tensor:
     """Cosines and sines as ``[positions / 16, rotary_size / 2, 2, 16]``: 16 positions of a pair are contiguous."""
-    tiled = tiled_tables.get(id(table))
-    if tiled is None:
-        shape = (table.cos.shape[0], table.cos.shape[1])
-        halves = torch.stack((fp32("rope.cos", table.cos, shape), fp32("rope.sin", table.sin, shape)), -1)
-        padded = F.pad(halves, (0, 0, 0, 0, 0, -shape[0] % LANES))
-        tiled = padded.unflatten(0, (-1, LANES)).permute(0, 2, 3, 1).contiguous()
-        tiled_tables[id(table)] = tiled
-        weakref.finalize(table, tiled_tables.pop, id(table), None)
-    return tiled
+    shape = (table.cos.shape[0], table.cos.shape[1])
+    halves = torch.stack((fp32("rope.cos", table.cos, shape), fp32("rope.sin", table.sin, shape)), -1)
+    padded = F.pad(halves, (0, 0, 0, 0, 0, -shape[0] % LANES))
+    return padded.unflatten(0, (-1, LANES)).permute(0, 2, 3, 1).contiguous()
 
 
 def set_rope(struct: Plan, rope: RotaryTable) -> torch.Tensor:
@@ -195,7 +187,7 @@ def set_rope(struct: Plan, rope: RotaryTable) -> torch.Tensor:
     """
     if rope.rotary_size > struct.head_size:
         raise ValueError(f"RoPE of {rope.rotary_size} channels does not fit head_size = {struct.head_size}")
-    table = _tiled_table(rope)
+    table = tiled_table(rope)
     struct.rope = table.data_ptr()
     struct.rotary_size = rope.rotary_size
     struct.rotary_positions = rope.cos.shape[0]
@@ -203,10 +195,7 @@ def set_rope(struct: Plan, rope: RotaryTable) -> torch.Tensor:
     return table
 
 
-def prepare(plan: AttentionLayerPlan, with_integers: bool) -> PreparedPlan:
-    """The prepared plan, made on first use and forgotten together with the plan."""
-    prepared = prepared_plans.get(id(plan))
-    if prepared is None:
-        prepared = prepared_plans[id(plan)] = PreparedPlan(plan, with_integers)
-        weakref.finalize(plan, prepared_plans.pop, id(plan), None)
-    return prepared
+@per_object
+def prepare(plan: AttentionLayerPlan, with_integers: bool) -> CpuPlan:
+    """The plan for these kernels, made on first use and forgotten together with ``plan``."""
+    return CpuPlan(plan, with_integers)

@@ -1,17 +1,17 @@
 """A KIVI layer's plan as the C++ kernels want it."""
 
 import ctypes
-import weakref
 
 from xquant_vllm.attention.cpu.abi import Latent, Plan, Stream, Term
-from xquant_vllm.attention.cpu.prepared import set_rope
+from xquant_vllm.attention.cpu.plan import set_rope
 from xquant_vllm.attention.cpu.streams import cpu_stream
 from xquant_vllm.attention.cpu.tensors import dtype_number
+from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.kivi.cpu.abi import KiviPlan
 from xquant_vllm.kivi.plan import KiviLayerPlan
 
 
-class PreparedKiviPlan:
+class KiviCpuPlan:
     """The C struct of a plan, and what it points to.
 
     Attributes:
@@ -61,14 +61,7 @@ class PreparedKiviPlan:
         self.heads = (plan.num_heads, plan.head_size)
 
 
-# Keys are ids of live plans.
-prepared_plans: dict[int, PreparedKiviPlan] = {}
-
-
-def prepare(plan: KiviLayerPlan) -> PreparedKiviPlan:
-    """The prepared plan, made on first use and forgotten together with the plan."""
-    prepared = prepared_plans.get(id(plan))
-    if prepared is None:
-        prepared = prepared_plans[id(plan)] = PreparedKiviPlan(plan)
-        weakref.finalize(plan, prepared_plans.pop, id(plan), None)
-    return prepared
+@per_object
+def prepare(plan: KiviLayerPlan) -> KiviCpuPlan:
+    """The plan for these kernels, made on first use and forgotten together with ``plan``."""
+    return KiviCpuPlan(plan)

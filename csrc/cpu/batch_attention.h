@@ -1,4 +1,4 @@
-// Attention of a batch: checked, cut into units, spread over threads, merged. Plain C++, compiled once.
+// Attention of a batch: checked, cut into jobs, spread over threads, merged. Plain C++, compiled once.
 #pragma once
 
 #include "schedule.h"
@@ -12,14 +12,14 @@ const char* check_batch(const xquant_plan& plan, const xquant_attention_call& ca
 
 // `Layer` holds the plan, the call and the kernels, and has
 //   double cost(int64_t rows, int64_t kv_head)  of a cached token, for Schedule::build
-//   int64_t scratch(int64_t rows)               floats that attend and finish need
-//   const char* attend(task, chunk, state, scratch)  NULL, or what is wrong with the input
+//   int64_t scratch(int64_t rows)               floats that attend_stretch and finish need
+//   const char* attend_stretch(task, stretch, state, scratch)  NULL, or what is wrong with the input
 template <typename Layer>
 class Attention {
 public:
     explicit Attention(const Layer& layer) : layer_(layer) {}
 
-    const char* run() {
+    const char* compute() {
         thread_local Schedule schedule;
         thread_local Buffer states;
         const auto cost = [this](int64_t rows, int64_t kv_head) { return layer_.cost(rows, kv_head); };
@@ -27,9 +27,9 @@ public:
         schedule_ = &schedule;
         states_ = states.get(schedule.state_floats);
         if (schedule.state_floats && !states_) return kOutOfMemory;
-        parallel_for(schedule.units.size(), true, [this](int64_t i) { run_unit(schedule_->units[i]); });
+        parallel_for(schedule.jobs.size(), true, [this](int64_t i) { do_job(schedule_->jobs[i]); });
         if (!error_.load()) {
-            parallel_for(schedule.splits.size(), true, [this](int64_t i) { run_split(schedule_->splits[i]); });
+            parallel_for(schedule.splits.size(), true, [this](int64_t i) { merge_split(schedule_->splits[i]); });
         }
         return error_.load();
     }
@@ -44,38 +44,38 @@ private:
         return memory;
     }
 
-    bool attend(const Task& task, int64_t chunk, const State& state, float* scratch) {
-        const char* const error = layer_.attend(task, chunk, state, scratch);
+    bool attend_stretch(const Task& task, int64_t stretch, const State& state, float* scratch) {
+        const char* const error = layer_.attend_stretch(task, stretch, state, scratch);
         if (error) error_ = error;
         return !error;
     }
 
-    void run_unit(const Unit& unit) {
+    void do_job(const Job& job) {
         float* memory = this->memory();
         if (!memory || error_.load(std::memory_order_relaxed)) return;
-        const Task& task = schedule_->tasks[unit.task];
+        const Task& task = schedule_->tasks[job.task];
         const int64_t rows = rows_of(layer_.plan, task), floats = state_floats(layer_.plan, rows);
         float* scratch = memory + 2 * floats;
-        if (unit.state >= 0) {
-            attend(task, unit.first_chunk, state_at(states_ + unit.state, rows), scratch);
+        if (job.state >= 0) {
+            attend_stretch(task, job.first_stretch, state_at(states_ + job.state, rows), scratch);
             return;
         }
         const State total = state_at(memory, rows), part = state_at(memory + floats, rows);
-        if (!attend(task, unit.first_chunk, total, scratch)) return;
-        for (int64_t chunk = unit.first_chunk + 1; chunk <= unit.last_chunk; ++chunk) {
-            if (!attend(task, chunk, part, scratch)) return;
+        if (!attend_stretch(task, job.first_stretch, total, scratch)) return;
+        for (int64_t stretch = job.first_stretch + 1; stretch <= job.last_stretch; ++stretch) {
+            if (!attend_stretch(task, stretch, part, scratch)) return;
             layer_.kernels.merge(layer_.plan, rows, total, part);
         }
         layer_.kernels.finish(layer_.plan, layer_.call, task, total, scratch);
     }
 
-    void run_split(const Split& split) {
+    void merge_split(const Split& split) {
         float* memory = this->memory();
         if (!memory) return;
         const Task& task = schedule_->tasks[split.task];
         const int64_t rows = rows_of(layer_.plan, task), floats = state_floats(layer_.plan, rows);
         const State total = state_at(states_ + split.state, rows);
-        for (int64_t i = 1; i < split.chunks; ++i) {
+        for (int64_t i = 1; i < split.stretches; ++i) {
             layer_.kernels.merge(layer_.plan, rows, total, state_at(states_ + split.state + i * floats, rows));
         }
         layer_.kernels.finish(layer_.plan, layer_.call, task, total, memory);
