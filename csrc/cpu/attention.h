@@ -11,6 +11,27 @@
 // that a call brings as they are (exact_tokens.h) skip what makes keys or latents of codes.
 #pragma once
 
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "api.h"
+#include "convert.h"
+#include "exact_tokens.h"
+#include "gemm.h"
+#include "integer_values.h"
+#include "kernels.h"
+#include "layout.h"
+#include "load_keys.h"
+#include "simd.h"
+#include "softmax.h"
+#include "tile.h"
+#include "unpack.h"
+#include "unpack_allocated.h"
+
+namespace xquant {
+namespace {
+
 // Scores of tokens start + [first, last) for all rows, by their keys or, absorbed, by their latents.
 inline void score(const xquant_plan& plan, const Pages& pages, const ExactTokens& exact, int64_t kv_head, int64_t rows,
                   int64_t start, int64_t first, int64_t last, const Scratch& scratch) {
@@ -264,3 +285,6 @@ inline void finish(const xquant_plan& plan, const xquant_attention_call& call, c
                   row_element(plan, task, row, call.output_token_stride, call.output_head_stride));
     }
 }
+
+}  // namespace
+}  // namespace xquant

@@ -1,6 +1,14 @@
 // Attention of a batch: checked, cut into jobs, spread over threads, merged. Plain C++, compiled once.
 #pragma once
 
+#include <stdint.h>
+
+#include <atomic>
+
+#include <omp.h>
+
+#include "api.h"
+#include "kernels.h"
 #include "schedule.h"
 
 namespace xquant {

@@ -1,6 +1,15 @@
 // FP16 and BF16 from and to FP32, as torch converts.
 #pragma once
 
+#include <stdint.h>
+#include <string.h>
+
+#include "api.h"
+#include "simd.h"
+
+namespace xquant {
+namespace {
+
 inline uint32_t float_bits(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
@@ -68,3 +77,6 @@ inline void store_row(int64_t dtype, const float* __restrict from, int64_t count
         for (int64_t i = 0; i < count; ++i) x[i] = float_to_half(from[i]);
     }
 }
+
+}  // namespace
+}  // namespace xquant

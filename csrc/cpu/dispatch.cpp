@@ -1,8 +1,12 @@
 // Entry points for latents: check the input, spread the work over threads.
-#include "api.h"
+#include <algorithm>
+#include <atomic>
 
-#include "isa.h"
+#include "api.h"
 #include "batch_attention.h"
+#include "isa.h"
+#include "kernels.h"
+#include "schedule.h"
 
 namespace xquant {
 

@@ -1,8 +1,13 @@
 // Entry points for KIVI: check the input, spread the work over threads.
-#include "kivi/kivi_api.h"
+#include <algorithm>
+#include <atomic>
+#include <vector>
 
-#include "isa.h"
 #include "batch_attention.h"
+#include "isa.h"
+#include "kernels.h"
+#include "kivi/kivi_api.h"
+#include "schedule.h"
 
 namespace xquant {
 namespace {

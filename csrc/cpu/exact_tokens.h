@@ -1,6 +1,18 @@
 // Tokens of a prompt's own step as the model computed them, where a call brings them: in place of what their pages hold.
 #pragma once
 
+#include <stdint.h>
+#include <string.h>
+
+#include "api.h"
+#include "gemm.h"
+#include "kernels.h"
+#include "layout.h"
+#include "tile.h"
+
+namespace xquant {
+namespace {
+
 struct ExactTokens {
     const xquant_plan& plan;
     const xquant_attention_call& call;
@@ -47,3 +59,6 @@ struct ExactTokens {
         gemm<Order::kPlain>(rows, width, product);
     }
 };
+
+}  // namespace
+}  // namespace xquant

@@ -5,6 +5,13 @@
 // has the same bits whether it is computed alone or in a tile.
 #pragma once
 
+#include <stdint.h>
+
+#include "simd.h"
+
+namespace xquant {
+namespace {
+
 #if defined(__AVX512F__)
 constexpr int kBlockRows = 8;  // 8 x 2 accumulators of 32 registers hide the latency of two FMA units
 #else
@@ -74,3 +81,6 @@ inline void gemm(int64_t rows, int64_t columns, const Product& p) {
     for (; column + 2 * kLanes <= columns; column += 2 * kLanes) gemm_columns<kOrder, kBlockRows, 2>(p, 0, rows, column);
     for (; column < columns; column += kLanes) gemm_columns<kOrder, kBlockRows, 1>(p, 0, rows, column);
 }
+
+}  // namespace
+}  // namespace xquant

@@ -6,6 +6,16 @@
 // for channels that share a token's scale and zero: a scale group, see xquant_vllm/attention/cpu/integers.py.
 #pragma once
 
+#include <stdint.h>
+
+#include "kernels.h"
+#include "layout.h"
+#include "simd.h"
+#include "transpose.h"
+
+namespace xquant {
+namespace {
+
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 constexpr bool kIntegers = true;
 
@@ -195,3 +205,6 @@ inline void interleave_run(const uint8_t* codes, int64_t row_bytes, int64_t size
 #else
 constexpr bool kIntegers = false;
 #endif
+
+}  // namespace
+}  // namespace xquant

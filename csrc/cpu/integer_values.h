@@ -7,6 +7,22 @@
 // allocated ones of the rounded weights times scales.
 #pragma once
 
+#include <stdint.h>
+
+#include "api.h"
+#include "integer.h"
+#include "kernels.h"
+#include "layout.h"
+#include "load_keys.h"
+#include "simd.h"
+#include "tile.h"
+#include "transpose.h"
+#include "unpack.h"
+#include "unpack_allocated.h"
+
+namespace xquant {
+namespace {
+
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 // The weights of a tile for channels that share scales.
 struct IntegerWeights {
@@ -247,3 +263,6 @@ inline bool values_in_integers(const xquant_plan&, int64_t, const Band&) { retur
 inline void accumulate_integer_values(const xquant_plan&, const Pages&, int64_t, int64_t, int64_t, int64_t, int64_t,
                                       const Band&, const State&, const Scratch&) {}
 #endif
+
+}  // namespace
+}  // namespace xquant

@@ -1,48 +1,17 @@
 // All kernels for the instruction set that the including file is compiled for.
 //
-// XQUANT_KERNELS names the table that the file defines. Everything else has internal linkage: were it shared, the
-// linker would keep one copy of each function, compiled for whichever instruction set it met first. For the same
-// reason nothing here uses the C++ library.
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include "kernels.h"
-
-namespace xquant {
-namespace {
-
-#include "simd.h"
-#include "convert.h"
-#include "layout.h"
-#include "transpose.h"
-#include "unpack.h"
-#include "unpack_allocated.h"
-#include "gemm.h"
-#include "rematerialize.h"
-#include "tile.h"
-#include "integer.h"
-#include "load_keys.h"
-#include "exact_tokens.h"
-#include "softmax.h"
-#include "integer_values.h"
+// XQUANT_KERNELS names the table that the file defines. Everything else has internal linkage: the headers below, and
+// those that they include, put what they hold into an anonymous namespace. Were it shared, the linker would keep one copy
+// of each function, compiled for whichever instruction set it met first. For the same reason none of them uses the C++
+// library.
 #include "attention.h"
-#include "quantize.h"
-#include "rotate.h"
-#include "store.h"
-#include "kivi/pages.h"
-#include "kivi/scratch.h"
-#include "kivi/exact.h"
-#include "kivi/integer_keys.h"
-#include "kivi/keys.h"
+#include "kernels.h"
 #include "kivi/attention.h"
 #include "kivi/store.h"
+#include "store.h"
+#include "tile.h"
 
-}  // namespace
+namespace xquant {
 
 const Kernels XQUANT_KERNELS = {
     XQUANT_KERNELS_NAME, store_scratch, attention_scratch, store_tokens, attend_stretch, merge, finish,

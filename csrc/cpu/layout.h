@@ -1,6 +1,13 @@
 // Addresses in a page; the drawing is in xquant_vllm/codec/layout.py.
 #pragma once
 
+#include <stdint.h>
+
+#include "api.h"
+
+namespace xquant {
+namespace {
+
 // A strip: 16 neighbouring slots, which are read at once. It never crosses a page: block_size is a multiple of it.
 constexpr int64_t kStrip = 16;
 
@@ -96,3 +103,6 @@ inline void for_bands(const xquant_latent& latent, int64_t kv_head, const Visit&
         row += stream.width;
     }
 }
+
+}  // namespace
+}  // namespace xquant

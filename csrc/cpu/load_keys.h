@@ -1,6 +1,22 @@
 // Keys of a tile: unpacked, rematerialized, normed and turned.
 #pragma once
 
+#include <stdint.h>
+
+#include "api.h"
+#include "gemm.h"
+#include "integer.h"
+#include "kernels.h"
+#include "layout.h"
+#include "rematerialize.h"
+#include "simd.h"
+#include "tile.h"
+#include "unpack.h"
+#include "unpack_allocated.h"
+
+namespace xquant {
+namespace {
+
 // A band of the key latents of tokens start + [first, last), channel-major.
 inline void load_key_latents(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t start,
                              int64_t first, int64_t last, const Band& band, const Scratch& scratch) {
@@ -163,3 +179,6 @@ inline void load_keys(const xquant_plan& plan, const Pages& pages, int64_t kv_he
         }
     }
 }
+
+}  // namespace
+}  // namespace xquant

@@ -6,6 +6,18 @@
 // where a number lies halfway between two, and a scale another where both leave the same error.
 #pragma once
 
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "api.h"
+#include "convert.h"
+#include "simd.h"
+#include "unpack.h"
+
+namespace xquant {
+namespace {
+
 // Adding it rounds a number in [0, 2^22] half to even and leaves the integer in the low bits.
 constexpr float kRounder = 8388608.0f;
 
@@ -172,3 +184,6 @@ inline void pack_run(const uint8_t* codes, int64_t channels, int64_t bits, uint8
         default: pack_plane<2>(codes, channels, 0, to); break;
     }
 }
+
+}  // namespace
+}  // namespace xquant

@@ -2,6 +2,15 @@
 // reduction across lanes and RoPE no shuffle.
 #pragma once
 
+#include <stdint.h>
+
+#include "api.h"
+#include "layout.h"
+#include "simd.h"
+
+namespace xquant {
+namespace {
+
 inline void add_bias(const float* bias, int64_t head_size, float* keys, int64_t stride, int64_t columns) {
     for (int64_t channel = 0; channel < head_size; ++channel) {
         const vf shift = broadcast(bias[channel]);
@@ -45,3 +54,6 @@ inline void rotate(const xquant_plan& plan, int64_t block, float* keys, int64_t 
         }
     }
 }
+
+}  // namespace
+}  // namespace xquant

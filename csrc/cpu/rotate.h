@@ -1,6 +1,13 @@
 // The rotation of X before it is quantized; see HadamardRotation in xquant_vllm/codec/rotation.py.
 #pragma once
 
+#include <stdint.h>
+
+#include "api.h"
+
+namespace xquant {
+namespace {
+
 // Unnormalized Hadamard transform of `size` numbers, a power of two. Sums and differences in the reference's order, and
 // nothing to fuse: the same bits.
 inline void hadamard(float* x, int64_t size) {
@@ -35,3 +42,6 @@ inline void rotate_input(const xquant_plan& plan, int64_t width, float* x, float
         }
     }
 }
+
+}  // namespace
+}  // namespace xquant

@@ -1,14 +1,16 @@
 // Which thread does what. Plain C++, compiled once, without vector flags.
 #pragma once
 
+#include <stdint.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <new>
 #include <vector>
 
 #include <omp.h>
 
+#include "api.h"
 #include "kernels.h"
 
 namespace xquant {

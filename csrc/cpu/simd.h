@@ -1,6 +1,16 @@
 // The few vector operations that the compiler does not derive from plain loops, for the instruction set this file is
-// compiled for. Included by kernels_impl.h inside a namespace of its own.
+// compiled for.
 #pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace xquant {
+namespace {
 
 #if defined(__AVX512F__)
 constexpr int64_t kLanes = 16;
@@ -106,3 +116,6 @@ inline vf load_half(const uint8_t* from) {
     return (vf)((special ? (magnitude | 0x7f800000) : scaled) | ((bits & 0x8000) << 16));
 #endif
 }
+
+}  // namespace
+}  // namespace xquant

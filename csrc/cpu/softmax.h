@@ -1,6 +1,14 @@
 // Exponential, soft cap and the online softmax of one row.
 #pragma once
 
+#include <math.h>
+#include <stdint.h>
+
+#include "simd.h"
+
+namespace xquant {
+namespace {
+
 // exp of x <= 0 with a relative error of about 1e-7; exactly 1 at 0, exactly 0 below -87.3, NaN of NaN.
 inline vf exp_nonpositive(vf x) {
     const vf shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to an integer
@@ -59,3 +67,6 @@ inline float softmax_row(float* scores, int64_t columns, int64_t first, int64_t 
     sum = sum * factor + reduce_add(total);
     return factor;
 }
+
+}  // namespace
+}  // namespace xquant

@@ -1,6 +1,21 @@
 // What new tokens bring into their slots: rotation, prediction, codes.
 #pragma once
 
+#include <stdint.h>
+#include <string.h>
+
+#include "api.h"
+#include "convert.h"
+#include "gemm.h"
+#include "kernels.h"
+#include "layout.h"
+#include "quantize.h"
+#include "rotate.h"
+#include "unpack.h"
+
+namespace xquant {
+namespace {
+
 struct StoreScratch {
     float* rows;       // [kStoreTokens][row_stride], channels of a stream, all heads
     float* rotated;    // [row_stride]
@@ -188,3 +203,6 @@ inline void store_tokens(const xquant_plan& plan, const xquant_store_call& call,
         }
     }
 }
+
+}  // namespace
+}  // namespace xquant

@@ -1,6 +1,16 @@
 // What one task has in flight, and where the pages of its sequence are.
 #pragma once
 
+#include <stdint.h>
+
+#include "api.h"
+#include "kernels.h"
+#include "layout.h"
+#include "unpack_allocated.h"
+
+namespace xquant {
+namespace {
+
 struct Scratch {
     float* query;        // [rows][query_width], times the scale
     float* latents;      // [channels of a band][kTile], or pairs of their codes
@@ -129,3 +139,6 @@ struct Pages {
         }
     }
 };
+
+}  // namespace
+}  // namespace xquant

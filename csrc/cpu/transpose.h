@@ -1,6 +1,14 @@
 // Transposes of 16 x 16 bytes.
 #pragma once
 
+#include <stdint.h>
+#include <string.h>
+
+#include "simd.h"
+
+namespace xquant {
+namespace {
+
 #if defined(__AVX512F__)
 // Transposes of the 4 x 4 32-bit numbers that each quarter of the four vectors holds.
 inline void transpose_quarters(vi (&rows)[4]) {
@@ -103,3 +111,6 @@ inline void transpose_back(const uint8_t* from, uint8_t* to) {
     transpose_bytes(from, 16, to);
 #endif
 }
+
+}  // namespace
+}  // namespace xquant

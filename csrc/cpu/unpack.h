@@ -5,6 +5,18 @@
 // they read is never used.
 #pragma once
 
+#include <stdint.h>
+#include <string.h>
+
+#include "api.h"
+#include "convert.h"
+#include "layout.h"
+#include "simd.h"
+#include "transpose.h"
+
+namespace xquant {
+namespace {
+
 // A number of bits as a type.
 template <int kBits>
 struct Bits {
@@ -223,3 +235,6 @@ inline void unpack_rows(const HeadView& view, const uint8_t* page, int64_t slot,
         for (int64_t token = first; token < last; ++token) to[token * stride + channel] = outliers[token];
     }
 }
+
+}  // namespace
+}  // namespace xquant

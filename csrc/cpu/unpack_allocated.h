@@ -4,6 +4,18 @@
 // first, [channels][tokens], where a field of a run is contiguous; what is done with them then knows no runs.
 #pragma once
 
+#include <stdint.h>
+#include <string.h>
+
+#include "api.h"
+#include "layout.h"
+#include "simd.h"
+#include "transpose.h"
+#include "unpack.h"
+
+namespace xquant {
+namespace {
+
 // Bytes, two in a lane: there are no vectors of bytes that shift.
 typedef uint16_t byte_pairs __attribute__((vector_size(kLanes * 4)));
 
@@ -106,3 +118,6 @@ __attribute__((noinline)) inline void unpack_allocated_rows(const HeadView& view
         }
     }
 }
+
+}  // namespace
+}  // namespace xquant

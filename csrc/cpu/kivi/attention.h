@@ -3,6 +3,23 @@
 // scored both ways as far as any row needs it, and every row takes its own of both.
 #pragma once
 
+#include <stdint.h>
+#include <string.h>
+
+#include "../attention.h"
+#include "../gemm.h"
+#include "../kernels.h"
+#include "../layout.h"
+#include "../tile.h"
+#include "exact.h"
+#include "keys.h"
+#include "kivi_api.h"
+#include "pages.h"
+#include "scratch.h"
+
+namespace xquant {
+namespace {
+
 struct KiviTile {
     const xquant_kivi_plan& plan;
     const Task& task;
@@ -137,3 +154,6 @@ inline bool kivi_attend_stretch(const xquant_kivi_plan& plan, const xquant_kivi_
     });
     return true;
 }
+
+}  // namespace
+}  // namespace xquant

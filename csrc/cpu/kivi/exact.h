@@ -1,6 +1,20 @@
 // Keys and values of residual pages to FP32, in the two arrangements that the matrix products want.
 #pragma once
 
+#include <stdint.h>
+
+#include "../api.h"
+#include "../convert.h"
+#include "../kernels.h"
+#include "../layout.h"
+#include "../rematerialize.h"
+#include "../simd.h"
+#include "../transpose.h"
+#include "pages.h"
+
+namespace xquant {
+namespace {
+
 // Numbers whose bits are in integers.
 inline vf half_bits(vi bits) {
     const vi magnitude = (bits & 0x7fff) << 13;
@@ -45,3 +59,6 @@ inline void load_exact_values(const ResidualView& view, int64_t start, int64_t f
                  values + token * stride);
     }
 }
+
+}  // namespace
+}  // namespace xquant

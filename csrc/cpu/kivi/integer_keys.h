@@ -6,6 +6,19 @@
 // and what was rounded off is multiplied by a code's distance from the middle, not by the code.
 #pragma once
 
+#include <stdint.h>
+
+#include "../integer.h"
+#include "../kernels.h"
+#include "../layout.h"
+#include "../simd.h"
+#include "../tile.h"
+#include "pages.h"
+#include "scratch.h"
+
+namespace xquant {
+namespace {
+
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 // Whether a token's codes are whole quadruples that transpose_words reaches.
 inline bool keys_in_integers(const KeyView& view) { return view.row_bytes() % 16 == 0; }
@@ -108,3 +121,6 @@ inline bool keys_in_integers(const KeyView&) { return false; }
 inline void score_integers(const KeyView&, const uint8_t*, int64_t, int64_t, int64_t, int64_t, const Scratch&,
                            const KiviScratch&) {}
 #endif
+
+}  // namespace
+}  // namespace xquant

@@ -7,6 +7,26 @@
 // RoPE turns when they are read must be dequantized first.
 #pragma once
 
+#include <stdint.h>
+
+#include "../api.h"
+#include "../convert.h"
+#include "../gemm.h"
+#include "../kernels.h"
+#include "../layout.h"
+#include "../rematerialize.h"
+#include "../simd.h"
+#include "../tile.h"
+#include "../transpose.h"
+#include "../unpack.h"
+#include "integer_keys.h"
+#include "kivi_api.h"
+#include "pages.h"
+#include "scratch.h"
+
+namespace xquant {
+namespace {
+
 // Scales and zeros of the group of a slot, followed by zeros.
 inline void load_group(const KeyView& view, const uint8_t* page, int64_t slot, const KiviScratch& scratch) {
     const int64_t head_size = view.plan.layer.head_size, width = round_up(head_size, kPad);
@@ -118,3 +138,6 @@ inline void score_quantized(const xquant_kivi_plan& plan, const Pages& pages, in
     }
     if (plan.layer.rope) score_keys(base, rows, head_size, first, last, base.weights);
 }
+
+}  // namespace
+}  // namespace xquant

@@ -1,6 +1,15 @@
 // Addresses in KIVI's two kinds of pages, drawn in xquant_vllm/kivi/pages.py, and which tokens a query sees exactly.
 #pragma once
 
+#include <stdint.h>
+
+#include "../api.h"
+#include "../tile.h"
+#include "kivi_api.h"
+
+namespace xquant {
+namespace {
+
 // The keys of one kv head in a quantized page.
 struct KeyView {
     const xquant_kivi_plan& plan;
@@ -60,3 +69,6 @@ struct FirstExact {
         if (value > step_start) value = step_start;
     }
 };
+
+}  // namespace
+}  // namespace xquant

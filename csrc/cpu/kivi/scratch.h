@@ -1,6 +1,17 @@
 // What one task has in flight beside what attention to latents has: see tile.h.
 #pragma once
 
+#include <stdint.h>
+
+#include "../kernels.h"
+#include "../layout.h"
+#include "../tile.h"
+#include "kivi_api.h"
+#include "pages.h"
+
+namespace xquant {
+namespace {
+
 struct KiviScratch {
     float* folded;     // [rows][query_width], queries times a group's scales
     float* scales;     // [query_width] of a group
@@ -31,3 +42,6 @@ struct KiviScratch {
         bytes = (uint8_t*)take(round_up(plan.layer.head_size * bytes_of(plan.residual_dtype), 16) * kStrip / 4);
     }
 };
+
+}  // namespace
+}  // namespace xquant

@@ -1,6 +1,23 @@
 // New keys and values into KIVI's pages, with the bytes of xquant_vllm/kivi/codec.py.
 #pragma once
 
+#include <stdint.h>
+#include <string.h>
+
+#include "../api.h"
+#include "../convert.h"
+#include "../kernels.h"
+#include "../layout.h"
+#include "../quantize.h"
+#include "../simd.h"
+#include "../store.h"
+#include "../tile.h"
+#include "kivi_api.h"
+#include "pages.h"
+
+namespace xquant {
+namespace {
+
 struct GroupScratch {
     float* keys;     // [key_group_size][width]
     float* scales;   // [width]
@@ -111,3 +128,6 @@ inline bool kivi_store_group(const xquant_kivi_plan& plan, const xquant_kivi_sto
     }
     return true;
 }
+
+}  // namespace
+}  // namespace xquant
