@@ -1,5 +1,5 @@
 // The C interface of the CPU kernels: plain structs, no torch, no C++ types. xquant_vllm/attention/cpu/abi.py mirrors
-// them field by field; xquant_cpu_abi() changes whenever a struct does, and cpu.py refuses libraries of another.
+// them field by field, and refuses a library whose structs have other sizes (xquant_cpu_struct_sizes).
 //
 // All strides count elements of the pointed-to type, except the stride of pages (bytes). Every pointer is borrowed for the
 // duration of a call. FP32 tensors are contiguous.
@@ -7,8 +7,6 @@
 #define XQUANT_CPU_API_H
 
 #include <stdint.h>
-
-#define XQUANT_CPU_ABI 7
 
 #if defined(__GNUC__)
 #define XQUANT_EXPORT __attribute__((visibility("default")))
@@ -184,8 +182,15 @@ XQUANT_EXPORT const char* xquant_cpu_isa(void);
 XQUANT_EXPORT int xquant_cpu_set_isa(const char* name);
 // Threads that the next call of this thread would use, as the OpenMP runtime says.
 XQUANT_EXPORT int xquant_cpu_threads(void);
-// XQUANT_CPU_ABI at the time of the build.
-XQUANT_EXPORT int xquant_cpu_abi(void);
+
+// The size of a struct in bytes at the time of the build.
+typedef struct {
+    const char* name;
+    int64_t size;
+} xquant_struct_size;
+
+// Every struct of this file and of kivi_api.h, then one without a name.
+XQUANT_EXPORT const xquant_struct_size* xquant_cpu_struct_sizes(void);
 
 #ifdef __cplusplus
 }

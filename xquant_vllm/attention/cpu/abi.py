@@ -2,9 +2,6 @@
 
 import ctypes
 
-ABI = 7
-"""``XQUANT_CPU_ABI``: a library of another number has other structs."""
-
 _int64, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
@@ -155,3 +152,19 @@ class AttentionCall(ctypes.Structure):
         ("exact_values", _pointer),
         ("exact_from", _int64),
     ]
+
+
+STRUCTS = {
+    "xquant_run": Run,
+    "xquant_band": Band,
+    "xquant_head": Head,
+    "xquant_stream": Stream,
+    "xquant_term": Term,
+    "xquant_latent": Latent,
+    "xquant_plan": Plan,
+    "xquant_pages": Pages,
+    "xquant_input": Input,
+    "xquant_store_call": StoreCall,
+    "xquant_attention_call": AttentionCall,
+}
+"""By their C names."""

@@ -16,17 +16,18 @@ import ctypes
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from xquant_vllm.attention.batch import AttentionBatch
-from xquant_vllm.attention.cpu.abi import ABI, Input, StoreCall
+from xquant_vllm.attention.cpu.abi import STRUCTS, Input, StoreCall
 from xquant_vllm.attention.cpu.exact_tokens import exact_tokens
 from xquant_vllm.attention.cpu.plan import prepare
 from xquant_vllm.attention.cpu.tensors import batch_call, index_address, input_struct, set_heads
 from xquant_vllm.attention.plan import AttentionLayerPlan
+from xquant_vllm.attention.struct_sizes import check_structs
 
 LIBRARY_PATH = Path(__file__).with_name("_cpu_kernels.so")
 
@@ -59,6 +60,15 @@ def _share_openmp_runtime() -> None:
     ctypes.CDLL(runtimes[0] if runtimes else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
 
 
+def check_library(library: ctypes.CDLL, structs: Mapping[str, type[ctypes.Structure]]) -> None:
+    """Refuse a library with other structs; see :func:`check_structs`.
+
+    Raises:
+        OSError: a struct has another size.
+    """
+    check_structs(library, "xquant_cpu_struct_sizes", structs, "python setup.py build_kernels --inplace")
+
+
 def _load() -> ctypes.CDLL:
     """Load the library.
 
@@ -69,8 +79,7 @@ def _load() -> ctypes.CDLL:
         raise OSError(f"{LIBRARY_PATH} was not built")
     _share_openmp_runtime()
     library = ctypes.CDLL(str(LIBRARY_PATH))
-    if library.xquant_cpu_abi() != ABI:
-        raise OSError(f"{LIBRARY_PATH} is of another version of this package")
+    check_library(library, STRUCTS)
     for name in ("store", "attention", "kivi_store", "kivi_attention", "isa"):
         getattr(library, f"xquant_cpu_{name}").restype = ctypes.c_char_p
     library.xquant_cpu_set_isa.argtypes = [ctypes.c_char_p]

@@ -11,11 +11,13 @@ import ctypes
 import torch
 
 from xquant_vllm.attention.cpu.abi import Input, StoreCall
-from xquant_vllm.attention.cpu.kernels import library, raise_error
+from xquant_vllm.attention.cpu.kernels import check_library, library, raise_error
 from xquant_vllm.attention.cpu.tensors import batch_call, index_address, input_struct, page_structs, set_heads
-from xquant_vllm.kivi.cpu.abi import KiviAttentionCall, KiviStoreCall, Residual
+from xquant_vllm.kivi.cpu.abi import STRUCTS, KiviAttentionCall, KiviStoreCall, Residual
 from xquant_vllm.kivi.cpu.plan import KiviCpuPlan, prepare
 from xquant_vllm.kivi.plan import KiviBatch, KiviLayerPlan
+
+check_library(library, STRUCTS)
 
 
 def _residual(prepared: KiviCpuPlan, residual_pages: torch.Tensor, batch: KiviBatch) -> Residual:
