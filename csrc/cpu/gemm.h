@@ -1,5 +1,5 @@
 // One small matrix product, C (+)= A * B, for everything: rematerializing keys, scores, weighing value latents, and the
-// value up-projection. Vector lanes run along the columns of B and C; elements of A are broadcast.
+// value up-projection. Vector lanes go along the columns of B and C; elements of A are broadcast.
 //
 // An element of C is a chain of multiply-adds in ascending depth, whatever the number of rows and columns: a row of C
 // has the same bits whether it is computed alone or in a tile.

@@ -43,7 +43,7 @@ struct Finish {
 };
 
 // Codes times integers, two of 16 bits or four of 8. GCC 12 copies the accumulators of the intrinsics from register to
-// register, and runs out of them.
+// register, and has too few of them.
 template <bool kBytes>
 inline void multiply_add(__m512i& sum, __m512i codes, __m512i integers) {
     if constexpr (kBytes) {

@@ -1,7 +1,7 @@
 // What dispatch.cpp knows of the kernels: one table of functions per instruction set, and plain data between them.
 //
 // This header holds no functions on purpose: code in a header that files with different -m flags share could be merged
-// by the linker, and the portable build would run AVX-512 instructions.
+// by the linker, and the portable build would execute AVX-512 instructions.
 #ifndef XQUANT_CPU_KERNELS_H
 #define XQUANT_CPU_KERNELS_H
 

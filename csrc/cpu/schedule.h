@@ -43,7 +43,7 @@ private:
     int64_t size_ = 0;
 };
 
-// Run body(i) for i in [0, count) on all threads, in ascending order of start. A count of 1 and nested calls run here.
+// Call body(i) for i in [0, count) on all threads, started in ascending order; a count of 1 and nested calls on this one.
 // The team is always all threads or one: an OpenMP runtime may end and restart its threads when the size changes.
 template <typename Body>
 void parallel_for(int64_t count, bool parallel, const Body& body) {

@@ -1,7 +1,7 @@
 // Codes to FP32 latents, 16 tokens (a strip) at a time, in the two arrangements that the matrix products want. All of
 // uniform streams; of allocated ones single tokens only, whose strips are for unpack_allocated.h.
 //
-// Loads may run up to 15 bytes past a row of codes: they stay inside the page, where scales follow the codes, and what
+// Loads may reach up to 15 bytes past a row of codes: they stay inside the page, where scales follow the codes, and what
 // they read is never used.
 #pragma once
 

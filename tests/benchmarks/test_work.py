@@ -15,7 +15,7 @@ except OSError as error:
 SMALL = Model("small", 2, 64, 6, 2, 32)
 
 
-@pytest.mark.parametrize("holds", ["latent", "x"])
+@pytest.mark.parametrize("holds", ["latents", "x"])
 def test_layers_attend(holds: str) -> None:
     plan = make_plan(SMALL, holds, 4, 300)
     batch = decode_batch(2, 300)
@@ -30,7 +30,7 @@ def test_layers_attend(holds: str) -> None:
 
 
 def test_work_of_a_decode_step() -> None:
-    plan = make_plan(MODELS["smollm2-135m"], "latent", 4, BLOCK_SIZE)
+    plan = make_plan(MODELS["smollm2-135m"], "latents", 4, BLOCK_SIZE)
     for isa in ("avx2", "vnni"):
         if not cpu.set_isa(isa):
             continue
@@ -54,6 +54,6 @@ def test_roofs() -> None:
 
 
 def test_bytes_of_a_store() -> None:
-    plan = make_plan(SMALL, "latent", 4, 16)
+    plan = make_plan(SMALL, "latents", 4, 16)
     assert [x.shape for x in latents(plan, 5)] == [(5, 64)] * 2
     assert store_work(plan, 5).bytes == 5 * (2 * 2 * 64 + plan.layout.bytes_per_token)
