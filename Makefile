@@ -41,7 +41,7 @@ $(READY): $(SETUP_FILES)
 
 kernels: $(KERNELS) ## compile csrc/cpu, if it changed (XQUANT_BUILD_KERNELS=1: fail if it does not compile)
 
-$(KERNELS): setup.py $(wildcard csrc/cpu/* csrc/cpu/kivi/*) | $(READY)
+$(KERNELS): setup.py $(wildcard csrc/cpu/* csrc/cpu/*/*) | $(READY)
 	$(VENV)/bin/python setup.py --quiet build_kernels --inplace
 
 cuda-check: venv ## compile csrc/cuda for every GPU it is built for, and fail on spilled registers (needs nvcc, no GPU)

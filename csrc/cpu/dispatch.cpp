@@ -3,10 +3,10 @@
 #include <atomic>
 
 #include "api.h"
-#include "batch_attention.h"
+#include "attention/batch_attention.h"
+#include "attention/schedule.h"
 #include "isa.h"
 #include "kernels.h"
-#include "schedule.h"
 
 namespace xquant {
 

@@ -3,11 +3,11 @@
 #include <atomic>
 #include <vector>
 
-#include "batch_attention.h"
+#include "attention/batch_attention.h"
+#include "attention/schedule.h"
 #include "isa.h"
 #include "kernels.h"
 #include "kivi/kivi_api.h"
-#include "schedule.h"
 
 namespace xquant {
 namespace {

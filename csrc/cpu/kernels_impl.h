@@ -4,12 +4,12 @@
 // those that they include, put what they hold into an anonymous namespace. Were it shared, the linker would keep one copy
 // of each function, compiled for whichever instruction set it met first. For the same reason none of them uses the C++
 // library.
-#include "attention.h"
+#include "attention/attention.h"
 #include "kernels.h"
 #include "kivi/attention.h"
 #include "kivi/store.h"
-#include "store.h"
-#include "tile.h"
+#include "store/store.h"
+#include "unpack/tile.h"
 
 namespace xquant {
 

@@ -6,16 +6,16 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "../attention.h"
-#include "../gemm.h"
-#include "../kernels.h"
-#include "../layout.h"
-#include "../tile.h"
-#include "exact.h"
-#include "keys.h"
-#include "kivi_api.h"
-#include "pages.h"
-#include "scratch.h"
+#include "attention/attention.h"
+#include "common/gemm.h"
+#include "common/layout.h"
+#include "kernels.h"
+#include "kivi/exact.h"
+#include "kivi/keys.h"
+#include "kivi/kivi_api.h"
+#include "kivi/pages.h"
+#include "kivi/scratch.h"
+#include "unpack/tile.h"
 
 namespace xquant {
 namespace {

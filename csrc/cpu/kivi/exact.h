@@ -3,14 +3,14 @@
 
 #include <stdint.h>
 
-#include "../api.h"
-#include "../convert.h"
-#include "../kernels.h"
-#include "../layout.h"
-#include "../rematerialize.h"
-#include "../simd.h"
-#include "../transpose.h"
-#include "pages.h"
+#include "api.h"
+#include "common/convert.h"
+#include "common/layout.h"
+#include "common/simd.h"
+#include "common/transpose.h"
+#include "kernels.h"
+#include "kivi/pages.h"
+#include "unpack/rematerialize.h"
 
 namespace xquant {
 namespace {

@@ -8,13 +8,13 @@
 
 #include <stdint.h>
 
-#include "../integer.h"
-#include "../kernels.h"
-#include "../layout.h"
-#include "../simd.h"
-#include "../tile.h"
-#include "pages.h"
-#include "scratch.h"
+#include "attention/integer.h"
+#include "common/layout.h"
+#include "common/simd.h"
+#include "kernels.h"
+#include "kivi/pages.h"
+#include "kivi/scratch.h"
+#include "unpack/tile.h"
 
 namespace xquant {
 namespace {

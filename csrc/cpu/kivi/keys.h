@@ -9,20 +9,20 @@
 
 #include <stdint.h>
 
-#include "../api.h"
-#include "../convert.h"
-#include "../gemm.h"
-#include "../kernels.h"
-#include "../layout.h"
-#include "../rematerialize.h"
-#include "../simd.h"
-#include "../tile.h"
-#include "../transpose.h"
-#include "../unpack.h"
-#include "integer_keys.h"
-#include "kivi_api.h"
-#include "pages.h"
-#include "scratch.h"
+#include "api.h"
+#include "common/convert.h"
+#include "common/gemm.h"
+#include "common/layout.h"
+#include "common/simd.h"
+#include "common/transpose.h"
+#include "kernels.h"
+#include "kivi/integer_keys.h"
+#include "kivi/kivi_api.h"
+#include "kivi/pages.h"
+#include "kivi/scratch.h"
+#include "unpack/rematerialize.h"
+#include "unpack/tile.h"
+#include "unpack/unpack.h"
 
 namespace xquant {
 namespace {

@@ -3,9 +3,9 @@
 
 #include <stdint.h>
 
-#include "../api.h"
-#include "../tile.h"
-#include "kivi_api.h"
+#include "api.h"
+#include "kivi/kivi_api.h"
+#include "unpack/tile.h"
 
 namespace xquant {
 namespace {

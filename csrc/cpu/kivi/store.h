@@ -4,16 +4,16 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "../api.h"
-#include "../convert.h"
-#include "../kernels.h"
-#include "../layout.h"
-#include "../quantize.h"
-#include "../simd.h"
-#include "../store.h"
-#include "../tile.h"
-#include "kivi_api.h"
-#include "pages.h"
+#include "api.h"
+#include "common/convert.h"
+#include "common/layout.h"
+#include "common/simd.h"
+#include "kernels.h"
+#include "kivi/kivi_api.h"
+#include "kivi/pages.h"
+#include "store/quantize.h"
+#include "store/store.h"
+#include "unpack/tile.h"
 
 namespace xquant {
 namespace {

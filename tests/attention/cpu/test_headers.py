@@ -12,7 +12,7 @@ SOURCES = Path(__file__).resolve().parents[3] / "csrc" / "cpu"
 # Needs the macros of the file that includes it.
 TABLE = SOURCES / "kernels_impl.h"
 HEADERS = sorted(path for path in SOURCES.rglob("*.h") if path != TABLE)
-FLAGS = ["-std=c++17", "-fopenmp", "-Wall", "-Wextra", "-Werror"]
+FLAGS = ["-std=c++17", "-fopenmp", "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}"]
 # What is compiled differs by these: no vector instructions but the compiler's own, and all of them.
 EXTENSIONS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx512vbmi")
 ISAS = {"portable": [], "vnni": [f"-m{name}" for name in EXTENSIONS]}

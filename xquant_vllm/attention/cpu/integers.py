@@ -1,4 +1,4 @@
-"""Key up-projections in integers, by which the C++ kernels multiply codes as they are (csrc/cpu/integer.h).
+"""Key up-projections in integers, by which the C++ kernels multiply codes as they are (csrc/cpu/attention/integer.h).
 
 A *scale group* is the channels that share a scale and a zero of a token: a run of a uniform stream, a band of an
 allocated one. For its channels ``up = unit * integers``, with a unit for every column, and with
@@ -125,7 +125,7 @@ def _rows(integers: torch.Tensor, num_words: int) -> torch.Tensor:
 
 
 def scale_groups(latent: Latent, kv_head: int) -> list[ScaleGroup]:
-    """Scale groups of a latent head in the order in which for_bands (csrc/cpu/layout.h) comes to them."""
+    """Scale groups of a latent head in the order in which for_bands (csrc/cpu/common/layout.h) comes to them."""
     found, row = [], 0
     for index in range(latent.num_terms):
         term = latent.terms[index]

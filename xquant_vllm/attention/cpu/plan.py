@@ -34,7 +34,7 @@ class CpuPlan:
 
         Args:
             plan: the plan.
-            with_integers: for kernels that multiply integers (csrc/cpu/integer.h).
+            with_integers: for kernels that multiply integers (csrc/cpu/attention/integer.h).
         """
         layout, projection = plan.layout, plan.projection
         kv_heads, head_size = projection.num_kv_heads, projection.head_size

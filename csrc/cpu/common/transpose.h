@@ -4,7 +4,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "simd.h"
+#include "common/simd.h"
 
 namespace xquant {
 namespace {

@@ -8,8 +8,8 @@
 #include <omp.h>
 
 #include "api.h"
+#include "attention/schedule.h"
 #include "kernels.h"
-#include "schedule.h"
 
 namespace xquant {
 

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#include "simd.h"
+#include "common/simd.h"
 
 namespace xquant {
 namespace {

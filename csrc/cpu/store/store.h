@@ -5,13 +5,13 @@
 #include <string.h>
 
 #include "api.h"
-#include "convert.h"
-#include "gemm.h"
+#include "common/convert.h"
+#include "common/gemm.h"
+#include "common/layout.h"
 #include "kernels.h"
-#include "layout.h"
-#include "quantize.h"
-#include "rotate.h"
-#include "unpack.h"
+#include "store/quantize.h"
+#include "store/rotate.h"
+#include "unpack/unpack.h"
 
 namespace xquant {
 namespace {

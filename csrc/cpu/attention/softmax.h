@@ -4,7 +4,7 @@
 #include <math.h>
 #include <stdint.h>
 
-#include "simd.h"
+#include "common/simd.h"
 
 namespace xquant {
 namespace {

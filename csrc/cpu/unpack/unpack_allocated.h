@@ -8,10 +8,10 @@
 #include <string.h>
 
 #include "api.h"
-#include "layout.h"
-#include "simd.h"
-#include "transpose.h"
-#include "unpack.h"
+#include "common/layout.h"
+#include "common/simd.h"
+#include "common/transpose.h"
+#include "unpack/unpack.h"
 
 namespace xquant {
 namespace {

@@ -4,9 +4,9 @@
 #include <stdint.h>
 
 #include "api.h"
+#include "common/layout.h"
 #include "kernels.h"
-#include "layout.h"
-#include "unpack_allocated.h"
+#include "unpack/unpack_allocated.h"
 
 namespace xquant {
 namespace {

@@ -4,15 +4,15 @@
 #include <stdint.h>
 
 #include "api.h"
-#include "gemm.h"
-#include "integer.h"
+#include "attention/integer.h"
+#include "common/gemm.h"
+#include "common/layout.h"
+#include "common/simd.h"
 #include "kernels.h"
-#include "layout.h"
-#include "rematerialize.h"
-#include "simd.h"
-#include "tile.h"
-#include "unpack.h"
-#include "unpack_allocated.h"
+#include "unpack/rematerialize.h"
+#include "unpack/tile.h"
+#include "unpack/unpack.h"
+#include "unpack/unpack_allocated.h"
 
 namespace xquant {
 namespace {

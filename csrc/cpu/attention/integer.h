@@ -8,10 +8,10 @@
 
 #include <stdint.h>
 
+#include "common/layout.h"
+#include "common/simd.h"
+#include "common/transpose.h"
 #include "kernels.h"
-#include "layout.h"
-#include "simd.h"
-#include "transpose.h"
 
 namespace xquant {
 namespace {

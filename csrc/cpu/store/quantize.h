@@ -11,9 +11,9 @@
 #include <string.h>
 
 #include "api.h"
-#include "convert.h"
-#include "simd.h"
-#include "unpack.h"
+#include "common/convert.h"
+#include "common/simd.h"
+#include "unpack/unpack.h"
 
 namespace xquant {
 namespace {

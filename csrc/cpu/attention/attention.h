@@ -16,18 +16,18 @@
 #include <string.h>
 
 #include "api.h"
-#include "convert.h"
-#include "exact_tokens.h"
-#include "gemm.h"
-#include "integer_values.h"
+#include "attention/exact_tokens.h"
+#include "attention/integer_values.h"
+#include "attention/softmax.h"
+#include "common/convert.h"
+#include "common/gemm.h"
+#include "common/layout.h"
+#include "common/simd.h"
 #include "kernels.h"
-#include "layout.h"
-#include "load_keys.h"
-#include "simd.h"
-#include "softmax.h"
-#include "tile.h"
-#include "unpack.h"
-#include "unpack_allocated.h"
+#include "unpack/load_keys.h"
+#include "unpack/tile.h"
+#include "unpack/unpack.h"
+#include "unpack/unpack_allocated.h"
 
 namespace xquant {
 namespace {

@@ -9,10 +9,10 @@
 #include <string.h>
 
 #include "api.h"
-#include "convert.h"
-#include "layout.h"
-#include "simd.h"
-#include "transpose.h"
+#include "common/convert.h"
+#include "common/layout.h"
+#include "common/simd.h"
+#include "common/transpose.h"
 
 namespace xquant {
 namespace {

@@ -5,7 +5,7 @@
 #include <string.h>
 
 #include "api.h"
-#include "simd.h"
+#include "common/simd.h"
 
 namespace xquant {
 namespace {

@@ -5,10 +5,10 @@
 #include <string.h>
 
 #include "api.h"
-#include "gemm.h"
+#include "common/gemm.h"
+#include "common/layout.h"
 #include "kernels.h"
-#include "layout.h"
-#include "tile.h"
+#include "unpack/tile.h"
 
 namespace xquant {
 namespace {

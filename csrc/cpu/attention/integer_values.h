@@ -10,15 +10,15 @@
 #include <stdint.h>
 
 #include "api.h"
-#include "integer.h"
+#include "attention/integer.h"
+#include "common/layout.h"
+#include "common/simd.h"
+#include "common/transpose.h"
 #include "kernels.h"
-#include "layout.h"
-#include "load_keys.h"
-#include "simd.h"
-#include "tile.h"
-#include "transpose.h"
-#include "unpack.h"
-#include "unpack_allocated.h"
+#include "unpack/load_keys.h"
+#include "unpack/tile.h"
+#include "unpack/unpack.h"
+#include "unpack/unpack_allocated.h"
 
 namespace xquant {
 namespace {

@@ -5,8 +5,8 @@
 #include <stdint.h>
 
 #include "api.h"
-#include "layout.h"
-#include "simd.h"
+#include "common/layout.h"
+#include "common/simd.h"
 
 namespace xquant {
 namespace {
