@@ -90,7 +90,7 @@ def row_of(request: Request, variant: str, kind: str, **more: Any) -> Row:
 
 @functools.cache
 def _layer(model: Model, name: str, block_size: int, device: torch.device, seed: int) -> AttentionLayerPlan:
-    """Kept while the process lives: describing thousands of chunks to the kernels takes seconds."""
+    """Kept while the process lives: describing thousands of bands to the kernels takes seconds."""
     return make_layer(model, name, _POSITIONS, block_size, device, seed)
 
 

@@ -58,7 +58,7 @@ def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_few_programs")
 @pytest.mark.parametrize("seed", range(12))
 def test_as_the_reference(seed: int) -> None:
-    """A prompt in two pieces beside another one, then single tokens and several."""
+    """A prompt in two chunks beside another one, then single tokens and several."""
     choose = random.Random(seed)
     spec = random_spec(seed)
     spec = replace(

@@ -12,7 +12,7 @@ from tests.attention.stored_pages import StoreCase, assert_same_pages, make_stor
 from xquant_vllm.attention import reference
 from xquant_vllm.attention.gpu import kernels, workspace
 from xquant_vllm.attention.gpu.store import store as gpu
-from xquant_vllm.attention.gpu.store.prepared_store import prepared_stores
+from xquant_vllm.attention.gpu.store.store_tables import prepare_store
 from xquant_vllm.attention.gpu.tables.rotation_tables import rotation_tables
 from xquant_vllm.attention.latents import LatentTerm, Prediction
 from xquant_vllm.attention.plan import AttentionLayerPlan
@@ -68,9 +68,9 @@ def test_store(seed: int, monkeypatch) -> None:
     spec, kind = random_spec(seed), ("normal", "special", "constant")[seed % 3]
     print(spec)
     monkeypatch.setattr(gpu, "_MANY_TOKENS", (1, 10**6)[seed % 2])
-    pieces = sum(tables.pieces.shape[0] for tables in gpu.prepare_store(make_plan(spec)).streams)
+    scale_groups = sum(tables.scale_groups.shape[0] for tables in gpu.prepare_store(make_plan(spec)).streams)
     # The interpreter takes milliseconds a program.
-    make_store_case(spec, 2 if pieces > 8 else (1, 3, 5, 9)[seed % 4], kind).check(store)
+    make_store_case(spec, 2 if scale_groups > 8 else (1, 3, 5, 9)[seed % 4], kind).check(store)
 
 
 @pytest.mark.usefixtures("tokens")
@@ -124,7 +124,7 @@ def test_rotation(size: int) -> None:
 
 ROTATED = {
     "groups": {"hidden_size": 520, "key_group": 40, "key_outliers": 2},
-    "two rounds of pieces": {"hidden_size": 2080, "key_group": 16, "key_outliers": 0},
+    "two rounds of scale groups": {"hidden_size": 2080, "key_group": 16, "key_outliers": 0},
     "runs": {"hidden_size": 576, "allocated": 1.0},
     "FP16": {"hidden_size": 72, "key_group": 24, "key_bits": 16, "key_outliers": 0},
     "a large rotation": {"hidden_size": 5120, "key_group": 128, "key_bits": 2},
@@ -197,7 +197,7 @@ def test_prediction(name: str, matrix: bool) -> None:
 
 @pytest.mark.parametrize("matrix", [False, True])
 def test_prediction_from_many_outliers(matrix: bool) -> None:
-    """More outlier channels than a chunk has otherwise."""
+    """More outlier channels than a band has otherwise."""
     _predicting(StreamFormat(1, 96, 4, 96), [StreamFormat(1, 96, 4, 96, 70)], [LatentTerm(1, 0)], matrix).check(store)
 
 
@@ -265,12 +265,12 @@ def test_reserves_what_it_takes(spec: Spec, monkeypatch) -> None:
 
 
 def test_forgets_dead_plans() -> None:
-    before = len(prepared_stores)
+    before = len(prepare_store.kept)
     case = make_store_case(Spec(), 1, "normal")
     case.check(gpu.store)
-    assert len(prepared_stores) == before + 1
+    assert len(prepare_store.kept) == before + 1
     del case
-    assert len(prepared_stores) == before
+    assert len(prepare_store.kept) == before
 
 
 def test_fewer_tokens_take_no_more_memory() -> None:

@@ -1,4 +1,4 @@
-"""What the host makes for the Triton kernels: tables, pieces, workspace. No kernel runs."""
+"""What the host makes for the Triton kernels: tables, spans, workspace. No kernel runs."""
 
 import random
 from itertools import pairwise
@@ -9,8 +9,8 @@ import torch
 from tests.attention.attention_cases import Spec, make_plan, random_runs
 from xquant_vllm.attention.gpu import tiling, workspace
 from xquant_vllm.attention.gpu.decode import decode
+from xquant_vllm.attention.gpu.gpu_plan import prepare
 from xquant_vllm.attention.gpu.prefill.spans import rounds
-from xquant_vllm.attention.gpu.prepared import prepare
 from xquant_vllm.attention.gpu.tables.bit_addresses import bit_addresses
 from xquant_vllm.attention.gpu.tables.pairs import arranged, pair_columns
 from xquant_vllm.codec.packing import pack
@@ -54,17 +54,17 @@ def test_pairs(rotary: int, interleaved: bool) -> None:
 
 def test_rounds() -> None:
     found = rounds([(0, 0, 5, 5), (2, 10, 40, 30), (3, 0, 6, 0)], 16)
-    assert all(sum(piece.stop - piece.begin for piece in pieces) <= 16 for pieces in found)
-    whole = [piece for pieces in found for piece in pieces]
+    assert all(sum(span.stop - span.begin for span in spans) <= 16 for spans in found)
+    whole = [span for spans in found for span in spans]
     for sequence, oldest, length in ((0, 0, 5), (2, 10, 40), (3, 0, 6)):
-        own = [piece for piece in whole if piece.sequence == sequence]
+        own = [span for span in whole if span.sequence == sequence]
         assert own[0].begin == oldest
         assert own[-1].stop == length
-        assert [piece.first for piece in own] == [True] + [False] * (len(own) - 1)
-        assert [piece.last for piece in own] == [False] * (len(own) - 1) + [True]
+        assert [span.first for span in own] == [True] + [False] * (len(own) - 1)
+        assert [span.last for span in own] == [False] * (len(own) - 1) + [True]
         assert all(before.stop == after.begin for before, after in pairwise(own))
     assert found[0][1].offset == 5
-    assert {(piece.sequence, piece.exact) for piece in whole} == {(0, 5), (2, 30), (3, 0)}
+    assert {(span.sequence, span.exact) for span in whole} == {(0, 5), (2, 30), (3, 0)}
 
 
 def test_workspace() -> None:
@@ -86,11 +86,11 @@ def test_workspace() -> None:
 @pytest.mark.parametrize("sequences", [1, 7, 300])
 def test_largest_batches(sequences: int, longest: int) -> None:
     plan = make_plan(Spec(kv_heads=3))
-    prepared = prepare(plan, torch.float32)
+    gpu_plan = prepare(plan, torch.float32)
 
     def size(count: int) -> int:
         splits = tiling.shape_of(3, 3, count, longest)[2]
-        return workspace.bytes_of(*decode.workspace_parts(prepared, count * longest, splits))
+        return workspace.bytes_of(*decode.workspace_parts(plan, gpu_plan, count * longest, splits))
 
     tried = tiling.largest_batches(3, 3, sequences, longest)
     assert tried <= set(range(1, sequences + 1))
