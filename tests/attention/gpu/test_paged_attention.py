@@ -8,7 +8,7 @@ import torch
 from tests.attention.attention_cases import Case, Spec, make_case, random_spec
 from xquant_vllm.attention import reference
 from xquant_vllm.attention.gpu import launch
-from xquant_vllm.attention.gpu.gpu_plan import prepare
+from xquant_vllm.attention.gpu.gpu_plan import _gpu_plan, prepare
 from xquant_vllm.attention.gpu.prefill.prefill import prefill
 
 
@@ -156,3 +156,13 @@ def test_one_latent_is_unpacked_once() -> None:
     for spec in (Spec(kind="x"), Spec(kind="deltas", earlier=(4,)), Spec(kind="chain", earlier=(4,), joint=True)):
         assert prepare(make_case(spec).plan, torch.float32).shared
     assert not prepare(make_case(Spec()).plan, torch.float32).shared
+
+
+def test_forgets_dead_plans() -> None:
+    """Tables go together with the plan, after a call as well."""
+    before = len(_gpu_plan.kept)
+    case = make_case(Spec(seqs=((20, 1),)))
+    case.run(launch)
+    assert len(_gpu_plan.kept) == before + 1
+    del case
+    assert len(_gpu_plan.kept) == before

@@ -5,18 +5,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.attention.attention_cases import Spec, make_plan, random_latents, random_spec
 from tests.attention.stored_pages import StoreCase, assert_same_pages, make_store_case
 from xquant_vllm.attention import reference
 from xquant_vllm.attention.gpu import kernels, workspace
+from xquant_vllm.attention.gpu.device.error_scale import scale_value
 from xquant_vllm.attention.gpu.store import store as gpu
 from xquant_vllm.attention.gpu.store.store_tables import prepare_store
 from xquant_vllm.attention.gpu.tables.rotation_tables import rotation_tables
 from xquant_vllm.attention.latents import LatentTerm, Prediction
 from xquant_vllm.attention.plan import AttentionLayerPlan
-from xquant_vllm.codec.allocated import AllocatedFormat
+from xquant_vllm.codec.allocated import AllocatedFormat, scale_values
 from xquant_vllm.codec.layout import PageLayout, Stream, StreamFormat
 from xquant_vllm.codec.pages import store_latents
 from xquant_vllm.codec.rotation import hadamard_rotation
@@ -103,6 +106,19 @@ def test_ties() -> None:
     store((pages,), plan, slots, (key, -key))
     reference.store((expected,), plan, slots, (key, -key))
     assert_same_pages(pages, expected, plan, slots, (key, -key))
+
+
+@triton.jit
+def _scale_values(scales, values, COUNT: tl.constexpr):
+    index = tl.arange(0, COUNT)
+    tl.store(values + index, scale_value(tl.load(scales + index).to(tl.float32)))
+
+
+def test_scale_values() -> None:
+    """What scales of allocated streams stand for is what the codec says."""
+    scales, values = torch.arange(256, dtype=torch.uint8, device=DEVICE), torch.zeros(256, device=DEVICE)
+    _scale_values[(1,)](scales, values, COUNT=256)
+    assert torch.allclose(values.cpu(), scale_values(), rtol=1e-6, atol=0)
 
 
 # --- Rotation ---

@@ -1,4 +1,4 @@
-"""What the host makes for the Triton kernels: tables, spans, workspace. No kernel runs."""
+"""What the host makes for the Triton kernels: tables, spans of prefill, workspace. No kernel runs."""
 
 import random
 from itertools import pairwise
@@ -6,13 +6,17 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tests.attention.attention_cases import Spec, make_plan, random_runs
+from tests.attention.attention_cases import Spec, make_plan, random_runs, random_spec
 from xquant_vllm.attention.gpu import tiling, workspace
 from xquant_vllm.attention.gpu.decode import decode
 from xquant_vllm.attention.gpu.gpu_plan import prepare
 from xquant_vllm.attention.gpu.prefill.spans import rounds
 from xquant_vllm.attention.gpu.tables.bit_addresses import bit_addresses
+from xquant_vllm.attention.gpu.tables.code_bytes import code_bytes
+from xquant_vllm.attention.gpu.tables.latent_tables import latent_bands
 from xquant_vllm.attention.gpu.tables.pairs import arranged, pair_columns
+from xquant_vllm.attention.gpu.tables.stream_tables import FIELDS, stream_tables
+from xquant_vllm.codec.allocated import AllocatedFormat
 from xquant_vllm.codec.packing import pack
 from xquant_vllm.projection.rope import RotaryTable
 
@@ -33,6 +37,60 @@ def test_bit_addresses(seed: int) -> None:
     read = ((row[low // 8] >> low % 8) & low_mask) | (((row[high // 8] >> high % 8) & high_mask) << high_shift)
     exact = [code.view(torch.int16).int() & 0xFFFF if code.dtype == torch.float16 else code.int() for code in codes]
     assert torch.equal(read, torch.cat(exact))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_code_bytes(seed: int) -> None:
+    """Inverts the bit addresses: every bit of a row's codes is in one byte."""
+    runs = random_runs(random.Random(seed), 64) if seed else ((16, 24), (8, 8), (3, 16))
+    numbers = torch.cat([torch.randint(1 << bits, (channels,)) for bits, channels in runs]).tolist()
+    row = []
+    for first, stride, bits, shift in code_bytes(runs).T.tolist():
+        parts = (numbers[first + i * stride] >> shift & (1 << bits) - 1 for i in range(8 // bits))
+        row.append(sum(part << i * bits for i, part in enumerate(parts)))
+    bytes_of_row = torch.tensor(row)
+    low, low_mask, high, high_mask, high_shift, _ = bit_addresses(runs)
+    read = (bytes_of_row[low // 8] >> low % 8) & low_mask
+    read |= ((bytes_of_row[high // 8] >> high % 8) & high_mask) << high_shift
+    assert read.tolist() == numbers
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_bands_cover_a_latent(seed: int) -> None:
+    """Every channel that is stored is in one band, once for every term that has it; bands have one scale each."""
+    plan = make_plan(random_spec(seed))
+    for terms in (plan.key_terms, plan.value_terms):
+        for head in range(plan.projection.num_kv_heads):
+            bands = latent_bands(plan.layouts, terms, head, 32)
+            assert all(band.addresses.shape[1] == band.fields["channels"] <= 32 for band in bands)
+            rows = [band.first_row + i for band in bands for i in range(band.fields["channels"])]
+            expected, first, before = [], 0, 0
+            for term in terms:
+                stream = plan.layouts[term.page].streams[term.stream]
+                if not term.adds:
+                    first, before = first + before, stream.width
+                of_head = head if stream.num_heads > 1 else 0
+                stored = stream.width
+                if isinstance(stream, AllocatedFormat):
+                    stored = sum(channels for _, channels in stream.runs[of_head])
+                expected += range(first, first + stored)
+            assert rows == expected
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_scale_groups_cover_a_stream(seed: int) -> None:
+    """Scale groups follow each other, and none shares a scale with another."""
+    layout = make_plan(random_spec(seed)).layout
+    for index, stream in enumerate(layout.streams):
+        groups = stream_tables(layout, index, CPU).scale_groups
+        first, channels, scales = (groups[:, FIELDS.index(name)].tolist() for name in ("first", "channels", "scales"))
+        assert len(set(scales)) == len(scales) or getattr(stream, "bits", 0) == 16
+        if isinstance(stream, AllocatedFormat):
+            assert first == [head * stream.width for head in range(stream.num_heads)]
+            assert channels == [sum(count for _, count in runs) for runs in stream.runs]
+        else:
+            assert first == list(range(0, stream.num_heads * stream.width, stream.group_size))
+            assert set(channels) == {stream.group_size}
 
 
 @pytest.mark.parametrize("rotary", [0, 2, 32, 80])
@@ -65,6 +123,29 @@ def test_rounds() -> None:
         assert all(before.stop == after.begin for before, after in pairwise(own))
     assert found[0][1].offset == 5
     assert {(span.sequence, span.exact) for span in whole} == {(0, 5), (2, 30), (3, 0)}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_rounds(seed: int) -> None:
+    """Every round fits, spans do not overlap, and together they are the contexts in order."""
+    choose = random.Random(seed)
+    room = choose.choice((16, 50, 100))
+    contexts = []
+    for sequence in range(choose.randint(1, 6)):
+        oldest = choose.randint(0, 40)
+        length = oldest + choose.randint(1, 200)
+        contexts.append((sequence, oldest, length, choose.randint(oldest, length)))
+    found = rounds(contexts, room)
+    for spans in found:
+        assert [span.offset for span in spans] == [
+            sum(before.stop - before.begin for before in spans[:index]) for index in range(len(spans))
+        ]
+        assert spans[-1].offset + spans[-1].stop - spans[-1].begin <= room
+    passed = [(span.sequence, position, span.exact) for spans in found for span in spans
+              for position in range(span.begin, span.stop)]  # fmt: skip
+    assert passed == [
+        (s, position, exact) for s, oldest, length, exact in contexts for position in range(oldest, length)
+    ]
 
 
 def test_workspace() -> None:
