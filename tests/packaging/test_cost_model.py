@@ -1,4 +1,4 @@
-"""benchmarks/cost_model.py: it counts what the package stores and what the suite counts; docs/kernels-gpu.md shows it."""
+"""benchmarks/cost_model.py counts what the package stores and the suite counts; docs/kernels-gpu.md shows it."""
 
 from pathlib import Path
 

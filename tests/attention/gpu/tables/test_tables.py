@@ -141,10 +141,11 @@ def test_random_rounds(seed: int) -> None:
             sum(before.stop - before.begin for before in spans[:index]) for index in range(len(spans))
         ]
         assert spans[-1].offset + spans[-1].stop - spans[-1].begin <= room
-    passed = [(span.sequence, position, span.exact) for spans in found for span in spans
-              for position in range(span.begin, span.stop)]  # fmt: skip
+    passed = [
+        (span.sequence, at, span.exact) for spans in found for span in spans for at in range(span.begin, span.stop)
+    ]
     assert passed == [
-        (s, position, exact) for s, oldest, length, exact in contexts for position in range(oldest, length)
+        (sequence, at, exact) for sequence, oldest, length, exact in contexts for at in range(oldest, length)
     ]
 
 

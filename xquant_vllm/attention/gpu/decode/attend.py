@@ -15,14 +15,14 @@ from xquant_vllm.attention.gpu.device.unpack import HAS_UNIFORM, load_band, load
 
 
 class Batch(NamedTuple):
-    """:class:`AttentionBatch` and the queries."""
+    """:class:`AttentionBatch` and the queries; strides in elements."""
 
-    query: Any
+    query: Any  # [tokens, num_heads, head_size], after RoPE, channels contiguous
     token_stride: Any
     head_stride: Any
-    query_start_loc: Any
-    seq_lens: Any
-    block_table: Any
+    query_start_loc: Any  # int32 [sequences + 1]
+    seq_lens: Any  # int32 [sequences]
+    block_table: Any  # int32 [sequences, max_blocks]
     table_stride: Any
     num_heads: Any
 
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
 class Absorbed(NamedTuple):
     """Queries times the up-projection of every band, of keys without norm and RoPE; see decode/absorb.py."""
 
-    query: Any  # [tokens, num_heads, most_bands, WIDTH]
+    query: Any  # [tokens, num_heads, most_bands, WIDTH], in the dtype of the products
     sums: Any  # [tokens, num_heads, most_bands, 1 + OUTLIERS], FP32
     most_bands: Any
 

@@ -36,15 +36,15 @@ HAS_ALLOCATED = tl.constexpr(1 << ALLOCATED)
 
 
 class Pages(NamedTuple):
-    """The pages that a layer reads: addresses and strides between pages in bytes, int64 ``[pages]``; tokens a page."""
+    """The pages that a layer reads: its own first, then those of earlier layers."""
 
-    pointers: Any
-    strides: Any
-    block_size: Any
+    pointers: Any  # int64 [layouts]: addresses
+    strides: Any  # int64 [layouts]: bytes from a page to the next one
+    block_size: Any  # tokens of a page
 
 
 class Latent(NamedTuple):
-    """The tensors of :class:`LatentTables` that kernels read."""
+    """The tensors of :class:`LatentTables` that kernels read; their shapes are there."""
 
     bands: Any
     first_band: Any

@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 class Rotation(NamedTuple):
-    """:class:`RotationTables`."""
+    """The tensors of :class:`RotationTables`; their shapes are there."""
 
     signs: Any
     left: Any
