@@ -11,12 +11,13 @@ import torch
 
 from tests.attention.attention_cases import Spec, make_plan, random_runs
 from xquant_vllm.attention.dtype_codes import DTYPE_CODES
+from xquant_vllm.codec.allocated import CANDIDATES, SCALE_BIAS, SCALES_PER_OCTAVE
 from xquant_vllm.codec.packing import pack
 
 pytest.importorskip("triton")
 from xquant_vllm.attention.gpu.cuda import decode as cuda_decode
 from xquant_vllm.attention.gpu.cuda import store as cuda_store
-from xquant_vllm.attention.gpu.cuda.tables import rope_arrays
+from xquant_vllm.attention.gpu.cuda.tables import MOST_OUTLIERS, TOKENS, rope_arrays
 from xquant_vllm.attention.gpu.gpu_plan import prepare
 
 CSRC = Path(__file__).resolve().parents[3] / "csrc"
@@ -54,6 +55,20 @@ def test_dtype_codes_are_those_of_the_cpu_kernels() -> None:
     header = (CSRC / "cpu" / "api.h").read_text()
     for name, dtype in {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}.items():
         assert re.search(rf"XQUANT_{name}\s*=?\s*{DTYPE_CODES[dtype]}\b", header)
+
+
+def test_sizes_are_those_of_the_kernels() -> None:
+    header = (CSRC / "cuda" / "decode" / "shape.h").read_text()
+    for name, size in {"kTokens": TOKENS, "kMostOutliers": MOST_OUTLIERS, "kRows": cuda_decode.MOST_ROWS}.items():
+        assert f"constexpr int {name} = {size};" in header
+
+
+def test_scales_that_are_tried_are_those_of_the_codec() -> None:
+    header = (CSRC / "cuda" / "store" / "allocated.h").read_text()
+    step = CANDIDATES[1] - CANDIDATES[0]
+    assert f"kCandidates = {len(CANDIDATES)};" in header
+    assert f"middle - {-CANDIDATES[0]} + {step} * index, 1), 255)" in header
+    assert f"log2(bounded) / 2 * {SCALES_PER_OCTAVE})) + {SCALE_BIAS};" in header
 
 
 MADE = {
