@@ -129,7 +129,7 @@ class StoreCall(ctypes.Structure):
 
 
 STRUCTS = {
-    "xquant_cuda_decode_plan": DecodePlan,
+    "xquant_cuda_decode_plan": CudaDecodePlan,
     "xquant_cuda_decode_call": DecodeCall,
     "xquant_cuda_store_stream": StoreStream,
     "xquant_cuda_store_call": StoreCall,
