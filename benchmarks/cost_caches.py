@@ -1,49 +1,38 @@
-"""Kinds of caches on paper: bytes, channels and FLOPs per cached token, from the package's own formats.
+"""Kinds of caches on paper: bytes, channels and FLOPs per cached token and layer, from the package's own formats.
 
 Read by cost_model.py, which turns them into times; docs/kernels-gpu.md explains both.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from xquant_vllm.codec.allocation import LayerAllocation, allocate
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
 from xquant_vllm.projection.calibrated import layer_budget
-from xquant_vllm.projection.predicted import joint_width
 from xquant_vllm.scheme.formats import LayerFormat, LayerShape, layer_formats
 from xquant_vllm.scheme.settings import XQuantSettings
 
 # Variances of calibrated channels are taken as c ** -power, those of values times a share: so that SmolLM2 at 2 bits
-# stores about as many channels as real calibrations of it do (keys 33 of 64, values 63 of 64, joint 257 of 384).
-KEY_POWER, VALUE_POWER, VALUE_SHARE, JOINT_POWER = 1.5, 0.7, 0.3, 2.4
+# stores about as many channels as a real calibration of it does (of keys 33 of 64, of values 63).
+KEY_POWER, VALUE_POWER, VALUE_SHARE = 1.5, 0.7, 0.3
 
 
-@dataclass(frozen=True)
-class Unpack:
-    """Instructions per unpacked channel.
+class Unpack(NamedTuple):
+    """Instructions per unpacked channel: of the load/store unit, integer, conversions, and of other pipes."""
 
-    Attributes:
-        loads: of the load/store unit.
-        integers: integer additions, shifts and logic.
-        conversions: from integer to floating point.
-        others: what other pipes do, such as packed BF16 arithmetic.
-    """
-
-    loads: float = 0.0
-    integers: float = 0.0
-    conversions: float = 0.0
-    others: float = 0.0
+    loads: float
+    integers: float
+    conversions: float
+    others: float
 
 
 # Four or two bits, eight or sixteen codes to a word; codes of one plane, or of two, by a table of bit addresses.
-WORDS, TABLE, TWO_PLANES = Unpack(0.125, 1, 0, 0.5), Unpack(1, 5, 1), Unpack(2, 10, 1)
+WORDS, TABLE, TWO_PLANES = Unpack(0.125, 1, 0, 0.5), Unpack(1, 5, 1, 0), Unpack(2, 10, 1, 0)
 
 
-@dataclass(frozen=True)
-class Model:
-    """The attention of a model, and the bytes of all its 16-bit weights."""
+class Model(NamedTuple):
+    """The attention of a model."""
 
     name: str
     hidden_size: int
@@ -51,55 +40,35 @@ class Model:
     kv_heads: int
     head_size: int
     layers: int = 32
-    weight_bytes: float = 0.0
 
 
-LLAMA_3 = Model("Llama-3.1-8B", 4096, 32, 8, 128, 32, 16.06e9)
-LLAMA_2 = Model("Llama-2-7B", 4096, 32, 32, 128, 32, 13.48e9)
-SMOLLM2 = Model("SmolLM2-135M", 576, 9, 3, 64, 30, 0.27e9)
+LLAMA_3 = Model("Llama-3.1-8B", 4096, 32, 8, 128)
+LLAMA_2 = Model("Llama-2-7B", 4096, 32, 32, 128)
+SMOLLM2 = Model("SmolLM2-135M", 576, 9, 3, 64, 30)
 
 
-@dataclass(frozen=True)
-class Flops:
+class Flops(NamedTuple):
     """FLOPs per cached token and layer, all heads."""
 
     keys: float
     scores: float
     values: float
 
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return self.keys + self.scores + self.values
 
+class Cache(NamedTuple):
+    """One kind of cache of a model. All numbers are per token and layer, means over the layers."""
 
-@dataclass(frozen=True)
-class Cache:
-    """One kind of cache of a model. All numbers are per token and layer, means over the layers.
-
-    Attributes:
-        name: what the tables call it.
-        model: the model.
-        stored: bytes in a layer's own pages.
-        read: bytes that its attention reads, those in earlier layers' pages included.
-        fetched: the same, as often as kv heads fetch them.
-        key_width: channels that a kv head's key is rematerialized from; 0: keys themselves are cached.
-        value_width: channels that a kv head's values are read from.
-        unpacked: channels unpacked, by all kv heads together.
-        unpack: by which instructions.
-        shared: whether all kv heads read one latent. Sums of so many channels do not fit into registers, so values are
-            rematerialized like keys, not absorbed.
-    """
-
-    name: str
+    name: str  # what the tables call it
     model: Model
-    stored: float
-    read: float
-    fetched: float
-    key_width: float
-    value_width: float
-    unpacked: float
-    unpack: Unpack
+    stored: float  # bytes in a layer's own pages
+    read: float  # bytes that its attention reads, those in earlier layers' pages included
+    fetched: float  # the same, as often as kv heads fetch them
+    key_width: float  # channels that a kv head's key is rematerialized from; 0: keys themselves are cached
+    value_width: float  # channels that a kv head's values are read from
+    unpacked: float  # channels unpacked, by all kv heads together
+    unpack: Unpack  # by which instructions
+    # Whether all kv heads read one latent. Sums of so many channels do not fit into registers, so values are
+    # rematerialized like keys, not absorbed.
     shared: bool = False
 
     def rows(self, query_len: int, multiple: int) -> int:
@@ -120,19 +89,16 @@ class Cache:
 def kv_cache(model: Model, bits: int) -> Cache:
     """Keys and values themselves: 16 bits; 8, FP8 without scales; or 4 with a scale and a zero point per head."""
     stream = StreamFormat(model.kv_heads, model.head_size, bits, model.head_size)
-    size = float(2 * stream.code_bytes if bits == 8 else PageLayout((stream, stream), 16).bytes_per_token)
+    size = 2 * stream.code_bytes if bits == 8 else PageLayout((stream, stream), 16).bytes_per_token
     name = {16: "16-bit KV", 8: "FP8 KV", 4: "int4 KV"}[bits]
     unpacked = 2 * model.kv_heads * model.head_size if bits == 4 else 0
     return Cache(name, model, size, size, size, 0, model.head_size, unpacked, WORDS)
 
 
-def allocation(model: Model, bits: int, joint: bool) -> LayerAllocation:
+def allocation(model: Model, bits: int) -> LayerAllocation:
     """The bits of a layer's channels: the package's budget, shared out over power laws."""
-    budget = layer_budget(model.kv_heads, model.head_size, model.hidden_size, bits, joint_kv=joint)
-    width = joint_width(model.hidden_size, model.kv_heads, model.head_size) if joint else model.head_size
-    channels = torch.arange(1, width + 1, dtype=torch.float64)
-    if joint:
-        return (tuple(allocate([channels**-JOINT_POWER], budget - 1)),)
+    budget = layer_budget(model.kv_heads, model.head_size, model.hidden_size, bits, joint_kv=False)
+    channels = torch.arange(1, model.head_size + 1, dtype=torch.float64)
     variances = [channels**-KEY_POWER, VALUE_SHARE * channels**-VALUE_POWER]
     keys, values = allocate(variances, budget // model.kv_heads - 2)
     return ((keys,) * model.kv_heads, (values,) * model.kv_heads)
@@ -142,8 +108,7 @@ def latent_cache(name: str, model: Model, unpack: Unpack, *, calibrated: bool = 
     """A cache of this package, by its settings."""
     parsed = XQuantSettings.model_validate({"cache": "latent", **settings})
     shapes = [LayerShape(i, model.hidden_size, model.kv_heads, model.head_size) for i in range(model.layers)]
-    joint = parsed.method == "xquant-cl" or parsed.basis == "joint"
-    runs = allocation(model, parsed.bits.key, joint) if calibrated else None
+    runs = allocation(model, parsed.bits.key) if calibrated else None
     formats = layer_formats(parsed, shapes, None if runs is None else dict.fromkeys(range(model.layers), runs))
 
     def width(form: LayerFormat, stream: int) -> int:
@@ -166,16 +131,13 @@ def latent_cache(name: str, model: Model, unpack: Unpack, *, calibrated: bool = 
 
 def caches(model: Model) -> list[Cache]:
     """All kinds that the page compares, the 16-bit cache first."""
-    chain: dict[str, Any] = {"method": "xquant-cl", "bits": 2, "anchor_interval": 4, "first_layers": 1}
+    chain: dict[str, Any] = {"cache": "x", "method": "xquant-cl", "bits": 2, "anchor_interval": 4, "first_layers": 1}
     return [
         *(kv_cache(model, bits) for bits in (16, 8, 4)),
         latent_cache("per head, 4 bits, by words", model, WORDS),
         latent_cache("per head, 4 bits", model, TABLE),
-        latent_cache("per head, calibrated 4", model, TWO_PLANES, calibrated=True),
         latent_cache("per head, calibrated 2", model, TWO_PLANES, calibrated=True, bits=2),
         latent_cache("joint, 4 bits", model, TABLE, basis="joint"),
-        latent_cache("joint, calibrated 2", model, TWO_PLANES, calibrated=True, bits=2, basis="joint"),
         latent_cache("X, 4 bits", model, TABLE, cache="x"),
-        latent_cache("chain of X, 2 bits", model, TABLE, **{**chain, "cache": "x"}),
-        latent_cache("predicted chain, 2 bits", model, TWO_PLANES, calibrated=True, **chain),
+        latent_cache("chain of X, 2 bits", model, TABLE, **chain),
     ]

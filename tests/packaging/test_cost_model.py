@@ -1,18 +1,32 @@
-"""benchmarks/cost_model.py, rope_absorption.py: they count what the package stores; docs/kernels-gpu.md shows it."""
+"""benchmarks/cost_model.py counts what the package stores and the suite counts; docs/kernels-gpu.md shows it."""
 
-import cmath
-import math
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import cost_model, rope_absorption
-from benchmarks.cost_caches import LLAMA_2, LLAMA_3, SMOLLM2, TABLE, Cache, Model, allocation, caches, kv_cache
-from benchmarks.cost_model import H100, H200, ROOT, roofs, time
-from benchmarks.rope_absorption import ROPES, Rope, absorbable, bound, products
+from benchmarks import cost_model
+from benchmarks.cost_caches import (
+    LLAMA_2,
+    LLAMA_3,
+    SMOLLM2,
+    TABLE,
+    TWO_PLANES,
+    WORDS,
+    Cache,
+    Model,
+    allocation,
+    caches,
+    kv_cache,
+    latent_cache,
+)
+from benchmarks.cost_model import binding, clocks, roofs, time
+from benchmarks.gpu import layers
+from benchmarks.gpu.cost import attention_cost, cached_bytes, dense_attention_cost
 from xquant_vllm.codec.allocated import AllocatedFormat
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
 
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "kernels-gpu.md"
 
 
@@ -20,9 +34,9 @@ def _cache(model: Model, name: str) -> Cache:
     return next(cache for cache in caches(model) if cache.name == name)
 
 
-@pytest.mark.parametrize("made", [*cost_model.tables(), *rope_absorption.tables()], ids=lambda text: text[2:20])
-def test_the_page_shows_what_the_scripts_print(made):
-    assert made in PAGE.read_text(), "print the tables with both scripts and put them into docs/kernels-gpu.md"
+@pytest.mark.parametrize("made", cost_model.tables(), ids=lambda text: text[2:20])
+def test_the_page_shows_what_the_script_prints(made):
+    assert made in PAGE.read_text(), "print the tables with benchmarks/cost_model.py into docs/kernels-gpu.md"
 
 
 def test_pages_link_to_the_page():
@@ -30,8 +44,9 @@ def test_pages_link_to_the_page():
     assert "(kernels-gpu.md)" in (ROOT / "docs" / "kernels.md").read_text()
 
 
-def test_files_that_the_page_links_to_are_there():
-    names = [part.split(")")[0] for part in PAGE.read_text().split("](")[1:]]
+@pytest.mark.parametrize("page", ["kernels-gpu.md", "kernels-triton.md", "cuda.md", "gpu.md"])
+def test_files_that_the_pages_link_to_are_there(page):
+    names = [part.split(")")[0] for part in (ROOT / "docs" / page).read_text().split("](")[1:]]
     assert names
     assert not [name for name in names if not Path(PAGE.parent, name.split("#")[0]).is_file()]
 
@@ -51,7 +66,7 @@ def test_bytes_are_those_of_the_page_layout(model, name, streams):
 
 
 def test_bytes_of_calibrated_streams_are_those_of_the_page_layout():
-    streams = tuple(AllocatedFormat(128, runs) for runs in allocation(LLAMA_3, 2, joint=False))
+    streams = tuple(AllocatedFormat(128, runs) for runs in allocation(LLAMA_3, 2))
     cache = _cache(LLAMA_3, "per head, calibrated 2")
     assert cache.stored == pytest.approx(PageLayout(streams, 16).bytes_per_token)
     # A budget of 2 bits per channel, and what the paper spends on scales and zero points.
@@ -84,39 +99,44 @@ def test_flops_by_hand():
 
 def test_16_bits_are_bound_by_memory_and_latents_per_head_by_table_by_unpacking():
     plain, latents = _cache(LLAMA_3, "16-bit KV"), _cache(LLAMA_3, "per head, 4 bits")
-    assert time(plain, H100).least == pytest.approx(4096 / (0.8 * 3.35e12))
-    assert time(plain, H200).least == pytest.approx(4096 / (0.8 * 4.8e12))
-    of = roofs(latents, H100)
-    assert max(of, key=of.__getitem__) == "vector"
+    assert time(plain, "H100").least == pytest.approx(4096 / (0.8 * 3.35e12))
+    assert time(plain, "H200").least == pytest.approx(4096 / (0.8 * 4.8e12))
+    assert binding(latents, "H100") == "vector"
     # 8 heads x 256 channels at 5 integer instructions on 64 lanes, 132 SMs; keys and softmax after that.
     assert latents.unpack == TABLE
-    assert of["vector"] > 2048 * 5 / 64 / 132 / 1.83e9
-    assert time(latents, H100).most > time(latents, H100).least
+    assert roofs(latents, "H100")["vector"] > 2048 * 5 / 64 / 132 / 1.83e9
+    assert time(latents, "H100").most > time(latents, "H100").least
 
 
-def test_llama_3_scaling_leaves_fast_pairs_and_slows_slow_ones():
-    scaled = ROPES[0].frequencies()
-    plain = Rope("", 128, 500_000.0).frequencies()
-    assert scaled[0] == plain[0] == 1.0
-    assert scaled[-1] == pytest.approx(plain[-1] / 8)
-    ratios = [a / b for a, b in zip(scaled, plain, strict=True)]
-    assert ratios == sorted(ratios, reverse=True)
+@pytest.mark.parametrize(("unpack", "shown"), [(TABLE, "0.078"), (TWO_PLANES, "0.156"), (WORDS, "0.016")])
+def test_clocks_of_unpacking_are_those_of_the_page(unpack, shown):
+    assert f"{clocks(unpack):.3f}" == shown
+    assert f"| {shown} | integer |" in PAGE.read_text()
 
 
-@pytest.mark.parametrize("order", [0, 1, 2])
-@pytest.mark.parametrize("block", [16, 64])
-@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope.name)
-def test_the_bound_holds_everywhere_in_a_block(rope, block, order):
-    for frequency in rope.frequencies():
-        for delta in range(-block // 2, block // 2 + 1):
-            angle = -1j * frequency * delta
-            expansion = sum(angle**power / math.factorial(power) for power in range(order + 1))
-            assert abs(cmath.exp(angle) - expansion) <= bound(frequency, block, order) * (1 + 1e-9) + 1e-14
+# The suite's own layers, as small ones: it counts their bytes and FLOPs from a layer's plan, not from settings.
+_SMALL = layers.Model("small", 512, 8, 2, 64)
+_ON_PAPER = Model("small", 512, 8, 2, 64)
 
 
-def test_absorbable_pairs_and_their_products_by_hand():
-    # theta B/2 <= 0.01, with theta = 100000 ** (-pair / 32): pair >= 32 log(800) / log(100000) = 18.58.
-    assert absorbable(ROPES[2], 16, 0, 1e-2) == 32 - 19
-    assert products(ROPES[1], 128, 0, 32, 1, 4) == pytest.approx(1.0)
-    # Half of the channels rematerialized, 4 queries in 2 orders, absorbed once per 64 tokens.
-    assert products(ROPES[1], 128, 32, 64, 1, 4) == pytest.approx((64 * 132 + 8 * 128 * 2) / (128 * 132))
+@pytest.mark.parametrize("query_len", [1, 4])
+@pytest.mark.parametrize("context", [1024, 4096])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_latents_cost_what_the_suite_counts(bits, context, query_len):
+    plan = layers.make_layer(_SMALL, f"uniform {bits}", 16, 16, torch.device("cpu"), 0)
+    outliers = {"outlier_channels": 0}
+    cache = latent_cache("", _ON_PAPER, TABLE, bits=bits, **outliers)
+    assert cache.stored == cached_bytes(plan)
+    counted = attention_cost(plan, [context], [query_len]).flops
+    # A query token does not see those of its own step that come after it.
+    assert counted == pytest.approx(sum(cache.flops(query_len)) * context, rel=query_len / context)
+
+
+@pytest.mark.parametrize("query_len", [1, 4])
+@pytest.mark.parametrize("model", [LLAMA_3, LLAMA_2, SMOLLM2], ids=lambda model: model.name)
+def test_16_bits_cost_what_the_suite_counts(model, query_len):
+    cache, context = kv_cache(model, 16), 4096
+    counted = dense_attention_cost(model.heads, model.kv_heads, model.head_size, [context], [query_len])
+    assert counted.flops == pytest.approx(sum(cache.flops(query_len)) * context, rel=query_len / context)
+    queries = 2 * query_len * model.heads * model.head_size * 2
+    assert counted.bytes == cache.read * context + queries

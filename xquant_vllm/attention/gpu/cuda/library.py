@@ -25,8 +25,10 @@ OVERRIDE_VARIABLE = "XQUANT_CUDA_KERNELS"
 _int32, _int64, _float, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
-class DecodePlan(ctypes.Structure):
-    """``xquant_cuda_decode_plan``."""
+class CudaDecodePlan(ctypes.Structure):
+    """``xquant_cuda_decode_plan``; ``tensors`` are what its pointers point to."""
+
+    tensors: list[torch.Tensor]
 
     _fields_ = [
         ("key", _pointer),
@@ -108,7 +110,9 @@ class StoreStream(ctypes.Structure):
 
 
 class StoreCall(ctypes.Structure):
-    """``xquant_cuda_store_call``."""
+    """``xquant_cuda_store_call``; ``tensors`` are what the pointers of a layer point to."""
+
+    tensors: list[torch.Tensor]
 
     _fields_ = [
         ("streams", StoreStream * 2),
@@ -125,7 +129,7 @@ class StoreCall(ctypes.Structure):
 
 
 STRUCTS = {
-    "xquant_cuda_decode_plan": DecodePlan,
+    "xquant_cuda_decode_plan": CudaDecodePlan,
     "xquant_cuda_decode_call": DecodeCall,
     "xquant_cuda_store_stream": StoreStream,
     "xquant_cuda_store_call": StoreCall,

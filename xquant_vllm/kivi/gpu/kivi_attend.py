@@ -28,7 +28,7 @@ def _products(low_query, high_query, low, high, DTYPE: tl.constexpr, PRECISION: 
 
 
 @triton.jit
-def attend(
+def kivi_attend(
     batch,
     columns,
     quantized,
@@ -62,43 +62,28 @@ def attend(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Attend over one split.
+    """Attend over one split of one sequence, for one kv head and a tile of query tokens.
 
-    Grid: ``(sequences * query_tiles, num_kv_heads, SPLITS)``.
+    Grid: ``(sequences * query_tiles, num_kv_heads, SPLITS)``. Reads queries and both kinds of pages. Writes ``output``
+    where there is one split, else ``partial``. Names are those of attention/gpu/device, and:
 
     Args:
-        batch: :class:`xquant_vllm.attention.gpu.decode.attend.Batch`; its block table is that of the quantized pages.
-        columns: int32 ``[2 * HALF]``: which channel of a key stands where in the halves, unless ``NATURAL``.
-        quantized: :class:`QuantizedPages`.
-        residual: :class:`ResidualPages`.
-        tail: :class:`KeyTail`, for RoPE.
-        scores: :class:`Scores`.
+        batch: its block table is that of the quantized pages.
+        columns: read unless ``NATURAL``.
+        tail: for RoPE.
         residual_tokens: R.
-        partial: :class:`Partial`, written where there are several splits.
-        output: ``[tokens, num_heads, head_size]``, written where there is one.
-        token_stride: of the output, in elements.
-        head_stride: likewise.
         first_sequence: sequence of the first program.
         query_tiles: tiles of query tokens that a sequence may have.
-        GROUP: query heads of a kv head.
-        ROWS: rows of a tile, a power of two of at least 16; ``ROWS // GROUP`` query tokens.
         TOKENS: cached tokens of a tile; divides ``KEY_GROUP``.
-        HALF: columns of half a key.
-        SPLITS: shares of the cached tokens.
         HEAD_SIZE: channels of a head.
         BITS: bits of a code.
         KEY_GROUP: tokens of a group of keys.
         VALUE_GROUP: channels of a group of values.
         VALUE_GROUPS: groups of a value, padded to a power of two.
-        VALUE_CHANNELS: channels of a group, padded likewise.
+        VALUE_CHANNELS: channels of a group, padded to a power of two.
         RESIDUAL: dtype of residual pages.
         NATURAL: whether halves of keys are their channels in order.
         EXACT_STEP: whether queries see the tokens of their own step exactly.
-        ROPE: whether keys are rotated when they are read.
-        SOFT_CAP: whether there is one.
-        WINDOW: whether there is one.
-        DTYPE: of the products' operands.
-        PRECISION: of the products, where operands are FP32.
     """
     sequence, tile = first_sequence + tl.program_id(0) // query_tiles, tl.program_id(0) % query_tiles
     head, split = tl.program_id(1), tl.program_id(2)

@@ -1,7 +1,6 @@
-"""A layer's plan as the kernels want it: tensors on the device, and what they are compiled for."""
+"""What KIVI's kernels read of a layer's plan: tensors on the device, and what they are compiled for."""
 
 import math
-import weakref
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import triton
 from xquant_vllm.attention.gpu.device.rematerialize import KeyTail
 from xquant_vllm.attention.gpu.operands import operand_type, product_dtype
 from xquant_vllm.attention.gpu.tables.pairs import pair_columns
+from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.kivi.pages import QuantizedLayout
 from xquant_vllm.kivi.plan import KiviLayerPlan
 
@@ -19,11 +19,10 @@ _TOKENS = 32
 _FEWEST_COLUMNS = 16
 
 
-class PreparedPlan:
-    """What kernels read of a plan, for operands of one dtype.
+class KiviGpuPlan:
+    """What kernels read of a layer's plan, for operands of one dtype. It does not hold the plan itself.
 
     Attributes:
-        plan: the plan.
         dtype: of the products' operands.
         columns: int32 ``[2 * half]``: channels of queries and keys in halves that pair up under RoPE; -1 is padding.
         value_columns: int32 ``[value_width]``: channels of values and outputs, every group padded to a power of two.
@@ -41,7 +40,7 @@ class PreparedPlan:
         """
         if plan.head_size > 256:
             raise ValueError(f"head_size = {plan.head_size} is not supported: the kernels take 256 at most")
-        self.plan, self.dtype = plan, dtype
+        self.dtype = dtype
         layout = plan.quantized
         rope = plan.rope if plan.rope is not None and plan.rope.rotary_size else None
         columns = pair_columns(plan.head_size, rope)
@@ -98,21 +97,17 @@ def value_columns(layout: QuantizedLayout) -> torch.Tensor:
     return torch.where(there, group * size + within, -1).flatten().to(torch.int32)
 
 
-_prepared: dict[tuple[int, torch.dtype], PreparedPlan] = {}
+@per_object
+def _kivi_gpu_plan(plan: KiviLayerPlan, dtype: torch.dtype, device: torch.device) -> KiviGpuPlan:
+    return KiviGpuPlan(plan, dtype, device)
 
 
-def prepare(plan: KiviLayerPlan, dtype: torch.dtype, device: torch.device) -> PreparedPlan:
-    """The prepared plan, made on first use and forgotten together with the plan.
+def prepare(plan: KiviLayerPlan, dtype: torch.dtype, device: torch.device) -> KiviGpuPlan:
+    """What kernels read of a plan, made on first use and forgotten together with the plan.
 
     Args:
         plan: the layer's plan.
         dtype: of the queries.
-        device: of the pages, one for a plan.
+        device: of the pages.
     """
-    dtype = product_dtype(dtype)
-    at = (id(plan), dtype)
-    prepared = _prepared.get(at)
-    if prepared is None:
-        prepared = _prepared[at] = PreparedPlan(plan, dtype, device)
-        weakref.finalize(plan, _prepared.pop, at, None)
-    return prepared
+    return _kivi_gpu_plan(plan, product_dtype(dtype), device)

@@ -1,14 +1,13 @@
 """What the store kernels read of a layer's plan: tensors on the device, made once."""
 
-import weakref
-
 from xquant_vllm.attention.gpu.tables.prediction_tables import prediction_tables
 from xquant_vllm.attention.gpu.tables.rotation_tables import rotation_tables
 from xquant_vllm.attention.gpu.tables.stream_tables import stream_tables
+from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.attention.plan import AttentionLayerPlan
 
 
-class PreparedStore:
+class StoreTables:
     """Tables of a plan.
 
     Attributes:
@@ -36,14 +35,7 @@ class PreparedStore:
         )
 
 
-prepared_stores: dict[int, PreparedStore] = {}
-
-
-def prepare_store(plan: AttentionLayerPlan) -> PreparedStore:
+@per_object
+def prepare_store(plan: AttentionLayerPlan) -> StoreTables:
     """The tables, made on first use and forgotten together with the plan."""
-    at = id(plan)
-    prepared = prepared_stores.get(at)
-    if prepared is None:
-        prepared = prepared_stores[at] = PreparedStore(plan)
-        weakref.finalize(plan, prepared_stores.pop, at, None)
-    return prepared
+    return StoreTables(plan)
