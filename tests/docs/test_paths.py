@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs.commands import check_make
 from tests.docs.pages import ROOT, page_name, pages
 
 _SKIPPED = {".git", ".venv", "models", "build", "dist", "logs"}
@@ -15,6 +16,7 @@ _WRITTEN = ("benchmarks/results/gpu", "benchmarks/results/gpu-cuda")
 _SOURCE = (".py", ".md", ".cpp", ".h", ".cu", ".cuh", ".sh", ".toml", ".yaml", ".yml")
 _CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
+_MAKE = re.compile(r"`make ([a-z-]+(?: [A-Z_]+=\S+)*)`")
 _PATH = re.compile(r"[\w./*-]+")
 
 
@@ -89,6 +91,12 @@ def test_the_links_on_a_page_lead_somewhere(page):
         ):
             broken.append(link)
     assert not broken
+
+
+@pytest.mark.parametrize("page", pages(), ids=page_name)
+def test_the_targets_of_make_on_a_page_exist(page):
+    for command in _MAKE.findall(without_blocks(page.read_text())):
+        check_make(command.split())
 
 
 def test_what_is_a_path_and_what_is_none():
