@@ -28,7 +28,7 @@ TEST_MODELS := smollm2 smollm2-mha gemma3
 DOCKERFILES := docker/Dockerfile docker/Dockerfile.cpu
 LINTED := xquant_vllm tests tools examples benchmarks docker setup.py
 
-.PHONY: help venv kernels cuda-check model demo serve test test-models test-gpu accuracy bench-cpu families \
+.PHONY: help venv kernels cuda-check model demo serve test test-models test-gpu test-docs accuracy bench-cpu families \
 	families-write dist lint clean
 
 help: ## list the targets
@@ -68,6 +68,9 @@ test: test-models ## run the tests
 # In a process of its own: Triton decides when it is imported whether it interprets.
 test-gpu: venv ## run the tests of the Triton kernels, without a GPU in Triton's interpreter
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/attention/gpu tests/kivi/gpu -n 2
+
+test-docs: venv ## run the tests of the documentation: its commands, its Python, its paths, and what it says of vLLM
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/docs
 
 accuracy: test-models ## compare the accuracy of all caches per byte (an hour on two cores); writes docs/accuracy.md
 	$(VENV)/bin/python benchmarks/compare_accuracy.py --write --models models/smollm2-135m-instruct \
