@@ -49,3 +49,23 @@ def test_readme_has_the_figures_of_the_results(results):
     assert f"{two[0]:.1f} times at 2 bits** with {losses}" in text
     gemma = [point(GEMMA, pattern, 4)[1] for pattern in ("xquant, per head, {}", "xquant, joint, {}")]
     assert f"4 bits cost +{gemma[0]:.2f} or +{gemma[1]:.2f} (`joint`)" in text
+
+    free = {bits: point(SMOLLM2, "xquant, data-free, {}", bits) for bits in (4, 3, 2)}
+    assert f"4 bits, holds {free[4][0]:.1f} times the tokens at +{free[4][1]:.2f} on SmolLM2" in text
+    assert f"increases by {free[3][1]:.1f} at 3 bits, and by {free[2][1]:.0f} at 2" in text
+
+
+def test_the_page_on_settings_has_the_figures_of_the_results(results):
+    page = (README.parent / "docs" / "choosing.md").read_text()
+    rows = {row["name"]: row for row in results[SMOLLM2]["rows"]}
+
+    def cells(name: str) -> str:
+        row = rows[name]
+        times, layers = row["bytes_per_token_16bit"] / row["bytes_per_token"], 30
+        return f"{row['bytes_per_token'] / layers:.0f}, {times:.2f}x | {row['increase']:+.2f} ({row['kl']:.3f})"
+
+    for bits in (4, 3, 2):
+        assert f"| {bits} | {cells(f'xquant, data-free, {bits}')} | {cells(f'xquant, per head, {bits}')} |" in page
+    for name in ("joint", "cl"):
+        row = rows[f"xquant, {name}, 2" if name == "joint" else "xquant-cl, 2"]
+        assert f"({row['bytes_per_token'] / 30:.0f} bytes: {row['increase']:+.2f}, {row['kl']:.3f})" in page
