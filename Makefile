@@ -28,8 +28,8 @@ TEST_MODELS := smollm2 smollm2-mha gemma3
 DOCKERFILES := docker/Dockerfile docker/Dockerfile.cpu
 LINTED := xquant_vllm tests tools examples benchmarks docker setup.py
 
-.PHONY: help venv kernels cuda-check model demo serve test test-models test-gpu test-docs accuracy bench-cpu families \
-	families-write dist lint clean
+.PHONY: help venv kernels cuda-check model demo serve test test-models test-gpu test-docs accuracy pictures bench-cpu \
+	families families-write dist lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ test-docs: venv ## run the tests of the documentation: its commands, its Python,
 accuracy: test-models ## compare the accuracy of all caches per byte (an hour on two cores); writes docs/accuracy.md
 	$(VENV)/bin/python benchmarks/compare_accuracy.py --write --models models/smollm2-135m-instruct \
 		models/smollm2-135m-instruct-mha models/gemma-3-270m $(ACCURACY_ARGS)
+
+pictures: venv ## make the picture of README.md from benchmarks/results/accuracy
+	$(VENV)/bin/python benchmarks/capacity_plot.py
 
 bench-cpu: venv ## measure decode, serving under memory pressure, and the kernels, against 16 bit (25 minutes)
 	$(VENV)/bin/python tools/prepare_model.py --model smollm2

@@ -1,4 +1,4 @@
-"""The plot of docs/accuracy.md: bytes per token against the increase in perplexity and the divergence."""
+"""The plot of docs/accuracy.md: tokens in the same memory against the increase in perplexity and the divergence."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,9 @@ FAMILIES = {
     "TurboQuant": ("tab:purple", "D"),
     "XQuant-CL, as printed": ("tab:gray", "s"),
     "XQuant, as printed": ("black", "s"),
+    "xquant, data-free": ("tab:olive", "x"),
+    "xquant, data-free joint": ("tab:cyan", "x"),
+    "xquant-cl, data-free": ("tab:pink", "x"),
     "xquant, per head": ("tab:green", "o"),
     "xquant, joint": ("tab:blue", "o"),
     "xquant-cl": ("tab:red", "o"),
@@ -35,18 +38,18 @@ def plot(results: list[dict], path: Path) -> None:
             _draw(axes[row][column], result, measure)
             axes[row][column].set_ylabel(label)
         axes[0][column].set_title(result["model"])
-        axes[1][column].set_xlabel("bytes per token, all layers (16 bit = 1)")
+        axes[1][column].set_xlabel("tokens in the same memory, times 16 bit")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False)
+    figure.legend(handles, labels, loc="lower center", ncols=6, frameon=False)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=110)
 
 
 def _draw(axes: Any, result: dict, measure: str) -> None:
     for family, (color, marker) in FAMILIES.items():
-        rows = sorted((row for row in result["rows"] if _family(row["name"]) == family), key=_bytes)
+        rows = sorted((row for row in result["rows"] if _family(row["name"]) == family), key=_times)
         # On a logarithmic axis what is lost in noise, or gained by it, stands at its lower end.
-        points = [(_bytes(row), max(row[measure], 1e-3)) for row in rows]
+        points = [(_times(row), max(row[measure], 1e-3)) for row in rows]
         axes.plot(*zip(*points, strict=True) if points else ([], []), color=color, marker=marker, label=family)
     axes.set_yscale("log")
     axes.grid(alpha=0.3)
@@ -56,5 +59,5 @@ def _family(name: str) -> str:
     return max((family for family in FAMILIES if name.startswith(family)), key=len)
 
 
-def _bytes(row: dict) -> float:
-    return row["bytes_per_token"] / row["bytes_per_token_16bit"]
+def _times(row: dict) -> float:
+    return row["bytes_per_token_16bit"] / row["bytes_per_token"]

@@ -60,6 +60,17 @@ def candidates(gqa: bool, hybrid: bool) -> list[Candidate]:
         rows.append(Candidate(f"xquant, joint, {bits}", ("--method", "xquant", *some, "--basis", "joint")))
         if not hybrid:
             rows.append(Candidate(f"xquant-cl, {bits}", ("--method", "xquant-cl", *some)))
+    for bits in (8, 4, 3, 2):
+        untold = ("--bits", str(bits), "--calibration", "none")
+        rows.append(Candidate(f"xquant, data-free, {bits}", ("--method", "xquant", *untold)))
+        if bits == 8:  # nearly exact already
+            continue
+        if gqa:
+            rows.append(
+                Candidate(f"xquant, data-free joint, {bits}", ("--method", "xquant", *untold, "--basis", "joint"))
+            )
+        if not hybrid:
+            rows.append(Candidate(f"xquant-cl, data-free, {bits}", ("--method", "xquant-cl", *untold)))
     for bits in (4, 2):
         rows.append(Candidate(f"KIVI {bits}", ("--method", "kivi", "--bits", str(bits))))
         residual = ("--method", "kivi", "--bits", str(bits), "--residual", "128")

@@ -52,5 +52,6 @@ METHODS = {
         _plugin("xquant-3", "xquant 3 bits", "xquant", {"bits": 3}),
         _plugin("xquant-2", "xquant 2 bits", "xquant", {"bits": 2}),
         _plugin("xquant-cl", "xquant-cl 4 bits", "xquant", {"method": "xquant-cl", "bits": 4}),
+        _plugin("xquant-cl-2", "xquant-cl 2 bits", "xquant", {"method": "xquant-cl", "bits": 2}),
     )
 }
