@@ -17,7 +17,7 @@ from xquant_vllm.attention.gpu.cuda import keys as cuda_keys
 from xquant_vllm.attention.gpu.cuda import library as cuda_library
 from xquant_vllm.attention.gpu.cuda.keys import key_factors
 from xquant_vllm.attention.gpu.cuda.tables import quads, rope_arrays
-from xquant_vllm.attention.gpu.decode.attend import Partial
+from xquant_vllm.attention.gpu.device.arguments import Partial
 from xquant_vllm.attention.gpu.gpu_plan import GpuPlan, prepare
 from xquant_vllm.attention.gpu.tables.bit_addresses import bit_addresses
 from xquant_vllm.attention.gpu.tables.latent_tables import latent_bands

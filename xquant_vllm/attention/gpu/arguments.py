@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 
 from xquant_vllm.attention.batch import AttentionBatch
-from xquant_vllm.attention.gpu.decode.attend import Batch, Scores
+from xquant_vllm.attention.gpu.device.arguments import Batch, Scores
 from xquant_vllm.attention.gpu.device.unpack import Latent
 from xquant_vllm.attention.gpu.gpu_plan import GpuPlan
 from xquant_vllm.attention.gpu.operands import LAUNCH, TOKENS, operand_type, precision

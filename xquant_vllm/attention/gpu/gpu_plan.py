@@ -4,7 +4,7 @@ import torch
 
 from xquant_vllm.attention.gpu.device.rematerialize import KeyTail
 from xquant_vllm.attention.gpu.operands import product_dtype
-from xquant_vllm.attention.gpu.prefill.input_projection import of_inputs
+from xquant_vllm.attention.gpu.tables.input_projection import of_inputs
 from xquant_vllm.attention.gpu.tables.latent_tables import band_factors, latent_tables
 from xquant_vllm.attention.gpu.tables.pairs import arranged, pair_columns, plain_columns
 from xquant_vllm.attention.latents import LatentTerm

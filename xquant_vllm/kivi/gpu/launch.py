@@ -7,8 +7,8 @@ import triton
 
 from xquant_vllm.attention.gpu import workspace
 from xquant_vllm.attention.gpu.arguments import describe_batch, describe_scores, products
-from xquant_vllm.attention.gpu.decode.attend import Partial
 from xquant_vllm.attention.gpu.decode.merge import merge
+from xquant_vllm.attention.gpu.device.arguments import Partial
 from xquant_vllm.attention.gpu.tiling import decodes, shape_of
 from xquant_vllm.kivi.gpu.arguments import describe_quantized, describe_residual
 from xquant_vllm.kivi.gpu.kivi_attend import kivi_attend

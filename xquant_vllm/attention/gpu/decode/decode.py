@@ -10,8 +10,9 @@ from xquant_vllm.attention.gpu import workspace
 from xquant_vllm.attention.gpu.arguments import describe_batch, describe_latent, describe_scores, products, unpacking
 from xquant_vllm.attention.gpu.cuda import decode as cuda_decode
 from xquant_vllm.attention.gpu.decode.absorb import absorb
-from xquant_vllm.attention.gpu.decode.attend import Absorbed, Partial, attend
+from xquant_vllm.attention.gpu.decode.attend import attend
 from xquant_vllm.attention.gpu.decode.merge import merge
+from xquant_vllm.attention.gpu.device.arguments import Absorbed, Partial
 from xquant_vllm.attention.gpu.gpu_plan import GpuPlan
 from xquant_vllm.attention.gpu.page_pointers import page_pointers
 from xquant_vllm.attention.gpu.tiling import shape_of

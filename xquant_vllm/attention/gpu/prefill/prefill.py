@@ -13,7 +13,7 @@ import triton
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu import workspace
 from xquant_vllm.attention.gpu.arguments import describe_batch, describe_latent, describe_scores, products, unpacking
-from xquant_vllm.attention.gpu.decode.attend import Batch
+from xquant_vllm.attention.gpu.device.arguments import Batch
 from xquant_vllm.attention.gpu.gpu_plan import GpuPlan
 from xquant_vllm.attention.gpu.operands import TOKENS
 from xquant_vllm.attention.gpu.page_pointers import page_pointers

@@ -11,9 +11,9 @@ from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu.arguments import products
 from xquant_vllm.attention.gpu.device.rematerialize import finish_keys, store_pairs
 from xquant_vllm.attention.gpu.gpu_plan import GpuPlan
-from xquant_vllm.attention.gpu.prefill.input_projection import InputProjection
 from xquant_vllm.attention.gpu.prefill.rematerialize_pages import load_span
 from xquant_vllm.attention.gpu.prefill.spans import Span
+from xquant_vllm.attention.gpu.tables.input_projection import InputProjection
 
 # Tokens and channels that a program multiplies at a time.
 _TOKENS, _CHANNELS = 64, 32
