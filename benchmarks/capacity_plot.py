@@ -24,6 +24,7 @@ LINES = (
     ("xquant-cl, calibrated", "xquant-cl, {}", (4, 3, 2), "#c1121f", "o"),
     ("xquant, joint, calibrated", "xquant, joint, {}", (4, 3, 2), "#1d4ed8", "o"),
     ("xquant, per head, calibrated", "xquant, per head, {}", (4, 3, 2), "#15803d", "o"),
+    ("xquant, not calibrated (default)", "xquant, data-free, {}", (4, 3, 2), "#0d9488", "X"),
     ("XQuant as the paper prints it", "XQuant, as printed, {}", (4, 3, 2), "#444444", "s"),
     ("KIVI, last 128 tokens in 16 bit", "KIVI {}, residual 128", (4, 2), "#b45309", "^"),
     ("KIVI*, keys before RoPE", "KIVI* {}", (4, 3, 2), "#e39a3b", "v"),
@@ -78,10 +79,11 @@ def _panel(panel: Any, result: dict[str, Any]) -> None:
     panel.axhspan(LEAST / 2, NOISE, color="#eeeeee", zorder=0)
     for label, pattern, bits, color, marker in LINES:
         own = label.startswith("xquant")
+        dashes = "--" if "not calibrated" in label else "-"
         line = [(times, max(increase, LEAST)) for times, increase in points(result, pattern, bits)]
         style = {"linewidth": 2.2, "markersize": 6, "zorder": 3} if own else {"linewidth": 1.3, "markersize": 5}
         x, y = zip(*line, strict=True) if line else ((), ())
-        panel.plot(x, y, color=color, marker=marker, label=label, clip_on=False, **style)
+        panel.plot(x, y, dashes, color=color, marker=marker, label=label, clip_on=False, **style)
     for bits, (times, _) in zip(LINES[1][2], points(result, *LINES[1][1:3]), strict=True):
         panel.text(times, MOST * 1.15, f"{bits} bits", color="#777777", fontsize=9, ha="center", va="bottom")
     panel.set_yscale("log")

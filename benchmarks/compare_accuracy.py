@@ -38,12 +38,13 @@ class Candidate:
     options: tuple[str, ...]
 
 
-def candidates(gqa: bool, hybrid: bool) -> list[Candidate]:
+def candidates(gqa: bool, hybrid: bool, several_heads: bool) -> list[Candidate]:
     """What is compared on a model.
 
     Args:
         gqa: whether keys and values are narrower than the layer input.
         hybrid: whether layers are of several kinds, over which no chain is served.
+        several_heads: whether there is more than one kv head, so that a data-free joint basis is another one.
     """
     rows = []
     for bits in (2, 4, 3):
@@ -65,7 +66,7 @@ def candidates(gqa: bool, hybrid: bool) -> list[Candidate]:
         rows.append(Candidate(f"xquant, data-free, {bits}", ("--method", "xquant", *untold)))
         if bits == 8:  # nearly exact already
             continue
-        if gqa:
+        if gqa and several_heads:
             rows.append(
                 Candidate(f"xquant, data-free joint, {bits}", ("--method", "xquant", *untold, "--basis", "joint"))
             )
@@ -104,7 +105,7 @@ def compare(model: str, options: argparse.Namespace) -> None:
     hybrid = len(set(config.get("layer_types") or ["one"])) > 1
     chosen = [
         row
-        for row in candidates(kv_heads < heads, hybrid)
+        for row in candidates(kv_heads < heads, hybrid, kv_heads > 1)
         if not options.only or any(part in row.name for part in options.only)
     ]
     for row in tqdm(chosen, desc=Path(model).name, unit="method"):

@@ -51,7 +51,9 @@ def test_readme_has_the_figures_of_the_results(results):
     assert f"4 bits cost +{gemma[0]:.2f} or +{gemma[1]:.2f} (`joint`)" in text
 
     free = {bits: point(SMOLLM2, "xquant, data-free, {}", bits) for bits in (4, 3, 2)}
-    assert f"4 bits, holds {free[4][0]:.1f} times the tokens at +{free[4][1]:.2f} on SmolLM2" in text
+    other = point(GEMMA, "xquant, data-free, {}", 4)
+    holds = f"4 bits, holds {free[4][0]:.1f} times the tokens at +{free[4][1]:.2f} on SmolLM2"
+    assert f"{holds}, and {other[0]:.1f} times at +{other[1]:.2f} on Gemma 3" in text
     assert f"increases by {free[3][1]:.1f} at 3 bits, and by {free[2][1]:.0f} at 2" in text
 
 
