@@ -22,8 +22,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.accuracy_plot import plot  # noqa: E402
-from benchmarks.accuracy_table import write_table  # noqa: E402
+from benchmarks.accuracy.plot import plot  # noqa: E402
+from benchmarks.accuracy.table import write_table  # noqa: E402
 from xquant_vllm.cli.main import main as xquant  # noqa: E402
 from xquant_vllm.evaluation.files import replace_json  # noqa: E402
 

@@ -2,7 +2,7 @@
 
 import json
 
-from benchmarks.accuracy_table import page
+from benchmarks.accuracy.table import page
 from benchmarks.compare_accuracy import RESULTS, ROOT
 
 

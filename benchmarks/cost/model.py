@@ -1,6 +1,6 @@
 """What attention over each kind of cache should cost: the tables of docs/kernels-gpu.md, as Markdown.
 
-    .venv/bin/python -m benchmarks.cost_model
+    .venv/bin/python -m benchmarks.cost.model
 
 Bytes and widths come from the package's own formats (cost_caches.py), rates are the constants below. Nothing of it is
 measured.
@@ -9,7 +9,7 @@ measured.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from benchmarks.cost_caches import LLAMA_2, LLAMA_3, SMOLLM2, Cache, Model, Unpack, caches
+from benchmarks.cost.caches import LLAMA_2, LLAMA_3, SMOLLM2, Cache, Model, Unpack, caches
 
 # Per SM and clock: lanes of the load/store unit, of integer operations, of conversions; lanes that issue.
 LOADS, INTEGERS, CONVERSIONS, ISSUED = 32, 64, 64, 128

@@ -1,12 +1,12 @@
-"""benchmarks/cost_model.py counts what the package stores and the suite counts; docs/kernels-gpu.md shows it."""
+"""benchmarks/cost/model.py counts what the package stores and the suite counts; docs/kernels-gpu.md shows it."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import cost_model
-from benchmarks.cost_caches import (
+from benchmarks.cost import model as cost_model
+from benchmarks.cost.caches import (
     LLAMA_2,
     LLAMA_3,
     SMOLLM2,
@@ -20,7 +20,7 @@ from benchmarks.cost_caches import (
     kv_cache,
     latent_cache,
 )
-from benchmarks.cost_model import binding, clocks, roofs, time
+from benchmarks.cost.model import binding, clocks, roofs, time
 from benchmarks.gpu import layers
 from benchmarks.gpu.cost import attention_cost, cached_bytes, dense_attention_cost
 from xquant_vllm.codec.allocated import AllocatedFormat
@@ -36,7 +36,7 @@ def _cache(model: Model, name: str) -> Cache:
 
 @pytest.mark.parametrize("made", cost_model.tables(), ids=lambda text: text[2:20])
 def test_the_page_shows_what_the_script_prints(made):
-    assert made in PAGE.read_text(), "print the tables with benchmarks/cost_model.py into docs/kernels-gpu.md"
+    assert made in PAGE.read_text(), "print the tables with benchmarks/cost/model.py into docs/kernels-gpu.md"
 
 
 def test_pages_link_to_the_page():
