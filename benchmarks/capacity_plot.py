@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
-PICTURE = ROOT / "docs" / "capacity.png"
+PICTURE = ROOT / "docs" / "pictures" / "capacity.png"
 
 # Result files, and how their panels are headed. Both models have grouped-query attention as they were trained.
 MODELS = {"smollm2-135m-instruct": "SmolLM2-135M", "gemma-3-270m": "Gemma 3 270M"}

@@ -95,7 +95,7 @@ def main() -> None:
     if options.write:
         results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
         write_table(results, ROOT / "docs" / "accuracy.md")
-        plot(results, ROOT / "docs" / "accuracy.png")
+        plot(results, ROOT / "docs" / "pictures" / "accuracy.png")
 
 
 def compare(model: str, options: argparse.Namespace) -> None:

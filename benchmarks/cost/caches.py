@@ -1,6 +1,6 @@
 """Kinds of caches on paper: bytes, channels and FLOPs per cached token and layer, from the package's own formats.
 
-Read by cost_model.py, which turns them into times; docs/kernels-gpu.md explains both.
+Read by cost/model.py, which turns them into times; docs/kernels/cost.md explains both.
 """
 
 from typing import Any, NamedTuple

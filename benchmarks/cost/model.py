@@ -1,4 +1,4 @@
-"""What attention over each kind of cache should cost: the tables of docs/kernels-gpu.md, as Markdown.
+"""What attention over each kind of cache should cost: the tables of docs/kernels/cost.md, as Markdown.
 
     .venv/bin/python -m benchmarks.cost.model
 

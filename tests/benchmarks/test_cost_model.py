@@ -1,4 +1,4 @@
-"""benchmarks/cost/model.py counts what the package stores and the suite counts; docs/kernels-gpu.md shows it."""
+"""benchmarks/cost/model.py counts what the package stores and the suite counts; docs/kernels/cost.md shows it."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from xquant_vllm.codec.allocated import AllocatedFormat
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "kernels-gpu.md"
+PAGE = ROOT / "docs" / "kernels" / "cost.md"
 
 
 def _cache(model: Model, name: str) -> Cache:
@@ -36,17 +36,17 @@ def _cache(model: Model, name: str) -> Cache:
 
 @pytest.mark.parametrize("made", cost_model.tables(), ids=lambda text: text[2:20])
 def test_the_page_shows_what_the_script_prints(made):
-    assert made in PAGE.read_text(), "print the tables with benchmarks/cost/model.py into docs/kernels-gpu.md"
+    assert made in PAGE.read_text(), "print the tables with benchmarks/cost/model.py into docs/kernels/cost.md"
 
 
 def test_pages_link_to_the_page():
-    assert "docs/kernels-gpu.md" in (ROOT / "README.md").read_text()
-    assert "(kernels-gpu.md)" in (ROOT / "docs" / "kernels.md").read_text()
+    assert "docs/kernels/cost.md" in (ROOT / "README.md").read_text()
+    assert "(cost.md)" in (ROOT / "docs" / "kernels" / "cpu.md").read_text()
 
 
-@pytest.mark.parametrize("page", ["kernels-gpu.md", "kernels-triton.md", "cuda.md", "gpu.md"])
+@pytest.mark.parametrize("page", ["cost.md", "triton.md", "cuda.md", "gpu.md"])
 def test_files_that_the_pages_link_to_are_there(page):
-    names = [part.split(")")[0] for part in (ROOT / "docs" / page).read_text().split("](")[1:]]
+    names = [part.split(")")[0] for part in (PAGE.parent / page).read_text().split("](")[1:]]
     assert names
     assert not [name for name in names if not Path(PAGE.parent, name.split("#")[0]).is_file()]
 

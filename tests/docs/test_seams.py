@@ -1,4 +1,4 @@
-"""docs/seams.md lists what the plugin rooms take from vLLM and change in it; what it lists is in the installed vLLM.
+"""docs/design/seams.md lists what the plugin rooms take from vLLM and change in it; what it lists is in the installed vLLM.
 
 What the code does is read from its syntax: names imported from vLLM, attributes of other objects that are assigned, and
 private names of others that are read.
@@ -16,7 +16,7 @@ import pytest
 
 from tests.docs.pages import ROOT
 
-PAGE = ROOT / "docs" / "seams.md"
+PAGE = ROOT / "docs" / "design" / "seams.md"
 ROOMS = (ROOT / "xquant_vllm" / "plugin", ROOT / "xquant_vllm" / "kivi" / "plugin")
 # Attributes that are assigned on objects of Python and of this package.
 _OWN = {"__code__", "_xquant_wrapped", "_xquant_hooked", "_kivi_hooked"}
@@ -149,9 +149,11 @@ def test_what_is_not_in_vllm_is_noticed():
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.path.relative_to(ROOT)))
 def test_the_page_lists_what_the_code_touches(module):
-    assert module.imported - LISTED == set(), "imported from vLLM, but not in docs/seams.md"
-    assert module.assigned - _OWN - LISTED - LAST == set(), "replaced in vLLM's objects, but not in docs/seams.md"
-    assert module.private - LISTED - LAST == set(), "private names of others, but not in docs/seams.md"
+    assert module.imported - LISTED == set(), "imported from vLLM, but not in docs/design/seams.md"
+    assert module.assigned - _OWN - LISTED - LAST == set(), (
+        "replaced in vLLM's objects, but not in docs/design/seams.md"
+    )
+    assert module.private - LISTED - LAST == set(), "private names of others, but not in docs/design/seams.md"
 
 
 def test_every_seam_says_why_what_if_and_until_when():
