@@ -1,4 +1,4 @@
-"""docs/design/seams.md lists what the plugin rooms take from vLLM and change in it; what it lists is in the installed vLLM.
+"""docs/design/seams.md lists what the plugin rooms take from vLLM and change in it, all of it in the installed vLLM.
 
 What the code does is read from its syntax: names imported from vLLM, attributes of other objects that are assigned, and
 private names of others that are read.
@@ -151,7 +151,7 @@ def test_what_is_not_in_vllm_is_noticed():
 def test_the_page_lists_what_the_code_touches(module):
     assert module.imported - LISTED == set(), "imported from vLLM, but not in docs/design/seams.md"
     assert module.assigned - _OWN - LISTED - LAST == set(), (
-        "replaced in vLLM's objects, but not in docs/design/seams.md"
+        "replaced in vLLM, but not in docs/design/seams.md"
     )
     assert module.private - LISTED - LAST == set(), "private names of others, but not in docs/design/seams.md"
 
