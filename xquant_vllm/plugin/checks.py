@@ -154,7 +154,7 @@ def _unsupported(vllm_config: Any) -> Iterator[str]:
 def _unsupported_model(model: Any) -> Iterator[str]:
     if model is None:
         return
-    # What no configuration tells (attention sinks, shared caches) is refused where the layer is built.
+    # What no configuration tells (caches that layers share, sinks with KIVI) is refused where the layer is built.
     for present, feature in (
         (model.use_mla, "multi-head latent attention (MLA), which already caches latents of its own"),
         (model.is_encoder_decoder, "cross attention between an encoder and a decoder"),
