@@ -20,7 +20,7 @@ from xquant_vllm.scheme.layer_scheme import LayerScheme
 class XQuantImpl(PagedImpl):
     """Stores latents as codes and attends over them.
 
-    ``cache`` is set by the loader hook once the weights are there.
+    ``scheme`` is set by the loader hook once the weights are there.
     """
 
     backend_name = BACKEND_NAME
@@ -41,8 +41,9 @@ class XQuantImpl(PagedImpl):
         if sinks is not None and tuple(sinks.shape) != (self.num_heads,):
             who = self.vllm_config.model_config.architecture
             raise unsupported_model(
-                f"{who} has attention sinks of shape {list(sinks.shape)} in a layer of {self.num_heads} query heads; "
-                "supported is one number for every head"
+                f"{who} has attention sinks of shape {list(sinks.shape)}, not a number for each of a layer's "
+                f"{self.num_heads} query heads, which is not supported",
+                self.backend_name,
             )
         self.settings = settings_of(self.vllm_config)
         self.scheme: LayerScheme | None = None
