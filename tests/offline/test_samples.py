@@ -216,7 +216,7 @@ def test_a_model_that_transformers_cannot_run_is_refused(tmp_path):
         collect_samples(checkpoint, BATCH, CPU)
 
 
-@pytest.mark.parametrize("family", ["gpt-oss", "gemma2"])
+@pytest.mark.parametrize("family", ["gpt-oss", "granite-swa", "gemma2"])
 def test_attention_with_sinks_or_caps_is_run_as_it_is(tmp_path, family, drawn):
     """Not with a kernel that knows of neither."""
     folder = save_tiny_model(tmp_path, family)

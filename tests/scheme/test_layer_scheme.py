@@ -15,7 +15,10 @@ def test_on_host() -> None:
     cache = LayerScheme(form, projection)
     moved = cache.on_host()
     arguments = {"num_heads": 4, "scale": 1.0, "sliding_window": None, "logits_soft_cap": None}
-    plan = moved.plan(16, [], **arguments)
+    sinks = torch.randn(4)
+    assert cache.plan(16, [], **arguments).sinks is None
+    plan = moved.plan(16, [], **arguments, sinks=sinks)
+    assert plan.sinks is sinks
     assert plan.device == projection.up_key.device
     assert plan.projection.up_key.device.type == plan.projection.up_value.device.type == "cpu"
     expected = GpuPlan(cache.plan(16, [], **arguments), torch.bfloat16)
