@@ -50,8 +50,10 @@ def refuse_factors(path: Path, problem: str, header: FactorHeader | None, option
         return SettingsError(f"xquant: {path} {problem}; serve the model that it was made from")
     given = shlex.split(options)
     remake = {} if header is None else _remake(header)
-    if "xquant-cl" not in given and "--method" in given:
-        remake = {option: values for option, values in remake.items() if option not in _CHAIN_OPTIONS}
+    if "--method" in given:
+        # The command refuses what has no use with a method.
+        useless = ("--basis",) if "xquant-cl" in given else _CHAIN_OPTIONS
+        remake = {option: values for option, values in remake.items() if option not in useless}
     for option, values in remake.items():
         if option not in given and option.replace("--no-", "--") not in given:
             given += [option, *values]
