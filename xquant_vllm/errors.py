@@ -19,3 +19,12 @@ class RefusedError(XQuantError):
 
 class FactorFileError(XQuantError):
     """A factor file that cannot be used; the message says what is wrong with it, a verb first, without its name."""
+
+
+class EngineError(XQuantError):
+    """The vLLM engine of an evaluation failed; the message names the cause and the file with all of it."""
+
+
+def counted(number: int, noun: str) -> str:
+    """``"1 window"``, ``"2 windows"``: a number and a noun whose plural ends with an s."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

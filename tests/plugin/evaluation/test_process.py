@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from xquant_vllm.errors import SettingsError
+from xquant_vllm.errors import EngineError, SettingsError
 from xquant_vllm.plugin.evaluation.engine import EngineRequest
 from xquant_vllm.plugin.evaluation.process import EngineProcess
 
@@ -51,5 +51,5 @@ def test_tensors_pass_both_ways_and_a_refusal_passes_as_one_line(capfd):
 
 
 def test_a_process_that_dies_is_told_by_its_exit_status():
-    with pytest.raises(RuntimeError, match="died with exit status 3"):
+    with pytest.raises(EngineError, match="died with exit status 3"):
         EngineProcess(REQUEST, end_at_once)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
+from xquant_vllm.offline.progress import counted_bar, say
 from xquant_vllm.plugin.evaluation.engine import EngineRequest
 from xquant_vllm.plugin.evaluation.process import EngineProcess
 
@@ -101,7 +101,11 @@ def vllm_version() -> str | None:
 
 @contextmanager
 def serve(
-    model: Path, settings: Mapping[str, Any] | None, dtype: str, windows: Sequence[torch.Tensor]
+    model: Path,
+    settings: Mapping[str, Any] | None,
+    dtype: str,
+    windows: Sequence[torch.Tensor],
+    unit: str = "window",
 ) -> Iterator[ServedEngine]:
     """Run a model on windows.
 
@@ -110,21 +114,25 @@ def serve(
         settings: the xquant settings, as in ``--additional-config``; None for the 16-bit cache alone.
         dtype: as in vLLM's ``--dtype``.
         windows: ``[num_tokens]`` each; no others can be asked for.
+        unit: what a window is called in the bar.
 
     Raises:
         SettingsError: the model or a setting is refused.
-        RuntimeError: vLLM failed.
+        EngineError: vLLM failed.
     """
     longest = max(len(window) for window in windows)
     plain = EngineRequest(str(model), None, dtype, longest)
     if settings is None:
+        say("starting vLLM with the 16-bit cache")
         with EngineProcess(plain) as process:
             yield ServedEngine(process, None)
         return
     with tempfile.TemporaryDirectory(prefix="xquant-eval-") as folder:
         kept = KeptStates(Path(folder))
+        say("starting vLLM with the 16-bit cache, first of two engines")
         with EngineProcess(plain) as process:
-            for window in tqdm(windows, desc="16bit", unit="window"):
+            for window in counted_bar(windows, len(windows), "16bit", unit):
                 kept.save(window, process.hidden_states(window.tolist()))
+        say("starting vLLM with the quantized cache")
         with EngineProcess(EngineRequest(str(model), settings, dtype, longest)) as process:
             yield ServedEngine(process, kept)
