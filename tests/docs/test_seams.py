@@ -150,9 +150,7 @@ def test_what_is_not_in_vllm_is_noticed():
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.path.relative_to(ROOT)))
 def test_the_page_lists_what_the_code_touches(module):
     assert module.imported - LISTED == set(), "imported from vLLM, but not in docs/design/seams.md"
-    assert module.assigned - _OWN - LISTED - LAST == set(), (
-        "replaced in vLLM, but not in docs/design/seams.md"
-    )
+    assert module.assigned - _OWN - LISTED - LAST == set(), "replaced in vLLM, but not in docs/design/seams.md"
     assert module.private - LISTED - LAST == set(), "private names of others, but not in docs/design/seams.md"
 
 
