@@ -1,4 +1,4 @@
-"""The errors that a user can mend. Each message is whole: what is wrong, why, and what to do instead."""
+"""The errors that a user can fix. Each message is whole: what is wrong, why, and what to do instead."""
 
 
 class XQuantError(ValueError):

@@ -6,7 +6,7 @@ not what the kernel spends on it: no unpacking of codes, no conversions, no addr
 
 from dataclasses import dataclass
 
-from xquant_vllm.attention.cpu import kernels as cpu
+from xquant_vllm.attention.cpu import library as cpu
 from xquant_vllm.attention.cpu.plan import prepare
 from xquant_vllm.attention.plan import AttentionLayerPlan
 

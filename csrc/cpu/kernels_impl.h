@@ -5,17 +5,27 @@
 // of each function, compiled for whichever instruction set it met first. For the same reason none of them uses the C++
 // library.
 #include "attention/attention.h"
+#include "attention/tile.h"
 #include "kernels.h"
 #include "kivi/attention.h"
 #include "kivi/store.h"
 #include "store/store.h"
-#include "unpack/tile.h"
 
 namespace xquant {
 
 const Kernels XQUANT_KERNELS = {
-    XQUANT_KERNELS_NAME, store_scratch, attention_scratch, store_tokens, attend_stretch, merge, finish,
-    kivi_store_scratch, kivi_attention_scratch, kivi_store_tokens, kivi_store_group, kivi_attend_stretch,
+    /* name */ XQUANT_KERNELS_NAME,
+    /* store_scratch */ store_scratch,
+    /* attention_scratch */ attention_scratch,
+    /* store */ store_tokens,
+    /* attend_stretch */ attend_stretch,
+    /* merge */ merge,
+    /* finish */ finish,
+    /* kivi_store_scratch */ kivi_store_scratch,
+    /* kivi_attention_scratch */ kivi_attention_scratch,
+    /* kivi_store */ kivi_store_tokens,
+    /* kivi_store_group */ kivi_store_group,
+    /* kivi_attend_stretch */ kivi_attend_stretch,
 };
 
 }  // namespace xquant

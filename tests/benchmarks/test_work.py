@@ -9,6 +9,7 @@ from xquant_vllm.attention import reference
 
 try:
     from xquant_vllm.attention.cpu import kernels as cpu
+    from xquant_vllm.attention.cpu import library
 except OSError as error:
     pytest.skip(f"no kernels: {error}", allow_module_level=True)
 
@@ -32,7 +33,7 @@ def test_layers_attend(holds: str) -> None:
 def test_work_of_a_decode_step() -> None:
     plan = make_plan(MODELS["smollm2-135m"], "latents", 4, BLOCK_SIZE)
     for isa in ("avx2", "vnni"):
-        if not cpu.set_isa(isa):
+        if not library.set_isa(isa):
             continue
         work = decode_work(plan, 8, 512)
         tokens = 8 * 512
@@ -44,7 +45,7 @@ def test_work_of_a_decode_step() -> None:
             # Scale and zero, and one outlier channel.
             assert work.fp32 == tokens * 3 * (common + 3 * 64)
             assert (work.int8, work.int16) == (tokens * 3 * 64 * 64, tokens * 3 * 3 * 64)
-    cpu.set_isa(None)
+    library.set_isa(None)
 
 
 def test_roofs() -> None:

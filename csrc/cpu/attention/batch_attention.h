@@ -52,7 +52,7 @@ private:
         return memory;
     }
 
-    bool attend_stretch(const Task& task, int64_t stretch, const State& state, float* scratch) {
+    bool add_stretch(const Task& task, int64_t stretch, const State& state, float* scratch) {
         const char* const error = layer_.attend_stretch(task, stretch, state, scratch);
         if (error) error_ = error;
         return !error;
@@ -65,13 +65,13 @@ private:
         const int64_t rows = rows_of(layer_.plan, task), floats = state_floats(layer_.plan, rows);
         float* scratch = memory + 2 * floats;
         if (job.state >= 0) {
-            attend_stretch(task, job.first_stretch, state_at(states_ + job.state, rows), scratch);
+            add_stretch(task, job.first_stretch, state_at(states_ + job.state, rows), scratch);
             return;
         }
         const State total = state_at(memory, rows), part = state_at(memory + floats, rows);
-        if (!attend_stretch(task, job.first_stretch, total, scratch)) return;
+        if (!add_stretch(task, job.first_stretch, total, scratch)) return;
         for (int64_t stretch = job.first_stretch + 1; stretch <= job.last_stretch; ++stretch) {
-            if (!attend_stretch(task, stretch, part, scratch)) return;
+            if (!add_stretch(task, stretch, part, scratch)) return;
             layer_.kernels.merge(layer_.plan, rows, total, part);
         }
         layer_.kernels.finish(layer_.plan, layer_.call, task, total, scratch);

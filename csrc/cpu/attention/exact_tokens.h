@@ -5,10 +5,10 @@
 #include <string.h>
 
 #include "api.h"
+#include "attention/tile.h"
 #include "common/gemm.h"
 #include "common/layout.h"
 #include "kernels.h"
-#include "unpack/tile.h"
 
 namespace xquant {
 namespace {

@@ -11,12 +11,12 @@
 
 #include "api.h"
 #include "attention/integer.h"
+#include "attention/load_keys.h"
+#include "attention/tile.h"
 #include "common/layout.h"
 #include "common/simd.h"
 #include "common/transpose.h"
 #include "kernels.h"
-#include "unpack/load_keys.h"
-#include "unpack/tile.h"
 #include "unpack/unpack.h"
 #include "unpack/unpack_allocated.h"
 

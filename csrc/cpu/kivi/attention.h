@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "attention/attention.h"
+#include "attention/tile.h"
 #include "common/gemm.h"
 #include "common/layout.h"
 #include "kernels.h"
@@ -15,7 +16,6 @@
 #include "kivi/kivi_api.h"
 #include "kivi/pages.h"
 #include "kivi/scratch.h"
-#include "unpack/tile.h"
 
 namespace xquant {
 namespace {

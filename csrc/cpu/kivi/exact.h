@@ -4,13 +4,13 @@
 #include <stdint.h>
 
 #include "api.h"
+#include "attention/rematerialize.h"
 #include "common/convert.h"
 #include "common/layout.h"
 #include "common/simd.h"
 #include "common/transpose.h"
 #include "kernels.h"
 #include "kivi/pages.h"
-#include "unpack/rematerialize.h"
 
 namespace xquant {
 namespace {

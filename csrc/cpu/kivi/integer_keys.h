@@ -9,12 +9,12 @@
 #include <stdint.h>
 
 #include "attention/integer.h"
+#include "attention/tile.h"
 #include "common/layout.h"
 #include "common/simd.h"
 #include "kernels.h"
 #include "kivi/pages.h"
 #include "kivi/scratch.h"
-#include "unpack/tile.h"
 
 namespace xquant {
 namespace {

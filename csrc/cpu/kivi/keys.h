@@ -10,6 +10,8 @@
 #include <stdint.h>
 
 #include "api.h"
+#include "attention/rematerialize.h"
+#include "attention/tile.h"
 #include "common/convert.h"
 #include "common/gemm.h"
 #include "common/layout.h"
@@ -20,8 +22,6 @@
 #include "kivi/kivi_api.h"
 #include "kivi/pages.h"
 #include "kivi/scratch.h"
-#include "unpack/rematerialize.h"
-#include "unpack/tile.h"
 #include "unpack/unpack.h"
 
 namespace xquant {

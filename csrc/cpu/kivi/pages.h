@@ -4,8 +4,8 @@
 #include <stdint.h>
 
 #include "api.h"
+#include "attention/tile.h"
 #include "kivi/kivi_api.h"
-#include "unpack/tile.h"
 
 namespace xquant {
 namespace {

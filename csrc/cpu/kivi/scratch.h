@@ -3,11 +3,11 @@
 
 #include <stdint.h>
 
+#include "attention/tile.h"
 #include "common/layout.h"
 #include "kernels.h"
 #include "kivi/kivi_api.h"
 #include "kivi/pages.h"
-#include "unpack/tile.h"
 
 namespace xquant {
 namespace {

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "api.h"
+#include "attention/tile.h"
 #include "common/convert.h"
 #include "common/layout.h"
 #include "common/simd.h"
@@ -13,7 +14,6 @@
 #include "kivi/pages.h"
 #include "store/quantize.h"
 #include "store/store.h"
-#include "unpack/tile.h"
 
 namespace xquant {
 namespace {

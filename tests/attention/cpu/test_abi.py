@@ -23,7 +23,7 @@ def test_structs_are_those_of_the_headers() -> None:
 
 @needs_kernels
 def test_the_library_tells_all_sizes() -> None:
-    from xquant_vllm.attention.cpu.kernels import library
+    from xquant_vllm.attention.cpu.library import library
 
     expected = {name: ctypes.sizeof(struct) for name, struct in (STRUCTS | KIVI_STRUCTS).items()}
     assert struct_sizes(library, FUNCTION) == expected
@@ -35,7 +35,7 @@ class LongerRun(ctypes.Structure):
 
 @needs_kernels
 def test_refuses_other_structs() -> None:
-    from xquant_vllm.attention.cpu.kernels import library
+    from xquant_vllm.attention.cpu.library import library
 
     with pytest.raises(OSError, match=r"another version .*xquant_run has 32 bytes, not 40 bytes; build it anew with"):
         check_structs(library, FUNCTION, STRUCTS | {"xquant_run": LongerRun}, "make kernels")

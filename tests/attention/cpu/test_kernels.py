@@ -27,6 +27,7 @@ if not has_kernels():
     pytest.skip("no kernels", allow_module_level=True)
 
 from xquant_vllm.attention.cpu import kernels as cpu
+from xquant_vllm.attention.cpu import library
 from xquant_vllm.attention.cpu import plan as cpu_plan
 
 
@@ -263,7 +264,7 @@ def test_same_bits_on_any_threads(isa: str, name: str) -> None:
     outputs = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
-        assert cpu.num_threads() == threads
+        assert library.num_threads() == threads
         outputs += [case.run(cpu), case.only(0).run(cpu)]
     for index in range(2, len(outputs)):
         assert torch.equal(bits(outputs[index]), bits(outputs[index % 2]))
@@ -432,13 +433,13 @@ def test_shares_torchs_threads() -> None:
 import torch
 from pathlib import Path
 torch.set_num_threads(3)
-from xquant_vllm.attention.cpu import kernels as cpu
+from xquant_vllm.attention.cpu import kernels as cpu, library
 def pool():
     return sum("Name" in line for task in Path("/proc/self/task").iterdir() for line in (task / "status").open())
-assert cpu.num_threads() == 3, cpu.num_threads()
+assert library.num_threads() == 3, library.num_threads()
 torch.set_num_threads(2)
-assert cpu.num_threads() == 2, cpu.num_threads()
-runtimes = cpu._mapped_openmp_runtimes()
+assert library.num_threads() == 2, library.num_threads()
+runtimes = library._mapped_openmp_runtimes()
 assert len(runtimes) == 1, runtimes
 from tests.attention.attention_cases import Spec, make_case
 case = make_case(Spec(seqs=((2000, 1),)))

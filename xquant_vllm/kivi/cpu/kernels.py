@@ -11,7 +11,7 @@ import ctypes
 import torch
 
 from xquant_vllm.attention.cpu.abi import Input, StoreCall
-from xquant_vllm.attention.cpu.kernels import check_library, library, raise_error
+from xquant_vllm.attention.cpu.library import check_library, library, raise_error
 from xquant_vllm.attention.cpu.tensors import batch_call, index_address, input_struct, page_structs, set_heads
 from xquant_vllm.kivi.cpu.abi import STRUCTS, KiviAttentionCall, KiviStoreCall, Residual
 from xquant_vllm.kivi.cpu.plan import KiviCpuPlan, prepare

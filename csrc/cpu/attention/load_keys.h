@@ -5,12 +5,12 @@
 
 #include "api.h"
 #include "attention/integer.h"
+#include "attention/rematerialize.h"
+#include "attention/tile.h"
 #include "common/gemm.h"
 #include "common/layout.h"
 #include "common/simd.h"
 #include "kernels.h"
-#include "unpack/rematerialize.h"
-#include "unpack/tile.h"
 #include "unpack/unpack.h"
 #include "unpack/unpack_allocated.h"
 
