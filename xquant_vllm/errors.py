@@ -28,3 +28,11 @@ class EngineError(XQuantError):
 def counted(number: int, noun: str) -> str:
     """``"1 window"``, ``"2 windows"``: a number and a noun whose plural ends with an s."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def cause_of(error: BaseException) -> str:
+    """What another library's error says, in one line: its first that is not empty, or else its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # A KeyError says nothing but the key.
+    named = isinstance(error, KeyError) or not lines
+    return ": ".join(([type(error).__name__] if named else []) + lines[:1])

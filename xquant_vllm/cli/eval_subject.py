@@ -172,7 +172,7 @@ class Subject:
             yield offline
             return
         if not torch.cuda.is_available():
-            warn_of_memory(self.checkpoint, dtype, self._device, "serving", "set --dtype bfloat16")
+            warn_of_memory(self.checkpoint, dtype, self._device, "serving", "Set --dtype bfloat16")
         with serve(self._folder, self._server_settings, options.dtype, windows, unit) as engine:
             self.method = dataclasses.replace(self.method, bytes_per_token=engine.bytes_per_token)
             yield engine

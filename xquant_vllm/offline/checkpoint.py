@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from xquant_vllm.errors import RefusedError, counted
+from xquant_vllm.errors import RefusedError, cause_of, counted
 from xquant_vllm.offline.locate import locate_checkpoint
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -63,7 +63,7 @@ class Checkpoint:
 
         try:
             text = AutoConfig.from_pretrained(self.folder).get_text_config()
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever a model's own code raises
             raise self.cannot_run(error) from None
         return tuple(getattr(text, "layer_types", None) or ())
 
@@ -71,7 +71,7 @@ class Checkpoint:
         """The error for a model that transformers cannot run, and that therefore cannot be ``what``."""
         return RefusedError(
             f"xquant: transformers cannot run the {self.architecture} in {self.folder} "
-            f"({str(error).splitlines()[0]}), so it cannot be {what}"
+            f"({cause_of(error)}), so it cannot be {what}"
         )
 
     def serving_dtype(self, name: str) -> torch.dtype:
@@ -130,9 +130,14 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RefusedError(f"xquant: {folder} is no checkpoint: config.json cannot be read ({error})") from None
+        raise RefusedError(
+            f"xquant: {folder} is no checkpoint: config.json cannot be read ({error}); "
+            "name a folder with config.json and safetensors files"
+        ) from None
     if not isinstance(config, dict):
-        raise RefusedError(f"xquant: {folder} is no checkpoint: config.json is no table of settings")
+        raise RefusedError(
+            f"xquant: {folder} is no checkpoint: config.json is no table of settings; fetch the checkpoint anew"
+        )
     if config.get("quantization_config"):
         raise RefusedError(
             f"xquant: {folder} is quantized (quantization_config in config.json), which cannot be factorized offline; "

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from xquant_vllm.errors import RefusedError
+from xquant_vllm.errors import RefusedError, cause_of
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_EXAMPLE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -20,10 +20,11 @@ def locate_checkpoint(model: str | Path) -> Path:
         RefusedError: there is no such folder, nor a model of that name that can be fetched.
     """
     path, name = Path(model), str(model)
+    # Path("") would be the current folder.
     if name and path.is_dir():
         return path
-    if path.exists():
-        raise RefusedError(f"xquant: {name} is a file; name the folder of the checkpoint, here {path.parent}")
+    if name and path.exists():
+        raise RefusedError(f"xquant: {name} is a file; name the folder of a checkpoint")
     if isinstance(model, Path) or not _HUB_NAME.fullmatch(name):
         raise RefusedError(
             f"xquant: there is no folder {name!r}; name the folder of a checkpoint, or a model on the Hugging Face hub "
@@ -53,11 +54,10 @@ def _fetched(name: str) -> Path:
         instead = f"correct the name (they look like {_HUB_EXAMPLE}), run hf auth login if it is private"
     except Exception as error:  # the hub has many errors of its own
         if constants.HF_HUB_OFFLINE:
-            why, instead = "HF_HUB_OFFLINE forbids to fetch it, and it was not fetched before", "unset HF_HUB_OFFLINE"
+            why = "it was not fetched from the hub before, which HF_HUB_OFFLINE forbids to do now"
+            instead = "unset HF_HUB_OFFLINE"
         else:
-            lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
-            cause = f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
-            why = f"the Hugging Face hub cannot be asked for it ({cause})"
+            why = f"the Hugging Face hub cannot be asked for it ({cause_of(error.__cause__ or error)})"
             instead = f"look at the network and at the name (they look like {_HUB_EXAMPLE})"
     raise RefusedError(
         f"xquant: there is no folder {name!r} here, and {why}; {instead}, or name the folder of a checkpoint"

@@ -9,8 +9,8 @@ from xquant_vllm.offline.checkpoint import Checkpoint
 from xquant_vllm.offline.progress import say
 from xquant_vllm.projection.factor_file import dtype_name
 
-# What is in memory at the most, over the weights alone: activations, logits, PyTorch itself.
-_OVER_WEIGHTS = 1.3
+# Beside the weights: activations grow with the model, PyTorch and the logits of a window are about the same for all.
+_OVER_WEIGHTS, _BESIDE = 1.3, 10**9
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -27,12 +27,12 @@ def warn_of_memory(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.dev
     """
     available = available_memory(device)
     weights = num_weights(checkpoint)
-    needed = int(weights * dtype.itemsize * _OVER_WEIGHTS)
+    needed = int(weights * dtype.itemsize * _OVER_WEIGHTS) + _BESIDE
     if available is not None and needed > available:
         say(
             f"warning: {doing} {checkpoint.name} in {dtype_name(dtype)} takes about {needed / 1e9:.1f} GB of memory "
-            f"({weights / 1e9:.1f} billion weights of {dtype.itemsize} bytes, and {_OVER_WEIGHTS - 1:.0%} more), and "
-            f"{available / 1e9:.1f} GB are available; it may be killed or slow. {instead[0].upper()}{instead[1:]}"
+            f"({weights / 1e9:.1f} billion weights of {dtype.itemsize} bytes, and what computes with them), but "
+            f"{available / 1e9:.1f} GB are free; it may be killed. {instead}"
         )
 
 

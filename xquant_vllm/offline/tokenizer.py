@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from xquant_vllm.errors import RefusedError
+from xquant_vllm.errors import RefusedError, cause_of
 from xquant_vllm.offline.checkpoint import Checkpoint
 
 
@@ -17,8 +17,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder)
     except Exception as error:  # whatever a tokenizer's own files and libraries raise
-        cause = (str(error).splitlines() or [repr(error)])[0]
         raise RefusedError(
-            f"xquant: {checkpoint.folder} has no tokenizer that transformers can read ({cause}); "
+            f"xquant: {checkpoint.folder} has no tokenizer that transformers can read ({cause_of(error)}); "
             "copy tokenizer.json and tokenizer_config.json of the model into the folder"
         ) from None

@@ -33,7 +33,7 @@ class OfflineEngine:
     def load(self) -> None:
         """Load the model and make the method's cache now, and say so, instead of with the first logits."""
         name, dtype = self._checkpoint.name, dtype_name(self._dtype)
-        instead = "set --dtype bfloat16, or --device cuda" if dtype == "float32" else "take a machine with more memory"
+        instead = "Set --dtype bfloat16, or --device cuda" if dtype == "float32" else "Take a machine with more memory"
         warn_of_memory(self._checkpoint, self._dtype, self._device, "evaluating", instead)
         say(f"loading {name} in {dtype}")
         self._model  # noqa: B018

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from xquant_vllm.errors import EngineError, SettingsError
+from xquant_vllm.errors import EngineError, SettingsError, cause_of
 from xquant_vllm.plugin.evaluation.engine import EngineRequest, EvaluationEngine
 
 _STARTED, _ANSWERED, _REFUSED, _FAILED = "started", "answered", "refused", "failed"
@@ -107,7 +107,8 @@ class EngineProcess:
         if kind == _FAILED:
             cause, log = content
             raise EngineError(
-                f"xquant: the vLLM engine failed: {cause}; where is in {log}, and VLLM_LOGGING_LEVEL=INFO shows more"
+                f"xquant: the vLLM engine failed: {cause}; the traceback is in {log}, and "
+                "VLLM_LOGGING_LEVEL=INFO shows more"
             )
         assert kind == expected, kind
         return content
@@ -135,14 +136,8 @@ def _main(connection: Connection, request: EngineRequest, start: Callable[[Engin
         # vLLM's configuration wraps errors of this package into its own.
         ours = [line[line.index("xquant: ") :] for line in str(error).splitlines() if "xquant: " in line]
         connection.send(
-            (_REFUSED, "\n".join(ours)) if ours else (_FAILED, (_cause(error), _keep(traceback.format_exc())))
+            (_REFUSED, "\n".join(ours)) if ours else (_FAILED, (cause_of(error), _keep(traceback.format_exc())))
         )
-
-
-def _cause(error: Exception) -> str:
-    """An error in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _keep(text: str) -> str:
