@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from xquant_vllm.cli.served_folder import served_folder
+from xquant_vllm.cli.vllm_folder import vllm_folder
 from xquant_vllm.errors import RefusedError
 from xquant_vllm.evaluation.engines.logits import Engine, Logits
 from xquant_vllm.evaluation.engines.offline_engine import OfflineEngine
-from xquant_vllm.evaluation.engines.served_engine import serve, vllm_version
+from xquant_vllm.evaluation.engines.vllm_engine import serve, vllm_version
 from xquant_vllm.evaluation.methods.method_names import SERVED_METHODS
 from xquant_vllm.evaluation.methods.method_options import MethodOptions
 from xquant_vllm.evaluation.methods.methods import bytes_16bit, prepare_method
@@ -105,8 +105,8 @@ class Subject:
         name, dtype, options = self._options.method, self._options.dtype, self._method_options()
         checkpoint = self.checkpoint
         if self.through_vllm and name != "16bit":
-            self._server_settings = options.served_settings(name)
-            self._folder = self._open.enter_context(served_folder(checkpoint, name, options, dtype))
+            self._server_settings = options.server_settings(name)
+            self._folder = self._open.enter_context(vllm_folder(checkpoint, name, options, dtype))
             if self._folder != checkpoint.folder:
                 # There it is calibrated already.
                 checkpoint = open_checkpoint(str(self._folder))

@@ -75,7 +75,7 @@ class MethodOptions:
             )
         return bits[0]
 
-    def served_settings(self, method: str) -> dict[str, Any]:
+    def server_settings(self, method: str) -> dict[str, Any]:
         """The settings as a server would be given them.
 
         Raises:

@@ -23,4 +23,4 @@ def served_settings(
     """
     options.check(method)
     header = factors_in(checkpoint.folder)
-    return over_factors(parse_settings(options.served_settings(method)), checkpoint.folder, header), header
+    return over_factors(parse_settings(options.server_settings(method)), checkpoint.folder, header), header

@@ -23,7 +23,7 @@ from xquant_vllm.plugin.evaluation.process import EngineProcess
 _HIDDEN = "hidden_states"
 
 
-class ServedLogits:
+class VllmLogits:
     """Logits ``[num_positions, vocabulary]`` that are computed where they are asked for: ``logits[start:stop]``."""
 
     device = torch.device("cpu")
@@ -42,7 +42,7 @@ class ServedLogits:
         return self._engine.logits(self._hidden[positions])
 
 
-class ServedEngine:
+class VllmEngine:
     """One model with two caches.
 
     Attributes:
@@ -60,18 +60,18 @@ class ServedEngine:
         self._process, self._kept = process, kept
         self.bytes_per_token = process.bytes_per_token
 
-    def reference(self, tokens: torch.Tensor, last: int | None = None) -> ServedLogits:
+    def reference(self, tokens: torch.Tensor, last: int | None = None) -> VllmLogits:
         """With the 16-bit cache; see :class:`xquant_vllm.evaluation.engines.logits.Logits`."""
         if self._kept is None:
             return self.candidate(tokens, last)
         return self._logits(self._kept.load(tokens), last)
 
-    def candidate(self, tokens: torch.Tensor, last: int | None = None) -> ServedLogits:
+    def candidate(self, tokens: torch.Tensor, last: int | None = None) -> VllmLogits:
         """With the quantized cache."""
         return self._logits(self._process.hidden_states(tokens.tolist()), last)
 
-    def _logits(self, hidden: torch.Tensor, last: int | None) -> ServedLogits:
-        return ServedLogits(self._process, hidden if last is None else hidden[-last:])
+    def _logits(self, hidden: torch.Tensor, last: int | None) -> VllmLogits:
+        return VllmLogits(self._process, hidden if last is None else hidden[-last:])
 
 
 class KeptStates:
@@ -106,7 +106,7 @@ def serve(
     dtype: str,
     windows: Sequence[torch.Tensor],
     unit: str = "window",
-) -> Iterator[ServedEngine]:
+) -> Iterator[VllmEngine]:
     """Run a model on windows.
 
     Args:
@@ -125,7 +125,7 @@ def serve(
     if settings is None:
         say("starting vLLM with the 16-bit cache")
         with EngineProcess(plain) as process:
-            yield ServedEngine(process, None)
+            yield VllmEngine(process, None)
         return
     with tempfile.TemporaryDirectory(prefix="xquant-eval-") as folder:
         kept = KeptStates(Path(folder))
@@ -135,4 +135,4 @@ def serve(
                 kept.save(window, process.hidden_states(window.tolist()))
         say("starting vLLM with the quantized cache")
         with EngineProcess(EngineRequest(str(model), settings, dtype, longest)) as process:
-            yield ServedEngine(process, kept)
+            yield VllmEngine(process, kept)

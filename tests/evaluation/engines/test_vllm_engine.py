@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from xquant_vllm.evaluation.engines import served_engine
-from xquant_vllm.evaluation.engines.served_engine import serve, vllm_version
+from xquant_vllm.evaluation.engines import vllm_engine as vllm_engine
+from xquant_vllm.evaluation.engines.vllm_engine import serve, vllm_version
 
 HEAD = torch.tensor([[1.0, 2.0, 4.0], [0.5, 0.25, 0.125]])
 WINDOWS = [torch.tensor([4, 5, 6]), torch.tensor([7, 8])]
@@ -35,7 +35,7 @@ def started(monkeypatch):
         def logits(self, hidden):
             return hidden @ HEAD
 
-    monkeypatch.setattr(served_engine, "EngineProcess", FakeProcess)
+    monkeypatch.setattr(vllm_engine, "EngineProcess", FakeProcess)
     return requests
 
 

@@ -14,7 +14,7 @@ from xquant_vllm.offline.factorize import FactorizeOptions, factorize
 
 
 @contextlib.contextmanager
-def served_folder(checkpoint: Checkpoint, method: Any, options: MethodOptions, dtype: Any) -> Iterator[Path]:
+def vllm_folder(checkpoint: Checkpoint, method: Any, options: MethodOptions, dtype: Any) -> Iterator[Path]:
     """A folder as ``xquant factorize`` writes it if the method is calibrated, for as long as it is served.
 
     Args:
