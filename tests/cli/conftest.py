@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.cli.test_factorize import FakeTokenizer
+from tests.factorizing import FakeTokenizer
 from tests.tiny_models import save_tiny_model
 
 

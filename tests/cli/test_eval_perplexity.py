@@ -12,8 +12,8 @@ import time
 import pytest
 import torch
 
-from tests.cli.test_factorize import FakeTokenizer, factorize
 from tests.conftest import ROOT
+from tests.factorizing import FakeTokenizer, factorize
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.cli.main import main
 from xquant_vllm.evaluation.model.hooked_model import HookedModel
@@ -133,7 +133,7 @@ WITHOUT_VLLM = """
 import sys
 sys.modules["vllm"] = None
 import transformers
-from tests.cli.test_factorize import FakeTokenizer
+from tests.factorizing import FakeTokenizer
 transformers.AutoTokenizer.from_pretrained = lambda _: FakeTokenizer()
 from xquant_vllm.cli.main import main
 sys.exit(main())

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from tests.cli.test_factorize import FakeTokenizer, factorize
+from tests.factorizing import FakeTokenizer, factorize
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.cli import eval_subject
 from xquant_vllm.cli.main import main

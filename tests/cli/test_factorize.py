@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.factorizing import FakeTokenizer, factorize
 from tests.tiny_models import save_tiny_model
-from xquant_vllm.cli.main import main
 from xquant_vllm.offline import factorize as command
 from xquant_vllm.offline import samples
 from xquant_vllm.projection.calibrated import layer_budget
@@ -41,10 +41,6 @@ def models(tmp_path_factory):
 @pytest.fixture
 def fake_tokenizer(monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: FakeTokenizer())
-
-
-def factorize(model, out, *options):
-    return main(["factorize", str(model), "--out", str(out), *map(str, options)])
 
 
 def projections(folder: Path, layer: int, kv_heads: int):
@@ -322,16 +318,6 @@ def test_options_that_cannot_work_are_refused_by_name(models, tmp_path, capsys, 
     errors = capsys.readouterr().err.splitlines()
     assert [line for line in errors if named in line] == errors[-1:]
     assert not list(tmp_path.iterdir())
-
-
-class FakeTokenizer:
-    """Words to numbers."""
-
-    bos_token_id = 1
-
-    def encode(self, text, add_special_tokens=True, verbose=True):
-        ids = [3 + sum(map(ord, word)) % 300 for word in text.split()]
-        return [1, *ids] if add_special_tokens else ids
 
 
 def test_a_folder_is_replaced_only_if_asked_and_only_if_it_is_ours(models, tmp_path, capsys):

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 SLOW = """
 import sys, time
 import transformers
-from tests.cli.test_factorize import FakeTokenizer
+from tests.factorizing import FakeTokenizer
 transformers.AutoTokenizer.from_pretrained = lambda _: FakeTokenizer()
 import {module} as module
 def wait(*_, **__):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.cli.test_factorize import factorize
+from tests.factorizing import factorize
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.cli.main import main, parser
 from xquant_vllm.cli.option_words import in_option_words

@@ -11,9 +11,9 @@ import sys
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.cli.test_factorize import FakeTokenizer
 from tests.e2e.engine import EngineFailed
 from tests.e2e.test_families import ENGINE, TASKS
+from tests.factorizing import FakeTokenizer
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.cli.main import main
 

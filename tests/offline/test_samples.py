@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from tests.cli.test_factorize import FakeTokenizer
+from tests.factorizing import FakeTokenizer
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.errors import RefusedError
 from xquant_vllm.offline import samples

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cli.test_factorize import FakeTokenizer, factorize
 from tests.engine_config import engine_config
+from tests.factorizing import FakeTokenizer, factorize
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.cli.main import main
 from xquant_vllm.errors import SettingsError
