@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from xquant_vllm.errors import RefusedError
-
-PYTHON_DOCS = "python-docs"
+from xquant_vllm.scheme.factor_header import PYTHON_DOCS
 
 
 def text_name(source: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from xquant_vllm.codec.packing import UNQUANTIZED_BITS
 from xquant_vllm.errors import FactorFileError, SettingsError
 from xquant_vllm.projection.factor_file import FACTORS_FILE, HEADER_FILE
-from xquant_vllm.scheme.factor_header import FactorHeader, FactorSettings, read_header
+from xquant_vllm.scheme.factor_header import PYTHON_DOCS, FactorHeader, FactorSettings, read_header
 from xquant_vllm.scheme.settings import PerStream, XQuantSettings
 
 # Built into all calibrated factors: they know of nothing else.
@@ -59,9 +59,12 @@ def refuse_factors(path: Path, problem: str, header: FactorHeader | None, option
             given += [option, *values]
     words = "".join(f" {shlex.quote(word)}" for word in given)
     folder = shlex.quote(str(path.parent))
+    text = given[given.index("--calibration") + 1] if "--calibration" in given else PYTHON_DOCS
+    # A header knows no paths of the machine that it was made on.
+    note = "" if text == PYTHON_DOCS else f" (with the path of {text})"
     return SettingsError(
-        f"xquant: {path} {problem}; make it anew with `xquant factorize {folder} --out {folder}{words} --force`, or "
-        "serve the model that it was made from"
+        f"xquant: {path} {problem}; make it anew with `xquant factorize {folder} --out {folder}{words} --force`{note}, "
+        "or serve the model that it was made from"
     )
 
 
@@ -141,7 +144,7 @@ def _remedy(settings: XQuantSettings, header: FactorHeader, method: str) -> tupl
         return header, " ".join(words)
     # From data-free to a chain, or from calibrated to data-free.
     if calibrated:
-        words.append("--calibration python-docs")
+        words.append(f"--calibration {PYTHON_DOCS}")
     if header.dtype != "bfloat16":
         words.append(f"--dtype {header.dtype}")
     return None, " ".join(words)
