@@ -34,6 +34,7 @@ namespace {
 #include "quantize.h"
 #include "rotate.h"
 #include "store.h"
+#include "hot_tokens.h"
 #include "kivi/pages.h"
 #include "kivi/scratch.h"
 #include "kivi/exact.h"
@@ -46,6 +47,7 @@ namespace {
 
 const Kernels XQUANT_KERNELS = {
     XQUANT_KERNELS_NAME, store_scratch, attention_scratch, store_tokens, attend, merge, finish,
+    hot_scratch, read_tokens, finish_tokens,
     kivi_store_scratch, kivi_attention_scratch, kivi_store_tokens, kivi_store_group, kivi_attend,
 };
 

@@ -170,14 +170,10 @@ def test_what_is_hot_is_what_the_pages_hold(seed: int) -> None:
 
 
 def sequences(count: int, blocks: int, size: int, first: int) -> list[Sequence]:
-    return [
-        Sequence(
-            list(range(first + i * blocks, first + (i + 1) * blocks)),
-            list(range(1, blocks * size + 1)),
-            blocks * size - 1,
-        )
-        for i in range(count)
-    ]
+    """Decoding, with one token missing to the end of their last block."""
+    tokens = blocks * size
+    starts = range(first, first + count * blocks, blocks)
+    return [Sequence(list(range(at, at + blocks)), list(range(1, tokens + 1)), tokens - 1) for at in starts]
 
 
 @pytest.mark.parametrize("period", [1, 10, 100, 1000])

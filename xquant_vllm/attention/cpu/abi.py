@@ -2,7 +2,7 @@
 
 import ctypes
 
-ABI = 7
+ABI = 8
 """``XQUANT_CPU_ABI``: a library of another number has other structs."""
 
 _int64, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -154,4 +154,36 @@ class AttentionCall(ctypes.Structure):
         ("exact_keys", _pointer),
         ("exact_values", _pointer),
         ("exact_from", _int64),
+    ]
+
+
+class ReadCall(ctypes.Structure):
+    """``xquant_read_call``."""
+
+    _fields_ = [
+        ("pages", ctypes.POINTER(Pages)),
+        ("num_blocks", _int64),
+        ("slots", _pointer),
+        ("num_tokens", _int64),
+        ("latents", _pointer),
+        ("output", _pointer),
+        ("dtype", _int64),
+        ("values", _int64),
+        ("first_term", _int64),
+    ]
+
+
+class FinishCall(ctypes.Structure):
+    """``xquant_finish_call``."""
+
+    _fields_ = [
+        ("positions", _pointer),
+        ("num_tokens", _int64),
+        ("keys", _pointer),
+        ("key_token_stride", _int64),
+        ("key_head_stride", _int64),
+        ("values", _pointer),
+        ("value_token_stride", _int64),
+        ("value_head_stride", _int64),
+        ("dtype", _int64),
     ]

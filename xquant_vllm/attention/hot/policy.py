@@ -258,7 +258,7 @@ class HotMap:
         self._left[self.hot_of(blocks)] = True
         self._left[self.hot_of(kept.ravel())] = False
 
-    def _count(self, hot: Ints, taking_part: Ints) -> None:
+    def _count(self, hot: NDArray[np.bool_], taking_part: NDArray[np.bool_]) -> None:
         self.counts.hot_rows += int(hot.sum())
         self.counts.cold_rows += int(taking_part.sum()) - int(hot.sum())
 
