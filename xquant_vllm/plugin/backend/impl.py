@@ -8,6 +8,8 @@ from vllm.v1.attention.backend import AttentionLayer
 
 from xquant_vllm.attention import dispatch, reference
 from xquant_vllm.attention.plan import AttentionLayerPlan
+from xquant_vllm.plugin.backend.hot_budget import keep_pool_back
+from xquant_vllm.plugin.backend.hot_cpu import HotPool
 from xquant_vllm.plugin.backend.metadata import PagedMetadata
 from xquant_vllm.plugin.backend.paged_impl import PagedImpl, pages_of, refuse_output_scales
 from xquant_vllm.plugin.engine_settings import settings_of
@@ -32,7 +34,9 @@ class XQuantImpl(PagedImpl):
         self._earlier: tuple[Any, ...] = ()
         self._plans: dict[int, AttentionLayerPlan] = {}
         self._known_pages: tuple[list[torch.Tensor], tuple[torch.Tensor, ...]] = ([], ())
+        self.hot_pool: HotPool | None = None
         install_loader_hook()
+        keep_pool_back()
 
     def set_scheme(self, scheme: LayerScheme, earlier: Sequence[Any]) -> None:
         """Take what surgery made of this layer.
@@ -133,7 +137,25 @@ class XQuantImpl(PagedImpl):
             assert self.scheme is not None
             inputs = self.scheme.inputs(key[:tokens], value[:tokens])
         batch = attn_metadata.batch
-        kernels.paged_attention(query[:tokens], self._pages(kv_cache), plan, batch, output[:tokens], inputs)
+        pages = self._pages(kv_cache)
+        query, output_rows = query[:tokens], output[:tokens]
+        hot = attn_metadata.hot
+        if hot is not None and self.hot_pool is not None:
+            chained = self.settings.method == "xquant-cl"
+            before = self._earlier[-1].impl if self._earlier else None
+            self.hot_pool.write(pages, plan, hot.written, self if chained else None, before)
+            if hot.hot is not None:
+                self.hot_pool.attend(query, plan, hot.hot, output_rows)
+                if hot.cold is None:
+                    return output
+                batch, rows = hot.cold
+                cold = query[rows]
+                inputs = None if inputs is None else tuple(x[rows] for x in inputs)
+                result = torch.empty_like(cold)
+                kernels.paged_attention(cold, pages, plan, batch, result, inputs)
+                output_rows.index_copy_(0, rows, result)
+                return output
+        kernels.paged_attention(query, pages, plan, batch, output_rows, inputs)
         return output
 
     def do_kv_cache_update(
