@@ -149,7 +149,7 @@ class HotBuilder:
         """None where there is no pool."""
         memory = hot_memory(vllm_config)
         # One hot block is the null block's.
-        if memory.tokens < 2 * spec.block_size or spec.block_size % 32:
+        if memory.tokens < 2 * spec.block_size:
             return None
         return cls(spec, impls, vllm_config, memory)
 
