@@ -113,7 +113,7 @@ def test_sliding_windows(run, gemma3):
     assert_same(hot, cold)
 
 
-def test_compiled_bfloat16(run, smollm2_mha, documentation):
+def test_in_bfloat16(run, smollm2_mha, documentation):
     """In the model's own dtype: within what its rounding does."""
     tasks = [{"kind": "prompt_logprobs", "prompts": [documentation[:200]]}]
     cold, hot = (run(smollm2_mha, tasks, X, hot, dtype="bfloat16") for hot in (0, "50%"))

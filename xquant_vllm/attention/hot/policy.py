@@ -52,7 +52,7 @@ class HotStep:
 
 @dataclass
 class HotCounts:
-    """Sums over all steps.
+    """Sums over steps.
 
     Attributes:
         hot_rows: rows attended from the pool.

@@ -1,5 +1,7 @@
 """Hot blocks on CPUs: attended by vLLM's own kernels for 16-bit caches (CPU_ATTN)."""
 
+import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +18,17 @@ from xquant_vllm.attention import dispatch
 from xquant_vllm.attention import reference as slow
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.hot import reference
-from xquant_vllm.attention.hot.policy import HotMap
+from xquant_vllm.attention.hot.policy import HotCounts, HotMap
 from xquant_vllm.attention.hot.rematerialize import TokenKernels, rematerialize
 from xquant_vllm.attention.hot.tokens import HotTokens
 from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.plugin.backend.hot_budget import HotMemory, hot_memory
+
+
+logger = logging.getLogger("vllm.xquant_vllm")
+
+# Seconds between two lines of the log that say what was hot.
+_LOG_EVERY = 60
 
 
 @dataclass
@@ -77,24 +85,47 @@ class HotPool:
         keys, values = rematerialize(_token_kernels(), pages, plan, tokens, self._dtype, layer, before)
         ops.cpu_attn_reshape_and_cache(keys, values, self.keys, self.values, tokens.hot_slots, self._isa)
 
-    def attend(self, query: torch.Tensor, plan: AttentionLayerPlan, rows: HotRows, output: torch.Tensor) -> None:
-        """Attend to hot rows.
+    def attend(
+        self,
+        query: torch.Tensor,
+        pages: Sequence[torch.Tensor],
+        plan: AttentionLayerPlan,
+        batch: HotBatch,
+        output: torch.Tensor,
+        inputs: Sequence[torch.Tensor] | None = None,
+    ) -> None:
+        """Attend to hot rows from the pool and to the others from pages.
 
         Args:
-            query: ``[num_tokens, num_heads, head_size]`` of the whole batch.
+            query: ``[num_tokens, num_heads, head_size]``, after RoPE.
+            pages: for every layout of the plan ``[num_blocks, page_bytes]`` uint8.
             plan: the layer's plan.
-            rows: the rows.
-            output: like ``query``; written for their tokens.
+            batch: the rows; some are hot, and what is written in this step is written.
+            output: ``[num_tokens, num_heads, head_size]``, written.
+            inputs: what the store was given of the tokens, if rows with many of them attend to these exactly.
         """
-        part, result = query, output
-        if rows.tokens is not None:
-            part = query[rows.tokens]
-            result = torch.empty_like(part)
+        assert batch.hot is not None
+        if batch.cold is None:
+            self._attend(query, plan, batch.hot, output)
+            return
+        assert batch.hot.tokens is not None
+        part = query[batch.hot.tokens]
+        result = torch.empty_like(part)
+        self._attend(part, plan, batch.hot, result)
+        output.index_copy_(0, batch.hot.tokens, result)
+        rows, tokens = batch.cold
+        part = query[tokens]
+        result = torch.empty_like(part)
+        some = None if inputs is None else tuple(x[tokens] for x in inputs)
+        dispatch.select("cpu").paged_attention(part, pages, plan, rows, result, some)
+        output.index_copy_(0, tokens, result)
+
+    def _attend(self, query: torch.Tensor, plan: AttentionLayerPlan, rows: HotRows, output: torch.Tensor) -> None:
         ops.cpu_attention_with_kv_cache(
-            query=part,
+            query=query,
             key_cache=self.keys,
             value_cache=self.values,
-            output=result,
+            output=output,
             query_start_loc=rows.batch.query_start_loc,
             seq_lens=rows.batch.seq_lens,
             scale=plan.scale,
@@ -106,8 +137,6 @@ class HotPool:
             scheduler_metadata=rows.scheduler,
             s_aux=plan.sinks,
         )
-        if rows.tokens is not None:
-            output.index_copy_(0, rows.tokens, result)
 
 
 def _token_kernels() -> TokenKernels:
@@ -130,6 +159,7 @@ class HotBuilder:
         windows = {impl.sliding_window for impl in impls}
         window = windows.pop() if len(windows) == 1 else None
         self._exact_from = first._exact_from
+        self._logged = time.monotonic()
         dtype = vllm_config.model_config.dtype
         self._schedule = {
             "num_heads": first.num_heads,
@@ -165,6 +195,7 @@ class HotBuilder:
             exact = None if self._exact_from is None else counts >= self._exact_from
             step = hot_map.plan(common.block_table_tensor.numpy(), lengths, counts, exact)
             known = self._memory.maps[address] = (hot_map, common, (step, HotTokens.of(step)))
+            self._log(hot_map)
         step, written = known[2]
         table = torch.from_numpy(step.block_table)
         if step.hot.sum() == np.count_nonzero(counts):
@@ -177,6 +208,21 @@ class HotBuilder:
             for rows, of in ((step.hot, table), (~step.hot & (counts > 0), common.block_table_tensor))
         )
         return HotBatch(written, self._rows(hot, hot_tokens), cold)
+
+    def _log(self, hot_map: HotMap) -> None:
+        now = time.monotonic()
+        if now - self._logged < _LOG_EVERY:
+            return
+        self._logged = now
+        counts, hot_map.counts = hot_map.counts, HotCounts()
+        logger.info(
+            "xquant: hot blocks: since the last such line %d rows were attended from the pool and %d from pages; %d "
+            "new and %d promoted tokens were written to the pool",
+            counts.hot_rows,
+            counts.cold_rows,
+            counts.new_tokens,
+            counts.promoted_tokens,
+        )
 
     def _rows(self, batch: AttentionBatch, tokens: torch.Tensor | None) -> HotRows:
         scheduler = ops.cpu_attn_get_scheduler_metadata(

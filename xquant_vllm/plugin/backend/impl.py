@@ -136,26 +136,17 @@ class XQuantImpl(PagedImpl):
         if plan.exact_from is not None:
             assert self.scheme is not None
             inputs = self.scheme.inputs(key[:tokens], value[:tokens])
-        batch = attn_metadata.batch
         pages = self._pages(kv_cache)
-        query, output_rows = query[:tokens], output[:tokens]
+        query, rows = query[:tokens], output[:tokens]
         hot = attn_metadata.hot
         if hot is not None and self.hot_pool is not None:
             chained = self.settings.method == "xquant-cl"
             before = self._earlier[-1].impl if self._earlier else None
             self.hot_pool.write(pages, plan, hot.written, self if chained else None, before)
             if hot.hot is not None:
-                self.hot_pool.attend(query, plan, hot.hot, output_rows)
-                if hot.cold is None:
-                    return output
-                batch, rows = hot.cold
-                cold = query[rows]
-                inputs = None if inputs is None else tuple(x[rows] for x in inputs)
-                result = torch.empty_like(cold)
-                kernels.paged_attention(cold, pages, plan, batch, result, inputs)
-                output_rows.index_copy_(0, rows, result)
+                self.hot_pool.attend(query, pages, plan, hot, rows, inputs)
                 return output
-        kernels.paged_attention(query, pages, plan, batch, output_rows, inputs)
+        kernels.paged_attention(query, pages, plan, attn_metadata.batch, rows, inputs)
         return output
 
     def do_kv_cache_update(
