@@ -24,7 +24,6 @@ from xquant_vllm.attention.hot.tokens import HotTokens
 from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.plugin.backend.hot_budget import HotMemory, hot_memory
 
-
 logger = logging.getLogger("vllm.xquant_vllm")
 
 # Seconds between two lines of the log that say what was hot.
