@@ -28,8 +28,8 @@ TEST_MODELS := smollm2 smollm2-mha gemma3
 DOCKERFILES := docker/Dockerfile docker/Dockerfile.cpu
 LINTED := xquant_vllm tests tools examples benchmarks docker setup.py
 
-.PHONY: help venv kernels cuda-check model demo serve test test-models test-gpu accuracy bench-cpu families \
-	families-write dist lint clean
+.PHONY: help venv kernels cuda-check model demo serve test test-models test-gpu test-docs accuracy pictures bench-cpu \
+	families families-write dist lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,7 +41,7 @@ $(READY): $(SETUP_FILES)
 
 kernels: $(KERNELS) ## compile csrc/cpu, if it changed (XQUANT_BUILD_KERNELS=1: fail if it does not compile)
 
-$(KERNELS): setup.py $(wildcard csrc/cpu/* csrc/cpu/kivi/*) | $(READY)
+$(KERNELS): setup.py $(wildcard csrc/cpu/* csrc/cpu/*/*) | $(READY)
 	$(VENV)/bin/python setup.py --quiet build_kernels --inplace
 
 cuda-check: venv ## compile csrc/cuda for every GPU it is built for, and fail on spilled registers (needs nvcc, no GPU)
@@ -69,9 +69,15 @@ test: test-models ## run the tests
 test-gpu: venv ## run the tests of the Triton kernels, without a GPU in Triton's interpreter
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/attention/gpu tests/kivi/gpu -n 2
 
+test-docs: venv ## run the tests of the documentation: its commands, its Python, its paths, and what it says of vLLM
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/docs
+
 accuracy: test-models ## compare the accuracy of all caches per byte (an hour on two cores); writes docs/accuracy.md
 	$(VENV)/bin/python benchmarks/compare_accuracy.py --write --models models/smollm2-135m-instruct \
 		models/smollm2-135m-instruct-mha models/gemma-3-270m $(ACCURACY_ARGS)
+
+pictures: venv ## make the picture of README.md from benchmarks/results/accuracy
+	$(VENV)/bin/python benchmarks/capacity_plot.py
 
 bench-cpu: venv ## measure decode, serving under memory pressure, and the kernels, against 16 bit (25 minutes)
 	$(VENV)/bin/python tools/prepare_model.py --model smollm2

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     add_options(parser)
     parser.add_argument("--contexts", nargs="+", type=int, default=[512, 4096], help="cached tokens of a sequence")
     parser.add_argument("--sequences", nargs="+", type=int, default=[8], help="that decode together")
-    parser.add_argument("--holds", nargs="+", choices=("latent", "x"), default=["latent"], help="what pages hold")
+    parser.add_argument("--holds", nargs="+", choices=("latents", "x"), default=["latents"], help="what pages hold")
     parser.add_argument(
         "--not-folded",
         action="store_true",
@@ -63,9 +63,9 @@ def _rows(model: Model, sequences: int, context: int, options: argparse.Namespac
     work = {BASELINE: Work(plain_decode_bytes(model.kv_heads, model.head_size, sequences, context), arithmetic)}
     for holds in options.holds:
         for bits in options.bits:
-            name = f"{'xquant' if holds == 'latent' else 'xquant X'} {bits} bits"
+            name = f"{'xquant' if holds == 'latents' else 'xquant X'} {bits} bits"
             plans = {name: make_plan(model, holds, bits, context)}
-            if options.not_folded and holds == "latent":
+            if options.not_folded and holds == "latents":
                 plans[f"{name}, not folded"] = make_plan(model, holds, bits, context, fold_values=False)
             pages = filled_pages(plans[name], blocks, layers)
 

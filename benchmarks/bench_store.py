@@ -50,7 +50,7 @@ def _rows(model: Model, tokens: int, options: argparse.Namespace) -> list[dict[s
     calls: dict[str, Callable[[], object]] = {BASELINE: PlainLayers(model, blocks, model.layers).store(tokens, slots)}
     work = {BASELINE: Work(2.0 * tokens * 2 * model.kv_heads * model.head_size * 2)}
     for bits in options.bits:
-        plan = make_plan(model, "latent", bits, 16)
+        plan = make_plan(model, "latents", bits, 16)
         pages, inputs = filled_pages(plan, blocks, model.layers), latents(plan, tokens)
 
         def store(plan: Any, pages: list[torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> None:

@@ -22,8 +22,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.accuracy_plot import plot  # noqa: E402
-from benchmarks.accuracy_table import write_table  # noqa: E402
+from benchmarks.accuracy.plot import plot  # noqa: E402
+from benchmarks.accuracy.table import write_table  # noqa: E402
 from xquant_vllm.cli.main import main as xquant  # noqa: E402
 from xquant_vllm.evaluation.files import replace_json  # noqa: E402
 
@@ -38,12 +38,13 @@ class Candidate:
     options: tuple[str, ...]
 
 
-def candidates(gqa: bool, hybrid: bool) -> list[Candidate]:
+def candidates(gqa: bool, hybrid: bool, several_heads: bool) -> list[Candidate]:
     """What is compared on a model.
 
     Args:
         gqa: whether keys and values are narrower than the layer input.
         hybrid: whether layers are of several kinds, over which no chain is served.
+        several_heads: whether there is more than one kv head, so that a data-free joint basis is another one.
     """
     rows = []
     for bits in (2, 4, 3):
@@ -60,6 +61,17 @@ def candidates(gqa: bool, hybrid: bool) -> list[Candidate]:
         rows.append(Candidate(f"xquant, joint, {bits}", ("--method", "xquant", *some, "--basis", "joint")))
         if not hybrid:
             rows.append(Candidate(f"xquant-cl, {bits}", ("--method", "xquant-cl", *some)))
+    for bits in (8, 4, 3, 2):
+        untold = ("--bits", str(bits), "--calibration", "none")
+        rows.append(Candidate(f"xquant, data-free, {bits}", ("--method", "xquant", *untold)))
+        if bits == 8:  # nearly exact already
+            continue
+        if gqa and several_heads:
+            rows.append(
+                Candidate(f"xquant, data-free joint, {bits}", ("--method", "xquant", *untold, "--basis", "joint"))
+            )
+        if not hybrid:
+            rows.append(Candidate(f"xquant-cl, data-free, {bits}", ("--method", "xquant-cl", *untold)))
     for bits in (4, 2):
         rows.append(Candidate(f"KIVI {bits}", ("--method", "kivi", "--bits", str(bits))))
         residual = ("--method", "kivi", "--bits", str(bits), "--residual", "128")
@@ -83,7 +95,7 @@ def main() -> None:
     if options.write:
         results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
         write_table(results, ROOT / "docs" / "accuracy.md")
-        plot(results, ROOT / "docs" / "accuracy.png")
+        plot(results, ROOT / "docs" / "pictures" / "accuracy.png")
 
 
 def compare(model: str, options: argparse.Namespace) -> None:
@@ -93,7 +105,7 @@ def compare(model: str, options: argparse.Namespace) -> None:
     hybrid = len(set(config.get("layer_types") or ["one"])) > 1
     chosen = [
         row
-        for row in candidates(kv_heads < heads, hybrid)
+        for row in candidates(kv_heads < heads, hybrid, kv_heads > 1)
         if not options.only or any(part in row.name for part in options.only)
     ]
     for row in tqdm(chosen, desc=Path(model).name, unit="method"):

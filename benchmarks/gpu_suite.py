@@ -3,7 +3,8 @@
     python benchmarks/gpu_suite.py --json --out benchmarks/results/gpu
 
 Needs torch and Triton, and this repository on the path, nothing else of its environment. What it prints is explained in
-docs/gpu.md. Without a GPU, TRITON_INTERPRET=1 runs --tiny: checks on small shapes, and every code path of the timing.
+docs/kernels/gpu.md. Without a GPU, TRITON_INTERPRET=1 runs --tiny: checks on small shapes, and every code path of the
+timing.
 Exit codes: 0, everything checked is right; 1, something is not; 2, it cannot run here.
 """
 

@@ -56,5 +56,6 @@ METHODS = {
         _plugin("chain-2", "xquant-cl 2 bits, not hot", "xquant", {"method": "xquant-cl", "bits": 2, "hot": 0}),
         _plugin("chain-2-hot", "xquant-cl 2 bits, hot", "xquant", {"method": "xquant-cl", "bits": 2, "hot": "50%"}),
         _plugin("xquant-cl", "xquant-cl 4 bits", "xquant", {"method": "xquant-cl", "bits": 4}),
+        _plugin("xquant-cl-2", "xquant-cl 2 bits", "xquant", {"method": "xquant-cl", "bits": 2}),
     )
 }

@@ -66,7 +66,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """The C++ kernels use this instruction set; afterwards the best one, and as many threads as before."""
     import torch
 
-    from xquant_vllm.attention.cpu import kernels as cpu
+    from xquant_vllm.attention.cpu import library as cpu
 
     threads = torch.get_num_threads()
     if not cpu.set_isa(request.param):

@@ -27,7 +27,7 @@ def has_kernels() -> bool:
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> None:
     """Equal up to the instruction set's error, relative to a head's largest element, and the rounding of the dtype."""
-    from xquant_vllm.attention.cpu import kernels as cpu
+    from xquant_vllm.attention.cpu import library as cpu
 
     assert actual.dtype == expected.dtype
     rounding = ROUNDING[expected.dtype]

@@ -94,7 +94,37 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
         transformers.OPTConfig,
         {"num_key_value_heads": 4, "ffn_dim": 192, "word_embed_proj_dim": 128, "init_std": 0.12},
     ),
-    "gpt-oss": (transformers.GptOssConfig, {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    # Attention sinks, biases, YaRN, and a sliding window in every other layer.
+    "gpt-oss": (
+        transformers.GptOssConfig,
+        {
+            "head_dim": 32,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 48,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+            },
+        },
+    ),
+    # Attention sinks and biases, with RoPE in some layers and without it in others.
+    "granite-swa": (
+        transformers.GraniteSWAConfig,
+        {
+            "attention_bias": True,
+            "attention_multiplier": 32**-0.5,
+            "sliding_window": 48,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "layer_rope_theta": [0.0, 1e4, 1e4],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
     # Partial RoPE whose pairs lie side by side.
     "glm": (transformers.GlmConfig, {"head_dim": 32}),
 }
@@ -124,7 +154,27 @@ def save_tiny_model(folder: Path, family: str, **changes: Any) -> Path:
                 parameter.uniform_(-0.5, 0.5)  # added to one
             elif name.endswith(("q_norm.weight", "k_norm.weight")):
                 parameter.uniform_(0.5, 1.5)
+            elif name.endswith("sinks"):
+                parameter.uniform_(4.0, 9.0)  # as large as the largest scores
     model.save_pretrained(folder)
+    return folder
+
+
+def remove_sinks(folder: Path) -> Path:
+    """Set the attention sinks of a tiny checkpoint so low that they take nothing.
+
+    Args:
+        folder: a checkpoint written by :func:`save_tiny_model`.
+
+    Returns:
+        ``folder``.
+    """
+    weights = load_file(folder / "model.safetensors")
+    sinks = [name for name in weights if name.endswith("sinks")]
+    assert sinks
+    for name in sinks:
+        weights[name].fill_(-1e4)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

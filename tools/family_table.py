@@ -26,6 +26,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "bias": (),
     "qk-norm": (),
     "sliding window": (),
+    "attention sinks": (),
     "mixed with 16 bit": (),
     "prefix caching": (),
     "chunked prefill": (),

@@ -58,7 +58,7 @@ def make_plan(model: Model, holds: str, bits: int, positions: int, *, fold_value
 
     Args:
         model: its sizes.
-        holds: ``"latent"``, a basis per kv head, or ``"x"``, the layer input.
+        holds: ``"latents"``, with a basis per kv head, or ``"x"``, the layer input.
         bits: of its codes.
         positions: of its RoPE table.
         fold_values: whether the output projection up-projects value latents, as when served; not those of X.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from xquant_vllm.attention.cpu import kernels as cpu
+from xquant_vllm.attention.cpu import library as cpu
 
 _ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,8 +6,8 @@ not what the kernel spends on it: no unpacking of codes, no conversions, no addr
 
 from dataclasses import dataclass
 
-from xquant_vllm.attention.cpu import kernels as cpu
-from xquant_vllm.attention.cpu.prepared import prepare
+from xquant_vllm.attention.cpu import library as cpu
+from xquant_vllm.attention.cpu.plan import prepare
 from xquant_vllm.attention.plan import AttentionLayerPlan
 
 # Of the polynomial and the scaling of an exponential.
@@ -46,10 +46,10 @@ def decode_work(plan: AttentionLayerPlan, sequences: int, context: int) -> Work:
     fp32 = kv_heads * (2.0 * size + group * size + group * _EXPONENTIAL)
     int16 = int8 = 0.0
     if integers:
-        words, segments = _key_words(plan)
+        words, scale_groups = _key_words(plan)
         int16 += words * size
         int8 += (kv_heads * width - words) * size
-        fp32 += (2 * segments + kv_heads * plan.layout.streams[0].outlier_channels) * size
+        fp32 += (2 * scale_groups + kv_heads * plan.layout.streams[0].outlier_channels) * size
         int16 += kv_heads * group * value_width
     else:
         fp32 += kv_heads * (width * size + group * value_width)
@@ -58,7 +58,7 @@ def decode_work(plan: AttentionLayerPlan, sequences: int, context: int) -> Work:
 
 
 def _key_words(plan: AttentionLayerPlan) -> tuple[int, int]:
-    """Channels of all kv heads' keys that have integers of 16 bits, and segments of all kv heads."""
+    """Channels of all kv heads' keys that have integers of 16 bits, and scale groups of all kv heads."""
     keys = prepare(plan, True).integer_keys
     assert keys is not None
     return int(keys.words.sum()), keys.words.numel()

@@ -83,7 +83,7 @@ def _sdpa(backend: SDPBackend, problem: Problem) -> Prepared:
     if lower_right and backend != SDPBackend.FLASH_ATTENTION:
         raise NotImplementedError("this backend has no causal mask for fewer queries than keys")
 
-    def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def sdpa(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         if lower_right:
             # What torch.nn.attention.bias.causal_lower_right calls; its causal mask ends at the last key.
             return torch.ops.aten._scaled_dot_product_flash_attention(query, keys, values, 0.0, True)[0].transpose(1, 2)
@@ -97,7 +97,7 @@ def _sdpa(backend: SDPBackend, problem: Problem) -> Prepared:
         problem,
         [
             functools.partial(
-                attend, query.transpose(1, 2), keys[:, :seq_len].transpose(1, 2), values[:, :seq_len].transpose(1, 2)
+                sdpa, query.transpose(1, 2), keys[:, :seq_len].transpose(1, 2), values[:, :seq_len].transpose(1, 2)
             )
             for query, keys, values in zip(problem.queries, problem.keys, problem.values, strict=True)
         ],
@@ -147,7 +147,7 @@ def _vllm(bits: int, problem: Problem) -> Prepared:
     starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * query_len
     lengths = torch.full((batch,), problem.seq_len, dtype=torch.int32, device=device)
 
-    def attend(index: int) -> torch.Tensor:
+    def flash(index: int) -> torch.Tensor:
         return package.flash_attn_varlen_func(
             q=numbers.queries[index].view(batch * query_len, heads, size),
             k=numbers.keys[index].view(-1, problem.block_size, kv_heads, size),
@@ -163,7 +163,7 @@ def _vllm(bits: int, problem: Problem) -> Prepared:
             **more,
         )
 
-    prepared = _as_given(numbers, [functools.partial(attend, index) for index in range(sets)])
+    prepared = _as_given(numbers, [functools.partial(flash, index) for index in range(sets)])
     return replace(prepared, allowed=6e-2) if bits == 8 else prepared  # weights are rounded to FP8, too
 
 

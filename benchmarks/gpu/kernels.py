@@ -1,6 +1,5 @@
 """Which kernels the suite checks and times."""
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ class Kernels:
     Attributes:
         name: what tables call it.
         paged_attention: see the reference; None: there is none.
-        store: likewise.
+        store: see the reference; None: there is none.
     """
 
     name: str
@@ -31,20 +30,12 @@ class Kernels:
     store: Store | None
 
 
-def _of(module: str, name: str) -> Callable[..., None] | None:
-    """A function of a module; None where there is no such module."""
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        return None
-
-
 def triton_kernels() -> Kernels:
-    """The Triton kernels. The one that stores may be missing."""
-    package = "xquant_vllm.attention.gpu"
-    return Kernels("triton", _of(f"{package}.launch", "paged_attention"), _of(f"{package}.store", "store"))
+    """The Triton kernels."""
+    from xquant_vllm.attention.gpu.launch import paged_attention
+    from xquant_vllm.attention.gpu.store.store import store
+
+    return Kernels("triton", paged_attention, store)
 
 
 KERNELS: dict[str, Callable[[], Kernels]] = {"triton": triton_kernels}

@@ -16,7 +16,7 @@ from xquant_vllm.codec.rotation import hadamard_rotation
 from xquant_vllm.projection.basis import LatentBasis
 from xquant_vllm.projection.calibrated import layer_budget
 from xquant_vllm.projection.integer_up import with_integer_up
-from xquant_vllm.projection.predicted import joint_width
+from xquant_vllm.projection.predicted import joint_kv_width
 from xquant_vllm.projection.rematerialize import LayerProjection
 from xquant_vllm.projection.rope import RotaryTable
 
@@ -202,7 +202,7 @@ def _streams(
         keys, values = calibrated_runs(model, int(bits), generator)
         return [[AllocatedFormat(size, keys), AllocatedFormat(size, values)]], None, size
     if what == "joint allocated":
-        width = joint_width(hidden, heads, size)
+        width = joint_kv_width(hidden, heads, size)
         budget = layer_budget(heads, size, hidden, int(bits), joint_kv=True) - 1
         runs = (allocate([_variances(width, _JOINT_DECAY, generator)], budget)[0],)
         return [[AllocatedFormat(width, runs)]], (LatentTerm(0, 0),), width

@@ -90,7 +90,7 @@ def row_of(request: Request, variant: str, kind: str, **more: Any) -> Row:
 
 @functools.cache
 def _layer(model: Model, name: str, block_size: int, device: torch.device, seed: int) -> AttentionLayerPlan:
-    """Kept while the process lives: describing thousands of chunks to the kernels takes seconds."""
+    """Kept while the process lives: describing thousands of bands to the kernels takes seconds."""
     return make_layer(model, name, _POSITIONS, block_size, device, seed)
 
 
@@ -328,13 +328,13 @@ def _ours(
     on_host = ((shape.query_len, shape.seq_len),) * batch if shape.query_len > 1 else None
     batches = [AttentionBatch(starts, lengths, table, shape.query_len, on_host) for table in tables]
 
-    def attend(index: int) -> None:
+    def call(index: int) -> None:
         attention(flat[index], pages, plan, batches[index], outputs[index])
 
     def error() -> float:
         """Of the first and the last sequence."""
         outputs.fill_(torch.nan)
-        attend(0)
+        call(0)
         worst = 0.0
         for sequence in {0, batch - 1}:
             tokens = slice(sequence * shape.query_len, (sequence + 1) * shape.query_len)
@@ -344,7 +344,7 @@ def _ours(
             worst = max(worst, relative_errors(outputs[0, tokens], expected)[0])
         return worst
 
-    calls = [lambda index=index: attend(index) for index in range(sets)]
+    calls = [lambda index=index: call(index) for index in range(sets)]
     return _Variant(row, calls, cost, error, _ALLOWED_ERROR)
 
 

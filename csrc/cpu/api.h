@@ -1,5 +1,5 @@
 // The C interface of the CPU kernels: plain structs, no torch, no C++ types. xquant_vllm/attention/cpu/abi.py mirrors
-// them field by field; xquant_cpu_abi() changes whenever a struct does, and cpu.py refuses libraries of another.
+// them field by field, and refuses a library whose structs have other sizes (xquant_cpu_struct_sizes).
 //
 // All strides count elements of the pointed-to type, except the stride of pages (bytes). Every pointer is borrowed for the
 // duration of a call. FP32 tensors are contiguous.
@@ -7,8 +7,6 @@
 #define XQUANT_CPU_API_H
 
 #include <stdint.h>
-
-#define XQUANT_CPU_ABI 8
 
 #if defined(__GNUC__)
 #define XQUANT_EXPORT __attribute__((visibility("default")))
@@ -23,31 +21,30 @@ extern "C" {
 // Element types of query, key, value and output.
 enum { XQUANT_FP32 = 0, XQUANT_FP16 = 1, XQUANT_BF16 = 2 };
 
-// Neighbouring channels with the same bits, packed by themselves: a group of a uniform stream, or a run of an allocated
-// one.
+// A run: neighbouring channels with the same bits, packed by themselves. Of a uniform stream every group is one.
 typedef struct {
     int64_t bits;      // 16 (FP16 numbers), 8, 6, 4, 3 or 2
     int64_t channels;  // a multiple of 8 at 3 bits, else of 4
     int64_t channel;   // the first
     int64_t byte;      // where its codes start in a token's row
-} xquant_piece;
+} xquant_run;
 
-// Pieces that are dequantized before they are multiplied. A chunk that is not the last has a multiple of 16 channels.
+// A band: runs that are unpacked and multiplied at once. One that is not the last has a multiple of 16 channels.
 typedef struct {
-    int64_t begin, end;  // pieces
+    int64_t begin, end;  // runs
     int64_t channel;     // the first
     int64_t channels;
-} xquant_chunk;
+} xquant_band;
 
 // One latent head of a stream.
 typedef struct {
     int64_t codes;      // offset in bytes from the start of a page: [block_size][row_bytes]
     int64_t row_bytes;  // a token's codes
     int64_t channels;   // those that are stored; the rest of the width reads as 0
-    int64_t num_pieces;
-    int64_t num_chunks;
-    const xquant_piece* pieces;
-    const xquant_chunk* chunks;
+    int64_t num_runs;
+    int64_t num_bands;
+    const xquant_run* runs;
+    const xquant_band* bands;
     // Of an allocated stream, for every stored channel, then zeros up to a multiple of 16; NULL of a uniform one.
     const float* step;          // of its codes, before the token's scale
     const float* zero;          // what code 0 stands for, before the token's scale
@@ -61,8 +58,8 @@ typedef struct {
 typedef struct {
     int64_t num_heads;         // latent heads: the kv heads, or 1, which all kv heads read
     int64_t width;             // channels per latent head
-    int64_t allocated;         // 0: a piece has an FP16 scale and zero (16 bits: none); 1: a head has an 8-bit scale
-    int64_t outlier_channels;  // leading channels kept in FP16; fewer than those of a piece; allocated: none
+    int64_t allocated;         // 0: a run has an FP16 scale and zero (16 bits: none); 1: a head has an 8-bit scale
+    int64_t outlier_channels;  // leading channels kept in FP16; fewer than those of a run; allocated: none
     const xquant_head* heads;  // [num_heads]
     int64_t scales;            // section offsets in bytes from the start of a page
     int64_t zeros;
@@ -103,14 +100,14 @@ typedef struct {
     int64_t key_absorbed;        // 1: keys have neither norm nor RoPE, so queries are multiplied by up_key instead
     const float* up_key;         // [num_kv_heads, key.width, head_size]; absorbed: [num_kv_heads, head_size, key.width
                                  // rounded up to 16], the rest of a row zero
-    // up_key in integers, for integer.h; NULL: keys are rematerialized in FP32. A segment is what shares a scale and a
-    // zero: a piece of a uniform stream, a chunk of an allocated one. See cpu_integers.py.
-    const int32_t* key_integers; // [num_kv_heads, key.width / 2, head_size]: of a segment first INT16 of two channels, then
-                                 // INT8 of four, from row (first channel / 2) on
-    const int64_t* key_words;    // [num_kv_heads, key_segments]: channels of a segment in INT16
-    const float* key_units;      // [num_kv_heads, key_segments, head_size]
-    const float* key_sums;       // [num_kv_heads, key_segments, head_size]
-    int64_t key_segments;
+    // up_key in integers, for integer.h; NULL: keys are rematerialized in FP32. A scale group is what shares a scale and
+    // a zero: a run of a uniform stream, a band of an allocated one. See xquant_vllm/attention/cpu/integers.py.
+    const int32_t* key_integers; // [num_kv_heads, key.width / 2, head_size]: of a scale group first INT16 of two channels,
+                                 // then INT8 of four, from row (first channel / 2) on
+    const int64_t* key_words;    // [num_kv_heads, key_scale_groups]: channels of a scale group in INT16
+    const float* key_units;      // [num_kv_heads, key_scale_groups, head_size]
+    const float* key_sums;       // [num_kv_heads, key_scale_groups, head_size]
+    int64_t key_scale_groups;
     const float* up_value;       // [num_kv_heads, value.width, head_size rounded up to 16], the rest of a row zero; NULL:
                                  // the value latents are the values, and value.width is head_size
     const float* key_bias;       // [num_kv_heads, head_size] or NULL
@@ -213,8 +210,15 @@ XQUANT_EXPORT const char* xquant_cpu_isa(void);
 XQUANT_EXPORT int xquant_cpu_set_isa(const char* name);
 // Threads that the next call of this thread would use, as the OpenMP runtime says.
 XQUANT_EXPORT int xquant_cpu_threads(void);
-// XQUANT_CPU_ABI at the time of the build.
-XQUANT_EXPORT int xquant_cpu_abi(void);
+
+// The size of a struct in bytes at the time of the build.
+typedef struct {
+    const char* name;
+    int64_t size;
+} xquant_struct_size;
+
+// Every struct of this file and of kivi_api.h, then one without a name.
+XQUANT_EXPORT const xquant_struct_size* xquant_cpu_struct_sizes(void);
 
 #ifdef __cplusplus
 }

@@ -1,8 +1,12 @@
 // Entry points for latents: check the input, spread the work over threads.
-#include "api.h"
+#include <algorithm>
+#include <atomic>
 
+#include "api.h"
+#include "attention/batch_attention.h"
+#include "attention/schedule.h"
 #include "isa.h"
-#include "run_attention.h"
+#include "kernels.h"
 
 namespace xquant {
 
@@ -52,8 +56,8 @@ struct Latents {
         return keys + 8.0 * (key.unpacked + value.unpacked) + task_rows * value.multiplied;
     }
     int64_t scratch(int64_t rows) const { return kernels.attention_scratch(plan, rows); }
-    const char* attend(const Task& task, int64_t chunk, const State& state, float* scratch) const {
-        if (kernels.attend(plan, call, task, chunk, state, scratch)) return nullptr;
+    const char* attend_stretch(const Task& task, int64_t stretch, const State& state, float* scratch) const {
+        if (kernels.attend_stretch(plan, call, task, stretch, state, scratch)) return nullptr;
         return "block_table names a block that pages does not have";
     }
 };
@@ -77,8 +81,8 @@ const char* xquant_cpu_store(const xquant_plan* plan, const xquant_store_call* c
     int64_t channels = plan->prediction.num_terms * plan->prediction.width;
     for (int64_t i = 0; i < plan->num_streams; ++i) channels += plan->streams[i].num_heads * plan->streams[i].width;
     std::atomic<const char*> error{nullptr};
-    const int64_t units = (call->num_tokens + kStoreTokens - 1) / kStoreTokens;
-    parallel_for(units, call->num_tokens * channels > 8192, [&](int64_t i) {
+    const int64_t batches = (call->num_tokens + kStoreTokens - 1) / kStoreTokens;
+    parallel_for(batches, call->num_tokens * channels > 8192, [&](int64_t i) {
         thread_local Buffer buffer;
         float* scratch = buffer.get(floats);
         if (!scratch) {
@@ -93,7 +97,7 @@ const char* xquant_cpu_store(const xquant_plan* plan, const xquant_store_call* c
 
 const char* xquant_cpu_attention(const xquant_plan* plan, const xquant_attention_call* call) {
     const char* error = check_batch(*plan, *call);
-    return error ? error : Attention<Latents>({*plan, *call, chosen_kernels()}).run();
+    return error ? error : Attention<Latents>({*plan, *call, chosen_kernels()}).compute();
 }
 
 }  // extern "C"

@@ -1,8 +1,12 @@
 // Entry points for the pool of hot blocks: check the input, spread the work over threads.
-#include "api.h"
+#include <algorithm>
+#include <atomic>
 
+#include "api.h"
+#include "attention/batch_attention.h"
+#include "attention/schedule.h"
 #include "isa.h"
-#include "run_attention.h"
+#include "kernels.h"
 
 using namespace xquant;
 

@@ -1,8 +1,13 @@
 // Entry points for KIVI: check the input, spread the work over threads.
-#include "kivi/kivi_api.h"
+#include <algorithm>
+#include <atomic>
+#include <vector>
 
+#include "attention/batch_attention.h"
+#include "attention/schedule.h"
 #include "isa.h"
-#include "run_attention.h"
+#include "kernels.h"
+#include "kivi/kivi_api.h"
 
 namespace xquant {
 namespace {
@@ -36,8 +41,8 @@ struct Kivi {
 
     double cost(int64_t rows, int64_t) const { return double((8 + rows) * 2 * plan.head_size); }
     int64_t scratch(int64_t rows) const { return kernels.kivi_attention_scratch(kivi, rows); }
-    const char* attend(const Task& task, int64_t chunk, const State& state, float* scratch) const {
-        return kernels.kivi_attend(kivi, kivi_call, task, chunk, state, scratch) ? nullptr : kNoBlock;
+    const char* attend_stretch(const Task& task, int64_t stretch, const State& state, float* scratch) const {
+        return kernels.kivi_attend_stretch(kivi, kivi_call, task, stretch, state, scratch) ? nullptr : kNoBlock;
     }
 };
 
@@ -100,7 +105,7 @@ const char* xquant_cpu_kivi_store(const xquant_kivi_plan* plan, const xquant_kiv
 
 const char* xquant_cpu_kivi_attention(const xquant_kivi_plan* plan, const xquant_kivi_attention_call* call) {
     const char* error = check(*plan, call->batch, call->residual);
-    return error ? error : Attention<Kivi>({*plan, *call, chosen_kernels()}).run();
+    return error ? error : Attention<Kivi>({*plan, *call, chosen_kernels()}).compute();
 }
 
 }  // extern "C"

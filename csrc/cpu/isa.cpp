@@ -1,12 +1,12 @@
 // Which kernels run: the best that this machine has, or what was asked for.
-#include "api.h"
-
 #include <atomic>
 #include <cstring>
 
 #include <omp.h>
 
+#include "api.h"
 #include "isa.h"
+#include "kernels.h"
 
 namespace xquant {
 namespace {
@@ -63,7 +63,5 @@ int xquant_cpu_set_isa(const char* name) {
 }
 
 int xquant_cpu_threads(void) { return omp_get_max_threads(); }
-
-int xquant_cpu_abi(void) { return XQUANT_CPU_ABI; }
 
 }  // extern "C"

@@ -1,7 +1,7 @@
 // What dispatch.cpp knows of the kernels: one table of functions per instruction set, and plain data between them.
 //
 // This header holds no functions on purpose: code in a header that files with different -m flags share could be merged
-// by the linker, and the portable build would run AVX-512 instructions.
+// by the linker, and the portable build would execute AVX-512 instructions.
 #ifndef XQUANT_CPU_KERNELS_H
 #define XQUANT_CPU_KERNELS_H
 
@@ -13,9 +13,9 @@ namespace xquant {
 // Tokens whose latents, keys and scores are in flight at once.
 constexpr int64_t kTile = 64;
 
-// Tokens of context reduced by one online softmax. Chunks start at multiples of this position and are merged in
+// Tokens of context reduced by one online softmax. Stretches start at multiples of this position and are merged in
 // ascending order, whoever computed them: so the split of work over threads does not change a bit of the result.
-constexpr int64_t kChunk = 256;
+constexpr int64_t kStretch = 256;
 
 // Query rows (query tokens times query heads of a kv head) that share rematerialized keys.
 constexpr int64_t kQueryRows = 192;
@@ -51,10 +51,11 @@ struct Kernels {
     int64_t (*attention_scratch)(const xquant_plan& plan, int64_t rows);
     // Quantize `count` tokens, at most kStoreTokens.
     void (*store)(const xquant_plan& plan, const xquant_store_call& call, int64_t first, int64_t count, float* scratch);
-    // Fill `state` with chunk `chunk` of a task's context. False when the block table names a block that is not there.
-    bool (*attend)(const xquant_plan& plan, const xquant_attention_call& call, const Task& task, int64_t chunk,
-                   const State& state, float* scratch);
-    // Add a later chunk's state to `into`.
+    // Fill `state` with one stretch of a task's context, counted from position 0. False when the block table names a
+    // block that is not there.
+    bool (*attend_stretch)(const xquant_plan& plan, const xquant_attention_call& call, const Task& task,
+                           int64_t stretch, const State& state, float* scratch);
+    // Add a later stretch's state to `into`.
     void (*merge)(const xquant_plan& plan, int64_t rows, const State& into, const State& from);
     // Normalize, up-project and write the output.
     void (*finish)(const xquant_plan& plan, const xquant_attention_call& call, const Task& task, const State& state,
@@ -76,8 +77,8 @@ struct Kernels {
     // Quantize a group of a sequence's keys from residual pages. False when a block table names a block that is not there.
     bool (*kivi_store_group)(const xquant_kivi_plan& plan, const xquant_kivi_store_call& call, int64_t sequence,
                              int64_t group, float* scratch);
-    bool (*kivi_attend)(const xquant_kivi_plan& plan, const xquant_kivi_attention_call& call, const Task& task,
-                        int64_t chunk, const State& state, float* scratch);
+    bool (*kivi_attend_stretch)(const xquant_kivi_plan& plan, const xquant_kivi_attention_call& call, const Task& task,
+                                int64_t stretch, const State& state, float* scratch);
 };
 
 extern const Kernels kPortableKernels;

@@ -1,54 +1,35 @@
 // All kernels for the instruction set that the including file is compiled for.
 //
-// XQUANT_KERNELS names the table that the file defines. Everything else has internal linkage: were it shared, the
-// linker would keep one copy of each function, compiled for whichever instruction set it met first. For the same
-// reason nothing here uses the C++ library.
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
+// XQUANT_KERNELS names the table that the file defines. Everything else has internal linkage: the headers below, and
+// those that they include, put what they hold into an anonymous namespace. Were it shared, the linker would keep one copy
+// of each function, compiled for whichever instruction set it met first. For the same reason none of them uses the C++
+// library.
+#include "attention/attention.h"
+#include "attention/tile.h"
+#include "hot/hot_tokens.h"
 #include "kernels.h"
-
-namespace xquant {
-namespace {
-
-#include "simd.h"
-#include "convert.h"
-#include "layout.h"
-#include "transpose.h"
-#include "unpack.h"
-#include "unpack_allocated.h"
-#include "gemm.h"
-#include "rematerialize.h"
-#include "tile.h"
-#include "integer.h"
-#include "load_keys.h"
-#include "exact_tokens.h"
-#include "softmax.h"
-#include "integer_values.h"
-#include "attention.h"
-#include "quantize.h"
-#include "rotate.h"
-#include "store.h"
-#include "hot_tokens.h"
-#include "kivi/pages.h"
-#include "kivi/scratch.h"
-#include "kivi/exact.h"
-#include "kivi/integer_keys.h"
-#include "kivi/keys.h"
 #include "kivi/attention.h"
 #include "kivi/store.h"
+#include "store/store.h"
 
-}  // namespace
+namespace xquant {
 
 const Kernels XQUANT_KERNELS = {
-    XQUANT_KERNELS_NAME, store_scratch, attention_scratch, store_tokens, attend, merge, finish,
-    hot_scratch, read_tokens, finish_tokens,
-    kivi_store_scratch, kivi_attention_scratch, kivi_store_tokens, kivi_store_group, kivi_attend,
+    /* name */ XQUANT_KERNELS_NAME,
+    /* store_scratch */ store_scratch,
+    /* attention_scratch */ attention_scratch,
+    /* store */ store_tokens,
+    /* attend_stretch */ attend_stretch,
+    /* merge */ merge,
+    /* finish */ finish,
+    /* hot_scratch */ hot_scratch,
+    /* read_tokens */ read_tokens,
+    /* finish_tokens */ finish_tokens,
+    /* kivi_store_scratch */ kivi_store_scratch,
+    /* kivi_attention_scratch */ kivi_attention_scratch,
+    /* kivi_store */ kivi_store_tokens,
+    /* kivi_store_group */ kivi_store_group,
+    /* kivi_attend_stretch */ kivi_attend_stretch,
 };
 
 }  // namespace xquant

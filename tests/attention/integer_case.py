@@ -5,20 +5,20 @@ from dataclasses import replace
 import torch
 
 from tests.attention.attention_cases import Case
-from xquant_vllm.attention.cpu.integers import segments
-from xquant_vllm.attention.cpu.prepared import PreparedPlan
+from xquant_vllm.attention.cpu.integers import scale_groups
+from xquant_vllm.attention.cpu.plan import CpuPlan
 from xquant_vllm.projection.integer_up import LARGEST_BYTE
 
 
 def on_integers(case: Case) -> Case:
-    """The case with every column of every segment rounded to integers of 8 bits."""
+    """The case with every column of every scale group rounded to integers of 8 bits."""
     projection = case.plan.projection
     up = projection.up_key.double()
-    prepared = PreparedPlan(case.plan)  # owns what its structs point to
+    cpu_plan = CpuPlan(case.plan)  # owns what its structs point to
     for kv_head in range(up.shape[0]):
-        for segment in segments(prepared.struct.key, kv_head):
-            rows = slice(segment.first, segment.first + len(segment.step))
-            step = segment.step.unsqueeze(-1)
+        for scale_group in scale_groups(cpu_plan.struct.key, kv_head):
+            rows = slice(scale_group.first, scale_group.first + len(scale_group.step))
+            step = scale_group.step.unsqueeze(-1)
             weighted = up[kv_head, rows] * step
             unit = (weighted.abs().amax(0) / LARGEST_BYTE).clamp_min(1e-30)
             rounded = (weighted / unit).round() * unit / step.clamp_min(1e-30)

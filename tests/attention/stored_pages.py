@@ -63,10 +63,10 @@ def assert_as_good(actual: torch.Tensor, expected: torch.Tensor, plan, index: in
         ]
         torch.testing.assert_close(errors[0], errors[1], atol=0, rtol=1e-5)
         same = scales[:, head] == wanted_scales[:, head]
-        unit = torch.exp2((scales[same, head].double() - 128) / 8).unsqueeze(-1) * step
+        spacing = torch.exp2((scales[same, head].double() - 128) / 8).unsqueeze(-1) * step
         y, y_wanted, exact = (v[same, head, :stored].double() for v in (read, wanted, x))
-        between = exact / unit + largest / 2
-        tie = ((between - between.floor() - 0.5).abs() < 1e-4) & ((y - y_wanted).abs() < 1.01 * unit)
+        between = exact / spacing + largest / 2
+        tie = ((between - between.floor() - 0.5).abs() < 1e-4) & ((y - y_wanted).abs() < 1.01 * spacing)
         assert ((y == y_wanted) | tie).all()
         assert tie.logical_and(y != y_wanted).sum() <= 2
     assert (read[..., :1].isfinite()).all()
@@ -96,9 +96,9 @@ def assert_nearly_same_pages(actual: torch.Tensor, expected: torch.Tensor, plan,
     if isinstance(stream, AllocatedFormat):
         (x, scales), (y, wanted_scales) = (_read(pages, plan, slots, 0) for pages in (actual, expected))
         assert torch.equal(scales, wanted_scales)
-        unit = torch.exp2((scales.double() - 128) / 8).float().unsqueeze(-1)
+        spacing = torch.exp2((scales.double() - 128) / 8).float().unsqueeze(-1)
         step = torch.stack([F.pad(channel_tables(runs)[0], (0, stream.width))[: stream.width] for runs in stream.runs])
-        step = step * unit
+        step = step * spacing
     else:
         x, y = (load_slots(pages, plan.layout, slots, 0) for pages in (actual, expected))
         groups = y.unflatten(-1, (-1, stream.group_size))

@@ -30,17 +30,17 @@ def override(monkeypatch):
     monkeypatch.undo()
     dispatch._choose.cache_clear()
     if HAS_KERNELS:
-        from xquant_vllm.attention.cpu import kernels as cpu
+        from xquant_vllm.attention.cpu import library as cpu
 
         cpu.set_isa(None)
 
 
 @needs_kernels
 def test_prefers_the_kernels(override) -> None:
-    from xquant_vllm.attention.cpu import kernels as cpu
+    from xquant_vllm.attention.cpu import kernels, library
 
-    assert dispatch.select("cpu") is cpu
-    assert cpu.isa() in dispatch.describe()
+    assert dispatch.select("cpu") is kernels
+    assert library.isa() in dispatch.describe()
     assert "\n" not in dispatch.describe()
 
 

@@ -9,13 +9,14 @@ from xquant_vllm.attention import reference
 
 try:
     from xquant_vllm.attention.cpu import kernels as cpu
+    from xquant_vllm.attention.cpu import library
 except OSError as error:
     pytest.skip(f"no kernels: {error}", allow_module_level=True)
 
 SMALL = Model("small", 2, 64, 6, 2, 32)
 
 
-@pytest.mark.parametrize("holds", ["latent", "x"])
+@pytest.mark.parametrize("holds", ["latents", "x"])
 def test_layers_attend(holds: str) -> None:
     plan = make_plan(SMALL, holds, 4, 300)
     batch = decode_batch(2, 300)
@@ -30,9 +31,9 @@ def test_layers_attend(holds: str) -> None:
 
 
 def test_work_of_a_decode_step() -> None:
-    plan = make_plan(MODELS["smollm2-135m"], "latent", 4, BLOCK_SIZE)
+    plan = make_plan(MODELS["smollm2-135m"], "latents", 4, BLOCK_SIZE)
     for isa in ("avx2", "vnni"):
-        if not cpu.set_isa(isa):
+        if not library.set_isa(isa):
             continue
         work = decode_work(plan, 8, 512)
         tokens = 8 * 512
@@ -44,7 +45,7 @@ def test_work_of_a_decode_step() -> None:
             # Scale and zero, and one outlier channel.
             assert work.fp32 == tokens * 3 * (common + 3 * 64)
             assert (work.int8, work.int16) == (tokens * 3 * 64 * 64, tokens * 3 * 3 * 64)
-    cpu.set_isa(None)
+    library.set_isa(None)
 
 
 def test_roofs() -> None:
@@ -54,6 +55,6 @@ def test_roofs() -> None:
 
 
 def test_bytes_of_a_store() -> None:
-    plan = make_plan(SMALL, "latent", 4, 16)
+    plan = make_plan(SMALL, "latents", 4, 16)
     assert [x.shape for x in latents(plan, 5)] == [(5, 64)] * 2
     assert store_work(plan, 5).bytes == 5 * (2 * 2 * 64 + plan.layout.bytes_per_token)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.cli.test_factorize import FakeTokenizer
+from tests.factorizing import FakeTokenizer
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.cli.main import main
 from xquant_vllm.evaluation.model.hooked_model import HookedModel

@@ -12,8 +12,8 @@ import time
 import pytest
 import torch
 
-from tests.cli.test_factorize import FakeTokenizer, factorize
 from tests.conftest import ROOT
+from tests.factorizing import FakeTokenizer, factorize
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.cli.main import main
 from xquant_vllm.evaluation.model.hooked_model import HookedModel
@@ -118,7 +118,7 @@ def test_a_folder_of_factors_is_evaluated_as_if_it_were_made_at_once(models, fak
     assert "has factors, which are evaluated as they are; leave it out" in capsys.readouterr().err
     other = "xquant" if "xquant-cl" in options else "xquant-cl"
     assert evaluate(tmp_path / "folder", *SMALL, "--method", other) == 2
-    assert "leave the setting out" in capsys.readouterr().err
+    assert "leave the option out" in capsys.readouterr().err
 
 
 def test_a_summary_is_for_reading(models, fake_tokenizer, capsys):
@@ -133,7 +133,7 @@ WITHOUT_VLLM = """
 import sys
 sys.modules["vllm"] = None
 import transformers
-from tests.cli.test_factorize import FakeTokenizer
+from tests.factorizing import FakeTokenizer
 transformers.AutoTokenizer.from_pretrained = lambda _: FakeTokenizer()
 from xquant_vllm.cli.main import main
 sys.exit(main())
@@ -197,7 +197,7 @@ def test_it_goes_on_where_it_was_killed_and_needs_no_vllm(models, fake_tokenizer
         ),
         ("llama", ("--settings", '{"outlier_channel": 3}'), "did you mean 'outlier_channels'"),
         ("llama", ("--settings", '{"skip_layers": [7]}'), "'skip_layers': [7] cannot work: the model has 3 layers"),
-        ("llama", ("--group-size", 24), "'group_size': 24 cannot work: it does not divide"),
+        ("llama", ("--group-size", 24), "xquant: --group-size 24 cannot work: it does not divide"),
         ("llama", ("--calibration", "/nowhere.txt"), "--calibration /nowhere.txt cannot be read"),
         ("llama", ("--calibration-tokens", 3), "--calibration-tokens 3 is too few"),
         (
@@ -208,7 +208,7 @@ def test_it_goes_on_where_it_was_killed_and_needs_no_vllm(models, fake_tokenizer
         (
             "gemma3",
             ("--method", "xquant-cl"),
-            "'method': 'xquant-cl' cannot work on this model, whose kinds of layers",
+            "xquant: --method xquant-cl cannot work on this model, whose kinds of layers",
         ),
     ],
 )

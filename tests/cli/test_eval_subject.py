@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from tests.cli.test_factorize import FakeTokenizer, factorize
+from tests.factorizing import FakeTokenizer, factorize
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.cli import eval_subject
 from xquant_vllm.cli.main import main
@@ -37,7 +37,7 @@ def refusal(capsys):
         (("--window", 1024), "--window 1024 is longer than the 1023 positions of this model that vLLM can fill"),
         (("--device", "cuda"), "--device cuda"),
         (("--bits", 5), "no page format has 5-bit codes"),
-        (("--bits", 16, "--calibration", "python-docs"), "'bits' cannot work with --calibration python-docs"),
+        (("--bits", 16, "--calibration", "python-docs"), "--bits cannot work with --calibration python-docs"),
         (("--calibration-tokens", 3), "--calibration-tokens 3 is too few"),
     ],
 )
@@ -74,7 +74,7 @@ def test_what_is_calibrated_for_vllm_is_gone_afterwards(tiny, tmp_path, capsys, 
         candidate = reference
 
     @contextmanager
-    def serve(folder, settings, dtype, windows):
+    def serve(folder, settings, dtype, windows, unit):
         served.append((read_header(folder), settings, dtype, [len(window) for window in windows]))
         yield FakeEngine()
 

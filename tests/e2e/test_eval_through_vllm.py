@@ -6,8 +6,8 @@ import statistics
 
 import pytest
 
-from tests.cli.test_factorize import FakeTokenizer, factorize
 from tests.e2e.test_families import ENGINE
+from tests.factorizing import FakeTokenizer, factorize
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.cli.main import main
 from xquant_vllm.evaluation.tasks.windows import cut_windows

@@ -22,6 +22,7 @@ NEXT = {"kind": "next_logits", "prompts": [PROMPT], "max_tokens": 2}
 CASES = {
     "latents, biases": ("llama-bias", {}),
     "latents, windows and norms": ("gemma3", {}),
+    "latents, windows and sinks": ("gpt-oss", {}),
     "X": ("mha", {"cache": "x"}),
     "chain of X": ("mha", {"method": "xquant-cl", "first_layers": 1}),
     "chain of latents": ("llama", {"method": "xquant-cl"}),

@@ -4,6 +4,7 @@ What a test covers is marked, and makes up the table in docs/families.md: see te
 """
 
 import os
+import shutil
 import statistics
 
 import pytest
@@ -12,7 +13,7 @@ from demo import can_compile
 from tests.e2e.engine import EngineFailed
 from tests.e2e.engine_process import NUM_LOGITS
 from tests.family_coverage import LATENTS
-from tests.tiny_models import quantize_tiny_model, save_tiny_model
+from tests.tiny_models import quantize_tiny_model, remove_sinks, save_tiny_model
 
 pytestmark = pytest.mark.e2e
 
@@ -105,6 +106,8 @@ SERVED = [
     covering("phi3", "Phi-3", "rope=default"),
     covering("phi3-longrope", "Phi-3", "rope=partial", "rope=longrope"),
     covering("opt", "OPT", "bias", "rope=none"),
+    covering("gpt-oss", "GPT-OSS", "attention sinks", "bias", "sliding window", "rope=yarn"),
+    covering("granite-swa", "Granite with sliding windows", "attention sinks", "bias", "sliding window", "rope=none"),
 ]
 
 
@@ -128,6 +131,7 @@ def caching(method, cache, family, name, *features):
         caching("xquant", "x", "phi3", "Phi-3", "rope=default"),
         caching("xquant", "x", "phi3-longrope", "Phi-3", "rope=longrope"),
         caching("xquant", "x", "opt", "OPT", "bias", "rope=none"),
+        caching("xquant", "x", "gpt-oss", "GPT-OSS", "attention sinks", "bias", "sliding window", "rope=yarn"),
         caching("xquant-cl", "x", "mha", "Llama", "rope=default"),
         caching("xquant-cl", "x", "phi3-longrope", "Phi-3", "rope=longrope"),
         caching("xquant-cl", "x", "opt", "OPT", "bias", "rope=none"),
@@ -229,11 +233,62 @@ def test_sequences_longer_than_the_rotary_table_are_refused_by_name(logprobs):
         assert part in error.value.log
 
 
-@pytest.mark.covers("GPT-OSS: attention sinks", "refused")
-def test_attention_sinks_are_refused_by_name(logprobs):
-    refused = "GptOssForCausalLM .* attention sinks not supported .* choose another --attention-backend for this model"
+def sinks(family, name, *features):
+    marks = pytest.mark.covers(name, "attention sinks", "bias", "sliding window", *features)
+    return pytest.param(family, id=family, marks=marks)
+
+
+WITH_SINKS = [
+    sinks("gpt-oss", "GPT-OSS", "rope=yarn"),
+    # Keys with a bias and without RoPE: a bias moves all scores alike, but not the sink.
+    sinks("granite-swa", "Granite with sliding windows", "rope=default", "rope=none"),
+]
+
+
+@pytest.mark.parametrize("settings", [{"cache": "latent"}, {"cache": "x"}, {"cache": "latent", "prompt": "exact"}])
+@pytest.mark.parametrize("family", WITH_SINKS)
+def test_attention_sinks_are_those_of_the_16_bit_cache(logprobs, model, engines, tmp_path, family, settings):
+    ours, expected = (
+        logprobs(family, "xquant", xquant={"bits": 16, **settings}),
+        logprobs(family, "CPU_ATTN"),
+    )
+    # Measured 0.0005: a page of 16 bits holds half-precision numbers of a model in FP32.
+    assert_close(ours, expected, 0.002)
+    without = remove_sinks(shutil.copytree(model(family), tmp_path / "without"))
+    tasks = engines.run(without, "CPU_ATTN", TASKS, **ENGINE).tasks
+    assert_far(expected, tasks[-1]["logprobs"][0])
+
+
+@pytest.mark.covers("GPT-OSS", "attention sinks", *LATENTS, "bits=4")
+def test_four_bits_under_attention_sinks(logprobs):
+    ours = logprobs("gpt-oss", "xquant", xquant={"bits": 4, "cache": "latent"})
+    # Measured 0.23; without its sinks the model is 0.78 away.
+    assert_close(ours, logprobs("gpt-oss", "CPU_ATTN"), 0.35)
+
+
+@pytest.mark.covers("GPT-OSS", "attention sinks", "method=xquant-cl", "cache=latent", "bits=8")
+def test_a_chain_of_layers_with_attention_sinks(logprobs):
+    # Layers of both kinds then have one block table, which a chain needs.
+    one_table = {"disable_hybrid_kv_cache_manager": True}
+    ours = logprobs("gpt-oss", "xquant", xquant={**EIGHT, "method": "xquant-cl"}, **one_table)
+    assert_close(ours, logprobs("gpt-oss", "CPU_ATTN"), 0.06)
+
+
+@pytest.mark.covers("GPT-OSS", "attention sinks", "tensor parallel", *LATENTS)
+def test_tensor_parallel_ranks_have_the_sinks_of_their_own_heads(engines, logprobs, model):
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
+    plain = {"bits": 16, "cache": "latent"}
+    ours = engines.run(
+        model("gpt-oss"), "xquant", TASKS, xquant=plain, environment=binding, tensor_parallel_size=2, **ENGINE
+    )
+    assert_close(ours.tasks[-1]["logprobs"][0], logprobs("gpt-oss", "CPU_ATTN"), 0.002)
+
+
+def test_kivi_refuses_attention_sinks_by_name(serve):
+    refused = "kivi: GptOssForCausalLM .* attention sinks not supported .* choose another --attention-backend for this"
     with pytest.raises(EngineFailed, match=refused):
-        logprobs("gpt-oss", "xquant", xquant=EIGHT)
+        serve("gpt-oss", "kivi", block_size=128)
 
 
 @pytest.mark.covers("Gemma 3", "sliding window", "mixed with 16 bit", *LATENTS, "bits=8")

@@ -44,7 +44,7 @@ def fitting(bytes_per_token: int, block_size: int = 128) -> int:
 
 
 def chain_bytes(bits: int) -> int:
-    """Bytes per token of XQuant-CL, as docs/pages.md says."""
+    """Bytes per token of XQuant-CL, as docs/design/pages.md says."""
     return FIRST_LAYERS * X_BYTES[4] + (LAYERS - FIRST_LAYERS) * X_BYTES[bits]
 
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 import transformers
 
-from tests.cli.test_factorize import FakeTokenizer
+from tests.factorizing import FakeTokenizer
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.errors import RefusedError
 from xquant_vllm.offline import samples
+from xquant_vllm.offline.calibration_tokens import tokenize
 from xquant_vllm.offline.checkpoint import open_checkpoint
-from xquant_vllm.offline.samples import collect_samples, tokenize
+from xquant_vllm.offline.samples import collect_samples
 
 CPU = torch.device("cpu")
 BATCH = torch.arange(2 * 48).reshape(2, 48) * 7 % 300 + 3
@@ -216,7 +217,7 @@ def test_a_model_that_transformers_cannot_run_is_refused(tmp_path):
         collect_samples(checkpoint, BATCH, CPU)
 
 
-@pytest.mark.parametrize("family", ["gpt-oss", "gemma2"])
+@pytest.mark.parametrize("family", ["gpt-oss", "granite-swa", "gemma2"])
 def test_attention_with_sinks_or_caps_is_run_as_it_is(tmp_path, family, drawn):
     """Not with a kernel that knows of neither."""
     folder = save_tiny_model(tmp_path, family)
@@ -231,19 +232,19 @@ def test_sequences_are_spread_over_the_text_and_open_as_the_tokenizer_opens(tmp_
     text = tmp_path / "text"
     words = [chr(97 + i % 26) * (1 + i // 26 % 5) for i in range(5000)]
     text.write_text(" ".join(words))
-    batch = tokenize(checkpoint, str(text), 1024, 64)
+    batch = tokenize(checkpoint, str(text), 1024)
     assert batch.shape == (2, 512)
     assert (batch[:, 0] == 1).all()
     ids = FakeTokenizer().encode(" ".join(words), add_special_tokens=False)
     assert batch[0, 1:].tolist() == ids[:511]
     assert batch[1, 1:].tolist() == ids[4 * 511 : 5 * 511]  # of nine
-    assert tokenize(checkpoint, "python-docs", 300, 64).shape == (1, 300)
+    assert tokenize(checkpoint, "python-docs", 300).shape == (1, 300)
     text.write_text("too short")
     with pytest.raises(RefusedError, match="has 2 tokens, too few"):
-        tokenize(checkpoint, str(text), 2048, 64)
+        tokenize(checkpoint, str(text), 2048)
 
 
 def test_sequences_are_no_longer_than_the_model_can_read(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: FakeTokenizer())
     checkpoint = open_checkpoint(str(save_tiny_model(tmp_path, "llama", max_position_embeddings=100)))
-    assert tokenize(checkpoint, "python-docs", 350, 64).shape == (3, 100)
+    assert tokenize(checkpoint, "python-docs", 350).shape == (3, 100)

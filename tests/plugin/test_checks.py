@@ -3,6 +3,7 @@
 import pickle
 
 import pytest
+import torch
 import transformers
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
@@ -74,6 +75,8 @@ def test_a_chain_over_layers_with_block_tables_of_their_own_is_refused(tmp_path)
 
 _SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 320}
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+# As MiMo-V2 is: these layers choose a backend for values of another size themselves.
+_MIMO = {"head_dim": 32, "v_head_dim": 16, "swa_head_dim": 32, "swa_v_head_dim": 32}
 _REFUSED = {
     "DeepSeek-V2: multi-head latent attention": ("DeepseekV2ForCausalLM", transformers.DeepseekV2Config()),
     "DeepSeek-V3: multi-head latent attention": ("DeepseekV3ForCausalLM", transformers.DeepseekV3Config()),
@@ -88,6 +91,18 @@ _REFUSED = {
     "Qwen2 with `mrope_section` (Qwen2-VL): multimodal RoPE": (
         "Qwen2ForCausalLM",
         transformers.Qwen2Config(**_SHAPE, rope_parameters=_MROPE),
+    ),
+    "MiMo-V2: value heads of another size": (
+        "MiMoV2FlashForCausalLM",
+        transformers.MiMoV2FlashConfig(**_SHAPE, **_MIMO),
+    ),
+    "MiMo-V2, sliding layers: value heads of another size": (
+        "MiMoV2FlashForCausalLM",
+        transformers.MiMoV2FlashConfig(**_SHAPE, **_MIMO | {"v_head_dim": 32, "swa_v_head_dim": 16}),
+    ),
+    "openPangu: learned sink tokens": (
+        "PanguProMoEV2ForCausalLM",
+        transformers.LlamaConfig(**_SHAPE, param_sink_number=8),
     ),
 }
 
@@ -115,7 +130,17 @@ def test_models_are_refused_by_name_and_feature_before_weights_are_loaded(tmp_pa
     [
         ({"alibi_slopes": [0.5] * 4}, "uses ALiBi"),
         ({"kv_sharing_target_layer_name": "model.layers.0"}, "a layer that shares the cache of model.layers.0"),
-        ({"sinks": [0.0] * 4}, "asks its attention for sinks"),
+        (
+            {"sinks": torch.zeros(2)},
+            r"attention sinks of shape \[2\], not a number for each",
+        ),
+        (
+            {"sinks": torch.zeros(4, 1)},
+            r"attention sinks of shape \[4, 1\], not a number for each",
+        ),
+        # As MiMo-V2's vision layers ask for.
+        ({"sinks": torch.zeros(4), "sinks_bias_key0": True}, "asks its attention for sinks_bias_key0"),
+        ({"sinks": torch.zeros(4), "chunk_lookback": 2}, "asks its attention for chunk_lookback"),
     ],
 )
 def test_what_only_a_layer_tells_is_refused_when_it_is_built(tiny, arguments, refusal):

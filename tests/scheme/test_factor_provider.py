@@ -31,12 +31,11 @@ from xquant_vllm.scheme.factor_header import (
     FactorHeader,
     FactorSettings,
     Source,
-    Streams,
     read_header,
 )
 from xquant_vllm.scheme.factor_provider import FactorProvider
 from xquant_vllm.scheme.layer_weights import HeadShard, LayerWeights, spec_of
-from xquant_vllm.scheme.settings import parse_settings
+from xquant_vllm.scheme.settings import PerStream, parse_settings
 
 LAYERS, KV_HEADS, HEAD_SIZE, HIDDEN = 3, 4, 8, 24
 
@@ -74,10 +73,10 @@ def write_factors(folder, **settings):
             fingerprints=fingerprints,
         ),
         settings=FactorSettings(
-            bits=Streams(key=3, value=2),
+            bits=PerStream(key=3, value=2),
             basis=parsed.basis,
             rotate=parsed.rotate,
-            outlier_channels=Streams(key=outliers.key, value=outliers.value),
+            outlier_channels=PerStream(key=outliers.key, value=outliers.value),
         ),
         dtype="bfloat16",
         calibration=None,
@@ -343,10 +342,10 @@ def test_the_command_that_makes_factors_anew_says_all_that_is_not_a_default(tmp_
 
 def chain_header(**changes):
     settings = FactorSettings(
-        bits=Streams(key=2, value=2),
+        bits=PerStream(key=2, value=2),
         basis="joint",
         rotate=True,
-        outlier_channels=Streams(key=1, value=0),
+        outlier_channels=PerStream(key=1, value=0),
         allocation=[],
         chain=ChainSettings(first_layers=1, anchor_interval=8),
     )

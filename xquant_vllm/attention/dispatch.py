@@ -84,7 +84,7 @@ def choose(
         return Choice(slow, f"attention runs on the PyTorch reference: there are no kernels for {device_type}")
     try:
         kernels = load_cpu()
-        from xquant_vllm.attention.cpu import kernels as cpu
+        from xquant_vllm.attention.cpu import library as cpu
     except OSError as error:
         if override:
             raise RuntimeError(f"{OVERRIDE_VARIABLE}={override} cannot be met: {error}") from error

@@ -1,12 +1,14 @@
-"""Arguments of ``xquant eval``."""
+"""Arguments of ``xquant eval``: its tasks, and what they share."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from xquant_vllm.cli.help_format import examples
+from xquant_vllm.cli.method_arguments import add_method
+
 # What imports torch, which takes seconds, is imported when a command runs: not for --help.
-from xquant_vllm.evaluation.methods.method_options import DATASETS, METHODS
+from xquant_vllm.evaluation.tasks.datasets import DATASETS
 
 
 def add_eval(commands: Any) -> None:
@@ -15,37 +17,59 @@ def add_eval(commands: Any) -> None:
         "eval",
         help="measure what a quantized cache costs: perplexity, needles in a haystack",
         description="Measure what a quantized cache costs in quality. No server is needed.",
+        **examples(
+            "xquant eval perplexity models/smollm2-135m-instruct --bits 3",
+            "xquant eval needle models/smollm2-135m-instruct --bits 2",
+        ),
     )
     tasks = evaluate.add_subparsers(required=True, metavar="TASK", dest="task")
-    perplexity = tasks.add_parser(
+    _add_perplexity(tasks)
+    _add_needle(tasks)
+
+
+def _add_perplexity(tasks: Any) -> None:
+    parser = tasks.add_parser(
         "perplexity",
         help="perplexity of a text, teacher-forced, every attended token read back from the quantized cache",
         description="Perplexity of a text with a quantized cache and with a 16-bit one, their divergence, and the "
         "bytes that a token takes.",
+        **examples(
+            "xquant eval perplexity models/smollm2-135m-instruct --bits 3",
+            "xquant eval perplexity MODEL --method kivi --bits 2 --text my_text.txt --windows 8 --out result.json",
+        ),
     )
-    perplexity.set_defaults(command=run_perplexity)
-    _add_model_and_text(perplexity)
-    perplexity.add_argument(
+    parser.set_defaults(command=_run_perplexity)
+    _add_model(parser)
+    evaluated = parser.add_argument_group("what is evaluated")
+    _add_text(evaluated)
+    evaluated.add_argument(
         "--window", type=int, default=1024, metavar="N", help="tokens per window (default %(default)s)"
     )
-    perplexity.add_argument(
-        "--windows", type=int, default=3, metavar="N", help="how many windows (default %(default)s)"
-    )
-    perplexity.add_argument(
+    evaluated.add_argument("--windows", type=int, default=3, metavar="N", help="how many windows (default %(default)s)")
+    evaluated.add_argument(
         "--stride", type=int, metavar="N", help="tokens from one window's start to the next's (default: the window)"
     )
-    add_method(perplexity)
-    _add_run(perplexity)
+    add_method(parser.add_argument_group("method"))
+    _add_run(parser.add_argument_group("how it runs"))
+    _add_output(parser.add_argument_group("output"))
 
-    needle = tasks.add_parser(
+
+def _add_needle(tasks: Any) -> None:
+    parser = tasks.add_parser(
         "needle",
         help="find a number that stands at some depth of a long text",
         description="Hide a number in a text, ask for it at the end, and see whether greedy decoding finds it with a "
         "quantized cache and with a 16-bit one, and how likely it is.",
+        **examples(
+            "xquant eval needle models/smollm2-135m-instruct --bits 2 --lengths 512 --trials 1",
+            "xquant eval needle MODEL --bits 2 --lengths 1024 4096 --depths 0 0.5 1 --resume scores",
+        ),
     )
-    needle.set_defaults(command=run_needle)
-    _add_model_and_text(needle)
-    needle.add_argument(
+    parser.set_defaults(command=_run_needle)
+    _add_model(parser)
+    evaluated = parser.add_argument_group("what is evaluated")
+    _add_text(evaluated)
+    evaluated.add_argument(
         "--lengths",
         type=int,
         nargs="+",
@@ -53,7 +77,7 @@ def add_eval(commands: Any) -> None:
         metavar="N",
         help="tokens of prompt and answer (default 256 512 1024)",
     )
-    needle.add_argument(
+    evaluated.add_argument(
         "--depths",
         type=float,
         nargs="+",
@@ -61,16 +85,20 @@ def add_eval(commands: Any) -> None:
         metavar="D",
         help="where the number stands: 0 at the start, 1 at the end (default 0 0.25 0.5 0.75 1)",
     )
-    needle.add_argument(
+    evaluated.add_argument(
         "--trials", type=int, default=3, metavar="N", help="prompts for each length and depth (default %(default)s)"
     )
-    add_method(needle)
-    _add_run(needle)
+    add_method(parser.add_argument_group("method"))
+    _add_run(parser.add_argument_group("how it runs"))
+    _add_output(parser.add_argument_group("output"))
 
 
-def _add_model_and_text(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or its name on the hub")
-    text = parser.add_mutually_exclusive_group()
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or its name on the Hugging Face hub")
+
+
+def _add_text(group: Any) -> None:
+    text = group.add_mutually_exclusive_group()
     text.add_argument(
         "--text",
         metavar="FILE",
@@ -79,21 +107,26 @@ def _add_model_and_text(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--dataset", choices=DATASETS, help="fetch a dataset from the Hugging Face hub")
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _add_run(group: Any) -> None:
+    group.add_argument(
         "--through",
         choices=["offline", "vllm"],
         default="offline",
         help="offline: the transformers model with its cache replaced (default); vllm: vLLM itself and its pages, for "
         "16bit, xquant and xquant-cl",
     )
-    parser.add_argument(
+    group.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="default %(default)s"
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default %(default)s")
-    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
-    parser.add_argument("--out", metavar="FILE.json", type=Path, help="write the result there, too")
-    parser.add_argument(
+    group.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="default %(default)s; not with --through vllm"
+    )
+
+
+def _add_output(group: Any) -> None:
+    group.add_argument("--json", action="store_true", help="print the result as one line of JSON")
+    group.add_argument("--out", metavar="FILE.json", type=Path, help="write the result there, too")
+    group.add_argument(
         "--resume",
         metavar="DIR",
         type=Path,
@@ -101,60 +134,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_method(parser: argparse.ArgumentParser) -> None:
-    """Add what to cache, and how."""
-    parser.add_argument("--method", choices=METHODS, default="xquant", help="what is cached (default %(default)s)")
-    parser.add_argument(
-        "--bits",
-        nargs="+",
-        type=int,
-        metavar="BITS",
-        help="bits per cached number; xquant also takes one for keys and one for values (default 4)",
-    )
-    parser.add_argument(
-        "--group-size",
-        type=int,
-        metavar="N",
-        help="numbers that share a scale and a zero point (default: kivi 32, kivi-pre-rope 128, xquant as served)",
-    )
-    parser.add_argument(
-        "--residual",
-        type=int,
-        metavar="N",
-        help="with kivi, recent tokens kept in 16 bit; as published 128 (default 0: all are quantized)",
-    )
-    parser.add_argument("--basis", choices=["head", "joint"], help="with xquant (default head)")
-    parser.add_argument(
-        "--settings", type=_settings, metavar="JSON", help="with xquant and xquant-cl, any settings of the server"
-    )
-    parser.add_argument(
-        "--calibration",
-        metavar="TEXT_FILE",
-        help="with xquant and xquant-cl, text to fit the factors to; python-docs for the other half of Python's "
-        "documentation (default), none for factors from the weights alone",
-    )
-    parser.add_argument("--calibration-tokens", type=int, metavar="N", help="tokens of it to read (default 2048)")
-
-
-def run_perplexity(options: argparse.Namespace) -> None:
-    """Run the command; torch takes seconds to import."""
+def _run_perplexity(options: argparse.Namespace) -> None:
     from xquant_vllm.cli.eval_perplexity import evaluate_perplexity
 
     evaluate_perplexity(options)
 
 
-def run_needle(options: argparse.Namespace) -> None:
-    """Run the command; torch takes seconds to import."""
+def _run_needle(options: argparse.Namespace) -> None:
     from xquant_vllm.cli.eval_needle import evaluate_needle
 
     evaluate_needle(options)
-
-
-def _settings(text: str) -> dict[str, Any]:
-    try:
-        settings = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
-    if not isinstance(settings, dict):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a table of settings such as {{"outlier_channels": 0}}')
-    return settings

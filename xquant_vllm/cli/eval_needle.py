@@ -2,13 +2,12 @@
 
 import argparse
 
-from tqdm import tqdm
-
-from xquant_vllm.cli.eval_output import refuse_infinite, report, text_of
+from xquant_vllm.cli.eval_output import check_outputs, refuse_infinite, report, text_of
 from xquant_vllm.cli.eval_subject import Subject
 from xquant_vllm.evaluation.tasks.needle import NeedleScore, evaluate_needles
 from xquant_vllm.evaluation.tasks.needle_prompts import needle_prompts
 from xquant_vllm.evaluation.tasks.needle_result import needle_result, needle_summary
+from xquant_vllm.offline.progress import counted_bar
 
 
 def evaluate_needle(options: argparse.Namespace) -> None:
@@ -23,6 +22,7 @@ def evaluate_needle(options: argparse.Namespace) -> None:
         UnsupportedError: the server would refuse the method for this model.
         OSError: a result cannot be written.
     """
+    check_outputs(options)
     with Subject(options) as subject:
         text, name = text_of(options)
         subject.check_length("--lengths", max(options.lengths))
@@ -31,9 +31,9 @@ def evaluate_needle(options: argparse.Namespace) -> None:
         kept = subject.kept_scores("needle", NeedleScore)
         missing = [prompt.window for prompt in prompts if kept is None or kept.load(prompt.tokens) is None]
         scores = []
-        with subject.engine(missing) as engine, tqdm(desc=options.method, total=len(prompts), unit="prompt") as bar:
-            for score in evaluate_needles(prompts, engine.reference, subject.candidate(engine), kept):
-                bar.update()
+        with subject.engine(missing, "prompt") as engine:
+            found = evaluate_needles(prompts, engine.reference, subject.candidate(engine), kept)
+            for score in counted_bar(found, len(prompts), options.method, "prompt"):
                 refuse_infinite(score.nll + score.nll_16bit)
                 scores.append(score)
         about = {"text": name, "trials": options.trials, **subject.about}

@@ -2,14 +2,13 @@
 
 import argparse
 
-from tqdm import tqdm
-
-from xquant_vllm.cli.eval_output import refuse_infinite, report, text_of
+from xquant_vllm.cli.eval_output import check_outputs, refuse_infinite, report, text_of
 from xquant_vllm.cli.eval_subject import Subject
 from xquant_vllm.evaluation.tasks.perplexity import evaluate_windows
 from xquant_vllm.evaluation.tasks.result import perplexity_result, summary
 from xquant_vllm.evaluation.tasks.scores import WindowScore
 from xquant_vllm.evaluation.tasks.windows import cut_windows
+from xquant_vllm.offline.progress import counted_bar
 
 
 def evaluate_perplexity(options: argparse.Namespace) -> None:
@@ -24,6 +23,7 @@ def evaluate_perplexity(options: argparse.Namespace) -> None:
         UnsupportedError: the server would refuse the method for this model.
         OSError: a result cannot be written.
     """
+    check_outputs(options)
     with Subject(options) as subject:
         text, name = text_of(options)
         subject.check_length("--window", options.window)
@@ -33,9 +33,9 @@ def evaluate_perplexity(options: argparse.Namespace) -> None:
         kept = subject.kept_scores("perplexity", WindowScore)
         missing = [window for window in windows if kept is None or kept.load(window) is None]
         scores = []
-        with subject.engine(missing) as engine, tqdm(desc=options.method, total=len(windows), unit="window") as bar:
-            for score in evaluate_windows(windows, engine.reference, subject.candidate(engine), kept):
-                bar.update()
+        with subject.engine(missing) as engine:
+            found = evaluate_windows(windows, engine.reference, subject.candidate(engine), kept)
+            for score in counted_bar(found, len(windows), options.method, "window"):
                 refuse_infinite(score.kl + score.nll + score.nll_16bit)
                 scores.append(score)
         about = {"text": name, "window": options.window, "windows": options.windows, "stride": stride, **subject.about}

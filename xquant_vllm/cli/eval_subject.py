@@ -10,17 +10,20 @@ from typing import Any
 
 import torch
 
-from xquant_vllm.cli.served_folder import served_folder
+from xquant_vllm.cli.vllm_folder import vllm_folder
 from xquant_vllm.errors import RefusedError
 from xquant_vllm.evaluation.engines.logits import Engine, Logits
 from xquant_vllm.evaluation.engines.offline_engine import OfflineEngine
-from xquant_vllm.evaluation.engines.served_engine import serve, vllm_version
-from xquant_vllm.evaluation.methods.method_options import SERVED_METHODS, MethodOptions
+from xquant_vllm.evaluation.engines.vllm_engine import serve, vllm_version
+from xquant_vllm.evaluation.methods.method_names import SERVED_METHODS
+from xquant_vllm.evaluation.methods.method_options import MethodOptions
 from xquant_vllm.evaluation.methods.methods import bytes_16bit, prepare_method
 from xquant_vllm.evaluation.methods.prepared_method import PreparedMethod
 from xquant_vllm.evaluation.tasks.kept_scores import KeptScores, Score, model_fingerprint
 from xquant_vllm.evaluation.tasks.result import versions
 from xquant_vllm.offline.checkpoint import Checkpoint, open_checkpoint
+from xquant_vllm.offline.memory import warn_of_memory
+from xquant_vllm.offline.tokenizer import load_tokenizer
 from xquant_vllm.projection.factor_file import DTYPES
 from xquant_vllm.scheme.factor_conflicts import factors_in
 
@@ -102,8 +105,8 @@ class Subject:
         name, dtype, options = self._options.method, self._options.dtype, self._method_options()
         checkpoint = self.checkpoint
         if self.through_vllm and name != "16bit":
-            self._server_settings = options.served_settings(name)
-            self._folder = self._open.enter_context(served_folder(checkpoint, name, options, dtype))
+            self._server_settings = options.server_settings(name)
+            self._folder = self._open.enter_context(vllm_folder(checkpoint, name, options, dtype))
             if self._folder != checkpoint.folder:
                 # There it is calibrated already.
                 checkpoint = open_checkpoint(str(self._folder))
@@ -113,11 +116,11 @@ class Subject:
     @property
     def about(self) -> dict[str, Any]:
         """The model and how it runs, for the result."""
-        model, through = self._options.model, {"through": self._options.through}
+        through = {"through": self._options.through}
         if self.through_vllm:
             through["vllm"] = vllm_version()
         return {
-            "model": model if not Path(model).is_dir() else Path(model).resolve().name,
+            "model": self._options.model if not Path(self._options.model).is_dir() else self.checkpoint.name,
             "dtype": self._options.dtype,
             "device": self._options.device,
             **through,
@@ -129,10 +132,12 @@ class Subject:
         return bytes_16bit(self.checkpoint)
 
     def tokenizer(self) -> Any:
-        """The model's tokenizer."""
-        from transformers import AutoTokenizer
+        """The model's tokenizer.
 
-        return AutoTokenizer.from_pretrained(self.checkpoint.folder)
+        Raises:
+            RefusedError: it has none.
+        """
+        return load_tokenizer(self.checkpoint)
 
     def kept_scores(self, task: str, kind: type[Score]) -> KeptScores[Score] | None:
         """Of ``--resume``.
@@ -148,20 +153,27 @@ class Subject:
         return KeptScores(self._options.resume, model, described, kind)
 
     @contextmanager
-    def engine(self, windows: Sequence[torch.Tensor]) -> Iterator[Engine]:
-        """What yields logits.
+    def engine(self, windows: Sequence[torch.Tensor], unit: str = "window") -> Iterator[Engine]:
+        """What yields logits; its model is loaded, so that the first window takes no longer than the others.
 
         Args:
             windows: ``[num_tokens]`` each; no others can be asked for. An engine that is asked for none is not started.
+            unit: what a window is called.
 
         Raises:
             SettingsError: vLLM's side refuses the model or a setting.
+            EngineError: vLLM failed.
         """
-        options = self._options
+        options, dtype = self._options, DTYPES[self._options.dtype]
         if not self.through_vllm or not windows:
-            yield OfflineEngine(self.checkpoint, self.method, DTYPES[options.dtype], self._device)
+            offline = OfflineEngine(self.checkpoint, self.method, dtype, self._device)
+            if windows:
+                offline.load()
+            yield offline
             return
-        with serve(self._folder, self._server_settings, options.dtype, windows) as engine:
+        if not torch.cuda.is_available():
+            warn_of_memory(self.checkpoint, dtype, self._device, "serving", "Set --dtype bfloat16")
+        with serve(self._folder, self._server_settings, options.dtype, windows, unit) as engine:
             self.method = dataclasses.replace(self.method, bytes_per_token=engine.bytes_per_token)
             yield engine
 

@@ -15,15 +15,15 @@ import torch
 DISTORTION = {0: 1.0, 2: 0.1188, 3: 0.03744, 4: 0.01154, 6: 0.001040, 8: 0.0000866}
 STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352, 6: 0.1041, 8: 0.0308}
 # Channels that share their number of bits: four make whole bytes (for 3 bits two times four do), as few as possible in
-# a narrow latent. Kernels go through a wide one in chunks, which must end at a multiple of 16 channels.
-_NARROW, _UNIT, _WIDE_UNIT = 256, 4, 16
-# Channels of a run at most, so that a chunk holds at least one.
+# a narrow latent. Kernels go through a wide one in bands, which must end at a multiple of 16 channels.
+_NARROW, _TOGETHER, _WIDE_TOGETHER = 256, 4, 16
+# Channels of a run at most, so that a band holds at least one.
 _LONGEST_RUN = 256
 
 Runs = tuple[tuple[int, int], ...]
-# Bits of the channels of every stream and latent head of a layer, as calibrated factors have them.
-LayerAllocation = tuple[tuple[Runs, ...], ...]
 """Bits and number of channels, bits descending; channels beyond are not stored."""
+LayerAllocation = tuple[tuple[Runs, ...], ...]
+"""Runs of every stream and latent head of a layer, as calibrated factors have them."""
 
 
 def run_bytes(runs: Runs) -> int:
@@ -43,10 +43,10 @@ def allocate(variances: Sequence[torch.Tensor], budget: int) -> list[Runs]:
         The bits of every head's channels; they take at most ``budget`` bytes.
 
     Raises:
-        ValueError: the budget is not even enough for one unit of every head.
+        ValueError: the budget is not even enough for the first channels of every head.
     """
     ladder = sorted(DISTORTION)
-    sizes = [_UNIT if v.numel() <= _NARROW else _WIDE_UNIT for v in variances]
+    sizes = [_TOGETHER if v.numel() <= _NARROW else _WIDE_TOGETHER for v in variances]
     gains = [v.double().unflatten(0, (-1, size)).mean(1).tolist() for v, size in zip(variances, sizes, strict=True)]
     steps = [[0] * len(of_head) for of_head in gains]
     heap: list[tuple[float, int, int]] = []
@@ -76,7 +76,7 @@ def allocate(variances: Sequence[torch.Tensor], budget: int) -> list[Runs]:
             steps[head][at] += 1
             offer(head, at)
     for of_head, size in zip(steps, sizes, strict=True):
-        if size == _UNIT:
+        if size == _TOGETHER:
             left = _even_threes(of_head, ladder, left)
     _spend_byte(steps, gains, sizes, ladder, left)
     return [_runs([ladder[step] for step in of_head], size) for of_head, size in zip(steps, sizes, strict=True)]
@@ -88,11 +88,11 @@ def _even_threes(steps: list[int], ladder: list[int], left: int) -> int:
     threes = [at for at, step in enumerate(steps) if step == three]
     if len(threes) % 2 == 0:
         return left
-    if left >= _UNIT:
+    if left >= _TOGETHER:
         steps[threes[0]] += 1
-        return left - _UNIT
+        return left - _TOGETHER
     steps[threes[-1]] -= 1
-    return left + _UNIT
+    return left + _TOGETHER
 
 
 def _spend_byte(

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from xquant_vllm.errors import RefusedError
+from xquant_vllm.errors import RefusedError, counted
 from xquant_vllm.offline.checkpoint import Checkpoint
 
 
@@ -20,7 +20,8 @@ def attention_modules(model: nn.Module, checkpoint: Checkpoint) -> list[Any]:
             modules[int(name.split(".")[-2])] = module
     if sorted(modules) != list(range(checkpoint.layers)):
         raise RefusedError(
-            f"xquant: {checkpoint.architecture} cannot be run here: {len(modules)} attention modules were recognized "
-            f"in {checkpoint.layers} layers; serve the checkpoint itself, with bases from the weights alone"
+            f"xquant: {checkpoint.architecture} cannot be run here: {counted(len(modules), 'attention module')} "
+            f"recognized in {counted(checkpoint.layers, 'layer')}; serve the checkpoint itself, with "
+            "bases from the weights alone"
         )
     return [modules[layer] for layer in range(checkpoint.layers)]

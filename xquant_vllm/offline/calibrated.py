@@ -6,60 +6,15 @@ from dataclasses import dataclass, field
 import torch
 
 from xquant_vllm.codec.allocation import LayerAllocation
-from xquant_vllm.errors import RefusedError
+from xquant_vllm.offline.calibration_plan import CalibrationPlan
 from xquant_vllm.offline.checkpoint import Checkpoint
 from xquant_vllm.offline.samples import collect_samples
-from xquant_vllm.projection.calibrated import fit_heads, layer_budget
+from xquant_vllm.projection.calibrated import fit_heads
+from xquant_vllm.projection.calibration import LayerSample
 from xquant_vllm.projection.joint_kv import JointKVBasis
-from xquant_vllm.projection.predicted import PredictedChain, PredictedLink, layers_of_groups
+from xquant_vllm.projection.predicted import PredictedChain, PredictedLink
 from xquant_vllm.scheme.factor_reader import Bases
 from xquant_vllm.scheme.layer_weights import LayerWeights
-from xquant_vllm.scheme.settings import XQuantSettings
-
-# What a channel can be given, on average: with more, a budget would not be spent.
-CALIBRATED_BITS = (8, 4, 3, 2)
-
-
-@dataclass(frozen=True)
-class CalibrationPlan:
-    """What is to be fitted.
-
-    Attributes:
-        joint_kv: one latent for keys and values of all kv heads, instead of one for each and every kv head.
-        budget: bytes per token of every layer.
-        anchors: of a joint latent, which layers nothing predicts.
-    """
-
-    joint_kv: bool
-    budget: int
-    anchors: tuple[bool, ...]
-
-    @property
-    def layers_of_groups(self) -> list[int]:
-        """For every layer, how many layers its group has so far, itself included."""
-        return layers_of_groups(self.anchors)
-
-
-def plan_calibration(checkpoint: Checkpoint, settings: XQuantSettings) -> CalibrationPlan:
-    """What settings ask for.
-
-    Raises:
-        RefusedError: they ask for what is not fitted.
-    """
-    bits = settings.bits
-    if bits.key != bits.value or bits.key not in CALIBRATED_BITS:
-        raise RefusedError(
-            f"xquant: --bits {bits} cannot work with --calibration, which shares one budget out among keys, values and "
-            "their channels: set one number, 8, 4, 3 or 2"
-        )
-    chained = settings.method == "xquant-cl"
-    narrow = checkpoint.hidden_size < 2 * checkpoint.kv_heads * checkpoint.head_size
-    joint_kv = chained or settings.basis == "joint" or ("basis" not in settings.model_fields_set and narrow)
-    sizes = (checkpoint.kv_heads, checkpoint.head_size, checkpoint.hidden_size)
-    budget = layer_budget(*sizes, bits.key, joint_kv=joint_kv)
-    filled = settings.for_chain("latent")
-    anchors = tuple(not chained or filled.is_anchor(layer) for layer in range(checkpoint.layers))
-    return CalibrationPlan(joint_kv, budget, anchors)
 
 
 @dataclass(frozen=True)
@@ -73,7 +28,7 @@ class CalibratedLayer:
 def fit_layers(
     checkpoint: Checkpoint, plan: CalibrationPlan, batch: torch.Tensor, dtype: torch.dtype, device: torch.device
 ) -> Iterator[CalibratedLayer]:
-    """Fit all layers to a text, in order.
+    """Run the model on a text, and then fit its layers one by one, in order, as they are asked for.
 
     Args:
         checkpoint: the checkpoint.
@@ -85,7 +40,13 @@ def fit_layers(
     Raises:
         RefusedError: the model's attention is not recognized.
     """
-    samples = collect_samples(checkpoint, batch, device)
+    # At once and not with the first layer, whose time it would seem to be.
+    return _fitted(checkpoint, plan, collect_samples(checkpoint, batch, device), dtype, device)
+
+
+def _fitted(
+    checkpoint: Checkpoint, plan: CalibrationPlan, samples: list[LayerSample], dtype: torch.dtype, device: torch.device
+) -> Iterator[CalibratedLayer]:
     chain = PredictedChain(dtype)
     heads = checkpoint.kv_heads
     for layer, sample in enumerate(samples):

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from xquant_vllm.errors import RefusedError
+from xquant_vllm.errors import RefusedError, cause_of, counted
+from xquant_vllm.offline.locate import locate_checkpoint
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PROJECTION = re.compile(r"(?P<stem>.*\blayers)\.(?P<layer>\d+)\.self_attn\.(?P<part>[kv]_proj|qkv_proj)\.weight")
@@ -42,6 +43,11 @@ class Checkpoint:
     projections: list[tuple[str, str]]
 
     @property
+    def name(self) -> str:
+        """Its folder's name, without the path on this machine."""
+        return self.folder.resolve().name
+
+    @property
     def architecture(self) -> str:
         """Its first architecture."""
         return str((self.config.get("architectures") or ["unknown"])[0])
@@ -57,7 +63,7 @@ class Checkpoint:
 
         try:
             text = AutoConfig.from_pretrained(self.folder).get_text_config()
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever a model's own code raises
             raise self.cannot_run(error) from None
         return tuple(getattr(text, "layer_types", None) or ())
 
@@ -65,7 +71,7 @@ class Checkpoint:
         """The error for a model that transformers cannot run, and that therefore cannot be ``what``."""
         return RefusedError(
             f"xquant: transformers cannot run the {self.architecture} in {self.folder} "
-            f"({str(error).splitlines()[0]}), so it cannot be {what}"
+            f"({cause_of(error)}), so it cannot be {what}"
         )
 
     def serving_dtype(self, name: str) -> torch.dtype:
@@ -111,20 +117,27 @@ class Checkpoint:
         return tensor
 
 
-def open_checkpoint(model: str) -> Checkpoint:
+def open_checkpoint(model: str | Path) -> Checkpoint:
     """Find a checkpoint's projections.
 
     Args:
         model: a folder, or a name on the hub.
 
     Raises:
-        RefusedError: it is no safetensors checkpoint of a structure known here.
+        RefusedError: it cannot be found, or is no safetensors checkpoint of a structure known here.
     """
-    folder = _locate(model)
+    folder = locate_checkpoint(model)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RefusedError(f"xquant: {folder} is no checkpoint: config.json cannot be read ({error})") from None
+        raise RefusedError(
+            f"xquant: {folder} is no checkpoint: config.json cannot be read ({error}); "
+            "name a folder with config.json and safetensors files"
+        ) from None
+    if not isinstance(config, dict):
+        raise RefusedError(
+            f"xquant: {folder} is no checkpoint: config.json is no table of settings; fetch the checkpoint anew"
+        )
     if config.get("quantization_config"):
         raise RefusedError(
             f"xquant: {folder} is quantized (quantization_config in config.json), which cannot be factorized offline; "
@@ -150,19 +163,6 @@ def open_checkpoint(model: str) -> Checkpoint:
         files=files,
         projections=_projections(folder, files, text["num_hidden_layers"]),
     )
-
-
-def _locate(model: str) -> Path:
-    if Path(model).is_dir():
-        return Path(model)
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
-    except Exception as error:  # the hub has many errors of its own, and all mean the same here
-        raise RefusedError(
-            f"xquant: {model!r} is neither a folder nor a model that can be fetched ({type(error).__name__}: {error})"
-        ) from None
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
@@ -200,7 +200,7 @@ def _projections(folder: Path, files: dict[str, Path], layers: int) -> list[tupl
         if names[0] is None or names[1] is None:
             raise RefusedError(
                 f"xquant: {folder} has an unknown structure: {stem}.{layer}.self_attn has neither k_proj and v_proj "
-                f"nor qkv_proj, but config.json speaks of {layers} layers; serve the checkpoint itself"
+                f"nor qkv_proj, but config.json speaks of {counted(layers, 'layer')}; serve the checkpoint itself"
             )
         projections.append((names[0], names[1]))
     return projections

@@ -9,11 +9,37 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xquant_vllm.errors import RefusedError
+from xquant_vllm.offline.writable import check_new_folder, missing_parents
 from xquant_vllm.projection.factor_file import FACTORS_FILE, HEADER_FILE
 
 _INDEX = "model.safetensors.index.json"
 # Weights in other formats, which vLLM might prefer or load twice.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+
+
+def check_output(out: Path, force: bool) -> None:
+    """Refuse a folder that must not be replaced, or cannot be made; nothing is left behind.
+
+    Args:
+        out: its name.
+        force: replace it.
+
+    Raises:
+        RefusedError: it names ``--out``, why, and what to do instead.
+    """
+    out = out.absolute()
+    if out.is_symlink() and not out.exists():
+        raise RefusedError(f"xquant: --out {out} is a link to what is not there; choose another name")
+    if out.exists() and not out.is_dir():
+        raise RefusedError(f"xquant: --out {out} is a file, and a folder is to be written; choose another name")
+    if out.exists() and not force:
+        raise RefusedError(f"xquant: --out {out} is already there; choose another name, or replace it with --force")
+    if out.exists() and not (out / HEADER_FILE).exists() and any(out.iterdir()):
+        raise RefusedError(
+            f"xquant: --out {out} was not written by this command (it has no {HEADER_FILE}), so --force does not "
+            "replace it; choose another name"
+        )
+    check_new_folder("--out", out)
 
 
 @contextlib.contextmanager
@@ -29,33 +55,25 @@ def replaced_folder(out: Path, source: Path, force: bool) -> Iterator[Path]:
         RefusedError: ``out`` is there and must not be replaced, or cannot be made.
     """
     out = out.absolute()
-    if out.exists() and not force:
-        raise RefusedError(f"xquant: --out {out} is already there; choose another name, or replace it with --force")
-    if out.exists() and not (out / HEADER_FILE).exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise RefusedError(
-            f"xquant: --out {out} was not written by this command (it has no {HEADER_FILE}), so --force does not "
-            "replace it; choose another name"
-        )
+    check_output(out, force)
     if source.resolve() in out.resolve().parents:
         raise RefusedError(f"xquant: --out {out} lies inside the checkpoint {source}; choose a folder outside of it")
     temporary, old = (out.parent / f".{out.name}.{kind}-{secrets.token_hex(4)}" for kind in ("new", "old"))
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise RefusedError(f"xquant: --out {out} cannot be written ({error}); choose another folder") from None
-    try:
-        yield temporary
-        if out.exists():
-            out.rename(old)
+    with missing_parents(out):
         try:
-            temporary.rename(out)
+            temporary.mkdir()
+            yield temporary
+            if out.exists():
+                out.rename(old)
+            try:
+                temporary.rename(out)
+            except BaseException:
+                if old.exists():
+                    old.rename(out)
+                raise
         except BaseException:
-            if old.exists():
-                old.rename(out)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -6,51 +6,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from xquant_vllm.errors import RefusedError
+from xquant_vllm.errors import RefusedError, counted
 from xquant_vllm.offline.attention_modules import attention_modules
 from xquant_vllm.offline.checkpoint import Checkpoint
-from xquant_vllm.offline.texts import calibration_text, opening_tokens
+from xquant_vllm.offline.memory import warn_of_memory
+from xquant_vllm.offline.progress import counted_bar, say
 from xquant_vllm.projection.calibration import LayerSample
+from xquant_vllm.projection.factor_file import dtype_name
 
-# One sequence's activations and logits are in memory at a time.
-_SEQUENCE = 512
 _SEED = 0
-
-
-def tokenize(checkpoint: Checkpoint, calibration: str, tokens: int, fewest: int) -> torch.Tensor:
-    """Sequences spread evenly over the text.
-
-    Args:
-        checkpoint: whose tokenizer to use.
-        calibration: a file, or ``python-docs``.
-        tokens: how many to take at most.
-        fewest: how many there must be.
-
-    Returns:
-        ``[sequences, length]``, int64. Each begins as the tokenizer begins a text.
-
-    Raises:
-        RefusedError: the text cannot be read or is too short.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    ids = tokenizer.encode(calibration_text(calibration), add_special_tokens=False, verbose=False)
-    opening = opening_tokens(tokenizer)
-    if len(ids) < fewest:
-        raise RefusedError(
-            f"xquant: --calibration {calibration} has {len(ids)} tokens, too few to say anything about a model; give "
-            "a text of a few thousand words"
-        )
-    text_config = checkpoint.config.get("text_config") or checkpoint.config
-    length = min(_SEQUENCE, tokens, len(ids) + len(opening), text_config.get("max_position_embeddings") or _SEQUENCE)
-    step = length - len(opening)
-    available = len(ids) // step
-    count = max(1, min(tokens // length, available))
-    starts = [step * (available * i // count) for i in range(count)]
-    return torch.tensor([opening + ids[start : start + step] for start in starts])
 
 
 # The last ones: a comparison fits one model again and again, and the model's pass takes longer than the fit.
@@ -94,9 +59,11 @@ def _collect(checkpoint: Checkpoint, batch: torch.Tensor, device: torch.device) 
     text_config = checkpoint.config.get("text_config") or checkpoint.config
     # By itself transformers takes PyTorch's attention, which knows of no caps on scores, wherever a model allows it.
     attention = "eager" if text_config.get("attn_logit_softcapping") else None
+    warn_of_memory(checkpoint, dtype, device, "calibrating", "Set --device cuda, or do without calibration")
+    say(f"loading {checkpoint.name} in {dtype_name(dtype)} to calibrate on {counted(batch.numel(), 'token')}")
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # whatever a model's own code raises
         raise checkpoint.cannot_run(
             error, "calibrated; leave --calibration out for bases from the weights alone"
         ) from None
@@ -107,7 +74,7 @@ def _collect(checkpoint: Checkpoint, batch: torch.Tensor, device: torch.device) 
         hooks.enter_context(model.get_input_embeddings().register_forward_hook(_require_gradient))
         for observer in observers:
             observer.hook(hooks)
-        for sequence in tqdm(batch.to(device), desc="calibrate", unit="sequence"):
+        for sequence in counted_bar(batch.to(device), len(batch), "calibrate", "sequence"):
             with torch.enable_grad():
                 logits = model(input_ids=sequence.unsqueeze(0), use_cache=False).logits[0].float()
                 log_probabilities = logits.log_softmax(-1)

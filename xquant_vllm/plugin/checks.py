@@ -154,13 +154,26 @@ def _unsupported(vllm_config: Any) -> Iterator[str]:
 def _unsupported_model(model: Any) -> Iterator[str]:
     if model is None:
         return
-    # What no configuration tells (attention sinks, shared caches) is refused where the layer is built.
+    text = model.hf_text_config
+    # What no configuration tells (caches that layers share, sinks with KIVI) is refused where the layer is built.
+    # Models of the last two kinds choose a backend for their layers themselves: one of this package is never asked.
     for present, feature in (
         (model.use_mla, "multi-head latent attention (MLA), which already caches latents of its own"),
         (model.is_encoder_decoder, "cross attention between an encoder and a decoder"),
         (model.is_attention_free or model.is_hybrid, "state-space or linear attention layers"),
         (model.uses_alibi, "ALiBi, a bias on the scores"),
         (model.uses_mrope, "multimodal RoPE, several positions per token"),
+        (
+            not model.use_mla and _value_heads_differ(text, model.get_head_size()),
+            "value heads of another size than keys",
+        ),
+        (bool(getattr(text, "param_sink_number", 0)), "learned sink tokens, keys that no token has"),
     ):
         if present:
             yield f"{model.architecture} ({model.model}) uses {feature}: not supported; {OTHER_BACKEND}"
+
+
+def _value_heads_differ(text: Any, head_size: int) -> bool:
+    """Whether a model's configuration gives value heads, in some layers or all, another size than key heads."""
+    sizes = ("v_head_dim", head_size), ("swa_v_head_dim", getattr(text, "swa_head_dim", head_size))
+    return any((getattr(text, name, None) or of_keys) != of_keys for name, of_keys in sizes)

@@ -22,7 +22,7 @@ BYTE_BITS = 4
 LARGEST_BYTE = 127
 # Of a unit: an up-projection of integers that went through FP32 is this close to them.
 _EXACT = 1e-3
-# Kernels cut wider latents of runs into chunks and sum these up one by one, each with units of its own.
+# Kernels cut wider latents of runs into bands and sum these up one by one, each with units of its own.
 _WIDEST = 256
 
 

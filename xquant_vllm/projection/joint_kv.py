@@ -11,7 +11,8 @@ from xquant_vllm.projection.basis import down_projection, left_inverse
 class JointKVBasis:
     """A basis of the columns of ``[Wk|Wv]``.
 
-    ``down @ lift`` projects on their span, so ``x @ down @ lift @ [Wk|Wv]`` is ``x @ [Wk|Wv]``, although it is not x.
+    ``down @ lift`` projects on the space of these columns: ``x @ down @ lift @ [Wk|Wv]`` is ``x @ [Wk|Wv]``, although
+    ``x @ down @ lift`` is not x.
 
     Attributes:
         down: ``[1, hidden_size, width]``, width being twice the key channels of all kv heads, in the dtype that will

@@ -107,8 +107,8 @@ class SchemeBuilder:
         """Keys and values have bases of their own."""
         key, value = self._factors.layer_factors(parameters.weights(form))
         key = with_integer_up(key, form.streams[0])
-        cache = LayerScheme(form, parameters.projection(key.up, value.up))
-        return cache, torch.cat([_rows_of(basis) for basis in (key, value)])
+        scheme = LayerScheme(form, parameters.projection(key.up, value.up))
+        return scheme, torch.cat([_rows_of(basis) for basis in (key, value)])
 
     def _joint_kv(
         self, position: int, form: LayerFormat, parameters: LayerParameters
@@ -133,12 +133,12 @@ class SchemeBuilder:
             chain_up_projection([*earlier, basis.lift], rows, form.shape.num_kv_heads)
             for rows in (parameters.key, parameters.value)
         ]
-        cache = LayerScheme(
+        scheme = LayerScheme(
             form,
             parameters.projection(*ups),
             prediction_matrix=chain_prediction(earlier, basis.down[0]) if earlier else None,
         )
-        return cache, basis.down[0].T
+        return scheme, basis.down[0].T
 
     def _input(self, form: LayerFormat, parameters: LayerParameters) -> LayerScheme:
         """The layer input is stored, and the weights become up-projections."""

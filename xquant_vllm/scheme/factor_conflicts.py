@@ -50,8 +50,10 @@ def refuse_factors(path: Path, problem: str, header: FactorHeader | None, option
         return SettingsError(f"xquant: {path} {problem}; serve the model that it was made from")
     given = shlex.split(options)
     remake = {} if header is None else _remake(header)
-    if "xquant-cl" not in given and "--method" in given:
-        remake = {option: values for option, values in remake.items() if option not in _CHAIN_OPTIONS}
+    if "--method" in given:
+        # The command refuses what has no use with a method.
+        useless = ("--basis",) if "xquant-cl" in given else _CHAIN_OPTIONS
+        remake = {option: values for option, values in remake.items() if option not in useless}
     for option, values in remake.items():
         if option not in given and option.replace("--no-", "--") not in given:
             given += [option, *values]
@@ -82,7 +84,7 @@ def over_factors(settings: XQuantSettings, folder: Path | None, header: FactorHe
             "method": "xquant",
             "basis": made_for.basis,
             "rotate": made_for.rotate,
-            "outlier_channels": PerStream(key=made_for.outlier_channels.key, value=made_for.outlier_channels.value),
+            "outlier_channels": made_for.outlier_channels,
         }
     else:
         built_in = _calibrated_settings(made_for)
@@ -101,7 +103,7 @@ def over_factors(settings: XQuantSettings, folder: Path | None, header: FactorHe
             *_remedy(settings, header, built_in["method"]),
         )
     if made_for.allocation is None and "bits" not in given and made_for.bits is not None:
-        built_in["bits"] = PerStream(key=made_for.bits.key, value=made_for.bits.value)
+        built_in["bits"] = made_for.bits
     return settings.model_copy(update=built_in)
 
 
@@ -122,7 +124,7 @@ def _remedy(settings: XQuantSettings, header: FactorHeader, method: str) -> tupl
     calibrated = chained or (can_calibrate and header.calibration is not None)
     options = {
         "method": f"--method {method}",
-        "bits": f"--bits {bits.key}" if calibrated else f"--bits {bits.key} {bits.value}",
+        "bits": f"--bits {' '.join(_numbers(bits))}",
         "anchor_interval": f"--anchor-interval {settings.anchor_interval}",
         "first_layers": f"--first-layers {settings.first_layers}",
         "basis": f"--basis {settings.basis}",
@@ -151,7 +153,7 @@ def _calibrated_settings(made_for: FactorSettings) -> dict[str, Any]:
     built_in = _CALIBRATED | {
         "method": "xquant" if made_for.chain is None else "xquant-cl",
         "basis": made_for.basis,
-        "bits": PerStream(key=made_for.bits.key, value=made_for.bits.value),
+        "bits": made_for.bits,
     }
     return built_in if made_for.chain is None else built_in | made_for.chain.model_dump()
 
@@ -169,8 +171,7 @@ def _remake(header: FactorHeader) -> dict[str, list[str]]:
     elif calibration is not None or settings.basis != "head":
         options["--basis"] = [settings.basis]
     if settings.bits is not None:
-        bits = [settings.bits.key, settings.bits.value]
-        options["--bits"] = [str(number) for number in (bits[:1] if bits[0] == bits[1] else bits)]
+        options["--bits"] = _numbers(settings.bits)
     if calibration is not None:
         options |= {"--calibration": [calibration.text], "--calibration-tokens": [str(calibration.tokens)]}
     else:
@@ -182,6 +183,11 @@ def _remake(header: FactorHeader) -> dict[str, list[str]]:
     if header.dtype != "bfloat16":
         options["--dtype"] = [header.dtype]
     return options
+
+
+def _numbers(bits: PerStream) -> list[str]:
+    """Bits as `--bits` takes them: one number where both are the same."""
+    return [str(number) for number in ((bits.key,) if bits.key == bits.value else (bits.key, bits.value))]
 
 
 def _plain(value: Any) -> str:

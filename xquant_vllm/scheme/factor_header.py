@@ -13,17 +13,11 @@ from xquant_vllm.projection.basis import BasisKind
 from xquant_vllm.projection.factor_file import DTYPES, FORMAT_VERSION, HEADER_FILE, read_json
 from xquant_vllm.projection.layer import BasisSpec
 from xquant_vllm.projection.predicted import joint_kv_width
+from xquant_vllm.scheme.settings import PerStream
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Streams(_Model):
-    """A number for key latents and one for value latents."""
-
-    key: int
-    value: int
 
 
 class Source(_Model):
@@ -81,10 +75,10 @@ class FactorSettings(_Model):
         chain: of calibrated factors for method ``"xquant-cl"``; None for layers by themselves.
     """
 
-    bits: Streams | None
+    bits: PerStream | None
     basis: Literal["head", "joint"]
     rotate: bool
-    outlier_channels: Streams
+    outlier_channels: PerStream
     allocation: list[list[list[list[tuple[int, int]]]]] | None = None
     chain: ChainSettings | None = None
 

@@ -84,6 +84,7 @@ class LayerScheme:
         scale: float,
         sliding_window: int | None,
         logits_soft_cap: float | None,
+        sinks: torch.Tensor | None = None,
         exact_from: int | None = None,
     ) -> AttentionLayerPlan:
         """The plan for pages of a block size.
@@ -95,6 +96,7 @@ class LayerScheme:
             scale: factor on the scores.
             sliding_window: keys a query sees, or None.
             logits_soft_cap: cap of the scores, or None.
+            sinks: ``[num_heads]``, FP32, on the kernels' device: a score of every query head without a value, or None.
             exact_from: query tokens from which on a sequence attends to them exactly, or None.
         """
         return AttentionLayerPlan(
@@ -108,6 +110,7 @@ class LayerScheme:
             value_terms=self.value_terms,
             rotation=self.rotation,
             prediction=self.prediction,
+            sinks=sinks,
             kernel_device=self.kernel_device,
             exact_from=exact_from,
         )

@@ -1,7 +1,24 @@
-// KIVI's attention of one task to one chunk of its context. Of a tile's tokens a query sees the older keys quantized and
+// KIVI's attention of one task to one stretch of its context. Of a tile's tokens a query sees the older keys quantized and
 // the newer ones exactly, and so the values, from another token on; the boundaries move with the query. So a tile is
 // scored both ways as far as any row needs it, and every row takes its own of both.
 #pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "attention/attention.h"
+#include "attention/tile.h"
+#include "common/gemm.h"
+#include "common/layout.h"
+#include "kernels.h"
+#include "kivi/exact.h"
+#include "kivi/keys.h"
+#include "kivi/kivi_api.h"
+#include "kivi/pages.h"
+#include "kivi/scratch.h"
+
+namespace xquant {
+namespace {
 
 struct KiviTile {
     const xquant_kivi_plan& plan;
@@ -26,27 +43,27 @@ inline void prefetch_tile(const KiviTile& tile, int64_t start, int64_t end) {
     const KeyView keys{plan, tile.task.kv_head};
     const HeadView values = head_view(plan.layer, plan.layer.value.terms[0], tile.task.kv_head);
     const FirstExact newest = tile.first_exact(tile.rows - 1), oldest = tile.first_exact(0);
-    for (int64_t run = start; run < end && run < start + kTile; run += kRun) {
-        const uint8_t* page = tile.pages.page(0, run);
-        const int64_t slot = tile.pages.slot(run);
-        if (run < newest.key) {
-            prefetch(page + keys.codes(slot), kRun * keys.row_bytes());
-            if (run % plan.key_group_size == 0 || run == start) {
+    for (int64_t strip = start; strip < end && strip < start + kTile; strip += kStrip) {
+        const uint8_t* page = tile.pages.page(0, strip);
+        const int64_t slot = tile.pages.slot(strip);
+        if (strip < newest.key) {
+            prefetch(page + keys.codes(slot), kStrip * keys.row_bytes());
+            if (strip % plan.key_group_size == 0 || strip == start) {
                 prefetch(page + keys.scale(slot), plan.layer.head_size * 2);
                 prefetch(page + keys.zero(slot), plan.layer.head_size * 2);
             }
         }
-        if (run < newest.value) prefetch_run(values, page, slot);
-        if (run + kRun > oldest.key) prefetch(tile.residual.key(run), kRun * tile.residual.row_bytes());
-        if (run + kRun > oldest.value) prefetch(tile.residual.value(run), kRun * tile.residual.row_bytes());
+        if (strip < newest.value) prefetch_strip(values, page, slot);
+        if (strip + kStrip > oldest.key) prefetch(tile.residual.key(strip), kStrip * tile.residual.row_bytes());
+        if (strip + kStrip > oldest.value) prefetch(tile.residual.value(strip), kStrip * tile.residual.row_bytes());
     }
 }
 
 // Scores of tokens start + [first, last), multiples of 16, for all rows.
 inline void kivi_score(const KiviTile& tile, int64_t start, int64_t first, int64_t last) {
     // Boundaries grow with the row.
-    const int64_t quantized_end = clamp(round_up(tile.first_exact(tile.rows - 1).key - start, kRun), first, last);
-    const int64_t exact_begin = clamp((tile.first_exact(0).key - start) & -kRun, first, last);
+    const int64_t quantized_end = clamp(round_up(tile.first_exact(tile.rows - 1).key - start, kStrip), first, last);
+    const int64_t exact_begin = clamp((tile.first_exact(0).key - start) & -kStrip, first, last);
     const int64_t head_size = tile.plan.layer.head_size;
     if (first < quantized_end) {
         score_quantized(tile.plan, tile.pages, tile.task.kv_head, tile.rows, start, first, quantized_end, tile.base,
@@ -109,8 +126,8 @@ inline int64_t kivi_attention_scratch(const xquant_kivi_plan& plan, int64_t rows
     return scratch.floats > floats ? scratch.floats : floats;
 }
 
-inline bool kivi_attend(const xquant_kivi_plan& plan, const xquant_kivi_attention_call& call, const Task& task,
-                        int64_t chunk, const State& state, float* memory) {
+inline bool kivi_attend_stretch(const xquant_kivi_plan& plan, const xquant_kivi_attention_call& call, const Task& task,
+                                int64_t stretch, const State& state, float* memory) {
     const xquant_attention_call& batch = call.batch;
     const int64_t rows = task.query_count * group_of(plan.layer), sequence = task.sequence;
     const Scratch base(plan.layer, rows, memory);
@@ -119,7 +136,7 @@ inline bool kivi_attend(const xquant_kivi_plan& plan, const xquant_kivi_attentio
     const ResidualView residual(plan, call.residual, sequence, task.kv_head);
     const int64_t queries = batch.query_start_loc[sequence + 1] - batch.query_start_loc[sequence];
     const KiviTile tile{plan, task, pages, residual, base, scratch, rows, batch.seq_lens[sequence] - queries};
-    const Context context(task, chunk);
+    const Context context(task, stretch);
     load_queries(plan.layer, batch, task, rows, base);
     for (int64_t row = 0; row < rows; ++row) {  // fold() goes over whole vectors
         float* query = base.query + row * base.query_width;
@@ -129,7 +146,7 @@ inline bool kivi_attend(const xquant_kivi_plan& plan, const xquant_kivi_attentio
     const int64_t exact = clamp(tile.first_exact(0).value, context.begin, context.end);
     if (!pages.have(context.begin, context.end) || !residual.have(exact, context.end)) return false;
     context.for_tiles([&](int64_t start, int64_t first, int64_t last) {
-        const int64_t first_column = first / kRun * kRun, last_column = round_up(last, kRun);
+        const int64_t first_column = first / kStrip * kStrip, last_column = round_up(last, kStrip);
         prefetch_tile(tile, start + kTile, task.end);
         kivi_score(tile, start, first_column, last_column);
         weigh(plan.layer, task, rows, start, first_column, last_column, state, base);
@@ -137,3 +154,6 @@ inline bool kivi_attend(const xquant_kivi_plan& plan, const xquant_kivi_attentio
     });
     return true;
 }
+
+}  // namespace
+}  // namespace xquant

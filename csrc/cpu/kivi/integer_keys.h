@@ -6,6 +6,19 @@
 // and what was rounded off is multiplied by a code's distance from the middle, not by the code.
 #pragma once
 
+#include <stdint.h>
+
+#include "attention/integer.h"
+#include "attention/tile.h"
+#include "common/layout.h"
+#include "common/simd.h"
+#include "kernels.h"
+#include "kivi/pages.h"
+#include "kivi/scratch.h"
+
+namespace xquant {
+namespace {
+
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 // Whether a token's codes are whole quadruples that transpose_words reaches.
 inline bool keys_in_integers(const KeyView& view) { return view.row_bytes() % 16 == 0; }
@@ -91,9 +104,9 @@ inline void score_integers(const KeyView& view, const uint8_t* page, int64_t slo
         fold_integers(base.query + row * base.query_width, row, head_size, middle, scratch);
     }
     int32_t* codes = (int32_t*)base.keys;
-    const auto interleave = bits == 4 ? interleave_piece<4> : interleave_piece<2>;
-    for (int64_t run = first; run < last; run += kRun) {
-        interleave(page + view.codes(slot + run - first), row_bytes, row_bytes, codes + run);
+    const auto interleave = bits == 4 ? interleave_run<4> : interleave_run<2>;
+    for (int64_t strip = first; strip < last; strip += kStrip) {
+        interleave(page + view.codes(slot + strip - first), row_bytes, row_bytes, codes + strip);
     }
     int64_t column = first;
     for (; column + 2 * kLanes <= last; column += 2 * kLanes) {
@@ -108,3 +121,6 @@ inline bool keys_in_integers(const KeyView&) { return false; }
 inline void score_integers(const KeyView&, const uint8_t*, int64_t, int64_t, int64_t, int64_t, const Scratch&,
                            const KiviScratch&) {}
 #endif
+
+}  // namespace
+}  // namespace xquant

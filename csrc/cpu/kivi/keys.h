@@ -7,6 +7,26 @@
 // RoPE turns when they are read must be dequantized first.
 #pragma once
 
+#include <stdint.h>
+
+#include "api.h"
+#include "attention/rematerialize.h"
+#include "attention/tile.h"
+#include "common/convert.h"
+#include "common/gemm.h"
+#include "common/layout.h"
+#include "common/simd.h"
+#include "common/transpose.h"
+#include "kernels.h"
+#include "kivi/integer_keys.h"
+#include "kivi/kivi_api.h"
+#include "kivi/pages.h"
+#include "kivi/scratch.h"
+#include "unpack/unpack.h"
+
+namespace xquant {
+namespace {
+
 // Scales and zeros of the group of a slot, followed by zeros.
 inline void load_group(const KeyView& view, const uint8_t* page, int64_t slot, const KiviScratch& scratch) {
     const int64_t head_size = view.plan.layer.head_size, width = round_up(head_size, kPad);
@@ -23,8 +43,8 @@ inline void convert_codes(const uint8_t* bytes, int64_t channels, float* to, con
 #pragma GCC unroll 4
         for (int64_t field = 0; field < 8 / kBits; ++field) {
             const int64_t channel = field * size + i;
-            for (int64_t lane = 0; lane < kRun; lane += kLanes) {
-                const vf codes = to_float(field_codes<kBits>(bytes + i * kRun + lane, field));
+            for (int64_t lane = 0; lane < kStrip; lane += kLanes) {
+                const vf codes = to_float(field_codes<kBits>(bytes + i * kStrip + lane, field));
                 store(to + channel * kTile + lane, convert(codes, channel));
             }
         }
@@ -32,8 +52,8 @@ inline void convert_codes(const uint8_t* bytes, int64_t channels, float* to, con
 }
 
 template <typename Convert>
-inline void convert_run(const KeyView& view, const uint8_t* page, int64_t slot, float* to, uint8_t* bytes,
-                        const Convert& convert) {
+inline void convert_strip(const KeyView& view, const uint8_t* page, int64_t slot, float* to, uint8_t* bytes,
+                          const Convert& convert) {
     const int64_t head_size = view.plan.layer.head_size;
     transpose_codes(page + view.codes(slot), view.row_bytes(), view.row_bytes(), bytes);
     if (view.plan.key_bits == 4) {
@@ -103,18 +123,21 @@ inline void score_quantized(const xquant_kivi_plan& plan, const Pages& pages, in
             score_integers(view, page, pages.slot(position), rows, column, end, base, scratch);
             continue;
         }
-        for (int64_t run = column; run < end; run += kRun) {
-            const int64_t slot = pages.slot(start + run);
+        for (int64_t strip = column; strip < end; strip += kStrip) {
+            const int64_t slot = pages.slot(start + strip);
             if (!plan.layer.rope) {
-                convert_run(view, page, slot, base.keys + run, scratch.bytes, [](vf codes, int64_t) { return codes; });
+                convert_strip(view, page, slot, base.keys + strip, scratch.bytes, [](vf codes, int64_t) { return codes; });
                 continue;
             }
-            convert_run(view, page, slot, base.keys + run, scratch.bytes, [&](vf codes, int64_t channel) {
+            convert_strip(view, page, slot, base.keys + strip, scratch.bytes, [&](vf codes, int64_t channel) {
                 return codes * scratch.scales[channel] + scratch.zeros[channel];
             });
-            rotate(plan.layer, (start + run) / kRun, base.keys + run, kTile);
+            rotate(plan.layer, (start + strip) / kStrip, base.keys + strip, kTile);
         }
         if (!plan.layer.rope) score_folded(base, scratch, rows, head_size, column, end);
     }
     if (plan.layer.rope) score_keys(base, rows, head_size, first, last, base.weights);
 }
+
+}  // namespace
+}  // namespace xquant

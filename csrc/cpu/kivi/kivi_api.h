@@ -3,7 +3,7 @@
 #ifndef XQUANT_CPU_KIVI_API_H
 #define XQUANT_CPU_KIVI_API_H
 
-#include "../api.h"
+#include "api.h"
 
 #ifdef __cplusplus
 extern "C" {

@@ -1,6 +1,15 @@
 // Addresses in KIVI's two kinds of pages, drawn in xquant_vllm/kivi/pages.py, and which tokens a query sees exactly.
 #pragma once
 
+#include <stdint.h>
+
+#include "api.h"
+#include "attention/tile.h"
+#include "kivi/kivi_api.h"
+
+namespace xquant {
+namespace {
+
 // The keys of one kv head in a quantized page.
 struct KeyView {
     const xquant_kivi_plan& plan;
@@ -39,7 +48,7 @@ struct ResidualView {
     int64_t row_bytes() const { return plan.layer.head_size * bytes_of(plan.residual_dtype); }
     // Of a slot's row, from the start of a page: its key, or its value.
     int64_t row(int64_t slot) const { return (kv_head * plan.residual_block_size + slot) * row_bytes(); }
-    // The key of a position; those of a run follow each other.
+    // The key of a position; those of a strip follow each other.
     const uint8_t* key(int64_t position) const {
         const int64_t size = plan.residual_block_size;
         return residual.pages.data + blocks[position / size] * residual.pages.stride + row(position % size);
@@ -60,3 +69,6 @@ struct FirstExact {
         if (value > step_start) value = step_start;
     }
 };
+
+}  // namespace
+}  // namespace xquant

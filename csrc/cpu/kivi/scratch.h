@@ -1,6 +1,17 @@
 // What one task has in flight beside what attention to latents has: see tile.h.
 #pragma once
 
+#include <stdint.h>
+
+#include "attention/tile.h"
+#include "common/layout.h"
+#include "kernels.h"
+#include "kivi/kivi_api.h"
+#include "kivi/pages.h"
+
+namespace xquant {
+namespace {
+
 struct KiviScratch {
     float* folded;     // [rows][query_width], queries times a group's scales
     float* scales;     // [query_width] of a group
@@ -9,7 +20,7 @@ struct KiviScratch {
     float* units;      // [rows], of them
     float* offsets;    // [rows], what is added to a group's scores
     float* exact;      // [rows][kTile], scores, or weights, of exact tokens
-    uint8_t* bytes;    // of a run, transposed
+    uint8_t* bytes;    // of a strip, transposed
     int64_t floats;    // size of all of it
 
     // Without memory only the size is right. It follows that of `base`.
@@ -28,6 +39,9 @@ struct KiviScratch {
         units = take(rows);
         offsets = take(rows);
         exact = take(rows * kTile);
-        bytes = (uint8_t*)take(round_up(plan.layer.head_size * bytes_of(plan.residual_dtype), 16) * kRun / 4);
+        bytes = (uint8_t*)take(round_up(plan.layer.head_size * bytes_of(plan.residual_dtype), 16) * kStrip / 4);
     }
 };
+
+}  // namespace
+}  // namespace xquant

@@ -1,6 +1,23 @@
 // New keys and values into KIVI's pages, with the bytes of xquant_vllm/kivi/codec.py.
 #pragma once
 
+#include <stdint.h>
+#include <string.h>
+
+#include "api.h"
+#include "attention/tile.h"
+#include "common/convert.h"
+#include "common/layout.h"
+#include "common/simd.h"
+#include "kernels.h"
+#include "kivi/kivi_api.h"
+#include "kivi/pages.h"
+#include "store/quantize.h"
+#include "store/store.h"
+
+namespace xquant {
+namespace {
+
 struct GroupScratch {
     float* keys;     // [key_group_size][width]
     float* scales;   // [width]
@@ -106,8 +123,11 @@ inline bool kivi_store_group(const xquant_kivi_plan& plan, const xquant_kivi_sto
                 store_codes(scratch.codes + i,
                             group_codes(load(keys + i), load(scratch.scales + i), load(scratch.zeros + i), plan.key_bits));
             }
-            pack_piece(scratch.codes, head_size, plan.key_bits, page + view.codes(slot + token));
+            pack_run(scratch.codes, head_size, plan.key_bits, page + view.codes(slot + token));
         }
     }
     return true;
 }
+
+}  // namespace
+}  // namespace xquant

@@ -4,13 +4,19 @@
 
 #include <stdint.h>
 
-// Changes whenever a struct of the interface does.
-#define XQUANT_CUDA_ABI 2
-
 #if defined(__GNUC__)
 #define XQUANT_CUDA_EXPORT extern "C" __attribute__((visibility("default")))
 #else
 #define XQUANT_CUDA_EXPORT extern "C"
 #endif
+
+// The size of a struct in bytes at the time of the build.
+typedef struct {
+    const char* name;
+    int64_t size;
+} xquant_cuda_struct_size;
+
+// Every struct of the interface, then one without a name.
+XQUANT_CUDA_EXPORT const xquant_cuda_struct_size* xquant_cuda_struct_sizes(void);
 
 #endif

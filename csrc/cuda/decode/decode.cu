@@ -35,7 +35,7 @@ int xquant_cuda_decode(const xquant_cuda_decode_plan* plan, const xquant_cuda_de
     using namespace xquant::decode;
     const Params params{*plan, *call};
     if (reinterpret_cast<uintptr_t>(call->pages) % 16 != 0 || call->page_stride % 16 != 0 ||
-        plan->block_size % kSegment != 0 || call->sum_columns > plan->head_size || call->row_tiles < 1 ||
+        plan->block_size % kStrip != 0 || call->sum_columns > plan->head_size || call->row_tiles < 1 ||
         call->row_tiles > 2 || call->splits < 1) {
         return cudaErrorInvalidValue;
     }

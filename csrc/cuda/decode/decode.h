@@ -1,4 +1,4 @@
-// Decode attention over per-head latents: one key chunk and one value chunk per kv head, few query rows. The first of
+// Decode attention over per-head latents: one key band and one value band per kv head, few query rows. The first of
 // two steps: it leaves what xquant_vllm/attention/gpu/decode/attend.py calls Partial, which merge.py puts together.
 //
 // Plain C. xquant_vllm/attention/gpu/cuda/library.py mirrors the structs field by field. All pointers are to device
@@ -37,7 +37,7 @@ typedef struct {
     const xquant_cuda_quad* value_quads;
     const uint32_t* key_masks;           // [num_kv_heads, head_size / 4]: of a quad, low mask | high mask << 8 |
     const uint32_t* value_masks;         // shift of the high part << 16 | slow << 24
-    const uint32_t* up_key;              // fragments of key_type, see up_fragments() in cuda_keys.py
+    const uint32_t* up_key;              // fragments of key_type, see up_fragments() in cuda/keys.py
     const float* key_rows;               // [num_kv_heads, 7, head_size], columns in halves: what a product of codes and
                                          // up_key counts, what a token's zero point is multiplied by, the bias, and
                                          // what its outliers are multiplied by

@@ -75,8 +75,8 @@ __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const Params params
 
     // A block id is read one tile ahead of the copy that needs it.
     copy_rope_base<HeadSize>(params, stages, layout, share.begin, warp, lane);
-    copy_segment(params, share, shared.key, shared.value, stages, layout, share.begin,
-                 find_block(params, share, share.begin, warp), warp, lane);
+    copy_strip(params, share, shared.key, shared.value, stages, layout, share.begin,
+               find_block(params, share, share.begin, warp), warp, lane);
     end_copy_group();
     int block = find_block(params, share, share.begin + kTokens, warp);
     KeyOperands<HeadSize, K> operands;
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const Params params
         if (next < share.stop) {
             unsigned char* other = stages + (parity ^ 1) * layout.bytes;
             copy_rope_base<HeadSize>(params, other, layout, next, warp, lane);
-            copy_segment(params, share, shared.key, shared.value, other, layout, next, block, warp, lane);
+            copy_strip(params, share, shared.key, shared.value, other, layout, next, block, warp, lane);
             block = find_block(params, share, next + kTokens, warp);
         }
         end_copy_group();

@@ -11,7 +11,8 @@
 
 namespace xquant::decode {
 
-constexpr float kCodeUnit = 16777216.0f;
+// 2**24: what products of such numbers are multiplied by.
+constexpr float kCodeFactor = 16777216.0f;
 
 // 32 bits from a bit address in shared memory on, of which the last 8 may be wrong if `bit` % 8 is not 0: masks drop
 // them. Reads up to 3 bytes behind, which are there.

@@ -9,10 +9,10 @@ namespace xquant::decode {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
-// Cached tokens of a tile. A warp copies 16 of them: block sizes are multiples of 16, so these lie in one page, and
+// Cached tokens of a tile. A warp copies 16 of them, a *strip*: block sizes are multiples of 16, so these lie in one page, and
 // their codes and scales start and end at multiples of 16 bytes.
 constexpr int kTokens = 64;
-constexpr int kSegment = kTokens / kWarps;
+constexpr int kStrip = kTokens / kWarps;
 constexpr int kRows = 16;
 constexpr int kMostOutliers = 4;
 // Rows of a column: what products count, what zero points, 1 and outliers are multiplied by.
@@ -98,7 +98,7 @@ struct Shared {
     float decay[kRows];
     float weighed[kRows];  // sums of weights times scales
     xquant_cuda_latent key, value;
-    float unit;
+    float largest_scale;  // of the values of the tile; weights times scales are relative to it
     float padding[3];
 };
 

@@ -62,7 +62,7 @@ XQUANT_DEVICE void weigh(RowState& state, Shared<HeadSize>& shared, const Scores
     const int position = share.past + row / (params.plan.num_heads / params.plan.num_kv_heads);
     float weight[kTokensOfLane], scale[kTokensOfLane];
     load_scores<HeadSize>(weight, scores, params, row, of_row);
-    float largest = state.largest, unit = 0;
+    float largest = state.largest, largest_scale = 0;
 #pragma unroll
     for (int i = 0; i < kTokensOfLane; ++i) {
         const int token = token_of(of_row, i), at = tile_start + token;
@@ -71,14 +71,14 @@ XQUANT_DEVICE void weigh(RowState& state, Shared<HeadSize>& shared, const Scores
         if (!seen) weight[i] = -INFINITY;
         scale[i] = shared.value_scale[token];
         largest = fmaxf(largest, weight[i]);
-        unit = fmaxf(unit, scale[i]);
+        largest_scale = fmaxf(largest_scale, scale[i]);
     }
     largest = max_over_lanes<kRowLanes>(largest);
-    unit = max_over_lanes<kRowLanes>(unit);
-    if (unit == 0) unit = 1;
+    largest_scale = max_over_lanes<kRowLanes>(largest_scale);
+    if (largest_scale == 0) largest_scale = 1;
     // A row may see nothing yet.
     const float shift = largest == -INFINITY ? 0 : largest;
-    const float decay = exponential(state.largest - shift), inverse = 1.0f / unit;
+    const float decay = exponential(state.largest - shift), inverse = 1.0f / largest_scale;
     float total = 0, zeros = 0, weighed = 0;
     uint32_t packed[kTokensOfLane / 2];
 #pragma unroll
@@ -97,7 +97,7 @@ XQUANT_DEVICE void weigh(RowState& state, Shared<HeadSize>& shared, const Scores
     state.largest = largest;
     state.total = state.total * decay + sum_over_lanes<kRowLanes>(total);
     state.zeros = state.zeros * decay + sum_over_lanes<kRowLanes>(zeros);
-    state.weighed = state.weighed * decay + sum_over_lanes<kRowLanes>(weighed) * unit;
+    state.weighed = state.weighed * decay + sum_over_lanes<kRowLanes>(weighed) * largest_scale;
     uint16_t* weights = shared.weights + row * Shape<HeadSize>::kWeightPitch;
 #pragma unroll
     for (int part = 0; part < kTokensOfLane / 4; ++part) {
@@ -106,7 +106,7 @@ XQUANT_DEVICE void weigh(RowState& state, Shared<HeadSize>& shared, const Scores
     }
     if (of_row == 0) {
         shared.decay[row] = decay;
-        if (row == 0) shared.unit = unit;
+        if (row == 0) shared.largest_scale = largest_scale;
     }
 }
 

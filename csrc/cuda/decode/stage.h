@@ -7,16 +7,16 @@
 
 namespace xquant::decode {
 
-// Whether a warp's segment of the tile holds a token that is seen. Of others nothing may be read: their blocks may be
+// Whether a warp's strip of the tile holds a token that is seen. Of others nothing may be read: their blocks may be
 // freed, or not there.
-XQUANT_DEVICE bool segment_is_seen(const Share& share, int start) {
-    return start + kSegment > share.oldest && start < share.end;
+XQUANT_DEVICE bool strip_is_seen(const Share& share, int start) {
+    return start + kStrip > share.oldest && start < share.end;
 }
 
-// The block that a warp's segment of the tile lies in.
+// The block that a warp's strip of the tile lies in.
 XQUANT_DEVICE int find_block(const Params& params, const Share& share, int tile_start, int warp) {
-    const int start = tile_start + warp * kSegment;
-    if (!segment_is_seen(share, start)) return 0;
+    const int start = tile_start + warp * kStrip;
+    if (!strip_is_seen(share, start)) return 0;
     return params.call.block_table[share.sequence * params.call.table_stride + start / params.plan.block_size];
 }
 
@@ -31,13 +31,13 @@ XQUANT_DEVICE void copy_rope_base(const Params& params, unsigned char* stage, co
     if (lane < kCopies) copy_16(stage + layout.rope + at, of_tile + at);
 }
 
-// Copy a warp's segment of the tile. Section i of the small ones is, in this order, the keys' scales and zero points,
+// Copy a warp's strip of the tile. Section i of the small ones is, in this order, the keys' scales and zero points,
 // the values', the keys' outlier channels.
-XQUANT_DEVICE void copy_segment(const Params& params, const Share& share, const xquant_cuda_latent& key,
-                                const xquant_cuda_latent& value, unsigned char* stage, const StageLayout& layout,
-                                int tile_start, int block, int warp, int lane) {
-    const int start = tile_start + warp * kSegment;
-    if (!segment_is_seen(share, start)) return;
+XQUANT_DEVICE void copy_strip(const Params& params, const Share& share, const xquant_cuda_latent& key,
+                              const xquant_cuda_latent& value, unsigned char* stage, const StageLayout& layout,
+                              int tile_start, int block, int warp, int lane) {
+    const int start = tile_start + warp * kStrip;
+    if (!strip_is_seen(share, start)) return;
     const int block_size = params.plan.block_size;
     const int slot = start % block_size;
     const uint8_t* page = params.call.pages + block * params.call.page_stride;
@@ -57,7 +57,7 @@ XQUANT_DEVICE void copy_segment(const Params& params, const Share& share, const 
     int offset = section == 0 ? key.scales : section == 1 ? key.zeros : section == 2 ? value.scales : value.zeros;
     if (section >= 4) offset = key.outliers + (section - 4) * block_size * 2;
     const int width = bytes ? 1 : 2;
-    copy_16(stage + layout.small + section * kSmallBytes + warp * kSegment * width + part * 16,
+    copy_16(stage + layout.small + section * kSmallBytes + warp * kStrip * width + part * 16,
             page + offset + slot * width + part * 16);
 }
 

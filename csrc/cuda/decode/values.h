@@ -19,7 +19,7 @@ template <int HeadSize>
 XQUANT_DEVICE void add_values(ValueSums<HeadSize>& sums, const Shared<HeadSize>& shared, int warp, int lane) {
     using S = Shape<HeadSize>;
     const float decay[2] = {shared.decay[lane / 4], shared.decay[lane / 4 + 8]};
-    const float unit = shared.unit;
+    const float largest_scale = shared.largest_scale;
     uint32_t weights[kTokens / 16][4];
 #pragma unroll
     for (int step = 0; step < kTokens / 16; ++step) {
@@ -45,7 +45,7 @@ XQUANT_DEVICE void add_values(ValueSums<HeadSize>& sums, const Shared<HeadSize>&
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     float& sum = sums.of_pair[index][tile][i];
-                    sum = sum * decay[i / 2] + product[tile][i] * unit;
+                    sum = sum * decay[i / 2] + product[tile][i] * largest_scale;
                 }
             }
         }
@@ -76,7 +76,7 @@ XQUANT_DEVICE void write_partial(const ValueSums<HeadSize>& sums, const RowState
             for (int i = 0; i < 8; ++i) {
                 const int at = pair * 16 + i / 4 * 8 + 2 * (lane % 4) + i % 2, row = lane / 4 + i % 4 / 2 * 8;
                 const int channel = params.plan.value_channels[share.head * HeadSize + at];
-                float sum = sums.of_pair[index][i / 4][i % 4] * kCodeUnit;
+                float sum = sums.of_pair[index][i / 4][i % 4] * kCodeFactor;
                 if (allocated) {
                     const float level = params.plan.value_levels[share.head * HeadSize + at];
                     sum = 2.0f * (sum - level * shared.weighed[row]);

@@ -17,8 +17,8 @@ XQUANT_DEVICE float finite(float x) {
     return fminf(fmaxf(x, -3e38f), 3e38f);
 }
 
-XQUANT_DEVICE float code_of(float x, float unit, float half_levels) {
-    return fminf(fmaxf(rintf(x / unit + half_levels), 0.0f), 2.0f * half_levels);
+XQUANT_DEVICE float code_of(float x, float divisor, float half_levels) {
+    return fminf(fmaxf(rintf(x / divisor + half_levels), 0.0f), 2.0f * half_levels);
 }
 
 // `values` and `codes` are [channels] in shared memory, for this head alone; values are finite.
@@ -34,34 +34,34 @@ XQUANT_DEVICE void store_allocated_head(const xquant_cuda_store_stream& stream, 
     const double bounded = fmin(fmax(static_cast<double>(mean_square), 1e-30), 1e30);
     const int middle = static_cast<int>(rint(log2(bounded) / 2 * 8)) + 128;
 
-    float unit[kCandidates], error[kCandidates];
+    float scale_value[kCandidates], error[kCandidates];
 #pragma unroll
     for (int k = 0; k < kCandidates; ++k) {
-        unit[k] = stream.scale_values[candidate(middle, k)];
+        scale_value[k] = stream.scale_values[candidate(middle, k)];
         error[k] = 0;
     }
     for (int i = lane; i < head.channels; i += kWarp) {
         const float x = values[i], of_step = step[i], half = half_levels[i], of_worth = worth[i];
 #pragma unroll
         for (int k = 0; k < kCandidates; ++k) {
-            const float of_channel = unit[k] * of_step;
+            const float of_channel = scale_value[k] * of_step;
             const float missed = x - (code_of(x, of_channel, half) - half) * of_channel;
             error[k] += missed * missed * of_worth;
         }
     }
-    float best_error = INFINITY, best_unit = 1;
+    float best_error = INFINITY, best_value = 1;
     int best = -1;
 #pragma unroll
     for (int k = 0; k < kCandidates; ++k) {
         const float sum = sum_over_lanes<kWarp>(error[k]);
         if (sum < best_error) {
             best_error = sum;
-            best_unit = unit[k];
+            best_value = scale_value[k];
             best = candidate(middle, k);
         }
     }
     for (int i = lane; i < head.channels; i += kWarp) {
-        codes[i] = static_cast<uint8_t>(best < 0 ? 0.0f : code_of(values[i], best_unit * step[i], half_levels[i]));
+        codes[i] = static_cast<uint8_t>(best < 0 ? 0.0f : code_of(values[i], best_value * step[i], half_levels[i]));
     }
     if (lane == 0) {
         slot.page[stream.scales + head_index * slot.block_size + slot.offset] =

@@ -27,7 +27,8 @@ if not has_kernels():
     pytest.skip("no kernels", allow_module_level=True)
 
 from xquant_vllm.attention.cpu import kernels as cpu
-from xquant_vllm.attention.cpu import prepared as cpu_plan
+from xquant_vllm.attention.cpu import library
+from xquant_vllm.attention.cpu import plan as cpu_plan
 
 
 def make_case(spec: Spec) -> Case:
@@ -135,7 +136,7 @@ def test_nan_query(isa: str, last_position: int) -> None:
 
 
 def test_nan_key(isa: str) -> None:
-    """A NaN in the only key of a chunk reaches its queries, and no earlier one."""
+    """A NaN in the only key of a stretch reaches its queries, and no earlier one."""
     case = make_case(Spec(seqs=((257, 3),)))
     latents = torch.full((1, 2 * 64), torch.nan), torch.zeros(1, 2 * 64)
     slot = case.batch.block_table[0, 256 // 16].long() * 16
@@ -263,7 +264,7 @@ def test_same_bits_on_any_threads(isa: str, name: str) -> None:
     outputs = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
-        assert cpu.num_threads() == threads
+        assert library.num_threads() == threads
         outputs += [case.run(cpu), case.only(0).run(cpu)]
     for index in range(2, len(outputs)):
         assert torch.equal(bits(outputs[index]), bits(outputs[index % 2]))
@@ -393,8 +394,8 @@ def test_refuses_wrong_plans(case: Case) -> None:
     wide = PageLayout((AllocatedFormat(528, (((8, 8), (4, 256), (2, 8)),)),), 16)
     up = torch.zeros(1, 528, 64)
     terms = {"key_terms": (LatentTerm(0, 0),), "value_terms": (LatentTerm(0, 0),)}
-    with pytest.raises(ValueError, match="cannot be cut into chunks of 256 channels"):
-        cpu_plan.PreparedPlan(AttentionLayerPlan((wide,), LayerProjection(up, up), 2, 1.0, **terms))
+    with pytest.raises(ValueError, match="cannot be cut into bands of 256 channels"):
+        cpu_plan.CpuPlan(AttentionLayerPlan((wide,), LayerProjection(up, up), 2, 1.0, **terms))
 
 
 def test_refuses_terms_that_do_not_fit_together() -> None:
@@ -416,12 +417,12 @@ def test_refuses_terms_that_do_not_fit_together() -> None:
 
 
 def test_forgets_dead_plans() -> None:
-    before = len(cpu_plan.prepared_plans), len(cpu_plan.tiled_tables)
+    before = len(cpu_plan.prepare.kept), len(cpu_plan.tiled_table.kept)
     case = make_case(Spec())
     case.run(cpu)
-    assert (len(cpu_plan.prepared_plans), len(cpu_plan.tiled_tables)) == (before[0] + 1, before[1] + 1)
+    assert (len(cpu_plan.prepare.kept), len(cpu_plan.tiled_table.kept)) == (before[0] + 1, before[1] + 1)
     del case
-    assert (len(cpu_plan.prepared_plans), len(cpu_plan.tiled_tables)) == before
+    assert (len(cpu_plan.prepare.kept), len(cpu_plan.tiled_table.kept)) == before
 
 
 # --- OpenMP ---
@@ -432,13 +433,13 @@ def test_shares_torchs_threads() -> None:
 import torch
 from pathlib import Path
 torch.set_num_threads(3)
-from xquant_vllm.attention.cpu import kernels as cpu
+from xquant_vllm.attention.cpu import kernels as cpu, library
 def pool():
     return sum("Name" in line for task in Path("/proc/self/task").iterdir() for line in (task / "status").open())
-assert cpu.num_threads() == 3, cpu.num_threads()
+assert library.num_threads() == 3, library.num_threads()
 torch.set_num_threads(2)
-assert cpu.num_threads() == 2, cpu.num_threads()
-runtimes = cpu._mapped_openmp_runtimes()
+assert library.num_threads() == 2, library.num_threads()
+runtimes = library._mapped_openmp_runtimes()
 assert len(runtimes) == 1, runtimes
 from tests.attention.attention_cases import Spec, make_case
 case = make_case(Spec(seqs=((2000, 1),)))
@@ -447,6 +448,6 @@ before = pool()
 case.run(cpu)
 assert pool() == before, (before, pool())
 """
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -17,10 +17,11 @@ from xquant_vllm.attention.gpu.cuda import keys as cuda_keys
 from xquant_vllm.attention.gpu.cuda import library as cuda_library
 from xquant_vllm.attention.gpu.cuda.keys import key_factors
 from xquant_vllm.attention.gpu.cuda.tables import quads, rope_arrays
-from xquant_vllm.attention.gpu.decode.attend import Partial
-from xquant_vllm.attention.gpu.prepared import PreparedPlan
+from xquant_vllm.attention.gpu.device.arguments import Partial
+from xquant_vllm.attention.gpu.gpu_plan import GpuPlan, prepare
 from xquant_vllm.attention.gpu.tables.bit_addresses import bit_addresses
-from xquant_vllm.attention.gpu.tables.latent_tables import latent_chunks
+from xquant_vllm.attention.gpu.tables.latent_tables import latent_bands
+from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.allocated import AllocatedFormat
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
 from xquant_vllm.projection.basis import LatentBasis
@@ -34,32 +35,30 @@ FP16, INT8 = 1, 3
 
 
 def key_type(case: Case) -> int:
-    of_plan = cuda_decode.decode_plan(PreparedPlan(case.plan, case.query.dtype))
+    of_plan = cuda_decode.prepare(case.plan, case.query.dtype)
     assert of_plan is not None
-    return of_plan.struct.key_type
+    return of_plan.key_type
 
 
 def run(library, case: Case, splits: int, order: int = 0) -> torch.Tensor:
     """Output of the kernel and of a merge in FP64, ``[tokens, num_heads, head_size]``."""
     plan = case.plan
-    prepared = PreparedPlan(plan, case.query.dtype)
+    gpu_plan = prepare(plan, case.query.dtype)
     tokens, heads, group = case.query.shape[0], plan.num_heads, plan.num_heads // plan.projection.num_kv_heads
     starts = case.batch.query_start_loc
     rows = int((starts[1:] - starts[:-1]).max()) * group
-    assert cuda_decode.decode_plan(prepared) is not None
+    assert cuda_decode.prepare(plan, case.query.dtype) is not None
     partial = Partial(
-        torch.full((tokens, heads, splits, prepared.value.width), torch.nan),
+        torch.full((tokens, heads, splits, gpu_plan.value.width), torch.nan),
         torch.full((tokens, heads, splits, 3), torch.nan),
     )
     library.xquant_emulation_order(order)
-    cuda_decode.attend(
-        prepared, case.query, case.pages, case.batch, partial, case.batch.seq_lens.shape[0], rows, library
-    )
-    return merge(prepared, partial, int(starts[-1]))
+    cuda_decode.launch(plan, case.query, case.pages, case.batch, partial, case.batch.seq_lens.shape[0], rows, library)
+    return merge(plan, gpu_plan, partial, int(starts[-1]))
 
 
-def merge(prepared: PreparedPlan, partial: Partial, tokens: int) -> torch.Tensor:
-    plan, value = prepared.plan, prepared.value
+def merge(plan: AttentionLayerPlan, gpu_plan: GpuPlan, partial: Partial, tokens: int) -> torch.Tensor:
+    value = gpu_plan.value
     projection, group = plan.projection, plan.num_heads // plan.projection.num_kv_heads
     sums, stats = partial.sums[:tokens].double(), partial.stats[:tokens].double()
     largest = stats[..., 0]
@@ -69,17 +68,17 @@ def merge(prepared: PreparedPlan, partial: Partial, tokens: int) -> torch.Tensor
     stats = torch.where(there[..., None], stats, 0.0)
     sums = (factor[..., None] * torch.where(there[..., None], sums, 0.0)).sum(2)
     zeros, total = ((factor * stats[..., index]).sum(2, keepdim=True) for index in (2, 1))
-    result = torch.empty(tokens, plan.num_heads, 2 * prepared.half, dtype=torch.float64)
+    result = torch.empty(tokens, plan.num_heads, 2 * gpu_plan.half, dtype=torch.float64)
     # In FP32, whatever the operands' dtype: that is the merge kernel's business.
-    exact = PreparedPlan(plan, torch.float32).value
+    exact = prepare(plan, torch.float32).value
     for head in range(plan.num_heads):
-        chunk = int(value.first_chunk[head // group])
-        up, of_zero = exact.up[chunk].double(), exact.up_sum[chunk].double()
+        band = int(value.first_band[head // group])
+        up, of_zero = exact.up[band].double(), exact.up_sum[band].double()
         result[:, head] = (sums[:, head] @ up + zeros[:, head] * of_zero) / total[:, head]
         if projection.value_bias is not None:
-            result[:, head] += prepared.value_bias[head // group].double()
+            result[:, head] += gpu_plan.value_bias[head // group].double()
     out = torch.empty(tokens, plan.num_heads, projection.head_size, dtype=torch.float64)
-    out[..., prepared.value_columns[prepared.value_columns >= 0].long()] = result[..., prepared.value_columns >= 0]
+    out[..., gpu_plan.value_columns[gpu_plan.value_columns >= 0].long()] = result[..., gpu_plan.value_columns >= 0]
     return out
 
 
@@ -198,11 +197,11 @@ def test_key_type(name: str) -> None:
 def test_integers_are_exact(allocated: float) -> None:
     """Codes meet the up-projection itself, but for its own rounding to FP32."""
     plan = on_integers(make_case(Spec(allocated=allocated))).plan
-    chunks = [latent_chunks(plan.layouts, plan.key_terms, head, 1 << 16)[0] for head in range(2)]
-    factors = key_factors(chunks, plan.projection.up_key)
+    bands = [latent_bands(plan.layouts, plan.key_terms, head, 1 << 16)[0] for head in range(2)]
+    factors = key_factors(bands, plan.projection.up_key)
     assert factors.dtype == torch.int8
-    for head, chunk in enumerate(chunks):
-        kept, step = chunk.fields["num_outliers"], chunk.factor if allocated == 0 else 2 * chunk.factor
+    for head, band in enumerate(bands):
+        kept, step = band.fields["num_outliers"], band.factor if allocated == 0 else 2 * band.factor
         up = plan.projection.up_key[head, : step.numel()] * step[:, None]
         error = factors.numbers[head].double() * factors.units[head] - up
         assert error[kept:].abs().max() <= 1e-7 * up.abs().max()
@@ -221,8 +220,10 @@ def test_integers_are_more_exact(library, monkeypatch: pytest.MonkeyPatch) -> No
             with monkeypatch.context() as patched:
                 if product == FP16:
                     patched.setattr(cuda_keys, "byte_units", lambda _: None)
-                assert key_type(case) == product
-                output = run(library, case, 2)
+                # A plan of its own: what is made of a plan is kept.
+                anew = replace(case, plan=replace(case.plan))
+                assert key_type(anew) == product
+                output = run(library, anew, 2)
             errors[product] += float((output - expected[: output.shape[0]]).square().mean())
     print(errors)
     assert errors[INT8] < errors[FP16]
@@ -231,10 +232,10 @@ def test_integers_are_more_exact(library, monkeypatch: pytest.MonkeyPatch) -> No
 def test_blocks_of_a_multiprocessor(library) -> None:
     """Three blocks fit the 227 KiB of a Hopper GPU, two the 163 KiB of an A100, at 4 bits and heads of 128."""
     spec = Spec(head_size=128, key_group=128, value_group=128, dtype=torch.bfloat16)
-    of_plan = cuda_decode.decode_plan(PreparedPlan(make_plan(spec), torch.bfloat16))
+    of_plan = cuda_decode.prepare(make_plan(spec), torch.bfloat16)
     assert of_plan is not None
     library.xquant_cuda_decode_shared_bytes.restype = ctypes.c_int64
-    taken = library.xquant_cuda_decode_shared_bytes(ctypes.byref(of_plan.struct), 1) + 1024
+    taken = library.xquant_cuda_decode_shared_bytes(ctypes.byref(of_plan), 1) + 1024
     print(f"{taken} bytes")
     assert 3 * taken <= 227 * 1024
     assert 2 * taken <= 163 * 1024
@@ -256,23 +257,23 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
-    assert cuda_decode.decode_plan(PreparedPlan(make_plan(REFUSED[name]), torch.bfloat16)) is None
+    assert cuda_decode.prepare(make_plan(REFUSED[name]), torch.bfloat16) is None
 
 
 def test_type_refused() -> None:
-    assert cuda_decode.decode_plan(PreparedPlan(make_plan(Spec()), torch.float32)) is None
+    assert cuda_decode.prepare(make_plan(Spec()), torch.float32) is None
 
 
 def test_takes(monkeypatch: pytest.MonkeyPatch, library) -> None:
     case = make_case(Spec(dtype=torch.bfloat16))
-    prepared = PreparedPlan(case.plan, torch.bfloat16)
+    of_call = case.plan, torch.bfloat16
     monkeypatch.setattr(cuda_library, "library", lambda: library)
-    assert cuda_decode.takes(prepared, case.pages, 16)
-    assert not cuda_decode.takes(prepared, case.pages, 32)
+    assert cuda_decode.takes(*of_call, case.pages, 16)
+    assert not cuda_decode.takes(*of_call, case.pages, 32)
     odd = torch.empty(2, case.pages[0].shape[1] + 8, dtype=torch.uint8)[:, :-8]
-    assert not cuda_decode.takes(prepared, (odd,), 16)
+    assert not cuda_decode.takes(*of_call, (odd,), 16)
     monkeypatch.setattr(cuda_library, "library", lambda: None)
-    assert not cuda_decode.takes(prepared, case.pages, 16)
+    assert not cuda_decode.takes(*of_call, case.pages, 16)
 
 
 def test_rope_that_is_no_rotation() -> None:

@@ -31,8 +31,8 @@ def main() -> None:
     library = cuda_library.load(Path(sys.argv[1]))
     cuda_library.library = lambda: library
     calls = []
-    attend = cuda_decode.attend
-    cuda_decode.attend = lambda *of_call: (calls.append(of_call), attend(*of_call))
+    decode = cuda_decode.launch
+    cuda_decode.launch = lambda *of_call: (calls.append(of_call), decode(*of_call))
     for case in CASES:
         tokens = int(case.batch.query_start_loc[-1])
         output, expected = (case.run(kernels)[:tokens].float() for kernels in (launch, reference))

@@ -8,8 +8,8 @@ import torch
 from tests.attention.attention_cases import Case, Spec, make_case, random_spec
 from xquant_vllm.attention import reference
 from xquant_vllm.attention.gpu import launch
+from xquant_vllm.attention.gpu.gpu_plan import _gpu_plan, prepare
 from xquant_vllm.attention.gpu.prefill.prefill import prefill
-from xquant_vllm.attention.gpu.prepared import prepare
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -32,7 +32,7 @@ def with_lengths(case: Case) -> Case:
 
 
 def short(spec: Spec) -> Spec:
-    """The interpreter takes milliseconds for an operation: a few tokens, and groups that make few chunks."""
+    """The interpreter takes milliseconds for an operation: a few tokens, and groups that make few bands."""
     seqs = tuple((min(length, 50) + new, new) for length, new in spec.seqs[:2] if new <= 17) or ((20, 2),)
     small = spec.hidden_size // 8 if spec.kind in ("x", "deltas") else spec.kv_heads * spec.head_size // 8
     return replace(spec, seqs=seqs, allocated=1.0 if small > 16 and spec.kind != "deltas" else spec.allocated)
@@ -53,7 +53,7 @@ class Prefill:
         self.room = room
 
     def paged_attention(self, query, pages, plan, batch, output) -> None:
-        prefill(query, pages, prepare(plan, query.dtype), batch, output, room=self.room)
+        prefill(query, pages, plan, prepare(plan, query.dtype), batch, output, room=self.room)
 
 
 @pytest.mark.parametrize("seed", range(60, 70))
@@ -74,11 +74,12 @@ def test_exact_prompts(seed: int) -> None:
     assert_close(case.run(launch), case.run(reference))
 
 
-def test_exact_prompt_in_pieces() -> None:
+def test_exact_prompt_in_spans() -> None:
     """Context and prompt pass through the workspace in several rounds."""
     case = with_lengths(make_case(Spec(seqs=((90, 40), (20, 20), (60, 2)), bias=True, window=70, exact_from=2)))
     output = torch.full(case.query.shape, 77.0)
-    prefill(case.query, case.pages, prepare(case.plan, case.query.dtype), case.batch, output, case.inputs, room=50)
+    gpu_plan = prepare(case.plan, case.query.dtype)
+    prefill(case.query, case.pages, case.plan, gpu_plan, case.batch, output, case.inputs, room=50)
     assert_close(output, case.run(reference))
 
 
@@ -145,7 +146,7 @@ def test_wide_latents_stay_apart() -> None:
 
 
 def test_folded_latents_are_not_projected() -> None:
-    """Unless unpacking them is left to the product: in several chunks, or with outliers."""
+    """Unless unpacking them is left to the product: in several bands, or with outliers."""
     assert not prepare(make_case(Spec(folded=True)).plan, torch.float32).project_value
     assert prepare(make_case(Spec(folded=True, value_group=32)).plan, torch.float32).project_value
     assert prepare(make_case(Spec()).plan, torch.float32).project_value
@@ -155,3 +156,13 @@ def test_one_latent_is_unpacked_once() -> None:
     for spec in (Spec(kind="x"), Spec(kind="deltas", earlier=(4,)), Spec(kind="chain", earlier=(4,), joint=True)):
         assert prepare(make_case(spec).plan, torch.float32).shared
     assert not prepare(make_case(Spec()).plan, torch.float32).shared
+
+
+def test_forgets_dead_plans() -> None:
+    """Tables go together with the plan, after a call as well."""
+    before = len(_gpu_plan.kept)
+    case = make_case(Spec(seqs=((20, 1),)))
+    case.run(launch)
+    assert len(_gpu_plan.kept) == before + 1
+    del case
+    assert len(_gpu_plan.kept) == before

@@ -83,7 +83,7 @@ def test_a_chain_adds_up_what_was_read_back(models):
 
 
 def test_bytes_are_those_of_the_pages(models):
-    """The formula of docs/pages.md: 3 layers; 2 heads of 32, or 128 channels of X."""
+    """The formula of docs/design/pages.md: 3 layers; 2 heads of 32, or 128 channels of X."""
     latents = prepare(models("llama-bias"), "xquant", 4)
     assert latents.bytes_per_token == 3 * (2 * (32 / 2 + 4 + 2) + 2 * (32 / 2 + 4))
     chain = prepare(models("mha"), "xquant-cl", 2, first_layers=1)

@@ -19,7 +19,19 @@ from xquant_vllm.offline.checkpoint import open_checkpoint
 
 TOKENS = torch.arange(96) * 7 % 300 + 3
 # Bias, key norms over heads in both orders, a fused projection, windows, caps, sinks, no RoPE, partial RoPE.
-FAMILIES = ["llama-bias", "qwen2", "qwen3", "gemma2", "gemma3", "phi3-gqa", "mistral-window", "gpt-oss", "opt", "glm"]
+FAMILIES = [
+    "llama-bias",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "phi3-gqa",
+    "mistral-window",
+    "gpt-oss",
+    "granite-swa",
+    "opt",
+    "glm",
+]
 
 
 class Scaled(InputMethod):

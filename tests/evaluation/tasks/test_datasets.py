@@ -6,8 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from xquant_vllm.errors import RefusedError
-from xquant_vllm.evaluation.methods.method_options import DATASETS
-from xquant_vllm.evaluation.tasks.datasets import dataset_text
+from xquant_vllm.evaluation.tasks.datasets import DATASETS, dataset_text
 
 ROWS = {
     "wikitext-2": {"text": ["one", "two"]},

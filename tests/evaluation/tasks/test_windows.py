@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.cli.test_factorize import FakeTokenizer
+from tests.factorizing import FakeTokenizer
 from xquant_vllm.errors import RefusedError
 from xquant_vllm.evaluation.tasks.windows import cut_windows
 

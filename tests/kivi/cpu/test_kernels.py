@@ -16,7 +16,7 @@ if not has_kernels():
     pytest.skip("no kernels", allow_module_level=True)
 
 from xquant_vllm.kivi.cpu import kernels as cpu
-from xquant_vllm.kivi.cpu import prepared as cpu_plan
+from xquant_vllm.kivi.cpu import plan as cpu_plan
 
 
 def assert_same_pages(actual: Sequences, expected: Sequences) -> None:
@@ -280,9 +280,9 @@ def test_refuses_indices_out_of_range(stored: tuple[Sequences, Step]) -> None:
 
 
 def test_forgets_dead_plans() -> None:
-    before = len(cpu_plan.prepared_plans)
+    before = len(cpu_plan.prepare.kept)
     sequences = Sequences(Spec((20,)))
     sequences.run([[20]], cpu)
-    assert len(cpu_plan.prepared_plans) == before + 1
+    assert len(cpu_plan.prepare.kept) == before + 1
     del sequences
-    assert len(cpu_plan.prepared_plans) == before
+    assert len(cpu_plan.prepare.kept) == before

@@ -14,6 +14,6 @@ NAMES = {80: _SOME, 90: [*_SOME, "decode KIVI* 2", "prefill KIVI 4", *_STORES], 
 def test_compiles(capability: int) -> None:
     kernels = compiled(compile_cases, capability, NAMES[capability])
     assert max(of["shared"] for of in kernels) <= SHARED[capability]
-    # Prefill on 8.0 spills some, see docs/kernels-triton.md.
+    # Prefill on 8.0 spills some, see docs/kernels/triton.md.
     spilled = {of["case"] for of in kernels if of["stack"]}
     assert spilled <= ({"prefill KIVI* 2"} if capability == 80 else set())

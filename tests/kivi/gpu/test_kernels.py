@@ -13,6 +13,7 @@ from xquant_vllm.attention.dispatch import OVERRIDE_VARIABLE
 from xquant_vllm.attention.gpu import tiling, workspace
 from xquant_vllm.kivi import dispatch, reference
 from xquant_vllm.kivi.gpu import kernels, store
+from xquant_vllm.kivi.gpu.kivi_gpu_plan import _kivi_gpu_plan
 from xquant_vllm.kivi.plan import KiviBatch
 
 CPU = torch.device("cpu")
@@ -58,7 +59,7 @@ def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_few_programs")
 @pytest.mark.parametrize("seed", range(12))
 def test_as_the_reference(seed: int) -> None:
-    """A prompt in two pieces beside another one, then single tokens and several."""
+    """A prompt in two chunks beside another one, then single tokens and several."""
     choose = random.Random(seed)
     spec = random_spec(seed)
     spec = replace(
@@ -154,3 +155,12 @@ def test_refuses_large_heads() -> None:
     sequences = Sequences(Spec((1,), kv_heads=1, group=1, head_size=264, value_group_size=24))
     with pytest.raises(ValueError, match="head_size = 264 is not supported"):
         kernels.reserve(sequences.plan, 1, 1, torch.float32, CPU)
+
+
+def test_forgets_dead_plans() -> None:
+    before = len(_kivi_gpu_plan.kept)
+    sequences = Sequences(Spec((8,), kv_heads=1, group=1))
+    kernels.reserve(sequences.plan, 1, 1, torch.float32, CPU)
+    assert len(_kivi_gpu_plan.kept) == before + 1
+    del sequences
+    assert len(_kivi_gpu_plan.kept) == before

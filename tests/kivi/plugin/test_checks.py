@@ -4,11 +4,13 @@ import pickle
 
 import pytest
 import torch
+from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from tests.tiny_models import save_tiny_model
+from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.kivi.plugin.residual import ResidualLayer
 from xquant_vllm.kivi.plugin.settings import parse_settings
 from xquant_vllm.plugin.registration import get_member
@@ -53,6 +55,17 @@ def test_refusals_name_the_cause_and_the_remedy(tiny, arguments, parts):
     assert "kivi:" in message
     for part in parts:
         assert part in message
+
+
+def test_layers_with_sinks_are_refused_by_name(tiny):
+    """Where vLLM chooses a backend, and where a layer is built."""
+    from xquant_vllm.kivi.plugin.backend import KiviBackend
+    from xquant_vllm.kivi.plugin.impl import KiviImpl
+
+    assert not KiviBackend.supports_sink()
+    named = r"^kivi: LlamaForCausalLM asks its attention for sinks, which is not supported; choose another"
+    with set_current_vllm_config(configure(tiny)), pytest.raises(UnsupportedError, match=named):
+        KiviImpl(4, 32, 1.0, 2, sinks=torch.zeros(4))
 
 
 def test_quantized_pages_and_residuals_share_one_pool(tiny):

@@ -2,20 +2,17 @@
 
 import ctypes
 
-ABI = 8
-"""``XQUANT_CPU_ABI``: a library of another number has other structs."""
-
 _int64, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
-class Piece(ctypes.Structure):
-    """``xquant_piece``."""
+class Run(ctypes.Structure):
+    """``xquant_run``."""
 
     _fields_ = [(name, _int64) for name in ("bits", "channels", "channel", "byte")]
 
 
-class Chunk(ctypes.Structure):
-    """``xquant_chunk``."""
+class Band(ctypes.Structure):
+    """``xquant_band``."""
 
     _fields_ = [(name, _int64) for name in ("begin", "end", "channel", "channels")]
 
@@ -27,10 +24,10 @@ class Head(ctypes.Structure):
         ("codes", _int64),
         ("row_bytes", _int64),
         ("channels", _int64),
-        ("num_pieces", _int64),
-        ("num_chunks", _int64),
-        ("pieces", ctypes.POINTER(Piece)),
-        ("chunks", ctypes.POINTER(Chunk)),
+        ("num_runs", _int64),
+        ("num_bands", _int64),
+        ("runs", ctypes.POINTER(Run)),
+        ("bands", ctypes.POINTER(Band)),
         ("step", _pointer),
         ("zero", _pointer),
         ("inverse_step", _pointer),
@@ -90,7 +87,7 @@ class Plan(ctypes.Structure):
         ("key_words", _pointer),
         ("key_units", _pointer),
         ("key_sums", _pointer),
-        ("key_segments", _int64),
+        ("key_scale_groups", _int64),
         ("up_value", _pointer),
         ("key_bias", _pointer),
         ("value_bias", _pointer),
@@ -187,3 +184,21 @@ class FinishCall(ctypes.Structure):
         ("value_head_stride", _int64),
         ("dtype", _int64),
     ]
+
+
+STRUCTS = {
+    "xquant_run": Run,
+    "xquant_band": Band,
+    "xquant_head": Head,
+    "xquant_stream": Stream,
+    "xquant_term": Term,
+    "xquant_latent": Latent,
+    "xquant_plan": Plan,
+    "xquant_pages": Pages,
+    "xquant_input": Input,
+    "xquant_store_call": StoreCall,
+    "xquant_attention_call": AttentionCall,
+    "xquant_read_call": ReadCall,
+    "xquant_finish_call": FinishCall,
+}
+"""By their C names."""

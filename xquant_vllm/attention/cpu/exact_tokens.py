@@ -1,4 +1,4 @@
-"""Exact tokens of a step as the C++ kernels take them (csrc/cpu/exact_tokens.h)."""
+"""Exact tokens of a step as the C++ kernels take them (csrc/cpu/attention/exact_tokens.h)."""
 
 from collections.abc import Sequence
 

@@ -1,13 +1,13 @@
-"""Key up-projections in integers, by which the C++ kernels multiply codes as they are (csrc/cpu/integer.h).
+"""Key up-projections in integers, by which the C++ kernels multiply codes as they are (csrc/cpu/attention/integer.h).
 
-A *segment* is what shares a scale and a zero of a token: a piece of a uniform stream, a chunk of an allocated one. For
-its channels ``up = unit * integers``, with a unit for every column, and with ``latent = scale * code + zero`` a key is
-``scale * unit * (integers^T codes) + zero * sums``. Allocated streams have steps and zeros of channels besides:
-``latent = scale * (step * code + zero)``, with ``zero = -step * largest code / 2``, so the steps are part of the
-integers and the zeros part of the sums.
+A *scale group* is the channels that share a scale and a zero of a token: a run of a uniform stream, a band of an
+allocated one. For its channels ``up = unit * integers``, with a unit for every column, and with
+``latent = scale * code + zero`` a key is ``scale * unit * (integers^T codes) + zero * sums``. Allocated streams have
+steps and zeros of channels besides: ``latent = scale * (step * code + zero)``, with
+``zero = -step * largest code / 2``, so the steps are part of the integers and the zeros part of the sums.
 
 Integers have 8 bits where the up-projection was rounded to such (projection/integer_up.py) and codes have 4 bits or
-fewer, else 16. In a segment with both kinds those of 16 bits come first and count units of 1/256.
+fewer, else 16. In a scale group with both kinds those of 16 bits come first and count units of 1/256.
 """
 
 from dataclasses import dataclass
@@ -29,12 +29,12 @@ class IntegerKeys:
     """An up-projection in integers.
 
     Attributes:
-        integers: ``[num_kv_heads, width / 2, head_size]`` INT32. The rows of a segment begin at half its first channel:
-            one for two channels of 16 bits, then one for four of 8 bits, the first channel in the lowest bits.
-        words: ``[num_kv_heads, segments]`` INT64, channels of a segment that have 16 bits.
-        units: ``[num_kv_heads, segments, head_size]`` FP32, of what is summed up in INT32.
-        sums: ``[num_kv_heads, segments, head_size]`` FP32: of the *rounded* up-projection, so that its rounding errors
-            are multiplied by latents, which are small, and not by codes, which are not.
+        integers: ``[num_kv_heads, width / 2, head_size]`` INT32. The rows of a scale group begin at half its first
+            channel: one for two channels of 16 bits, then one for four of 8 bits, the first channel in the lowest bits.
+        words: ``[num_kv_heads, scale_groups]`` INT64, channels of a scale group that have 16 bits.
+        units: ``[num_kv_heads, scale_groups, head_size]`` FP32, of what is summed up in INT32.
+        sums: ``[num_kv_heads, scale_groups, head_size]`` FP32: of the *rounded* up-projection, so that its rounding
+            errors are multiplied by latents, which are small, and not by codes, which are not.
     """
 
     integers: torch.Tensor
@@ -44,7 +44,7 @@ class IntegerKeys:
 
 
 @dataclass(frozen=True)
-class Segment:
+class ScaleGroup:
     """Channels that share scales: the first and, for each, steps of codes, what zeros count, largest codes, bits."""
 
     first: int
@@ -65,20 +65,21 @@ def integer_keys(up_key: torch.Tensor, latent: Latent) -> IntegerKeys:
     integers = torch.zeros(kv_heads, width // 2, head_size, dtype=torch.int32)
     words, units, sums = [], [], []
     for kv_head in range(kv_heads):
-        for segment in segments(latent, kv_head):
-            count = len(segment.step)
+        for scale_group in scale_groups(latent, kv_head):
+            count = len(scale_group.step)
             # In FP64: only the rounding to integers is to be lost.
-            weighted = up_key[kv_head, segment.first : segment.first + count].double() * segment.step.unsqueeze(-1)
-            num_words, unit = _bytes(weighted, segment) or (count, _word_unit(weighted, segment))
+            rows = up_key[kv_head, scale_group.first : scale_group.first + count].double()
+            weighted = rows * scale_group.step.unsqueeze(-1)
+            num_words, unit = _bytes(weighted, scale_group) or (count, _word_unit(weighted, scale_group))
             # What every channel's integers count, in units.
             steps = torch.ones(count, 1, dtype=torch.float64)
             steps[num_words:] = _WORD_STEPS if num_words else 1
             rounded = (weighted / (unit * steps)).round()
-            rows = _rows(rounded, num_words)
-            integers[kv_head, segment.first // 2 : segment.first // 2 + len(rows)] = rows
+            packed = _rows(rounded, num_words)
+            integers[kv_head, scale_group.first // 2 : scale_group.first // 2 + len(packed)] = packed
             words.append(num_words)
             units.append(unit)
-            sums.append((rounded * steps * unit * segment.zero.unsqueeze(-1)).sum(0))
+            sums.append((rounded * steps * unit * scale_group.zero.unsqueeze(-1)).sum(0))
     return IntegerKeys(
         integers,
         torch.tensor(words).unflatten(0, (kv_heads, -1)),
@@ -87,9 +88,9 @@ def integer_keys(up_key: torch.Tensor, latent: Latent) -> IntegerKeys:
     )
 
 
-def _bytes(weighted: torch.Tensor, segment: Segment) -> tuple[int, torch.Tensor] | None:
+def _bytes(weighted: torch.Tensor, scale_group: ScaleGroup) -> tuple[int, torch.Tensor] | None:
     """Channels of 16 bits and the unit, if the channels of few bits are integers of 8 bits; else None."""
-    num_words = int((segment.bits > BYTE_BITS).sum())
+    num_words = int((scale_group.bits > BYTE_BITS).sum())
     few = weighted[num_words:]
     unit = byte_units(few) if len(few) else None
     if unit is None:
@@ -98,18 +99,18 @@ def _bytes(weighted: torch.Tensor, segment: Segment) -> tuple[int, torch.Tensor]
         return 0, unit
     unit = unit / _WORD_STEPS
     fits = bool((weighted[:num_words].abs() <= _LARGEST_WORD * unit).all())
-    return (num_words, unit) if fits and _sums_fit(weighted, unit, segment) else None
+    return (num_words, unit) if fits and _sums_fit(weighted, unit, scale_group) else None
 
 
-def _word_unit(weighted: torch.Tensor, segment: Segment) -> torch.Tensor:
+def _word_unit(weighted: torch.Tensor, scale_group: ScaleGroup) -> torch.Tensor:
     """The unit of columns of which all integers have 16 bits."""
-    codes = segment.largest.unsqueeze(-1)
+    codes = scale_group.largest.unsqueeze(-1)
     sums = (weighted.abs() * codes).sum(0) / (_LARGEST_SUM - codes.sum())
     return torch.maximum(weighted.abs().amax(0) / _LARGEST_WORD, sums).clamp_min(1e-30)
 
 
-def _sums_fit(weighted: torch.Tensor, unit: torch.Tensor, segment: Segment) -> bool:
-    sums = ((weighted.abs() / unit + 1) * segment.largest.unsqueeze(-1)).sum(0)
+def _sums_fit(weighted: torch.Tensor, unit: torch.Tensor, scale_group: ScaleGroup) -> bool:
+    sums = ((weighted.abs() / unit + 1) * scale_group.largest.unsqueeze(-1)).sum(0)
     return bool((sums <= _LARGEST_SUM).all())
 
 
@@ -123,33 +124,33 @@ def _rows(integers: torch.Tensor, num_words: int) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def segments(latent: Latent, kv_head: int) -> list[Segment]:
-    """Segments of a latent head in the order in which for_chunks (csrc/cpu/layout.h) comes to them."""
-    segments, row = [], 0
+def scale_groups(latent: Latent, kv_head: int) -> list[ScaleGroup]:
+    """Scale groups of a latent head in the order in which for_bands (csrc/cpu/common/layout.h) comes to them."""
+    found, row = [], 0
     for index in range(latent.num_terms):
         term = latent.terms[index]
         if term.adds:
             continue
         stream = term.stream
         head = stream.heads[0 if stream.num_heads == 1 else kv_head]
-        for chunk in (head.chunks[i] for i in range(head.num_chunks)):
-            pieces = list(range(chunk.begin, chunk.end))
-            for members in [pieces] if stream.allocated else [[piece] for piece in pieces]:
-                segments.append(_segment(stream, head, members, row))
+        for band in (head.bands[i] for i in range(head.num_bands)):
+            runs = list(range(band.begin, band.end))
+            for members in [runs] if stream.allocated else [[run] for run in runs]:
+                found.append(_scale_group(stream, head, members, row))
         row += stream.width
-    return segments
+    return found
 
 
-def _segment(stream: Stream, head: Head, members: list[int], row: int) -> Segment:
-    pieces = [head.pieces[i] for i in members]
-    channels = torch.tensor([piece.channels for piece in pieces])
-    bits = torch.tensor([piece.bits for piece in pieces]).repeat_interleave(channels)
+def _scale_group(stream: Stream, head: Head, members: list[int], row: int) -> ScaleGroup:
+    runs = [head.runs[i] for i in members]
+    channels = torch.tensor([run.channels for run in runs])
+    bits = torch.tensor([run.bits for run in runs]).repeat_interleave(channels)
     largest = 2.0 ** bits.double() - 1
-    first = row + pieces[0].channel
+    first = row + runs[0].channel
     if stream.allocated:
-        step = torch.tensor([STEP[piece.bits] for piece in pieces]).double().repeat_interleave(channels)
-        return Segment(first, step, -largest / 2, largest, bits)
+        step = torch.tensor([STEP[run.bits] for run in runs]).double().repeat_interleave(channels)
+        return ScaleGroup(first, step, -largest / 2, largest, bits)
     step = torch.ones_like(largest)
-    if pieces[0].channel == 0:  # their codes stand for nothing: the FP16 numbers are multiplied by themselves
+    if runs[0].channel == 0:  # their codes stand for nothing: the FP16 numbers are multiplied by themselves
         step[: stream.outlier_channels] = 0
-    return Segment(first, step, torch.ones_like(largest), largest, bits)
+    return ScaleGroup(first, step, torch.ones_like(largest), largest, bits)

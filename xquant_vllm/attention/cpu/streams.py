@@ -1,7 +1,7 @@
-"""Streams of a page as the C++ kernels want them: heads of pieces, cut into chunks.
+"""Streams of a page as the C++ kernels want them: heads of runs, put together to bands.
 
-A *piece* is what shares its bits: a group of a uniform stream, a run of an allocated one. A *chunk* is what is
-dequantized before it is multiplied.
+A *run* is neighbouring channels with one number of bits: a group of a uniform stream, a run of an allocated one. A
+*band* is runs that are unpacked and multiplied at once.
 """
 
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from xquant_vllm.attention.cpu.abi import Chunk, Head, Piece
+from xquant_vllm.attention.cpu.abi import Band, Head, Run
 from xquant_vllm.attention.cpu.abi import Stream as CStream
 from xquant_vllm.codec.allocated import AllocatedFormat, channel_tables
 from xquant_vllm.codec.allocation import Runs
 from xquant_vllm.codec.layout import Stream, StreamOffsets
 from xquant_vllm.codec.packing import packed_size
 
-# Rows that vectors run along are padded to this, and chunks that others follow end at a multiple (kPad in csrc/cpu).
+# Rows that vectors go along are padded to this, and bands that others follow end at a multiple (kPad in csrc/cpu).
 LANES = 16
-# Channels of a chunk: a tile of them stays in cache.
+# Channels of a band: a tile of them stays in cache.
 _AT_ONCE = 256
 
 
@@ -40,7 +40,7 @@ def cpu_stream(stream: Stream, at: StreamOffsets, block_size: int) -> CpuStream:
     """A stream of pages of so many slots, and where its sections are.
 
     Raises:
-        ValueError: the runs of an allocated stream cannot be cut into chunks.
+        ValueError: the runs of an allocated stream cannot be cut into bands.
     """
     kept: list[object] = []
     allocated = isinstance(stream, AllocatedFormat)
@@ -67,40 +67,40 @@ def _head(runs: Runs, kept: list[object]) -> Head:
     """A head without its offset in the page."""
     channels = [0, *accumulate(count for _, count in runs)]
     bytes_ = [0, *accumulate(packed_size(count, bits) for bits, count in runs)]
-    pieces = [Piece(*run, channels[i], bytes_[i]) for i, run in enumerate(runs)]
-    chunks = [Chunk(begin, end, channels[begin], channels[end] - channels[begin]) for begin, end in _chunks(channels)]
+    structs = [Run(*run, channels[i], bytes_[i]) for i, run in enumerate(runs)]
+    bands = [Band(begin, end, channels[begin], channels[end] - channels[begin]) for begin, end in _bands(channels)]
     return Head(
         row_bytes=bytes_[-1],
         channels=channels[-1],
-        num_pieces=len(pieces),
-        num_chunks=len(chunks),
-        pieces=_array(Piece, pieces, kept),
-        chunks=_array(Chunk, chunks, kept),
+        num_runs=len(structs),
+        num_bands=len(bands),
+        runs=_array(Run, structs, kept),
+        bands=_array(Band, bands, kept),
     )
 
 
-def _chunks(channels: list[int]) -> list[tuple[int, int]]:
-    """Pieces that make up the chunks: as many as fit, but at least what ends at a multiple of the lanes.
+def _bands(channels: list[int]) -> list[tuple[int, int]]:
+    """Runs that make up the bands: as many as fit, but at least what ends at a multiple of the lanes.
 
     Args:
-        channels: at which every piece starts, and at which the last ends.
+        channels: at which every run starts, and at which the last ends.
     """
     last = len(channels) - 1
     ends = [index for index in range(1, last + 1) if channels[index] % LANES == 0 or index == last]
-    chunks, begin = [], 0
+    bands, begin = [], 0
     for end, following in pairwise([*ends, None]):
         if following is None or channels[following] - channels[begin] > _AT_ONCE:
             assert end is not None
-            chunks.append((begin, end))
+            bands.append((begin, end))
             begin = end
-    return chunks
+    return bands
 
 
 def _allocated_head(runs: Runs, kept: list[object]) -> Head:
     head = _head(runs, kept)
-    if any(head.chunks[index].channels > _AT_ONCE for index in range(head.num_chunks)):
+    if any(head.bands[index].channels > _AT_ONCE for index in range(head.num_bands)):
         raise ValueError(
-            f"runs {runs} cannot be cut into chunks of {_AT_ONCE} channels: where there are more, runs must end at "
+            f"runs {runs} cannot be cut into bands of {_AT_ONCE} channels: where there are more, runs must end at "
             f"multiples of {LANES} channels"
         )
     step, largest, worth = channel_tables(runs)

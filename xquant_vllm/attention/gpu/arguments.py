@@ -1,13 +1,15 @@
-"""What several kernels are handed alike: the batch, the scores, and what they are compiled for."""
+"""What several kernels are handed alike: the batch, latents, scores, and what they are compiled for."""
 
 from typing import Any, Protocol
 
 import torch
 
 from xquant_vllm.attention.batch import AttentionBatch
-from xquant_vllm.attention.gpu.decode.attend import Batch, Scores
+from xquant_vllm.attention.gpu.device.arguments import Batch, Scores
+from xquant_vllm.attention.gpu.device.unpack import Latent
+from xquant_vllm.attention.gpu.gpu_plan import GpuPlan
 from xquant_vllm.attention.gpu.operands import LAUNCH, TOKENS, operand_type, precision
-from xquant_vllm.attention.gpu.prepared import PreparedPlan
+from xquant_vllm.attention.gpu.tables.latent_tables import LatentTables
 
 
 def describe_batch(query: torch.Tensor, batch: AttentionBatch) -> Batch:
@@ -22,6 +24,11 @@ def describe_batch(query: torch.Tensor, batch: AttentionBatch) -> Batch:
         batch.block_table.stride(0),
         query.shape[1],
     )
+
+
+def describe_latent(tables: LatentTables) -> Latent:
+    """A latent as kernels read it."""
+    return Latent(tables.bands, tables.first_band, tables.addresses, tables.up, tables.up_sum, tables.up_outliers)
 
 
 class Scored(Protocol):
@@ -50,12 +57,12 @@ def products(dtype: torch.dtype) -> dict[str, Any]:
     return {"DTYPE": operand_type(dtype), "PRECISION": precision(dtype)}
 
 
-def unpacking(prepared: PreparedPlan) -> dict[str, Any]:
+def unpacking(gpu_plan: GpuPlan) -> dict[str, Any]:
     """What kernels that rematerialize keys and values from pages are compiled for, and how they are launched."""
-    key, value = prepared.key, prepared.value
+    key, value = gpu_plan.key, gpu_plan.value
     return {
         "TOKENS": TOKENS,
-        "HALF": prepared.half,
+        "HALF": gpu_plan.half,
         "KEY_WIDTH": key.width,
         "KEY_KINDS": key.kinds,
         "KEY_HIGH": key.high,
@@ -64,9 +71,9 @@ def unpacking(prepared: PreparedPlan) -> dict[str, Any]:
         "VALUE_KINDS": value.kinds,
         "VALUE_HIGH": value.high,
         "VALUE_OUTLIERS": value.most_outliers,
-        "BIAS": prepared.has_key_bias,
-        "NORM": prepared.norm,
-        "ROPE": prepared.rotates,
-        **products(prepared.dtype),
+        "BIAS": gpu_plan.has_key_bias,
+        "NORM": gpu_plan.norm,
+        "ROPE": gpu_plan.rotates,
+        **products(gpu_plan.dtype),
         **LAUNCH,
     }

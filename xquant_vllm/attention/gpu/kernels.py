@@ -4,12 +4,13 @@ import torch
 
 from xquant_vllm.attention.gpu import workspace
 from xquant_vllm.attention.gpu.cuda import decode as cuda_decode
+from xquant_vllm.attention.gpu.cuda import library as cuda_library
 from xquant_vllm.attention.gpu.decode import decode
+from xquant_vllm.attention.gpu.gpu_plan import prepare
 from xquant_vllm.attention.gpu.launch import paged_attention
 from xquant_vllm.attention.gpu.prefill import prefill
-from xquant_vllm.attention.gpu.prepared import prepare
-from xquant_vllm.attention.gpu.store.prepared_store import prepare_store
 from xquant_vllm.attention.gpu.store.store import store, workspace_parts
+from xquant_vllm.attention.gpu.store.store_tables import prepare_store
 from xquant_vllm.attention.gpu.tiling import largest_decodes
 from xquant_vllm.attention.plan import AttentionLayerPlan
 
@@ -26,14 +27,15 @@ def reserve(plan: AttentionLayerPlan, tokens: int, sequences: int, dtype: torch.
         dtype: of the queries.
         device: where.
     """
-    prepared = prepare(plan, dtype)
+    gpu_plan = prepare(plan, dtype)
     prepare_store(plan)
-    cuda_decode.arrange(prepared)
-    sizes = [workspace.bytes_of(*prefill.workspace_parts(prepared, tokens, prefill.ROOM))]
+    if cuda_library.available(plan.device):
+        cuda_decode.prepare(plan, gpu_plan.dtype)
+    sizes = [workspace.bytes_of(*prefill.workspace_parts(plan, gpu_plan, tokens, prefill.ROOM))]
     sizes.append(workspace.bytes_of(*workspace_parts(plan, tokens)))
     kv_heads = plan.projection.num_kv_heads
     for count, splits in largest_decodes(plan.num_heads // kv_heads, kv_heads, tokens, sequences):
-        sizes.append(workspace.bytes_of(*decode.workspace_parts(prepared, count, splits)))
+        sizes.append(workspace.bytes_of(*decode.workspace_parts(plan, gpu_plan, count, splits)))
     workspace.reserve(device, max(sizes))
 
 

@@ -6,8 +6,8 @@ import torch
 
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu.decode.decode import decode
+from xquant_vllm.attention.gpu.gpu_plan import prepare
 from xquant_vllm.attention.gpu.prefill.prefill import prefill
-from xquant_vllm.attention.gpu.prepared import prepare
 from xquant_vllm.attention.gpu.tiling import decodes
 from xquant_vllm.attention.plan import AttentionLayerPlan
 
@@ -28,9 +28,9 @@ def paged_attention(
     """
     if not query.shape[0] or not batch.seq_lens.shape[0]:
         return
-    prepared = prepare(plan, query.dtype)
+    gpu_plan = prepare(plan, query.dtype)
     leading, longest = decodes(batch, plan.num_heads // plan.projection.num_kv_heads, plan.exact_from)
     if leading:
-        decode(query, pages, prepared, batch, output, leading, longest)
+        decode(query, pages, plan, gpu_plan, batch, output, leading, longest)
     if leading < batch.seq_lens.shape[0]:
-        prefill(query, pages, prepared, batch, output, inputs, first_sequence=leading)
+        prefill(query, pages, plan, gpu_plan, batch, output, inputs, first_sequence=leading)

@@ -1,4 +1,4 @@
-"""Logits from the transformers model, which is loaded when the first are asked for."""
+"""Logits from the transformers model, which is loaded when it is told so, or when the first are asked for."""
 
 from functools import cached_property
 
@@ -8,6 +8,9 @@ from xquant_vllm.evaluation.methods.prepared_method import PreparedMethod
 from xquant_vllm.evaluation.model.cache_method import CacheMethod
 from xquant_vllm.evaluation.model.hooked_model import HookedModel
 from xquant_vllm.offline.checkpoint import Checkpoint
+from xquant_vllm.offline.memory import warn_of_memory
+from xquant_vllm.offline.progress import say
+from xquant_vllm.projection.factor_file import dtype_name
 
 
 class OfflineEngine:
@@ -26,6 +29,15 @@ class OfflineEngine:
     @cached_property
     def _method(self) -> CacheMethod:
         return self._prepared.build(self._model)
+
+    def load(self) -> None:
+        """Load the model and make the method's cache now, and say so, instead of with the first logits."""
+        name, dtype = self._checkpoint.name, dtype_name(self._dtype)
+        instead = "Set --dtype bfloat16, or --device cuda" if dtype == "float32" else "Take a machine with more memory"
+        warn_of_memory(self._checkpoint, self._dtype, self._device, "evaluating", instead)
+        say(f"loading {name} in {dtype}")
+        self._model  # noqa: B018
+        self._method  # noqa: B018
 
     def reference(self, tokens: torch.Tensor, last: int | None = None) -> torch.Tensor:
         """With the 16-bit cache; see :class:`xquant_vllm.evaluation.engines.logits.Logits`."""

@@ -5,20 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from xquant_vllm.errors import RefusedError
-
-SERVED_METHODS = ("xquant", "xquant-cl")
-METHODS = (
-    "16bit",
-    "kivi",
-    "kivi-pre-rope",
-    "paper-xquant",
-    "paper-xquant-cl",
-    "turboquant",
-    *SERVED_METHODS,
-)
-DATASETS = ("wikitext-2", "c4", "gsm8k", "longbench")
-DEFAULT_CALIBRATION, NO_CALIBRATION, DEFAULT_CALIBRATION_TOKENS = "python-docs", "none", 2048
-FEWEST_CALIBRATION_TOKENS = 64
+from xquant_vllm.evaluation.methods.method_names import NO_CALIBRATION, SERVED_METHODS
+from xquant_vllm.offline.option_values import at_least, bits_value, spaced
 
 _BASELINE_BITS = (8, 4, 3, 2)
 _DEFAULT_BITS = 4
@@ -55,8 +43,8 @@ class MethodOptions:
         kivi, served = method in ("kivi", "kivi-pre-rope"), method in SERVED_METHODS
         for option, value, useful, where in (
             ("--group-size", self.group_size, kivi or served, "of kivi, kivi-pre-rope, xquant and xquant-cl"),
-            ("--residual", self.residual or None, method == "kivi", "of kivi"),
-            ("--basis", self.basis, served, "of xquant and xquant-cl"),
+            ("--residual", self.residual, method == "kivi", "of kivi"),
+            ("--basis", self.basis, method == "xquant", "of xquant"),
             ("--settings", self.settings, served, "of xquant and xquant-cl"),
             ("--calibration", self.calibration, served, "of xquant and xquant-cl"),
             ("--calibration-tokens", self.calibration_tokens, served, "of xquant and xquant-cl"),
@@ -65,12 +53,13 @@ class MethodOptions:
                 raise RefusedError(
                     f"xquant: {option} has no use with --method {method}: it is an option {where}; leave it out"
                 )
-        if self.group_size is not None and self.group_size < 1:
-            raise RefusedError(f"xquant: --group-size {self.group_size} cannot work; set 1 or more, for example 128")
-        if self.residual is not None and self.residual < 0:
+        if self.calibration == NO_CALIBRATION and self.calibration_tokens is not None:
             raise RefusedError(
-                f"xquant: --residual {self.residual} cannot work; set 0 (none) or more; published is 128"
+                f"xquant: --calibration-tokens has no use with --calibration {NO_CALIBRATION}; leave one of them out"
             )
+        if kivi:
+            at_least("--group-size", self.group_size, 1, ", for example 128")
+        at_least("--residual", self.residual, 0, " (0 for none; published is 128)")
 
     def baseline_bits(self, method: str) -> int:
         """The bits of a method that is not served, 4 if none are given.
@@ -81,12 +70,12 @@ class MethodOptions:
         bits = self.bits or (_DEFAULT_BITS,)
         if len(bits) != 1 or bits[0] not in _BASELINE_BITS:
             raise RefusedError(
-                f"xquant: --bits {' '.join(map(str, bits))} cannot work with --method {method}, which has one number "
+                f"xquant: --bits {spaced(bits)} cannot work with --method {method}, which has one number "
                 f"of bits for all; set one of {', '.join(map(str, _BASELINE_BITS))}"
             )
         return bits[0]
 
-    def served_settings(self, method: str) -> dict[str, Any]:
+    def server_settings(self, method: str) -> dict[str, Any]:
         """The settings as a server would be given them.
 
         Raises:
@@ -94,11 +83,7 @@ class MethodOptions:
         """
         given: dict[str, Any] = {"method": method}
         if self.bits is not None:
-            if len(self.bits) > 2:
-                raise RefusedError(
-                    f"xquant: --bits takes one number, or one for keys and one for values, not {list(self.bits)}"
-                )
-            given["bits"] = self.bits[0] if len(self.bits) == 1 else {"key": self.bits[0], "value": self.bits[1]}
+            given["bits"] = bits_value("--bits", self.bits)
         given |= {
             name: value for name, value in (("basis", self.basis), ("group_size", self.group_size)) if value is not None
         }
@@ -111,7 +96,7 @@ class MethodOptions:
             given[name] = value
         if given.get("prompt", "cached") != "cached":
             raise RefusedError(
-                f"xquant: --settings has 'prompt': {given['prompt']!r}, so that a text which takes one step would tell "
-                'nothing of the cache; set "cached" or leave it out'
+                f"xquant: --settings has 'prompt': {given['prompt']!r}, with which a prompt does not read its own "
+                'tokens from the cache, so the result would tell nothing of the cache; set "cached" or leave it out'
             )
         return given

@@ -13,7 +13,8 @@ from xquant_vllm.evaluation.methods.baselines.kivi import (
 from xquant_vllm.evaluation.methods.baselines.paper_xquant import DenseLayer, PaperXQuant, xquant_bytes
 from xquant_vllm.evaluation.methods.baselines.paper_xquant_cl import PaperXQuantCL, xquant_cl_bytes
 from xquant_vllm.evaluation.methods.baselines.turboquant import TurboQuant, turboquant_bytes
-from xquant_vllm.evaluation.methods.method_options import SERVED_METHODS, MethodOptions
+from xquant_vllm.evaluation.methods.method_names import SERVED_METHODS
+from xquant_vllm.evaluation.methods.method_options import MethodOptions
 from xquant_vllm.evaluation.methods.prepared_method import PreparedMethod
 from xquant_vllm.evaluation.methods.served_method import prepare_served
 from xquant_vllm.evaluation.model.cache_method import CacheMethod
@@ -32,7 +33,7 @@ def prepare_method(
     """Settle a method for a model.
 
     Args:
-        method: one of :data:`xquant_vllm.evaluation.methods.method_options.METHODS`.
+        method: one of :data:`xquant_vllm.evaluation.methods.method_names.METHODS`.
         options: what the user says about it.
         checkpoint: the model.
         dtype: in which it runs.

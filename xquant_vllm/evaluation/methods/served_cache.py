@@ -8,6 +8,7 @@ from xquant_vllm.attention.latents import read_blocks
 from xquant_vllm.attention.reference import store
 from xquant_vllm.evaluation.model.cache_method import InputMethod
 from xquant_vllm.evaluation.model.hooked_model import HookedModel
+from xquant_vllm.offline.progress import counted_bar
 from xquant_vllm.projection.rematerialize import rematerialize_keys, rematerialize_values
 from xquant_vllm.scheme.builder import Factors, LayerParameters, SchemeBuilder
 from xquant_vllm.scheme.formats import LayerFormat
@@ -35,7 +36,8 @@ class ServedCache(InputMethod):
             parameters: what the model makes keys and values with, up to norm and RoPE, which stay the model's.
         """
         builder = SchemeBuilder(settings, formats, factors)
-        built = [builder.build(position, layer) for position, layer in enumerate(parameters)]
+        shown = counted_bar(enumerate(parameters), len(parameters), "prepare cache", "layer")
+        built = [builder.build(position, layer) for position, layer in shown]
         self._caches = [cache for cache, _ in built]
         self._downs = [down for _, down in built]
         # Scores are the model's own affair.

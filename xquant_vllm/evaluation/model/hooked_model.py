@@ -46,7 +46,7 @@ class HookedModel:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 checkpoint.folder, dtype=dtype, attn_implementation=_ATTENTION
             )
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:  # whatever a model's own code raises
             raise checkpoint.cannot_run(error) from None
         self._model = model.to(device).eval()
         self.layers = [

@@ -37,13 +37,14 @@ _TEXTS: dict[str, Callable[[Any], str]] = {
     "gsm8k": _gsm8k,
     "longbench": _longbench,
 }
+DATASETS = tuple(_TEXTS)
 
 
 def dataset_text(name: str) -> str:
     """A dataset as one text, documents separated by blank lines.
 
     Args:
-        name: one of :data:`xquant_vllm.evaluation.methods.method_options.DATASETS`.
+        name: one of ``DATASETS``.
 
     Raises:
         RefusedError: the library is not installed, or the dataset cannot be fetched.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from xquant_vllm.errors import RefusedError
+from xquant_vllm.errors import RefusedError, counted
 from xquant_vllm.offline.texts import opening_tokens
 
 _CITIES = ("Oslo", "Lima", "Cairo", "Paris", "Rome", "Tokyo", "Delhi", "Berlin", "Madrid", "Dublin")
@@ -84,8 +84,8 @@ def needle_prompts(
     haystack = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     if len(haystack) < max(lengths):
         raise RefusedError(
-            f"xquant: the text {name} has {len(haystack)} tokens, too few for --lengths {max(lengths)}; give a longer "
-            "text, or set shorter lengths"
+            f"xquant: the text {name} has {counted(len(haystack), 'token')}, too few for --lengths {max(lengths)}; "
+            "give a longer text, or set shorter lengths"
         )
     for length in lengths:
         for depth in depths:

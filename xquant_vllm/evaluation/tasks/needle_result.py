@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from xquant_vllm.errors import counted
 from xquant_vllm.evaluation.methods.prepared_method import PreparedMethod
 from xquant_vllm.evaluation.tasks.needle import NeedleScore
 from xquant_vllm.evaluation.tasks.needle_prompts import NeedlePrompt
@@ -64,8 +65,8 @@ def needle_summary(result: Mapping[str, Any]) -> str:
     smaller = result["bytes_per_token_16bit"] / result["bytes_per_token"]
     return "\n".join(
         (
-            f"{result['method']} on {result['model']}: a number to find in {result['text']}, {result['trials']} "
-            "prompts per length and depth",
+            f"{result['method']} on {result['model']}: a number to find in {result['text']}, "
+            f"{counted(result['trials'], 'prompt')} per length and depth",
             "",
             "found, and with the 16-bit cache",
             *_table(result["cells"], lambda cell: f"{cell['accuracy']:.0%} ({cell['accuracy_16bit']:.0%})"),

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xquant_vllm import __version__
+from xquant_vllm.errors import counted
 from xquant_vllm.evaluation.methods.prepared_method import PreparedMethod
 from xquant_vllm.evaluation.tasks.scores import WindowScore, total
 
@@ -75,8 +76,8 @@ def summary(result: Mapping[str, Any]) -> str:
         ),
     )
     lines = [
-        f"{result['method']} on {result['model']}: {result['windows']} windows of {result['window']} tokens of "
-        f"{result['text']}"
+        f"{result['method']} on {result['model']}: {counted(result['windows'], 'window')} of "
+        f"{counted(result['window'], 'token')} of {result['text']}"
     ]
     lines += [f"{name:16}{here:>12}{there:>12}  {note}".rstrip() for name, here, there, note in rows]
     lines.append(f"KL divergence {result['kl']:.5f} nats, the same most likely token {result['top1_agreement']:.1%}")

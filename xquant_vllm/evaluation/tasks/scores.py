@@ -10,7 +10,7 @@ from torch.nn import functional
 from xquant_vllm.evaluation.engines.logits import Rows
 
 # Positions compared at once; bounds the temporaries, which are as wide as the vocabulary.
-_CHUNK = 64
+_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def score_window(tokens: torch.Tensor, reference: Rows, candidate: Rows) -> Wind
     nll = nll_16bit = kl = 0.0
     agreements = 0
     targets = tokens[1:].to(reference.device)
-    for start in range(0, len(targets), _CHUNK):
-        target = targets[start : start + _CHUNK]
+    for start in range(0, len(targets), _AT_ONCE):
+        target = targets[start : start + _AT_ONCE]
         exact, read = (
             functional.log_softmax(logits[start : start + len(target)].float(), -1) for logits in (reference, candidate)
         )

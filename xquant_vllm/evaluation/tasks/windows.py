@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from xquant_vllm.errors import RefusedError
+from xquant_vllm.errors import RefusedError, counted
 from xquant_vllm.offline.texts import opening_tokens
 
 
@@ -36,8 +36,9 @@ def cut_windows(tokenizer: Any, text: str, name: str, window: int, windows: int,
         fit = (len(ids) - taken) // stride + 1
         fewer = f"--windows {fit}" if fit >= 1 else f"--windows 1 and --window {len(ids) + len(opening)}"
         instead = f"set {fewer}, or give a longer text" if len(ids) > 1 else "give a longer text"
+        every = f" every {stride}" if windows > 1 else ""
         raise RefusedError(
-            f"xquant: the text {name} has {len(ids)} tokens, but {windows} windows of {window} tokens every {stride} "
-            f"need {needed}; {instead}"
+            f"xquant: the text {name} has {counted(len(ids), 'token')}, but {counted(windows, 'window')} of {window} "
+            f"tokens{every} {'needs' if windows == 1 else 'need'} {needed}; {instead}"
         )
     return torch.tensor([opening + ids[k * stride : k * stride + taken] for k in range(windows)])

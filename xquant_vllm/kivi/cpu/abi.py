@@ -1,4 +1,4 @@
-"""The C structs of csrc/cpu/kivi/kivi_api.h, field by field; their version is that of attention/cpu/abi.py."""
+"""The C structs of csrc/cpu/kivi/kivi_api.h, field by field."""
 
 import ctypes
 
@@ -53,3 +53,12 @@ class KiviAttentionCall(ctypes.Structure):
     """``xquant_kivi_attention_call``."""
 
     _fields_ = [("batch", AttentionCall), ("residual", Residual)]
+
+
+STRUCTS = {
+    "xquant_kivi_plan": KiviPlan,
+    "xquant_kivi_residual": Residual,
+    "xquant_kivi_store_call": KiviStoreCall,
+    "xquant_kivi_attention_call": KiviAttentionCall,
+}
+"""By their C names."""

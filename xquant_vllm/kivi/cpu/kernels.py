@@ -11,14 +11,16 @@ import ctypes
 import torch
 
 from xquant_vllm.attention.cpu.abi import Input, StoreCall
-from xquant_vllm.attention.cpu.kernels import library, raise_error
+from xquant_vllm.attention.cpu.library import check_library, library, raise_error
 from xquant_vllm.attention.cpu.tensors import batch_call, index_address, input_struct, page_structs, set_heads
-from xquant_vllm.kivi.cpu.abi import KiviAttentionCall, KiviStoreCall, Residual
-from xquant_vllm.kivi.cpu.prepared import PreparedKiviPlan, prepare
+from xquant_vllm.kivi.cpu.abi import STRUCTS, KiviAttentionCall, KiviStoreCall, Residual
+from xquant_vllm.kivi.cpu.plan import KiviCpuPlan, prepare
 from xquant_vllm.kivi.plan import KiviBatch, KiviLayerPlan
 
+check_library(library, STRUCTS)
 
-def _residual(prepared: PreparedKiviPlan, residual_pages: torch.Tensor, batch: KiviBatch) -> Residual:
+
+def _residual(prepared: KiviCpuPlan, residual_pages: torch.Tensor, batch: KiviBatch) -> Residual:
     structs, num_blocks = page_structs([prepared.residual_page_bytes], [residual_pages])
     table, num_seqs = batch.residual_block_table, batch.sequences.seq_lens.shape[0]
     address = index_address("residual_block_table", table, torch.int32, 2)

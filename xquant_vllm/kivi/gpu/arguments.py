@@ -21,7 +21,7 @@ class QuantizedPages(NamedTuple):
 
 
 class ResidualPages(NamedTuple):
-    """Residual pages, uint8, likewise, and their block table. Keys start at 0."""
+    """Residual pages, uint8, in bytes too, and their block table. Keys start at 0."""
 
     pages: Any
     stride: Any

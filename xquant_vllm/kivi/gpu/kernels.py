@@ -5,8 +5,8 @@ import torch
 from xquant_vllm.attention.gpu import workspace
 from xquant_vllm.attention.gpu.tiling import largest_decodes
 from xquant_vllm.attention.gpu.workspace import fix
+from xquant_vllm.kivi.gpu.kivi_gpu_plan import prepare
 from xquant_vllm.kivi.gpu.launch import paged_attention, workspace_parts
-from xquant_vllm.kivi.gpu.prepared import prepare
 from xquant_vllm.kivi.gpu.store import store
 from xquant_vllm.kivi.plan import KiviLayerPlan
 
@@ -23,8 +23,8 @@ def reserve(plan: KiviLayerPlan, tokens: int, sequences: int, dtype: torch.dtype
         dtype: of the queries.
         device: where.
     """
-    prepared = prepare(plan, dtype, device)
+    gpu_plan = prepare(plan, dtype, device)
     group = plan.num_heads // plan.num_kv_heads
     decodes = largest_decodes(group, plan.num_kv_heads, tokens, sequences)
-    sizes = (workspace.bytes_of(*workspace_parts(prepared, count, splits)) for count, splits in decodes)
+    sizes = (workspace.bytes_of(*workspace_parts(plan, gpu_plan, count, splits)) for count, splits in decodes)
     workspace.reserve(device, max(sizes))

@@ -7,12 +7,12 @@ import triton
 
 from xquant_vllm.attention.gpu import workspace
 from xquant_vllm.attention.gpu.arguments import describe_batch, describe_scores, products
-from xquant_vllm.attention.gpu.decode.attend import Partial
 from xquant_vllm.attention.gpu.decode.merge import merge
+from xquant_vllm.attention.gpu.device.arguments import Partial
 from xquant_vllm.attention.gpu.tiling import decodes, shape_of
 from xquant_vllm.kivi.gpu.arguments import describe_quantized, describe_residual
-from xquant_vllm.kivi.gpu.attend import attend
-from xquant_vllm.kivi.gpu.prepared import PreparedPlan, prepare
+from xquant_vllm.kivi.gpu.kivi_attend import kivi_attend
+from xquant_vllm.kivi.gpu.kivi_gpu_plan import KiviGpuPlan, prepare
 from xquant_vllm.kivi.plan import KiviBatch, KiviLayerPlan
 
 # Rows of a tile of prefilling queries, and numbers of their sums at most.
@@ -36,9 +36,9 @@ def paged_attention(
     sequences = batch.sequences.seq_lens.shape[0]
     if not query.shape[0] or not sequences:
         return
-    prepared = prepare(plan, query.dtype, query.device)
+    gpu_plan = prepare(plan, query.dtype, query.device)
     group = plan.num_heads // plan.num_kv_heads
-    arguments = _arguments(query, pages, residual_pages, prepared, batch)
+    arguments = _arguments(query, pages, residual_pages, plan, gpu_plan, batch)
     leading, longest = decodes(batch.sequences, group)
     if leading:
         rows, tiles, splits = shape_of(group, plan.num_kv_heads, leading, longest)
@@ -46,47 +46,52 @@ def paged_attention(
         if splits > 1:
             # Tokens of these sequences come first, but how many they are the host need not know.
             tokens = min(query.shape[0], leading * longest)
-            partial = Partial(*workspace.take(query.device, *workspace_parts(prepared, tokens, splits)))
-        _attend(arguments, prepared, partial, output, 0, leading, rows, tiles, splits)
+            partial = Partial(*workspace.take(query.device, *workspace_parts(plan, gpu_plan, tokens, splits)))
+        _launch_attention(arguments, plan, gpu_plan, partial, output, 0, leading, rows, tiles, splits)
         if partial is not None:
-            _merge(partial, prepared, batch, output, tokens, leading, splits)
+            _launch_merge(partial, plan, gpu_plan, batch, output, tokens, leading, splits)
     if leading < sequences:
         assert batch.sequences.lengths is not None
         longest = max(query_len for query_len, _ in batch.sequences.lengths[leading:])
-        rows = max(min(_PREFILL_ROWS, _MOST_SUMS // prepared.value_width), triton.next_power_of_2(group))
+        rows = max(min(_PREFILL_ROWS, _MOST_SUMS // gpu_plan.value_width), triton.next_power_of_2(group))
         tiles = triton.cdiv(longest, rows // group)
-        _attend(arguments, prepared, None, output, leading, sequences - leading, rows, tiles, 1)
+        _launch_attention(arguments, plan, gpu_plan, None, output, leading, sequences - leading, rows, tiles, 1)
 
 
 def workspace_parts(
-    prepared: PreparedPlan, tokens: int, splits: int
+    plan: KiviLayerPlan, gpu_plan: KiviGpuPlan, tokens: int, splits: int
 ) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     """Shapes and dtypes of what decoding takes of the workspace."""
     if splits == 1:
         return ()
-    rows = (tokens, prepared.plan.num_heads, splits)
-    return ((*rows, prepared.value_width), torch.float32), ((*rows, 3), torch.float32)
+    rows = (tokens, plan.num_heads, splits)
+    return ((*rows, gpu_plan.value_width), torch.float32), ((*rows, 3), torch.float32)
 
 
 def _arguments(
-    query: torch.Tensor, pages: torch.Tensor, residual_pages: torch.Tensor, prepared: PreparedPlan, batch: KiviBatch
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    residual_pages: torch.Tensor,
+    plan: KiviLayerPlan,
+    gpu_plan: KiviGpuPlan,
+    batch: KiviBatch,
 ) -> tuple[Any, ...]:
-    """What :func:`attend` reads."""
-    plan = prepared.plan
+    """What :func:`kivi_attend` reads."""
     return (
         describe_batch(query, batch.sequences),
-        prepared.columns,
+        gpu_plan.columns,
         describe_quantized(pages, plan.quantized),
         describe_residual(residual_pages, plan.residual, batch.residual_block_table),
-        prepared.tail,
+        gpu_plan.tail,
         describe_scores(plan),
         plan.residual_tokens,
     )
 
 
-def _attend(
+def _launch_attention(
     arguments: tuple[Any, ...],
-    prepared: PreparedPlan,
+    plan: KiviLayerPlan,
+    gpu_plan: KiviGpuPlan,
     partial: Partial | None,
     output: torch.Tensor,
     first_sequence: int,
@@ -95,8 +100,7 @@ def _attend(
     tiles: int,
     splits: int,
 ) -> None:
-    plan = prepared.plan
-    attend[(sequences * tiles, plan.num_kv_heads, splits)](
+    kivi_attend[(sequences * tiles, plan.num_kv_heads, splits)](
         *arguments,
         partial,
         output,
@@ -110,29 +114,29 @@ def _attend(
         EXACT_STEP=plan.exact_step,
         SOFT_CAP=bool(plan.logits_soft_cap),
         WINDOW=bool(plan.sliding_window),
-        **prepared.constants,
-        **products(prepared.dtype),
+        **gpu_plan.constants,
+        **products(gpu_plan.dtype),
         num_warps=8 if rows > 64 else 4,
         num_stages=2,
     )
 
 
-def _merge(
+def _launch_merge(
     partial: Partial,
-    prepared: PreparedPlan,
+    plan: KiviLayerPlan,
+    gpu_plan: KiviGpuPlan,
     batch: KiviBatch,
     output: torch.Tensor,
     tokens: int,
     sequences: int,
     splits: int,
 ) -> None:
-    plan = prepared.plan
     group = plan.num_heads // plan.num_kv_heads
     merge[(tokens, plan.num_kv_heads)](
         partial,
         None,
         None,
-        prepared.value_columns,
+        gpu_plan.value_columns,
         None,
         None,
         batch.sequences.query_start_loc,
@@ -143,12 +147,12 @@ def _merge(
         plan.num_heads,
         GROUP=group,
         ROWS=max(16, triton.next_power_of_2(group)),
-        HALF=prepared.value_width // 2,
+        HALF=gpu_plan.value_width // 2,
         SPLITS=splits,
         WIDTH=0,
         ABSORB_VALUE=False,
         PROJECT_VALUE=False,
         BIAS=False,
         SINKS=False,
-        **products(prepared.dtype),
+        **products(gpu_plan.dtype),
     )

@@ -74,24 +74,14 @@ def load_quantized_keys(
     HALF: tl.constexpr,
     ROPE: tl.constexpr,
 ):
-    """Halves of the keys of the tile at ``start``, ``[TOKENS, HALF]``; the tile's group of keys is complete.
+    """Halves of the keys of the tile at position ``start``, ``[TOKENS, HALF]``; the tile's group of keys is complete.
 
     Args:
-        quantized: :class:`QuantizedPages`.
-        table: the sequence's row of their block table.
-        tail: :class:`KeyTail`, for RoPE.
-        low_channel: channels of the first half, ``[HALF]``.
-        high_channel: of the second.
+        table: the sequence's row of the block table.
+        low_channel: channels of the first half, ``[HALF]``; of the second ``high_channel``.
         channel_there: which of them there are.
-        head: kv head.
-        start: position of the first token, a multiple of ``TOKENS``.
-        valid: tokens whose positions RoPE may look up, ``[TOKENS]``; the keys of others are arbitrary.
-        HEAD_SIZE: channels of a head.
-        BITS: bits of a code.
-        KEY_GROUP: tokens of a group of keys, a multiple of ``TOKENS``.
-        TOKENS: tokens of the tile.
-        HALF: columns of half a head.
-        ROPE: whether keys are rotated.
+        start: a multiple of ``TOKENS``.
+        valid: tokens whose positions RoPE may look up; the keys of others are arbitrary.
     """
     row_bytes: tl.constexpr = HEAD_SIZE * BITS // 8
     page, slot = _page_of(quantized, table, start)
@@ -124,20 +114,9 @@ def load_quantized_values(
     VALUE_CHANNELS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Values of the tile at ``start``, ``[TOKENS, VALUE_GROUPS * VALUE_CHANNELS]``; 0 where not ``valid``.
+    """Values of the tile at position ``start``, ``[TOKENS, VALUE_GROUPS * VALUE_CHANNELS]``; 0 where not ``valid``.
 
-    Args:
-        quantized: :class:`QuantizedPages`.
-        table: the sequence's row of their block table.
-        head: kv head.
-        start: position of the first token, a multiple of ``TOKENS``.
-        valid: which tokens to read, ``[TOKENS]``.
-        HEAD_SIZE: channels of a head.
-        BITS: bits of a code.
-        VALUE_GROUP: channels of a group.
-        VALUE_GROUPS: groups of a head, padded to a power of two.
-        VALUE_CHANNELS: channels of a group, padded likewise.
-        TOKENS: tokens of the tile.
+    ``table`` is the sequence's row of the block table, ``start`` a multiple of ``TOKENS``.
     """
     row_bytes: tl.constexpr = VALUE_GROUP * BITS // 8
     groups: tl.constexpr = HEAD_SIZE // VALUE_GROUP
@@ -158,17 +137,13 @@ def load_quantized_values(
 
 @triton.jit
 def exact_rows(residual, section, table, head, position, valid, HEAD_SIZE: tl.constexpr, RESIDUAL: tl.constexpr):
-    """Pointers ``[tokens]`` to what residual pages hold of tokens of a sequence and a head.
+    """Pointers ``[TOKENS]`` to what residual pages hold of tokens of a sequence and a head.
 
     Args:
-        residual: :class:`ResidualPages`.
         section: bytes from the start of a page to its keys or values.
         table: the sequence's row of the residual's block table.
-        head: kv head.
         position: of the tokens.
         valid: whose blocks to look up; pointers of others must not be followed.
-        HEAD_SIZE: channels of a head.
-        RESIDUAL: dtype of the pages.
     """
     block = tl.load(table + position // residual.block_size, valid, 0).to(tl.int64)
     page = (residual.pages + block * residual.stride + section).to(tl.pointer_type(RESIDUAL))
@@ -191,7 +166,7 @@ def load_exact_keys(
     ROPE: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """Halves of the keys of tokens, ``[tokens, HALF]``; 0 where not ``valid``. Arguments as of the functions above."""
+    """Halves of the keys of tokens, ``[TOKENS, HALF]``; 0 where not ``valid``; see :func:`load_quantized_keys`."""
     row = exact_rows(residual, 0, table, head, position, valid, HEAD_SIZE, RESIDUAL)[:, None]
     there = valid[:, None] & channel_there[None, :]
     low = tl.load(row + low_channel[None, :], there, 0.0).to(tl.float32)

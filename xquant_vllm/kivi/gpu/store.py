@@ -9,7 +9,7 @@ import triton
 
 from xquant_vllm.attention.gpu.operands import operand_type
 from xquant_vllm.kivi.gpu.arguments import describe_quantized, describe_residual
-from xquant_vllm.kivi.gpu.prepared import padded_groups, page_constants
+from xquant_vllm.kivi.gpu.kivi_gpu_plan import padded_groups, page_constants
 from xquant_vllm.kivi.gpu.store_groups import store_groups
 from xquant_vllm.kivi.gpu.store_tokens import store_tokens
 from xquant_vllm.kivi.plan import KiviBatch, KiviLayerPlan

@@ -41,24 +41,14 @@ def store_groups(
     KEY_GROUP: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """Quantize some channels of one head of a group.
+    """Quantize some channels of one head of a group of keys.
 
-    Grid: ``(num_tokens // KEY_GROUP + num_sequences, num_kv_heads, cdiv(bytes of a row, BYTES))``.
+    Grid: ``(num_tokens // KEY_GROUP + num_sequences, num_kv_heads, cdiv(bytes of a row, BYTES))``. Reads residual
+    pages, which hold all tokens of the groups; writes quantized ones, whose block table is ``block_table``.
 
     Args:
-        query_start_loc: int32 ``[num_sequences + 1]``.
-        seq_lens: int32 ``[num_sequences]``.
-        num_sequences: sequences.
-        block_table: int32 ``[num_sequences, max_blocks]``, of quantized pages.
-        table_stride: between its rows.
-        quantized: :class:`QuantizedPages`, written.
-        residual: :class:`ResidualPages`, which hold all tokens of the groups.
         TOKENS: a power of two of at least ``KEY_GROUP``.
         BYTES: bytes of a token's codes that a program packs, a power of two.
-        HEAD_SIZE: channels of a head.
-        BITS: bits of a code.
-        KEY_GROUP: tokens of a group.
-        RESIDUAL: dtype of residual pages.
     """
     sequence, index = _find(query_start_loc, num_sequences, tl.program_id(0), KEY_GROUP)
     head = tl.program_id(1)

@@ -31,28 +31,18 @@ def store_tokens(
     VALUE_GROUP: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """Write some tokens of one head. Grid: ``(tiles of tokens, num_kv_heads)``.
+    """Write some tokens of one head to both kinds of pages.
+
+    Grid: ``(tiles of tokens, num_kv_heads)``.
 
     Args:
-        keys: ``[num_tokens, num_kv_heads, head_size]``, any float dtype, contiguous channels.
-        key_token_stride: in elements.
-        key_head_stride: likewise.
+        keys: ``[num_tokens, num_kv_heads, head_size]``, any float dtype, contiguous channels; strides in elements.
         values: like ``keys``.
-        value_token_stride: in elements.
-        value_head_stride: likewise.
         slots: int64 ``[>= num_tokens]``, in quantized pages; tokens whose slot is negative are not written there.
-        residual_slots: likewise, in residual pages.
-        num_tokens: tokens.
-        quantized: :class:`QuantizedPages`, written.
-        residual: :class:`ResidualPages`, written.
-        TOKENS: tokens of a tile.
+        residual_slots: int64 ``[>= num_tokens]``, in residual pages, in the same way.
         WIDTH: a power of two of at least ``HEAD_SIZE``.
         VALUE_GROUPS: groups of a value, padded to a power of two.
-        BYTES: bytes of a group's codes, padded likewise.
-        HEAD_SIZE: channels of a head.
-        BITS: bits of a code.
-        VALUE_GROUP: channels of a group of values.
-        RESIDUAL: dtype of residual pages.
+        BYTES: bytes of a group's codes, padded to a power of two.
     """
     head = tl.program_id(1)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)

@@ -64,3 +64,8 @@ class XQuantBackend(PagedBackend):
     def get_builder_cls() -> type[XQuantMetadataBuilder]:
         """The metadata builder."""
         return XQuantMetadataBuilder
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        """A learned score of every query head without a value, as of GPT-OSS."""
+        return True

@@ -12,6 +12,7 @@ from xquant_vllm.plugin.backend.hot_budget import keep_pool_back
 from xquant_vllm.plugin.backend.hot_cpu import HotPool
 from xquant_vllm.plugin.backend.metadata import PagedMetadata
 from xquant_vllm.plugin.backend.paged_impl import PagedImpl, pages_of, refuse_output_scales
+from xquant_vllm.plugin.checks import unsupported_model
 from xquant_vllm.plugin.engine_settings import settings_of
 from xquant_vllm.plugin.load.loader import install_loader_hook
 from xquant_vllm.plugin.registration import BACKEND_NAME
@@ -21,16 +22,34 @@ from xquant_vllm.scheme.layer_scheme import LayerScheme
 class XQuantImpl(PagedImpl):
     """Stores latents as codes and attends over them.
 
-    ``cache`` is set by the loader hook once the weights are there.
+    ``scheme`` is set by the loader hook once the weights are there.
     """
 
     backend_name = BACKEND_NAME
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Keep the layer's shape; refuse what the kernels do not do."""
+    def __init__(self, *args: Any, sinks: torch.Tensor | None = None, **kwargs: Any) -> None:
+        """Keep the layer's shape; refuse what the kernels do not do.
+
+        Args:
+            args: as vLLM hands them.
+            sinks: ``[num_heads]`` of this rank, any floating dtype: see ``AttentionLayerPlan.sinks``. The model's own
+                parameter, which is filled later.
+            kwargs: as vLLM hands them.
+
+        Raises:
+            UnsupportedError: the model by name, and what of it is not supported.
+        """
         super().__init__(*args, **kwargs)
+        if sinks is not None and tuple(sinks.shape) != (self.num_heads,):
+            who = self.vllm_config.model_config.architecture
+            raise unsupported_model(
+                f"{who} has attention sinks of shape {list(sinks.shape)}, not a number for each of a layer's "
+                f"{self.num_heads} query heads, which is not supported",
+                self.backend_name,
+            )
         self.settings = settings_of(self.vllm_config)
         self.scheme: LayerScheme | None = None
+        self._sinks = sinks
         self._earlier: tuple[Any, ...] = ()
         self._plans: dict[int, AttentionLayerPlan] = {}
         self._known_pages: tuple[list[torch.Tensor], tuple[torch.Tensor, ...]] = ([], ())
@@ -39,7 +58,7 @@ class XQuantImpl(PagedImpl):
         keep_pool_back()
 
     def set_scheme(self, scheme: LayerScheme, earlier: Sequence[Any]) -> None:
-        """Take what surgery made of this layer.
+        """Take what surgery made of this layer. The weights are loaded by now, its sinks among them.
 
         Args:
             scheme: how its cache is written and read.
@@ -48,6 +67,8 @@ class XQuantImpl(PagedImpl):
         device = scheme.projection.up_key.device
         arranges = device.type != "cpu" and dispatch.select(device.type) is not reference
         self.scheme, self._earlier = scheme.on_host() if arranges else scheme, tuple(earlier)
+        if self._sinks is not None:
+            self._sinks = self._sinks.detach().to(device, torch.float32).contiguous()
         self._plans.clear()
 
     def _plan(self, block_size: int) -> AttentionLayerPlan:
@@ -62,6 +83,7 @@ class XQuantImpl(PagedImpl):
                 scale=self.scale,
                 sliding_window=self.sliding_window,
                 logits_soft_cap=self.logits_soft_cap,
+                sinks=self._sinks,
                 exact_from=self._exact_from,
             )
         return plan

@@ -1,4 +1,4 @@
-"""What the host makes for the Triton kernels: tables, pieces, workspace. No kernel runs."""
+"""What the host makes for the Triton kernels: tables, spans of prefill, workspace. No kernel runs."""
 
 import random
 from itertools import pairwise
@@ -6,13 +6,17 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tests.attention.attention_cases import Spec, make_plan, random_runs
+from tests.attention.attention_cases import Spec, make_plan, random_runs, random_spec
 from xquant_vllm.attention.gpu import tiling, workspace
 from xquant_vllm.attention.gpu.decode import decode
+from xquant_vllm.attention.gpu.gpu_plan import prepare
 from xquant_vllm.attention.gpu.prefill.spans import rounds
-from xquant_vllm.attention.gpu.prepared import prepare
 from xquant_vllm.attention.gpu.tables.bit_addresses import bit_addresses
+from xquant_vllm.attention.gpu.tables.code_bytes import code_bytes
+from xquant_vllm.attention.gpu.tables.latent_tables import latent_bands
 from xquant_vllm.attention.gpu.tables.pairs import arranged, pair_columns
+from xquant_vllm.attention.gpu.tables.stream_tables import FIELDS, stream_tables
+from xquant_vllm.codec.allocated import AllocatedFormat
 from xquant_vllm.codec.packing import pack
 from xquant_vllm.projection.rope import RotaryTable
 
@@ -35,6 +39,60 @@ def test_bit_addresses(seed: int) -> None:
     assert torch.equal(read, torch.cat(exact))
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_code_bytes(seed: int) -> None:
+    """Inverts the bit addresses: every bit of a row's codes is in one byte."""
+    runs = random_runs(random.Random(seed), 64) if seed else ((16, 24), (8, 8), (3, 16))
+    numbers = torch.cat([torch.randint(1 << bits, (channels,)) for bits, channels in runs]).tolist()
+    row = []
+    for first, stride, bits, shift in code_bytes(runs).T.tolist():
+        parts = (numbers[first + i * stride] >> shift & (1 << bits) - 1 for i in range(8 // bits))
+        row.append(sum(part << i * bits for i, part in enumerate(parts)))
+    bytes_of_row = torch.tensor(row)
+    low, low_mask, high, high_mask, high_shift, _ = bit_addresses(runs)
+    read = (bytes_of_row[low // 8] >> low % 8) & low_mask
+    read |= ((bytes_of_row[high // 8] >> high % 8) & high_mask) << high_shift
+    assert read.tolist() == numbers
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_bands_cover_a_latent(seed: int) -> None:
+    """Every channel that is stored is in one band, once for every term that has it; bands have one scale each."""
+    plan = make_plan(random_spec(seed))
+    for terms in (plan.key_terms, plan.value_terms):
+        for head in range(plan.projection.num_kv_heads):
+            bands = latent_bands(plan.layouts, terms, head, 32)
+            assert all(band.addresses.shape[1] == band.fields["channels"] <= 32 for band in bands)
+            rows = [band.first_row + i for band in bands for i in range(band.fields["channels"])]
+            expected, first, before = [], 0, 0
+            for term in terms:
+                stream = plan.layouts[term.page].streams[term.stream]
+                if not term.adds:
+                    first, before = first + before, stream.width
+                of_head = head if stream.num_heads > 1 else 0
+                stored = stream.width
+                if isinstance(stream, AllocatedFormat):
+                    stored = sum(channels for _, channels in stream.runs[of_head])
+                expected += range(first, first + stored)
+            assert rows == expected
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_scale_groups_cover_a_stream(seed: int) -> None:
+    """Scale groups follow each other, and none shares a scale with another."""
+    layout = make_plan(random_spec(seed)).layout
+    for index, stream in enumerate(layout.streams):
+        groups = stream_tables(layout, index, CPU).scale_groups
+        first, channels, scales = (groups[:, FIELDS.index(name)].tolist() for name in ("first", "channels", "scales"))
+        assert len(set(scales)) == len(scales) or getattr(stream, "bits", 0) == 16
+        if isinstance(stream, AllocatedFormat):
+            assert first == [head * stream.width for head in range(stream.num_heads)]
+            assert channels == [sum(count for _, count in runs) for runs in stream.runs]
+        else:
+            assert first == list(range(0, stream.num_heads * stream.width, stream.group_size))
+            assert set(channels) == {stream.group_size}
+
+
 @pytest.mark.parametrize("rotary", [0, 2, 32, 80])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_pairs(rotary: int, interleaved: bool) -> None:
@@ -54,17 +112,41 @@ def test_pairs(rotary: int, interleaved: bool) -> None:
 
 def test_rounds() -> None:
     found = rounds([(0, 0, 5, 5), (2, 10, 40, 30), (3, 0, 6, 0)], 16)
-    assert all(sum(piece.stop - piece.begin for piece in pieces) <= 16 for pieces in found)
-    whole = [piece for pieces in found for piece in pieces]
+    assert all(sum(span.stop - span.begin for span in spans) <= 16 for spans in found)
+    whole = [span for spans in found for span in spans]
     for sequence, oldest, length in ((0, 0, 5), (2, 10, 40), (3, 0, 6)):
-        own = [piece for piece in whole if piece.sequence == sequence]
+        own = [span for span in whole if span.sequence == sequence]
         assert own[0].begin == oldest
         assert own[-1].stop == length
-        assert [piece.first for piece in own] == [True] + [False] * (len(own) - 1)
-        assert [piece.last for piece in own] == [False] * (len(own) - 1) + [True]
+        assert [span.first for span in own] == [True] + [False] * (len(own) - 1)
+        assert [span.last for span in own] == [False] * (len(own) - 1) + [True]
         assert all(before.stop == after.begin for before, after in pairwise(own))
     assert found[0][1].offset == 5
-    assert {(piece.sequence, piece.exact) for piece in whole} == {(0, 5), (2, 30), (3, 0)}
+    assert {(span.sequence, span.exact) for span in whole} == {(0, 5), (2, 30), (3, 0)}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_rounds(seed: int) -> None:
+    """Every round fits, spans do not overlap, and together they are the contexts in order."""
+    choose = random.Random(seed)
+    room = choose.choice((16, 50, 100))
+    contexts = []
+    for sequence in range(choose.randint(1, 6)):
+        oldest = choose.randint(0, 40)
+        length = oldest + choose.randint(1, 200)
+        contexts.append((sequence, oldest, length, choose.randint(oldest, length)))
+    found = rounds(contexts, room)
+    for spans in found:
+        assert [span.offset for span in spans] == [
+            sum(before.stop - before.begin for before in spans[:index]) for index in range(len(spans))
+        ]
+        assert spans[-1].offset + spans[-1].stop - spans[-1].begin <= room
+    passed = [
+        (span.sequence, at, span.exact) for spans in found for span in spans for at in range(span.begin, span.stop)
+    ]
+    assert passed == [
+        (sequence, at, exact) for sequence, oldest, length, exact in contexts for at in range(oldest, length)
+    ]
 
 
 def test_workspace() -> None:
@@ -86,11 +168,11 @@ def test_workspace() -> None:
 @pytest.mark.parametrize("sequences", [1, 7, 300])
 def test_largest_batches(sequences: int, longest: int) -> None:
     plan = make_plan(Spec(kv_heads=3))
-    prepared = prepare(plan, torch.float32)
+    gpu_plan = prepare(plan, torch.float32)
 
     def size(count: int) -> int:
         splits = tiling.shape_of(3, 3, count, longest)[2]
-        return workspace.bytes_of(*decode.workspace_parts(prepared, count * longest, splits))
+        return workspace.bytes_of(*decode.workspace_parts(plan, gpu_plan, count * longest, splits))
 
     tried = tiling.largest_batches(3, 3, sequences, longest)
     assert tried <= set(range(1, sequences + 1))

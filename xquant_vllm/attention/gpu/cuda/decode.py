@@ -1,65 +1,70 @@
 """Decoding over per-head latents by the CUDA kernel, in place of the Triton kernel ``attend`` in decode/attend.py."""
 
 import ctypes
-import weakref
 from collections.abc import Sequence
 
 import torch
 
 from xquant_vllm.attention.batch import AttentionBatch
+from xquant_vllm.attention.dtype_codes import DTYPE_CODES
 from xquant_vllm.attention.gpu.cuda import library as cuda_library
 from xquant_vllm.attention.gpu.cuda.keys import key_arrays, key_factors
 from xquant_vllm.attention.gpu.cuda.tables import fits, latent_arrays, rope_arrays
-from xquant_vllm.attention.gpu.decode.attend import Partial
-from xquant_vllm.attention.gpu.prepared import PreparedPlan
-from xquant_vllm.attention.gpu.tables.latent_tables import ALLOCATED, latent_chunks
+from xquant_vllm.attention.gpu.device.arguments import Partial
+from xquant_vllm.attention.gpu.gpu_plan import prepare as prepare_gpu_plan
+from xquant_vllm.attention.gpu.tables.latent_tables import ALLOCATED, latent_bands
 from xquant_vllm.attention.gpu.tables.pairs import arranged
+from xquant_vllm.attention.per_object import per_object
+from xquant_vllm.attention.plan import AttentionLayerPlan
 
 MOST_ROWS = 16
 _HEAD_SIZES = (64, 128)
-_TYPES = {torch.float16: 1, torch.bfloat16: 2}
-_KEY_TYPES = {torch.float16: 1, torch.int8: 3}
+_DTYPES = (torch.float16, torch.bfloat16)
 _ALIGNMENT = 16
 
 
-class DecodePlan:
-    """What the kernel reads of a plan: the struct, and the tensors that it points to."""
+@per_object
+def prepare(plan: AttentionLayerPlan, dtype: torch.dtype) -> cuda_library.CudaDecodePlan | None:
+    """What the kernel reads of a plan, made on first use and forgotten together with the plan.
 
-    def __init__(self, struct: cuda_library.DecodePlan, kept: list[torch.Tensor]) -> None:
-        """Keep both."""
-        self.struct, self._kept = struct, kept
+    Args:
+        plan: the layer's plan.
+        dtype: of the queries.
 
-
-def decode_plan(prepared: PreparedPlan) -> DecodePlan | None:
-    """The plan for the kernel, or None where the kernel does not do what it says."""
-    plan, projection = prepared.plan, prepared.plan.projection
+    Returns:
+        None where the kernel does not do what the plan asks for.
+    """
+    gpu_plan, projection = prepare_gpu_plan(plan, dtype), plan.projection
     head_size, heads = projection.head_size, projection.num_kv_heads
     if (
         head_size not in _HEAD_SIZES
-        or prepared.dtype not in _TYPES
-        or prepared.absorb_key
-        or prepared.norm
-        or not prepared.absorb_value
+        or gpu_plan.dtype not in _DTYPES
+        or gpu_plan.absorb_key
+        or gpu_plan.norm
+        or not gpu_plan.absorb_value
         or projection.rope is None
         or len(plan.layouts) != 1
         or len(plan.key_terms) != 1
         or len(plan.value_terms) != 1
-        or prepared.half * 2 != head_size
+        or gpu_plan.half * 2 != head_size
     ):
         return None
-    # A head that cannot be one chunk is several: then the latent does not fit.
-    cut = [[latent_chunks(plan.layouts, t, head, 1 << 16) for head in range(heads)] for t in _terms(prepared)]
+    # A head that cannot be one band is several: then the latent does not fit.
+    cut = [
+        [latent_bands(plan.layouts, t, head, 1 << 16) for head in range(heads)]
+        for t in (plan.key_terms, plan.value_terms)
+    ]
     if not all(fits(of_latent, head_size) for of_latent in cut):
         return None
-    rope = rope_arrays(projection.rope, prepared.half)
+    rope = rope_arrays(projection.rope, gpu_plan.half)
     if rope is None:
         return None
-    key_chunks, value_chunks = ([of_head[0] for of_head in of_latent] for of_latent in cut)
-    device, columns = plan.device, prepared.columns
+    key_bands, value_bands = ([of_head[0] for of_head in of_latent] for of_latent in cut)
+    device, columns = plan.device, gpu_plan.columns
     bias = None if projection.key_bias is None else arranged(projection.key_bias, columns)
-    factors = key_factors(key_chunks, arranged(projection.up_key.to(device), columns))
-    key, value = latent_arrays(key_chunks, head_size, factors.dtype), latent_arrays(value_chunks, head_size)
-    of_keys = key_arrays(key_chunks, factors, key.channels, bias)
+    factors = key_factors(key_bands, arranged(projection.up_key.to(device), columns))
+    key, value = latent_arrays(key_bands, head_size, factors.dtype), latent_arrays(value_bands, head_size)
+    of_keys = key_arrays(key_bands, factors, key.channels, bias)
     tensors = {
         "key": key.records,
         "value": value.records,
@@ -76,11 +81,11 @@ def decode_plan(prepared: PreparedPlan) -> DecodePlan | None:
         "rope_offset": rope.offset,
     }
     tensors = {name: tensor.to(device).contiguous() for name, tensor in tensors.items()}
-    struct = cuda_library.DecodePlan(
+    of_plan = cuda_library.CudaDecodePlan(
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},
-        key_allocated=int(key_chunks[0].fields["kind"] == ALLOCATED),
-        value_allocated=int(value_chunks[0].fields["kind"] == ALLOCATED),
-        key_type=_KEY_TYPES[factors.dtype],
+        key_allocated=int(key_bands[0].fields["kind"] == ALLOCATED),
+        value_allocated=int(value_bands[0].fields["kind"] == ALLOCATED),
+        key_type=DTYPE_CODES[factors.dtype],
         key_row_bytes=key.row_bytes,
         value_row_bytes=value.row_bytes,
         num_heads=plan.num_heads,
@@ -91,35 +96,16 @@ def decode_plan(prepared: PreparedPlan) -> DecodePlan | None:
         scale=plan.scale,
         soft_cap=plan.logits_soft_cap or 0.0,
     )
-    return DecodePlan(struct, list(tensors.values()))
+    of_plan.tensors = list(tensors.values())
+    return of_plan
 
 
-def _terms(prepared: PreparedPlan) -> tuple:
-    return prepared.plan.key_terms, prepared.plan.value_terms
-
-
-_plans: dict[int, DecodePlan | None] = {}
-
-
-def _plan_of(prepared: PreparedPlan) -> DecodePlan | None:
-    """Made on first use and forgotten together with the prepared plan."""
-    if id(prepared) not in _plans:
-        _plans[id(prepared)] = decode_plan(prepared)
-        weakref.finalize(prepared, _plans.pop, id(prepared), None)
-    return _plans[id(prepared)]
-
-
-def arrange(prepared: PreparedPlan) -> None:
-    """Do now what the first call would: it allocates, and copies to the device."""
-    if cuda_library.available(prepared.columns.device):
-        _plan_of(prepared)
-
-
-def takes(prepared: PreparedPlan, pages: Sequence[torch.Tensor], rows: int) -> bool:
+def takes(plan: AttentionLayerPlan, dtype: torch.dtype, pages: Sequence[torch.Tensor], rows: int) -> bool:
     """Whether the kernel does a call.
 
     Args:
-        prepared: the plan.
+        plan: the layer's plan.
+        dtype: of the queries.
         pages: the call's pages.
         rows: query tokens of a sequence, at most, times the query heads of a kv head.
     """
@@ -127,12 +113,12 @@ def takes(prepared: PreparedPlan, pages: Sequence[torch.Tensor], rows: int) -> b
         rows <= MOST_ROWS
         and cuda_library.available(pages[0].device)
         and all(of.data_ptr() % _ALIGNMENT == 0 and of.stride(0) % _ALIGNMENT == 0 for of in pages)
-        and _plan_of(prepared) is not None
+        and prepare(plan, dtype) is not None
     )
 
 
-def attend(
-    prepared: PreparedPlan,
+def launch(
+    plan: AttentionLayerPlan,
     query: torch.Tensor,
     pages: Sequence[torch.Tensor],
     batch: AttentionBatch,
@@ -144,7 +130,7 @@ def attend(
     """Fill ``partial``, as ``attend`` in decode/attend.py does, from a call that the kernel takes.
 
     Args:
-        prepared: the plan.
+        plan: the layer's plan.
         query: ``[tokens, num_heads, head_size]``, channels contiguous.
         pages: the call's pages.
         batch: the sequences.
@@ -154,9 +140,9 @@ def attend(
         library: another library than the installed one, for tests.
     """
     library = library or cuda_library.library()
-    plan = _plan_of(prepared)
+    of_plan = prepare(plan, query.dtype)
     assert library is not None
-    assert plan is not None
+    assert of_plan is not None
     call = cuda_library.DecodeCall(
         pages=pages[0].data_ptr(),
         page_stride=pages[0].stride(0),
@@ -173,9 +159,7 @@ def attend(
         num_sequences=sequences,
         splits=partial.sums.shape[2],
         row_tiles=1 if rows <= MOST_ROWS // 2 else 2,
-        type=_TYPES[query.dtype],
+        type=DTYPE_CODES[query.dtype],
     )
     stream = torch.cuda.current_stream(query.device).cuda_stream if query.is_cuda else 0
-    cuda_library.check(
-        library.xquant_cuda_decode(ctypes.byref(plan.struct), ctypes.byref(call), ctypes.c_void_p(stream))
-    )
+    cuda_library.check(library.xquant_cuda_decode(ctypes.byref(of_plan), ctypes.byref(call), ctypes.c_void_p(stream)))

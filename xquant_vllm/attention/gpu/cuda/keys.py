@@ -12,12 +12,12 @@ import torch
 
 from xquant_vllm.attention.gpu.cuda.tables import MOST_OUTLIERS
 from xquant_vllm.attention.gpu.tables.bit_addresses import COLUMNS
-from xquant_vllm.attention.gpu.tables.latent_tables import ALLOCATED, Chunk
+from xquant_vllm.attention.gpu.tables.latent_tables import ALLOCATED, Band
 from xquant_vllm.projection.integer_up import byte_units
 
 _LEVELS = COLUMNS.index("levels")
 # The kernel reads codes as subnormal FP16 numbers, and integers as they are.
-_CODE_UNIT = {torch.float16: 2.0**24, torch.int8: 1.0}
+_CODE_FACTOR = {torch.float16: 2.0**24, torch.int8: 1.0}
 _LARGEST_EXPONENT = 14  # of FP16, with room to round up
 
 
@@ -41,22 +41,22 @@ class KeyFactors:
         return self.numbers[0].dtype
 
 
-def key_factors(chunks: list[Chunk], up: torch.Tensor) -> KeyFactors:
+def key_factors(bands: list[Band], up: torch.Tensor) -> KeyFactors:
     """Integers where every kv head allows them: it is one kernel for all heads.
 
     Args:
-        chunks: of every kv head.
+        bands: of every kv head.
         up: ``[num_kv_heads, width, head_size]``, FP32, columns in halves.
     """
     weighted, outliers = [], []
-    for head, chunk in enumerate(chunks):
-        kept = chunk.fields["num_outliers"]
-        of_head = up[head, chunk.first_row : chunk.first_row + chunk.addresses.shape[1]]
+    for head, band in enumerate(bands):
+        kept = band.fields["num_outliers"]
+        of_head = up[head, band.first_row : band.first_row + band.addresses.shape[1]]
         outliers.append(of_head[:kept])
         stored = of_head.double()
         stored[:kept] = 0
-        # A chunk's factor is for codes that count half steps.
-        steps = 2 * chunk.factor.to(stored).unsqueeze(1) if chunk.fields["kind"] == ALLOCATED else 1
+        # A band's factor is for codes that count half steps.
+        steps = 2 * band.factor.to(stored).unsqueeze(1) if band.fields["kind"] == ALLOCATED else 1
         weighted.append(stored * steps)
     units = [unit for of_head in weighted for unit in [byte_units(of_head)] if unit is not None]
     if len(units) == len(weighted):
@@ -106,31 +106,29 @@ class KeyArrays:
     rows: torch.Tensor
 
 
-def key_arrays(
-    chunks: list[Chunk], factors: KeyFactors, channels: torch.Tensor, bias: torch.Tensor | None
-) -> KeyArrays:
+def key_arrays(bands: list[Band], factors: KeyFactors, channels: torch.Tensor, bias: torch.Tensor | None) -> KeyArrays:
     """Arrange factors.
 
     Args:
-        chunks: of every kv head.
+        bands: of every kv head.
         factors: by what they are multiplied.
         channels: see :class:`.LatentArrays`.
         bias: ``[num_kv_heads, head_size]``, FP32, columns in halves, or None.
     """
-    heads, columns = len(chunks), factors.units[0].numel()
+    heads, columns = len(bands), factors.units[0].numel()
     rows = factors.outliers[0].new_zeros(heads, 3 + MOST_OUTLIERS, columns)
     placed = factors.numbers[0].new_zeros(heads, columns, columns)
-    for head, chunk in enumerate(chunks):
+    for head, band in enumerate(bands):
         numbers, unit = factors.numbers[head], factors.units[head]
         there = channels[head][channels[head] >= 0].to(numbers.device)
         placed[head, : there.numel()] = numbers[there]
-        rows[head, 0] = unit * _CODE_UNIT[factors.dtype]
+        rows[head, 0] = unit * _CODE_FACTOR[factors.dtype]
         # The zero point is a uniform stream's own; an allocated one has half the largest code, in steps. The sums are
         # over the rounded numbers, so that codes and zero points that cancel do so exactly.
-        levels = chunk.addresses[_LEVELS].to(unit)
-        zeros = levels / -2 if chunk.fields["kind"] == ALLOCATED else torch.ones_like(levels)
+        levels = band.addresses[_LEVELS].to(unit)
+        zeros = levels / -2 if band.fields["kind"] == ALLOCATED else torch.ones_like(levels)
         rows[head, 1] = zeros @ numbers.double() * unit
-        rows[head, 3 : 3 + chunk.fields["num_outliers"]] = factors.outliers[head]
+        rows[head, 3 : 3 + band.fields["num_outliers"]] = factors.outliers[head]
     if bias is not None:
         rows[:, 2] = bias
     return KeyArrays(up_fragments(placed).contiguous(), rows)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from xquant_vllm.attention.struct_sizes import check_structs
+
 LIBRARY_PATH = Path(__file__).with_name("_cuda_kernels.so")
-ABI = 2
-"""``XQUANT_CUDA_ABI``: a library of another number has other structs."""
 
 # Compute capability of the oldest GPUs that it is built for.
 _OLDEST = (8, 0)
@@ -25,8 +25,10 @@ OVERRIDE_VARIABLE = "XQUANT_CUDA_KERNELS"
 _int32, _int64, _float, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
-class DecodePlan(ctypes.Structure):
-    """``xquant_cuda_decode_plan``."""
+class CudaDecodePlan(ctypes.Structure):
+    """``xquant_cuda_decode_plan``; ``tensors`` are what its pointers point to."""
+
+    tensors: list[torch.Tensor]
 
     _fields_ = [
         ("key", _pointer),
@@ -108,7 +110,9 @@ class StoreStream(ctypes.Structure):
 
 
 class StoreCall(ctypes.Structure):
-    """``xquant_cuda_store_call``."""
+    """``xquant_cuda_store_call``; ``tensors`` are what the pointers of a layer point to."""
+
+    tensors: list[torch.Tensor]
 
     _fields_ = [
         ("streams", StoreStream * 2),
@@ -124,6 +128,15 @@ class StoreCall(ctypes.Structure):
     ]
 
 
+STRUCTS = {
+    "xquant_cuda_decode_plan": CudaDecodePlan,
+    "xquant_cuda_decode_call": DecodeCall,
+    "xquant_cuda_store_stream": StoreStream,
+    "xquant_cuda_store_call": StoreCall,
+}
+"""By their C names."""
+
+
 def load(path: Path = LIBRARY_PATH) -> ctypes.CDLL:
     """Load a library.
 
@@ -133,8 +146,7 @@ def load(path: Path = LIBRARY_PATH) -> ctypes.CDLL:
     if not path.is_file():
         raise OSError(f"{path} was not built")
     library = ctypes.CDLL(str(path))
-    if library.xquant_cuda_abi() != ABI:
-        raise OSError(f"{path} is of another version of this package")
+    check_structs(library, "xquant_cuda_struct_sizes", STRUCTS, "python setup.py build_cuda --inplace")
     return library
 
 

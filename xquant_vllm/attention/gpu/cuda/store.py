@@ -1,101 +1,84 @@
 """Storing latents, and X, by the CUDA kernels."""
 
 import ctypes
-import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
 
+from xquant_vllm.attention.dtype_codes import DTYPE_CODES
 from xquant_vllm.attention.gpu.cuda import library as cuda_library
+from xquant_vllm.attention.gpu.tables.code_bytes import code_bytes
+from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.allocated import AllocatedFormat, channel_tables, scale_values
 from xquant_vllm.codec.allocation import Runs, run_bytes
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
-from xquant_vllm.codec.packing import PLANES, UNQUANTIZED_BITS
+from xquant_vllm.codec.packing import UNQUANTIZED_BITS
 
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _SMALLEST_BLOCK = 8
 # FP32 copies of a token, twice, and its codes, in a block's shared memory.
 _MOST_ROTATED = 16384
 
 
-def row_program(runs: Runs) -> torch.Tensor:
-    """Which codes every byte of a row holds.
+def byte_records(runs: Runs) -> torch.Tensor:
+    """Which codes every byte of a row holds, see tables/code_bytes.py: int16 ``[bytes, 4]``, ``xquant_cuda_byte``."""
+    channel, stride, bits, shift = code_bytes(runs)
+    return torch.stack((channel, stride, bits | shift << 8, torch.zeros_like(bits)), 1).to(torch.int16)
+
+
+@per_object
+def prepare(plan: AttentionLayerPlan, device: torch.device) -> cuda_library.StoreCall:
+    """What does not change from call to call of a plan, made on first use and forgotten together with the plan.
 
     Args:
-        runs: bits and number of channels of pieces that are packed by themselves, one after another (packing.py).
-
-    Returns:
-        int16 ``[bytes, 4]``: ``xquant_cuda_byte``.
+        plan: a plan that the kernels do.
+        device: where the tables are kept.
     """
-    rows = []
-    for (bits, channels), first in zip(runs, accumulate((count for _, count in runs), initial=0), strict=False):
-        shift = 0
-        for plane_bits in PLANES[bits]:
-            distance = channels * plane_bits // 8
-            rows += [[first + i, distance, plane_bits | shift << 8, 0] for i in range(distance)]
-            shift += plane_bits
-    return torch.tensor(rows, dtype=torch.int16)
+    tensors: list[torch.Tensor] = []
+
+    def kept(tensor: torch.Tensor) -> int:
+        tensors.append(tensor.to(device).contiguous())
+        return tensors[-1].data_ptr()
+
+    call = cuda_library.StoreCall(num_streams=len(plan.layout.streams), block_size=plan.layout.block_size)
+    for index, struct in zip(range(call.num_streams), call.streams, strict=False):
+        _describe_stream(struct, plan.layout, index, kept)
+    if plan.rotation is not None:
+        call.signs, call.mix, call.block = kept(plan.rotation.signs), kept(plan.rotation.mix), plan.rotation.block
+    call.tensors = tensors
+    return call
 
 
-class StorePlan:
-    """What the kernels read of a plan; the fields of a call are filled in for every call."""
-
-    def __init__(self, plan: AttentionLayerPlan, device: torch.device) -> None:
-        """Describe the streams of the layer's own pages."""
-        self._kept: list[torch.Tensor] = []
-        self.rotated = plan.rotation is not None
-        self.call = cuda_library.StoreCall(num_streams=len(plan.layout.streams), block_size=plan.layout.block_size)
-        for index in range(len(plan.layout.streams)):
-            self._add_stream(plan.layout, index, device)
-        if plan.rotation is not None:
-            self.call.signs = self._keep(plan.rotation.signs, device)
-            self.call.mix = self._keep(plan.rotation.mix, device)
-            self.call.block = plan.rotation.block
-
-    def _keep(self, tensor: torch.Tensor, device: torch.device) -> int:
-        tensor = tensor.to(device).contiguous()
-        self._kept.append(tensor)
-        return tensor.data_ptr()
-
-    def _add_stream(self, layout: PageLayout, index: int, device: torch.device) -> None:
-        stream, at, struct = layout.streams[index], layout.offsets[index], self.call.streams[index]
-        struct.num_heads, struct.width = stream.num_heads, stream.width
-        struct.codes, struct.scales, struct.zeros, struct.outliers = at.codes, at.scales, at.zeros, at.outliers
-        if isinstance(stream, StreamFormat):
-            struct.bits, struct.group_size, struct.outlier_channels = stream.bits, stream.group_size, 0
-            if stream.bits != UNQUANTIZED_BITS:
-                struct.outlier_channels = stream.outlier_channels
-                struct.bytes = self._keep(row_program(((stream.bits, stream.group_size),)), device)
-            return
-        tables = [channel_tables(runs) for runs in stream.runs]
-        channels = [table[0].numel() for table in tables]
-        sizes = [run_bytes(runs) for runs in stream.runs]
-        first = list(accumulate(sizes, initial=0))
-        heads = [
-            [at.codes + layout.block_size * first[h], sizes[h], channels[h], sum(channels[:h]), first[h]]
-            for h in range(stream.num_heads)
-        ]
-        struct.heads = self._keep(torch.tensor(heads, dtype=torch.int32), device)
-        struct.bytes = self._keep(torch.cat([row_program(runs) for runs in stream.runs]), device)
-        struct.step = self._keep(torch.cat([step for step, _, _ in tables]), device)
-        struct.half_levels = self._keep(torch.cat([largest / 2 for _, largest, _ in tables]), device)
-        struct.worth = self._keep(torch.cat([worth for _, _, worth in tables]), device)
-        struct.total_worth = self._keep(torch.stack([worth.sum() for _, _, worth in tables]), device)
-        struct.scale_values = self._keep(scale_values(), device)
-
-
-_plans: dict[tuple[int, torch.device], StorePlan] = {}
-
-
-def _plan_of(plan: AttentionLayerPlan, device: torch.device) -> StorePlan:
-    """Made on first use and forgotten together with the plan."""
-    at = (id(plan), device)
-    if at not in _plans:
-        _plans[at] = StorePlan(plan, device)
-        weakref.finalize(plan, _plans.pop, at, None)
-    return _plans[at]
+def _describe_stream(
+    struct: cuda_library.StoreStream, layout: PageLayout, index: int, kept: Callable[[torch.Tensor], int]
+) -> None:
+    """Fill a struct; ``kept`` keeps a tensor on the device and returns its address."""
+    stream, at = layout.streams[index], layout.offsets[index]
+    struct.num_heads, struct.width = stream.num_heads, stream.width
+    struct.codes, struct.scales, struct.zeros, struct.outliers = at.codes, at.scales, at.zeros, at.outliers
+    if isinstance(stream, StreamFormat):
+        struct.bits, struct.group_size, struct.outlier_channels = stream.bits, stream.group_size, 0
+        if stream.bits != UNQUANTIZED_BITS:
+            struct.outlier_channels = stream.outlier_channels
+            struct.bytes = kept(byte_records(((stream.bits, stream.group_size),)))
+        return
+    tables = [channel_tables(runs) for runs in stream.runs]
+    channels = [table[0].numel() for table in tables]
+    sizes = [run_bytes(runs) for runs in stream.runs]
+    first = list(accumulate(sizes, initial=0))
+    heads = [
+        [at.codes + layout.block_size * first[h], sizes[h], channels[h], sum(channels[:h]), first[h]]
+        for h in range(stream.num_heads)
+    ]
+    struct.heads = kept(torch.tensor(heads, dtype=torch.int32))
+    struct.bytes = kept(torch.cat([byte_records(runs) for runs in stream.runs]))
+    struct.step = kept(torch.cat([step for step, _, _ in tables]))
+    struct.half_levels = kept(torch.cat([largest / 2 for _, largest, _ in tables]))
+    struct.worth = kept(torch.cat([worth for _, _, worth in tables]))
+    struct.total_worth = kept(torch.stack([worth.sum() for _, _, worth in tables]))
+    struct.scale_values = kept(scale_values())
 
 
 def does(plan: AttentionLayerPlan) -> bool:
@@ -121,7 +104,7 @@ def takes(plan: AttentionLayerPlan, inputs: Sequence[torch.Tensor]) -> bool:
 
 def _is_rows(x: torch.Tensor) -> bool:
     """Whether a token's numbers are contiguous, and of a type that is read."""
-    return x.dtype in _TYPES and (x.shape[0] == 0 or x[0].is_contiguous())
+    return x.dtype in _DTYPES and (x.shape[0] == 0 or x[0].is_contiguous())
 
 
 def store(
@@ -144,12 +127,11 @@ def store(
     assert library is not None
     if not inputs[0].shape[0]:
         return
-    of_plan = _plan_of(plan, inputs[0].device)
-    call = cuda_library.StoreCall.from_buffer_copy(of_plan.call)
+    call = cuda_library.StoreCall.from_buffer_copy(prepare(plan, inputs[0].device))
     call.pages, call.page_stride = pages[0].data_ptr(), pages[0].stride(0)
     call.slot_mapping, call.num_tokens = slot_mapping.data_ptr(), inputs[0].shape[0]
     for stream, x in zip(call.streams, inputs, strict=False):
-        stream.input, stream.input_stride, stream.type = x.data_ptr(), x.stride(0), _TYPES[x.dtype]
+        stream.input, stream.input_stride, stream.type = x.data_ptr(), x.stride(0), DTYPE_CODES[x.dtype]
     stream = torch.cuda.current_stream(inputs[0].device).cuda_stream if inputs[0].is_cuda else 0
-    function = library.xquant_cuda_store_rotated if of_plan.rotated else library.xquant_cuda_store_latents
+    function = library.xquant_cuda_store_latents if plan.rotation is None else library.xquant_cuda_store_rotated
     cuda_library.check(function(ctypes.byref(call), ctypes.c_void_p(stream)))

@@ -1,14 +1,14 @@
 """A latent as the CUDA decode kernel reads it; see csrc/cuda/decode/decode.h."""
 
 import math
-import weakref
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from xquant_vllm.attention.gpu.tables.bit_addresses import COLUMNS
-from xquant_vllm.attention.gpu.tables.latent_tables import FP16, Chunk
+from xquant_vllm.attention.gpu.tables.latent_tables import FP16, Band
+from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.projection.rope import RotaryTable
 
 # As in csrc/cuda/decode: tokens that are worked on at once, how many outlier channels keys may have, and bytes of codes
@@ -27,7 +27,7 @@ _ROPE_TOLERANCE = 1e-2
 
 @dataclass(frozen=True)
 class Quads:
-    """A chunk's channels in the order in which the kernel unpacks them (the *k-order*).
+    """A band's channels in the order in which the kernel unpacks them (the *k-order*).
 
     Attributes:
         order: the channel at every place; four places are a quad.
@@ -102,7 +102,7 @@ class LatentArrays:
         quads: int32 ``[num_kv_heads, head_size / 4, 4]``.
         masks: int32 ``[num_kv_heads, head_size / 4]``.
         channels: int64 ``[num_kv_heads, head_size]``: the channel at every place of the k-order; -1: none.
-        half_levels: FP32, likewise: half the largest code.
+        half_levels: FP32 ``[num_kv_heads, head_size]``: half the largest code of each.
         row_bytes: of the longest row.
     """
 
@@ -114,19 +114,19 @@ class LatentArrays:
     row_bytes: int
 
 
-def latent_arrays(chunks: list[Chunk], head_size: int, dtype: torch.dtype = torch.float16) -> LatentArrays:
-    """Describe a latent whose heads are one chunk each.
+def latent_arrays(bands: list[Band], head_size: int, dtype: torch.dtype = torch.float16) -> LatentArrays:
+    """Describe a latent whose heads are one band each.
 
     Args:
-        chunks: of every kv head.
+        bands: of every kv head.
         head_size: channels of a head.
         dtype: what codes are unpacked to, FP16 or INT8.
     """
     records, rows, masks, channels, levels = [], [], [], [], []
-    for chunk in chunks:
-        of_head = quads(chunk.addresses, dtype)
+    for band in bands:
+        of_head = quads(band.addresses, dtype)
         vectors = -(-len(of_head.order) * dtype.itemsize // (2 * _VECTOR_BYTES)) * 2
-        field = chunk.fields
+        field = band.fields
         # Rows of a multiple of 32 bytes start in one bank, or two.
         by_token = of_head.any_slow and field["row_bytes"] % 32 != 0
         lanes = -1 if by_token else math.ceil(math.log2(vectors))
@@ -142,26 +142,26 @@ def latent_arrays(chunks: list[Chunk], head_size: int, dtype: torch.dtype = torc
         order = torch.tensor(of_head.order)
         missing = head_size - order.numel()
         channels.append(F.pad(order, (0, missing), value=-1))
-        levels.append(F.pad(chunk.addresses[_LEVELS, order].float() / 2, (0, missing)))
+        levels.append(F.pad(band.addresses[_LEVELS, order].float() / 2, (0, missing)))
     return LatentArrays(
         torch.tensor(records, dtype=torch.int32),
         torch.stack(rows),
         torch.stack(masks),
         torch.stack(channels),
         torch.stack(levels),
-        max(chunk.fields["row_bytes"] for chunk in chunks),
+        max(band.fields["row_bytes"] for band in bands),
     )
 
 
-def fits(chunks: list[list[Chunk]], head_size: int) -> bool:
-    """Whether a latent's heads are one chunk each of codes that the kernel unpacks."""
+def fits(bands: list[list[Band]], head_size: int) -> bool:
+    """Whether a latent's heads are one band each of codes that the kernel unpacks."""
     return all(
         len(of_head) == 1
         and of_head[0].fields["kind"] != FP16
         and of_head[0].addresses.shape[1] <= head_size
         and of_head[0].fields["num_outliers"] <= MOST_OUTLIERS
         and int(of_head[0].addresses[:4].max()) < 1 << 16
-        for of_head in chunks
+        for of_head in bands
     )
 
 
@@ -178,9 +178,7 @@ class RopeArrays:
     offset: torch.Tensor
 
 
-_rope_arrays: dict[tuple[int, int], RopeArrays | None] = {}
-
-
+@per_object
 def rope_arrays(table: RotaryTable, half: int) -> RopeArrays | None:
     """Cut a table up; None where angles are not proportional to positions. Layers share it.
 
@@ -188,14 +186,6 @@ def rope_arrays(table: RotaryTable, half: int) -> RopeArrays | None:
         table: the table.
         half: pairs of a head; those beyond the table's do not rotate.
     """
-    at = (id(table), half)
-    if at not in _rope_arrays:
-        _rope_arrays[at] = _cut_table(table, half)
-        weakref.finalize(table, _rope_arrays.pop, at, None)
-    return _rope_arrays[at]
-
-
-def _cut_table(table: RotaryTable, half: int) -> RopeArrays | None:
     positions = table.cos.shape[0]
     angles = torch.complex(table.cos, table.sin)
     padded = F.pad(torch.view_as_real(angles), (0, 0, 0, 0, 0, -positions % TOKENS))

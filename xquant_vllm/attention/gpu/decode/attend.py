@@ -4,56 +4,12 @@ A program has one kv head, a tile of one sequence's query tokens with all query 
 (*split*) of the cached tokens. It leaves a partial result that decode/merge.py puts together with those of others.
 """
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
 from xquant_vllm.attention.gpu.device.rematerialize import finish_keys, project_both, project_pairs
 from xquant_vllm.attention.gpu.device.softmax import to_scores, weigh
-from xquant_vllm.attention.gpu.device.unpack import HAS_UNIFORM, load_chunk, load_outlier
-
-
-class Batch(NamedTuple):
-    """:class:`AttentionBatch` and the queries."""
-
-    query: Any
-    token_stride: Any
-    head_stride: Any
-    query_start_loc: Any
-    seq_lens: Any
-    block_table: Any
-    table_stride: Any
-    num_heads: Any
-
-
-class Absorbed(NamedTuple):
-    """Queries times the up-projection of every chunk, of keys without norm and RoPE; see decode/absorb.py."""
-
-    query: Any  # [tokens, num_heads, most_chunks, WIDTH]
-    sums: Any  # [tokens, num_heads, most_chunks, 1 + OUTLIERS], FP32
-    most_chunks: Any
-
-
-class Partial(NamedTuple):
-    """What a split leaves, FP32.
-
-    ``sums`` ``[tokens, num_heads, splits, columns]`` are of value codes weighed by scales (columns are then channels of
-    the latent), or of values (channels of the head, in halves). ``stats`` ``[tokens, num_heads, splits, 3]`` are the
-    largest score, the sum of weights, and the sum of weighed zero points. Where the largest score is -inf, nothing else
-    is written.
-    """
-
-    sums: Any
-    stats: Any
-
-
-class Scores(NamedTuple):
-    """From products to scores; a ``window`` or ``soft_cap`` of 0 is none."""
-
-    scale: Any
-    soft_cap: Any
-    window: Any
+from xquant_vllm.attention.gpu.device.unpack import HAS_UNIFORM, load_band, load_outlier
 
 
 @triton.jit
@@ -79,18 +35,18 @@ def _absorbed_scores(
 ):
     """Products of absorbed queries with latents, ``[ROWS, TOKENS]`` FP32; ``row`` indexes ``[tokens, num_heads]``."""
     product = tl.zeros([ROWS, TOKENS], tl.float32)
-    for chunk in range(first, last):
-        page, number, scale, zero = load_chunk(pages, key, chunk, block, within, valid, WIDTH, KINDS, HIGH)
+    for band in range(first, last):
+        page, number, scale, zero = load_band(pages, key, band, block, within, valid, WIDTH, KINDS, HIGH)
         number = number.to(DTYPE)
-        of_chunk = row.to(tl.int64) * absorbed.most_chunks + (chunk - first)
-        at = absorbed.query + of_chunk[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        of_band = row.to(tl.int64) * absorbed.most_bands + (band - first)
+        at = absorbed.query + of_band[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         query = tl.load(at, row_valid[:, None], 0.0)
         product += tl.dot(query, tl.trans(number), input_precision=PRECISION) * scale[None, :]
-        sums = absorbed.sums + of_chunk * (1 + OUTLIERS)
+        sums = absorbed.sums + of_band * (1 + OUTLIERS)
         if HAS_UNIFORM & KINDS:
             product += tl.load(sums, row_valid, 0.0)[:, None] * zero[None, :]
         for channel in tl.static_range(OUTLIERS):
-            exact = load_outlier(key, chunk, channel, pages, page, within, valid)
+            exact = load_outlier(key, band, channel, pages, page, within, valid)
             product += tl.load(sums + 1 + channel, row_valid, 0.0)[:, None] * exact[None, :]
     return product
 
@@ -131,44 +87,15 @@ def attend(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Attend over one split.
+    """Attend over one split of one sequence, for one kv head and a tile of query tokens.
 
-    Grid: ``(sequences * query_tiles, num_kv_heads, SPLITS)``.
+    Grid: ``(sequences * query_tiles, num_kv_heads, SPLITS)``; ``query_tiles`` is how many tiles of query tokens a
+    sequence may have. Reads queries and pages, and ``absorbed`` if ``ABSORB_KEY``; writes ``partial``.
 
     Args:
-        batch: :class:`Batch`.
-        columns: int32 ``[2 * HALF]``: which channel of a query head stands where in the halves; -1 is padding.
-        pages: :class:`Pages`.
-        key: :class:`Latent` of the keys.
-        tail: :class:`KeyTail`.
-        value: :class:`Latent` of the values.
-        absorbed: :class:`Absorbed`, read if ``ABSORB_KEY``.
-        partial: :class:`Partial`, written.
-        scores: :class:`Scores`.
-        query_tiles: tiles of query tokens that a sequence may have.
-        GROUP: query heads of a kv head.
-        ROWS: rows of a tile, a power of two of at least 16; ``ROWS // GROUP`` query tokens.
-        TOKENS: cached tokens of a tile.
-        HALF: columns of half a head.
-        SPLITS: shares of the cached tokens.
-        KEY_WIDTH: see :class:`LatentTables`, as the next three and those of values.
-        KEY_KINDS: likewise.
-        KEY_HIGH: likewise.
-        KEY_OUTLIERS: likewise.
-        VALUE_WIDTH: likewise.
-        VALUE_KINDS: likewise.
-        VALUE_HIGH: likewise.
-        VALUE_OUTLIERS: likewise.
         ABSORB_KEY: whether queries score against latents.
-        ABSORB_VALUE: whether latents are weighed, not values; they are then one chunk without outliers.
-        SHARED: whether keys and values are projections of one latent, with chunks alike; neither is then absorbed.
-        BIAS: whether keys have a bias.
-        NORM: whether they have a norm.
-        ROPE: whether any pair rotates.
-        SOFT_CAP: whether there is one.
-        WINDOW: whether there is one.
-        DTYPE: of the products' operands.
-        PRECISION: of the products, where operands are FP32.
+        ABSORB_VALUE: whether latents are weighed, not values; they are then one band without outliers.
+        SHARED: whether keys and values are projections of one latent, with bands alike; neither is then absorbed.
     """
     sequence, tile = tl.program_id(0) // query_tiles, tl.program_id(0) % query_tiles
     head, split = tl.program_id(1), tl.program_id(2)
@@ -212,8 +139,8 @@ def attend(
         high_query = tl.load(
             query[:, None] + high_column[None, :], row_valid[:, None] & (high_column >= 0)[None, :], 0.0
         ).to(DTYPE)
-    key_first, key_last = tl.load(key.first_chunk + head), tl.load(key.first_chunk + head + 1)
-    value_first, value_last = tl.load(value.first_chunk + head), tl.load(value.first_chunk + head + 1)
+    key_first, key_last = tl.load(key.first_band + head), tl.load(key.first_band + head + 1)
+    value_first, value_last = tl.load(value.first_band + head), tl.load(value.first_band + head + 1)
 
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -254,15 +181,15 @@ def attend(
             visible &= position[None, :] > query_position[:, None] - scores.window
         weight, decay, largest, total = weigh(score, visible, largest, total)
         if ABSORB_VALUE:
-            _, number, scale, zero = load_chunk(
+            _, number, scale, zero = load_band(
                 pages, value, value_first, block, within, valid, VALUE_WIDTH, VALUE_KINDS, VALUE_HIGH
             )
             number = number.to(DTYPE)
             # FP16 has no room for weights times small scales.
-            unit = tl.max(scale, 0)
-            unit = tl.where(unit > 0, unit, 1.0)
-            weighed = (weight * (scale / unit)[None, :]).to(DTYPE)
-            sums = sums * decay[:, None] + unit * tl.dot(weighed, number, input_precision=PRECISION)
+            largest_scale = tl.max(scale, 0)
+            largest_scale = tl.where(largest_scale > 0, largest_scale, 1.0)
+            weighed = (weight * (scale / largest_scale)[None, :]).to(DTYPE)
+            sums = sums * decay[:, None] + largest_scale * tl.dot(weighed, number, input_precision=PRECISION)
             zeros = zeros * decay + tl.sum(weight * zero[None, :], 1)
         else:
             if not SHARED:

@@ -7,35 +7,38 @@ import triton
 
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu import workspace
-from xquant_vllm.attention.gpu.arguments import describe_batch, describe_scores, products, unpacking
+from xquant_vllm.attention.gpu.arguments import describe_batch, describe_latent, describe_scores, products, unpacking
 from xquant_vllm.attention.gpu.cuda import decode as cuda_decode
 from xquant_vllm.attention.gpu.decode.absorb import absorb
-from xquant_vllm.attention.gpu.decode.attend import Absorbed, Partial, attend
+from xquant_vllm.attention.gpu.decode.attend import attend
 from xquant_vllm.attention.gpu.decode.merge import merge
+from xquant_vllm.attention.gpu.device.arguments import Absorbed, Partial
+from xquant_vllm.attention.gpu.gpu_plan import GpuPlan
 from xquant_vllm.attention.gpu.page_pointers import page_pointers
-from xquant_vllm.attention.gpu.prepared import PreparedPlan, latent
 from xquant_vllm.attention.gpu.tiling import shape_of
+from xquant_vllm.attention.plan import AttentionLayerPlan
 
 
 def workspace_parts(
-    prepared: PreparedPlan, tokens: int, splits: int
+    plan: AttentionLayerPlan, gpu_plan: GpuPlan, tokens: int, splits: int
 ) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     """Shapes and dtypes of what :func:`decode` takes of the workspace."""
-    heads, key = prepared.plan.num_heads, prepared.key
-    width = prepared.value.width if prepared.absorb_value else 2 * prepared.half
-    chunks = key.most_chunks if prepared.absorb_key else 0
+    heads, key = plan.num_heads, gpu_plan.key
+    width = gpu_plan.value.width if gpu_plan.absorb_value else 2 * gpu_plan.half
+    bands = key.most_bands if gpu_plan.absorb_key else 0
     return (
         ((tokens, heads, splits, width), torch.float32),
         ((tokens, heads, splits, 3), torch.float32),
-        ((tokens, heads, chunks, key.width), prepared.dtype),
-        ((tokens, heads, chunks, 1 + key.most_outliers), torch.float32),
+        ((tokens, heads, bands, key.width), gpu_plan.dtype),
+        ((tokens, heads, bands, 1 + key.most_outliers), torch.float32),
     )
 
 
 def decode(
     query: torch.Tensor,
     pages: Sequence[torch.Tensor],
-    prepared: PreparedPlan,
+    plan: AttentionLayerPlan,
+    gpu_plan: GpuPlan,
     batch: AttentionBatch,
     output: torch.Tensor,
     sequences: int,
@@ -46,48 +49,48 @@ def decode(
     Args:
         query: ``[num_tokens, num_heads, head_size]``, after RoPE.
         pages: for every layout of the plan ``[num_blocks, page_bytes]`` uint8.
-        prepared: the layer's plan.
+        plan: the layer's plan.
+        gpu_plan: what kernels read of it.
         batch: the sequences.
         output: ``[num_tokens, num_heads, head_size]``, written.
         sequences: how many of the sequences.
         longest: query tokens of one of these at most.
     """
-    plan = prepared.plan
     kv_heads, num_heads = plan.projection.num_kv_heads, plan.num_heads
     # Tokens of these sequences come first, but how many they are the host need not know.
     tokens = min(query.shape[0], sequences * longest)
-    group, half = num_heads // kv_heads, prepared.half
-    key, value = prepared.key, prepared.value
+    group, half = num_heads // kv_heads, gpu_plan.half
+    key, value = gpu_plan.key, gpu_plan.value
     rows, tiles, splits = shape_of(group, kv_heads, sequences, longest)
     of_batch = describe_batch(query, batch)
     sums, stats, absorbed_query, absorbed_sums = workspace.take(
-        query.device, *workspace_parts(prepared, tokens, splits)
+        query.device, *workspace_parts(plan, gpu_plan, tokens, splits)
     )
-    partial, absorbed = Partial(sums, stats), Absorbed(absorbed_query, absorbed_sums, key.most_chunks)
+    partial, absorbed = Partial(sums, stats), Absorbed(absorbed_query, absorbed_sums, key.most_bands)
     of_token = max(16, triton.next_power_of_2(group))
-    if prepared.absorb_key:
-        absorb[(tokens, kv_heads, key.most_chunks)](
+    if gpu_plan.absorb_key:
+        absorb[(tokens, kv_heads, key.most_bands)](
             of_batch,
-            prepared.columns,
-            latent(key),
+            gpu_plan.columns,
+            describe_latent(key),
             absorbed,
             GROUP=group,
             ROWS=of_token,
             HALF=half,
             WIDTH=key.width,
             OUTLIERS=key.most_outliers,
-            **products(prepared.dtype),
+            **products(gpu_plan.dtype),
         )
-    if cuda_decode.takes(prepared, pages, longest * group):
-        cuda_decode.attend(prepared, query, pages, batch, partial, sequences, longest * group)
+    if cuda_decode.takes(plan, gpu_plan.dtype, pages, longest * group):
+        cuda_decode.launch(plan, query, pages, batch, partial, sequences, longest * group)
     else:
         attend[(sequences * tiles, kv_heads, splits)](
             of_batch,
-            prepared.columns,
+            gpu_plan.columns,
             page_pointers(pages, plan.layout.block_size),
-            latent(key),
-            prepared.tail,
-            latent(value),
+            describe_latent(key),
+            gpu_plan.tail,
+            describe_latent(value),
             absorbed,
             partial,
             describe_scores(plan),
@@ -95,20 +98,20 @@ def decode(
             GROUP=group,
             ROWS=rows,
             SPLITS=splits,
-            ABSORB_KEY=prepared.absorb_key,
-            ABSORB_VALUE=prepared.absorb_value,
-            SHARED=prepared.shared and not prepared.absorb_key,
+            ABSORB_KEY=gpu_plan.absorb_key,
+            ABSORB_VALUE=gpu_plan.absorb_value,
+            SHARED=gpu_plan.shared and not gpu_plan.absorb_key,
             SOFT_CAP=bool(plan.logits_soft_cap),
             WINDOW=bool(plan.sliding_window),
-            **unpacking(prepared),
+            **unpacking(gpu_plan),
         )
     merge[(tokens, kv_heads)](
         partial,
-        latent(value),
-        prepared.value_units,
-        prepared.value_columns,
-        prepared.value_bias,
-        prepared.sinks,
+        describe_latent(value),
+        gpu_plan.value_factors,
+        gpu_plan.value_columns,
+        gpu_plan.value_bias,
+        gpu_plan.sinks,
         batch.query_start_loc,
         sequences,
         output,
@@ -120,9 +123,9 @@ def decode(
         HALF=half,
         SPLITS=splits,
         WIDTH=value.width,
-        ABSORB_VALUE=prepared.absorb_value,
-        PROJECT_VALUE=prepared.project_value,
-        BIAS=prepared.has_value_bias,
+        ABSORB_VALUE=gpu_plan.absorb_value,
+        PROJECT_VALUE=gpu_plan.project_value,
+        BIAS=gpu_plan.has_value_bias,
         SINKS=plan.sinks is not None,
-        **products(prepared.dtype),
+        **products(gpu_plan.dtype),
     )

@@ -11,7 +11,7 @@ import triton.language as tl
 def merge(
     partial,
     value,
-    units,
+    value_factors,
     columns,
     bias,
     sinks,
@@ -35,34 +35,16 @@ def merge(
 ):
     """Merge the splits of one query token's heads of one kv head.
 
-    Grid: ``(tokens, num_kv_heads)``; tokens after the last sequence's are left alone.
+    Grid: ``(tokens, num_kv_heads)``; tokens after the last sequence's are left alone. Reads ``partial``, writes
+    ``output``. Here ``ROWS`` is a power of two of at least 16 and ``GROUP``, and ``WIDTH`` channels of a value latent.
 
     Args:
-        partial: :class:`Partial`.
-        value: :class:`Latent` of the values, read if ``ABSORB_VALUE`` and ``PROJECT_VALUE``.
-        units: FP32 ``[num_kv_heads, 2 * HALF]``: by what sums of numbers are multiplied to be channels, read if
-            ``ABSORB_VALUE`` and not ``PROJECT_VALUE``.
-        columns: int32 ``[2 * HALF]``: which channel of the output a column is; -1 is padding. Where latents are the
-            values a column is the channel of its index.
-        bias: of the values, FP32 ``[num_kv_heads, 2 * HALF]``.
-        sinks: FP32 ``[num_heads]``: scores of a key that has no value.
-        query_start_loc: int32 ``[sequences + 1]``.
-        num_sequences: sequences.
-        output: ``[tokens, num_heads, head_size]``, written.
-        token_stride: of the output, in elements.
-        head_stride: likewise.
-        num_heads: query heads.
-        GROUP: query heads of a kv head.
-        ROWS: a power of two of at least 16 and GROUP.
-        HALF: columns of half a head.
-        SPLITS: shares of the cached tokens.
-        WIDTH: channels of a value latent.
+        value: read if ``ABSORB_VALUE`` and ``PROJECT_VALUE``.
+        value_factors: read if ``ABSORB_VALUE`` and not ``PROJECT_VALUE``.
+        columns: of the output. Where latents are the values a column is the channel of its index.
+        bias: of the values.
         ABSORB_VALUE: whether sums are over latents.
         PROJECT_VALUE: whether these are multiplied by an up-projection; else they are the values.
-        BIAS: whether values have one.
-        SINKS: whether heads have one.
-        DTYPE: of the products' operands.
-        PRECISION: of the products, where operands are FP32.
     """
     token, head = tl.program_id(0), tl.program_id(1)
     if token >= tl.load(query_start_loc + num_sequences):
@@ -109,14 +91,14 @@ def merge(
     # A sequence always has its own token; only padding rows would divide by 0.
     inverse = (1 / tl.where(row_valid, every, 1.0))[:, None]
     if ABSORB_VALUE and PROJECT_VALUE:
-        chunk = tl.load(value.first_chunk + head)
+        band = tl.load(value.first_band + head)
         sums *= inverse
         zeros = zeros[:, None] * inverse
         # Operands are rounded, sums should not be: what rounding leaves is multiplied as well.
         rounded = sums.to(DTYPE)
         rest = (sums - rounded.to(tl.float32)).to(DTYPE)
-        up = latent_rows(value, chunk, WIDTH, HALF)
-        total_up = value.up_sum + chunk * (2 * HALF) + half
+        up = latent_rows(value, band, WIDTH, HALF)
+        total_up = value.up_sum + band * (2 * HALF) + half
         matrix = tl.load(up + half[None, :])
         low = tl.dot(rounded, matrix, input_precision=PRECISION) + tl.dot(rest, matrix, input_precision=PRECISION)
         low += zeros * tl.load(total_up)[None, :]
@@ -127,7 +109,7 @@ def merge(
         low *= inverse
         high *= inverse
         if ABSORB_VALUE:
-            of_head = units + head * (2 * HALF) + half
+            of_head = value_factors + head * (2 * HALF) + half
             zeros = zeros[:, None] * inverse
             low = low * tl.load(of_head)[None, :] + zeros
             high = high * tl.load(of_head + HALF)[None, :] + zeros
@@ -142,7 +124,7 @@ def merge(
 
 
 @triton.jit
-def latent_rows(latent, chunk, WIDTH: tl.constexpr, HALF: tl.constexpr):
-    """Pointers ``[WIDTH, 1]`` to the rows of a chunk's up-projection."""
-    row = (chunk * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)
+def latent_rows(latent, band, WIDTH: tl.constexpr, HALF: tl.constexpr):
+    """Pointers ``[WIDTH, 1]`` to the rows of a band's up-projection."""
+    row = (band * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)
     return latent.up + row[:, None] * (2 * HALF)

@@ -1,16 +1,15 @@
-"""Device functions: the scale of a piece of latents, and codes under it."""
+"""Device functions: the scales of scale groups, and codes under them."""
 
 import triton
 import triton.language as tl
 
-from xquant_vllm.codec.allocated import CANDIDATES, SCALE_BIAS, SCALES_PER_OCTAVE
+from xquant_vllm.attention.gpu.device.error_scale import BIAS, PER_OCTAVE, scale_value
+from xquant_vllm.codec.allocated import CANDIDATES
 
 _CANDIDATES = tl.constexpr(len(CANDIDATES))
 _FIRST_CANDIDATE = tl.constexpr(CANDIDATES[0])
 _CANDIDATE_STEP = tl.constexpr(CANDIDATES[1] - CANDIDATES[0])
 assert tuple(range(CANDIDATES[0], CANDIDATES[-1] + 1, CANDIDATES[1] - CANDIDATES[0])) == CANDIDATES
-_BIAS = tl.constexpr(SCALE_BIAS)
-_PER_OCTAVE = tl.constexpr(SCALES_PER_OCTAVE)
 _FP16_MAX = tl.constexpr(65504.0)
 # What stands for infinite latents while a scale is chosen.
 _LARGE = tl.constexpr(3e38)
@@ -89,26 +88,29 @@ def fit_scale(x, step, largest, worth, there):
     largest, worth = largest[None, :], worth[None, :]
     mean_square = tl.sum(x * x * worth, 1) / tl.sum(worth, 1)
     mean_square = tl.minimum(tl.maximum(mean_square, 1e-30), 1e30)
-    middle = tl.floor(tl.log2(mean_square) * (_PER_OCTAVE / 2) + 0.5) + _BIAS
+    middle = tl.floor(tl.log2(mean_square) * (PER_OCTAVE / 2) + 0.5) + BIAS
     best_error = tl.zeros_like(mean_square) + float("inf")
     best_scale = tl.zeros_like(mean_square) + 1
-    best_unit = tl.zeros_like(mean_square)
+    best_value = tl.zeros_like(mean_square)
     for index in tl.static_range(_CANDIDATES):
         scale = tl.minimum(tl.maximum(middle + (_FIRST_CANDIDATE + index * _CANDIDATE_STEP), 1.0), 255.0)
-        unit = tl.exp2((scale - _BIAS) / _PER_OCTAVE)
-        code = allocated_codes(x, unit, step, largest).to(tl.float32)
-        error = x - (code - largest / 2) * (unit[:, None] * step)
+        value = scale_value(scale)
+        code = allocated_codes(x, value, step, largest).to(tl.float32)
+        error = x - (code - largest / 2) * (value[:, None] * step)
         error = tl.sum(error * error * worth, 1)
         better = error < best_error
         best_error = tl.where(better, error, best_error)
         best_scale = tl.where(better, scale, best_scale)
-        best_unit = tl.where(better, unit, best_unit)
-    return best_scale.to(tl.int32).to(tl.uint8), best_unit
+        best_value = tl.where(better, value, best_value)
+    return best_scale.to(tl.int32).to(tl.uint8), best_value
 
 
 @triton.jit
-def allocated_codes(x, unit, step, largest):
-    """Codes ``[tokens, channels]`` int32 of channels of these steps and largest codes; 0 where ``unit`` is."""
-    divisor = unit[:, None] * step
+def allocated_codes(x, value, step, largest):
+    """Codes ``[tokens, channels]`` int32 of channels of these steps and largest codes, 0 where ``value`` is.
+
+    ``value`` is what the tokens' scales stand for, FP32 ``[tokens]``.
+    """
+    divisor = value[:, None] * step
     code = _rounded(_finite(x) / tl.where(divisor > 0, divisor, 1.0) + largest / 2, largest)
     return tl.where(divisor > 0, code, 0)

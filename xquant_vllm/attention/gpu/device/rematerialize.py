@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from xquant_vllm.attention.gpu.device.unpack import HAS_UNIFORM, load_chunk, load_outlier
+from xquant_vllm.attention.gpu.device.unpack import HAS_UNIFORM, load_band, load_outlier
 
 
 class KeyTail(NamedTuple):
@@ -25,12 +25,12 @@ class KeyTail(NamedTuple):
 
 
 @triton.jit
-def _add_chunk(
+def _add_band(
     low,
     high,
     pages,
     latent,
-    chunk,
+    band,
     number,
     scale,
     zero,
@@ -43,19 +43,19 @@ def _add_chunk(
     OUTLIERS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add the products of an unpacked chunk, whose numbers, scales and zero points are given; see project_pairs."""
+    """Add the products of an unpacked band, whose numbers, scales and zero points are given; see project_pairs."""
     column = tl.arange(0, HALF)
-    row = (chunk * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)
+    row = (band * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)
     up = latent.up + row[:, None] * (2 * HALF) + column[None, :]
     low += scale[:, None] * tl.dot(number, tl.load(up), input_precision=PRECISION)
     high += scale[:, None] * tl.dot(number, tl.load(up + HALF), input_precision=PRECISION)
     if HAS_UNIFORM & KINDS:
-        total = latent.up_sum + chunk * (2 * HALF) + column
+        total = latent.up_sum + band * (2 * HALF) + column
         low += zero[:, None] * tl.load(total)[None, :]
         high += zero[:, None] * tl.load(total + HALF)[None, :]
     for channel in tl.static_range(OUTLIERS):
-        exact = load_outlier(latent, chunk, channel, pages, page, within, valid)
-        of_channel = latent.up_outliers + (chunk * OUTLIERS + channel) * (2 * HALF) + column
+        exact = load_outlier(latent, band, channel, pages, page, within, valid)
+        of_channel = latent.up_outliers + (band * OUTLIERS + channel) * (2 * HALF) + column
         low += exact[:, None] * tl.load(of_channel)[None, :]
         high += exact[:, None] * tl.load(of_channel + HALF)[None, :]
     return low, high
@@ -79,35 +79,23 @@ def project_pairs(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Products of a latent with both halves of an up-projection's columns.
+    """Products of a tile's latents with both halves of an up-projection's columns.
 
     Args:
-        pages: :class:`Pages`.
-        latent: :class:`Latent`; ``up`` is ``[chunks, WIDTH, 2 * HALF]``.
-        first: chunk of the kv head at which to start.
-        last: chunk at which to stop.
-        block: block ids of the tokens, int64 ``[TOKENS]``.
-        within: their slots within the blocks, ``[TOKENS]``.
-        valid: which of them to read, ``[TOKENS]``.
-        TOKENS: tokens of the tile.
-        HALF: columns of a half.
-        WIDTH: channels of a chunk.
-        KINDS: kinds of chunks that there are.
-        HIGH: whether any code has a high part.
-        OUTLIERS: outlier channels of a chunk, at most.
-        DTYPE: of the products' operands.
-        PRECISION: of the products, where operands are FP32.
+        latent: :class:`Latent`; ``up`` is ``[bands, WIDTH, 2 * HALF]``.
+        first: band of the kv head at which to start.
+        last: band at which to stop.
 
     Returns:
         Two of ``[TOKENS, HALF]``, FP32.
     """
     low = tl.zeros([TOKENS, HALF], tl.float32)
     high = tl.zeros([TOKENS, HALF], tl.float32)
-    for chunk in range(first, last):
-        page, number, scale, zero = load_chunk(pages, latent, chunk, block, within, valid, WIDTH, KINDS, HIGH)
+    for band in range(first, last):
+        page, number, scale, zero = load_band(pages, latent, band, block, within, valid, WIDTH, KINDS, HIGH)
         number = number.to(DTYPE)
-        low, high = _add_chunk(
-            low, high, pages, latent, chunk, number, scale, zero, page, within, valid, HALF, WIDTH, KINDS, OUTLIERS,
+        low, high = _add_band(
+            low, high, pages, latent, band, number, scale, zero, page, within, valid, HALF, WIDTH, KINDS, OUTLIERS,
             PRECISION,
         )  # fmt: skip
     return low, high
@@ -132,25 +120,7 @@ def project_both(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """:func:`project_pairs` of one latent, unpacked once, for keys and for values; their chunks are alike.
-
-    Args:
-        pages: see :func:`project_pairs`, as what is not said here.
-        key: :class:`Latent` with the up-projection of keys.
-        value: likewise, of values.
-        first: likewise.
-        last: likewise.
-        block: likewise.
-        within: likewise.
-        valid: likewise.
-        TOKENS: likewise.
-        HALF: likewise.
-        WIDTH: likewise.
-        KINDS: likewise.
-        HIGH: likewise.
-        OUTLIERS: likewise.
-        DTYPE: likewise.
-        PRECISION: likewise.
+    """:func:`project_pairs` of one latent, unpacked once, for keys and for values; their bands are alike.
 
     Returns:
         Four of ``[TOKENS, HALF]``, FP32: both halves of keys, then of values.
@@ -159,15 +129,15 @@ def project_both(
     high_key = tl.zeros([TOKENS, HALF], tl.float32)
     low_value = tl.zeros([TOKENS, HALF], tl.float32)
     high_value = tl.zeros([TOKENS, HALF], tl.float32)
-    for chunk in range(first, last):
-        page, number, scale, zero = load_chunk(pages, key, chunk, block, within, valid, WIDTH, KINDS, HIGH)
+    for band in range(first, last):
+        page, number, scale, zero = load_band(pages, key, band, block, within, valid, WIDTH, KINDS, HIGH)
         number = number.to(DTYPE)
-        low_key, high_key = _add_chunk(
-            low_key, high_key, pages, key, chunk, number, scale, zero, page, within, valid, HALF, WIDTH, KINDS,
+        low_key, high_key = _add_band(
+            low_key, high_key, pages, key, band, number, scale, zero, page, within, valid, HALF, WIDTH, KINDS,
             OUTLIERS, PRECISION,
         )  # fmt: skip
-        low_value, high_value = _add_chunk(
-            low_value, high_value, pages, value, chunk, number, scale, zero, page, within, valid, HALF, WIDTH, KINDS,
+        low_value, high_value = _add_band(
+            low_value, high_value, pages, value, band, number, scale, zero, page, within, valid, HALF, WIDTH, KINDS,
             OUTLIERS, PRECISION,
         )  # fmt: skip
     return low_key, high_key, low_value, high_value
@@ -186,19 +156,10 @@ def finish_keys(
     NORM: tl.constexpr,
     ROPE: tl.constexpr,
 ):
-    """Bias, norm and RoPE of keys whose halves are ``low`` and ``high``, ``[tokens, HALF]`` FP32.
+    """Bias, norm and RoPE of a tile's keys of kv head ``head``.
 
-    Args:
-        low: first half.
-        high: second half.
-        tail: :class:`KeyTail`.
-        head: kv head.
-        position: of every token, ``[tokens]``.
-        valid: of which tokens positions are read, ``[tokens]``.
-        HALF: pairs of a head, padding included.
-        BIAS: whether there is a bias.
-        NORM: whether there is a norm.
-        ROPE: whether any pair rotates.
+    ``low`` and ``high`` are their halves, ``[TOKENS, HALF]`` FP32, and so are the results. Positions are looked up
+    where ``valid``.
     """
     pair = tl.arange(0, HALF)
     if BIAS:
@@ -220,16 +181,12 @@ def finish_keys(
 
 @triton.jit
 def store_pairs(target, columns, row, low, high, valid, HALF: tl.constexpr, DTYPE: tl.constexpr):
-    """Write both halves of keys or values to the channels that they are.
+    """Write both halves of keys or values, ``[TOKENS, HALF]``, to the channels that they are.
 
     Args:
         target: where row 0 begins.
-        columns: int32 ``[2 * HALF]``: channels of a head in the kernels' order; -1 is padding.
-        row: where every token's head begins, ``[tokens, 1]``.
-        low: first half, ``[tokens, HALF]``.
-        high: second half.
-        valid: which tokens to write, ``[tokens]``.
-        HALF: columns of a half.
+        columns: which channel a column is; -1 is padding.
+        row: where every token's head begins, ``[TOKENS, 1]``.
         DTYPE: of the target.
     """
     half = tl.arange(0, HALF)

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def to_scores(product, scores, SOFT_CAP: tl.constexpr):
-    """Products ``[rows, tokens]`` FP32 scaled and capped; ``scores`` is :class:`Scores`."""
+    """Products ``[ROWS, TOKENS]`` FP32 scaled and capped; ``scores`` is :class:`Scores`."""
     score = product * scores.scale
     if SOFT_CAP:
         # tanh; exp may overflow, and 1 - 2 / inf is right.
@@ -19,13 +19,13 @@ def weigh(score, visible, largest, total):
     """One step of the online softmax.
 
     Args:
-        score: ``[rows, tokens]``, FP32.
+        score: ``[ROWS, TOKENS]``, FP32.
         visible: which of them a row sees.
-        largest: ``[rows]``, FP32: the largest score before.
-        total: ``[rows]``, FP32: the sum of weights before.
+        largest: ``[ROWS]``, FP32: the largest score before.
+        total: ``[ROWS]``, FP32: the sum of weights before.
 
     Returns:
-        Weights ``[rows, tokens]``, by what sums so far shrink ``[rows]``, and the new ``largest`` and ``total``.
+        Weights ``[ROWS, TOKENS]``, by what sums so far shrink ``[ROWS]``, and the new ``largest`` and ``total``.
     """
     score = tl.where(visible, score, float("-inf"))
     now = tl.maximum(largest, tl.max(score, 1))

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from xquant_vllm.attention.gpu.device.error_scale import scale_value
 from xquant_vllm.attention.gpu.tables.bit_addresses import COLUMNS
 from xquant_vllm.attention.gpu.tables.latent_tables import ALLOCATED, FIELDS, FP16, UNIFORM
 
@@ -35,18 +36,18 @@ HAS_ALLOCATED = tl.constexpr(1 << ALLOCATED)
 
 
 class Pages(NamedTuple):
-    """The pages that a layer reads: addresses and strides between pages in bytes, int64 ``[pages]``; tokens a page."""
+    """The pages that a layer reads: its own first, then those of earlier layers."""
 
-    pointers: Any
-    strides: Any
-    block_size: Any
+    pointers: Any  # int64 [layouts]: addresses
+    strides: Any  # int64 [layouts]: bytes from a page to the next one
+    block_size: Any  # tokens of a page
 
 
 class Latent(NamedTuple):
-    """The tensors of :class:`LatentTables` that kernels read."""
+    """The tensors of :class:`LatentTables` that kernels read; their shapes are there."""
 
-    chunks: Any
-    first_chunk: Any
+    bands: Any
+    first_band: Any
     addresses: Any
     up: Any
     up_sum: Any
@@ -54,48 +55,32 @@ class Latent(NamedTuple):
 
 
 @triton.jit
-def load_field(latent, chunk, field: tl.constexpr):
-    """A number of a chunk's description."""
-    return tl.load(latent.chunks + chunk * _FIELDS + field)
+def load_field(latent, band, field: tl.constexpr):
+    """A number of a band's description."""
+    return tl.load(latent.bands + band * _FIELDS + field)
 
 
 @triton.jit
-def locate(pages, latent, chunk, block, within):
-    """Start of the chunk's page for every token.
-
-    Args:
-        pages: :class:`Pages`.
-        latent: :class:`Latent`.
-        chunk: index of the chunk.
-        block: block ids, int64 ``[tokens]``.
-        within: slots within their blocks, ``[tokens]``.
+def locate(pages, latent, band, block, within):
+    """Start of a band's page for every token.
 
     Returns:
-        Pointers to bytes ``[tokens]``: of the token's page, and of its codes.
+        Pointers to bytes ``[TOKENS]``: of the token's page, and of its codes.
     """
-    index = load_field(latent, chunk, _PAGE)
+    index = load_field(latent, band, _PAGE)
     base = tl.load(pages.pointers + index).to(tl.pointer_type(tl.uint8))
     page = base + block * tl.load(pages.strides + index)
-    return page, page + load_field(latent, chunk, _CODES) + within * load_field(latent, chunk, _ROW_BYTES)
+    return page, page + load_field(latent, band, _CODES) + within * load_field(latent, band, _ROW_BYTES)
 
 
 @triton.jit
-def load_numbers(latent, chunk, codes, valid, WIDTH: tl.constexpr, KINDS: tl.constexpr, HIGH: tl.constexpr):
-    """The numbers n of a chunk (see latent_tables.py).
-
-    Args:
-        latent: :class:`Latent`.
-        chunk: index of the chunk.
-        codes: pointers ``[tokens]`` to the tokens' codes.
-        valid: ``[tokens]``; of others nothing is read.
-        WIDTH: channels of a chunk.
-        KINDS: kinds of chunks that there are.
-        HIGH: whether any code has a high part.
+def load_numbers(latent, band, codes, valid, WIDTH: tl.constexpr, KINDS: tl.constexpr, HIGH: tl.constexpr):
+    """The numbers n of a band (see tables/latent_tables.py), from pointers ``[TOKENS]`` to the tokens' codes.
 
     Returns:
-        ``[tokens, WIDTH]``, FP32; 0 in channels that the chunk does not have.
+        ``[TOKENS, WIDTH]``, FP32; 0 in channels that the band does not have.
     """
-    table = latent.addresses + load_field(latent, chunk, _TABLE) * (_COLUMNS * WIDTH) + tl.arange(0, WIDTH)
+    table = latent.addresses + load_field(latent, band, _TABLE) * (_COLUMNS * WIDTH) + tl.arange(0, WIDTH)
     low, mask = tl.load(table + _LOW * WIDTH), tl.load(table + _LOW_MASK * WIDTH)
     byte = tl.load(codes[:, None] + (low >> 3)[None, :], valid[:, None] & (mask != 0)[None, :], 0)
     code = (byte.to(tl.int32) >> (low & 7)[None, :]) & mask[None, :]
@@ -104,7 +89,7 @@ def load_numbers(latent, chunk, codes, valid, WIDTH: tl.constexpr, KINDS: tl.con
         byte = tl.load(codes[:, None] + (high >> 3)[None, :], valid[:, None] & (mask != 0)[None, :], 0)
         part = (byte.to(tl.int32) >> (high & 7)[None, :]) & mask[None, :]
         code |= part << tl.load(table + _HIGH_SHIFT * WIDTH)[None, :]
-    kind = load_field(latent, chunk, _KIND)
+    kind = load_field(latent, band, _KIND)
     number = code
     if HAS_ALLOCATED & KINDS:
         number = tl.where(kind == _ALLOCATED, 2 * code - tl.load(table + _LEVELS * WIDTH)[None, :], code)
@@ -116,55 +101,41 @@ def load_numbers(latent, chunk, codes, valid, WIDTH: tl.constexpr, KINDS: tl.con
 
 
 @triton.jit
-def load_scales(latent, chunk, page, within, valid, KINDS: tl.constexpr):
-    """Scale and zero point of every token, FP32 ``[tokens]``; 0 where not ``valid``."""
-    kind = load_field(latent, chunk, _KIND)
-    at = page + load_field(latent, chunk, _SCALES)
+def load_scales(latent, band, page, within, valid, KINDS: tl.constexpr):
+    """Scale and zero point of every token, FP32 ``[TOKENS]``; 0 where not ``valid``."""
+    kind = load_field(latent, band, _KIND)
+    at = page + load_field(latent, band, _SCALES)
     scale = tl.where(valid, 1.0, 0.0)
     zero = tl.zeros_like(scale)
     if HAS_UNIFORM & KINDS:
         if kind == _UNIFORM:
             scale = tl.load(at.to(tl.pointer_type(tl.float16)) + within, valid, 0.0).to(tl.float32)
-            zeros = page + load_field(latent, chunk, _ZEROS)
+            zeros = page + load_field(latent, band, _ZEROS)
             zero = tl.load(zeros.to(tl.pointer_type(tl.float16)) + within, valid, 0.0).to(tl.float32)
     if HAS_ALLOCATED & KINDS:
         if kind == _ALLOCATED:
-            exponent = (tl.load(at + within, valid, 0).to(tl.float32) - 128) / 8
-            scale = tl.where(valid, tl.exp2(exponent), 0.0)
+            scale = tl.where(valid, scale_value(tl.load(at + within, valid, 0).to(tl.float32)), 0.0)
     return scale, zero
 
 
 @triton.jit
-def load_chunk(
-    pages, latent, chunk, block, within, valid, WIDTH: tl.constexpr, KINDS: tl.constexpr, HIGH: tl.constexpr
-):
-    """A chunk of every token: where its page starts, numbers, scales and zero points.
-
-    Args:
-        pages: see :func:`locate`, as the next four.
-        latent: likewise.
-        chunk: likewise.
-        block: likewise.
-        within: likewise.
-        valid: see :func:`load_numbers`, as the rest.
-        WIDTH: likewise.
-        KINDS: likewise.
-        HIGH: likewise.
+def load_band(pages, latent, band, block, within, valid, WIDTH: tl.constexpr, KINDS: tl.constexpr, HIGH: tl.constexpr):
+    """A band of every token: where its page starts, numbers, scales and zero points.
 
     Returns:
-        Pointers ``[tokens]``; FP32 ``[tokens, WIDTH]``, ``[tokens]`` and ``[tokens]``.
+        Pointers ``[TOKENS]``; FP32 ``[TOKENS, WIDTH]``, ``[TOKENS]`` and ``[TOKENS]``.
     """
-    page, codes = locate(pages, latent, chunk, block, within)
-    number = load_numbers(latent, chunk, codes, valid, WIDTH, KINDS, HIGH)
-    scale, zero = load_scales(latent, chunk, page, within, valid, KINDS)
+    page, codes = locate(pages, latent, band, block, within)
+    number = load_numbers(latent, band, codes, valid, WIDTH, KINDS, HIGH)
+    scale, zero = load_scales(latent, band, page, within, valid, KINDS)
     return page, number, scale, zero
 
 
 @triton.jit
-def load_outlier(latent, chunk, channel, pages, page, within, valid):
-    """An outlier channel's number of every token, FP32 ``[tokens]``; 0 where the chunk has fewer."""
-    at = (page + load_field(latent, chunk, _OUTLIERS)).to(tl.pointer_type(tl.float16))
+def load_outlier(latent, band, channel, pages, page, within, valid):
+    """An outlier channel's number of every token, FP32 ``[TOKENS]``; 0 where the band has fewer."""
+    at = (page + load_field(latent, band, _OUTLIERS)).to(tl.pointer_type(tl.float16))
     exact = tl.where(valid, 0.0, 0.0)
-    if channel < load_field(latent, chunk, NUM_OUTLIERS):
+    if channel < load_field(latent, band, NUM_OUTLIERS):
         exact = tl.load(at + channel * pages.block_size + within, valid, 0.0).to(tl.float32)
     return exact

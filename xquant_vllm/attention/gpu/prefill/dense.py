@@ -1,4 +1,4 @@
-"""Flash attention of prefilling sequences over rematerialized keys and values, a piece of the context after another."""
+"""Flash attention of prefilling sequences over rematerialized keys and values, a span of the context after another."""
 
 from typing import Any, NamedTuple
 
@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 
 from xquant_vllm.attention.gpu.device.softmax import to_scores, weigh
-from xquant_vllm.attention.gpu.prefill.rematerialize_pages import load_piece
+from xquant_vllm.attention.gpu.prefill.rematerialize_pages import load_span
 
 
 class Carried(NamedTuple):
-    """What is carried from one piece of a sequence to the next, FP32."""
+    """What is carried from one span of a sequence to the next, FP32."""
 
     sums: Any  # [tokens, num_heads, head_size]
     largest: Any  # [tokens, num_heads]
@@ -19,7 +19,7 @@ class Carried(NamedTuple):
 
 @triton.jit
 def dense(
-    pieces,
+    spans,
     batch,
     keys,
     values,
@@ -41,33 +41,18 @@ def dense(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Attend to one piece. Grid: ``(tiles of queries, pieces, num_heads)``.
+    """Attend to one span, for one query head and a tile of query tokens.
+
+    Grid: ``(tiles of queries, spans, num_heads)``. Reads queries, ``keys`` and ``values``, and ``carried`` unless the
+    span is its sequence's first. Writes ``output`` if it is the last, else ``carried``.
 
     Args:
-        pieces: int32 ``[pieces, len(PIECE_FIELDS)]``.
-        batch: :class:`Batch`.
-        keys: ``[room, num_kv_heads, head_size]``.
-        values: likewise.
-        carried: :class:`Carried`, read unless a piece is its sequence's first, written unless it is the last.
-        sinks: FP32 ``[num_heads]``: scores of a key that has no value.
-        scores: :class:`Scores`.
-        output: ``[tokens, num_heads, head_size]``, written by a sequence's last piece.
-        token_stride: of the output, in elements.
-        head_stride: likewise.
-        num_kv_heads: kv heads.
-        head_size: channels of a head.
-        GROUP: query heads of a kv head.
         QUERIES: query tokens of a tile.
         TOKENS: cached tokens of a tile.
         WIDTH: a power of two of at least 16 and ``head_size``.
-        SOFT_CAP: whether there is one.
-        WINDOW: whether there is one.
-        SINKS: whether heads have one.
-        DTYPE: of the products' operands.
-        PRECISION: of the products, where operands are FP32.
     """
     head = tl.program_id(2)
-    sequence, begin, stop, offset, is_first, is_last, _ = load_piece(pieces, tl.program_id(1))
+    sequence, begin, stop, offset, is_first, is_last, _ = load_span(spans, tl.program_id(1))
     first_query = tl.load(batch.query_start_loc + sequence)
     query_len = tl.load(batch.query_start_loc + sequence + 1) - first_query
     tile_first = tl.program_id(0) * QUERIES

@@ -1,4 +1,4 @@
-"""Prefill: the context is rematerialized once per call, piece by piece, and attended to as keys and values.
+"""Prefill: the context is rematerialized once per call, span by span, and attended to as keys and values.
 
 A decoding query rematerializes keys as it goes. Here hundreds of queries attend to the same tokens, so these pass
 through a workspace of bounded size (prefill/spans.py), whatever the context's length. Tokens of the step itself, where
@@ -12,29 +12,32 @@ import triton
 
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu import workspace
-from xquant_vllm.attention.gpu.arguments import describe_batch, describe_scores, products, unpacking
-from xquant_vllm.attention.gpu.decode.attend import Batch
+from xquant_vllm.attention.gpu.arguments import describe_batch, describe_latent, describe_scores, products, unpacking
+from xquant_vllm.attention.gpu.device.arguments import Batch
+from xquant_vllm.attention.gpu.gpu_plan import GpuPlan
 from xquant_vllm.attention.gpu.operands import TOKENS
 from xquant_vllm.attention.gpu.page_pointers import page_pointers
 from xquant_vllm.attention.gpu.prefill.dense import Carried, dense
 from xquant_vllm.attention.gpu.prefill.project_inputs import project_inputs
 from xquant_vllm.attention.gpu.prefill.rematerialize_pages import rematerialize_pages
-from xquant_vllm.attention.gpu.prefill.spans import PIECE_FIELDS, Piece, rounds
-from xquant_vllm.attention.gpu.prefill.varlen import attend_whole
-from xquant_vllm.attention.gpu.prepared import PreparedPlan, latent
+from xquant_vllm.attention.gpu.prefill.spans import SPAN_FIELDS, Span, rounds
+from xquant_vllm.attention.gpu.prefill.varlen import use_library
+from xquant_vllm.attention.plan import AttentionLayerPlan
 
 # Cached tokens in the workspace at a time.
 ROOM = 16384
 _QUERIES, _KEYS = 64, 64
 
 
-def workspace_parts(prepared: PreparedPlan, tokens: int, room: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+def workspace_parts(
+    plan: AttentionLayerPlan, gpu_plan: GpuPlan, tokens: int, room: int
+) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     """Shapes and dtypes of what :func:`prefill` takes of the workspace, for at most ``tokens`` query tokens."""
-    projection, heads = prepared.plan.projection, prepared.plan.num_heads
+    projection, heads = plan.projection, plan.num_heads
     rematerialized = (room, projection.num_kv_heads, projection.head_size)
     return (
-        (rematerialized, prepared.dtype),
-        (rematerialized, prepared.dtype),
+        (rematerialized, gpu_plan.dtype),
+        (rematerialized, gpu_plan.dtype),
         ((tokens, heads, projection.head_size), torch.float32),
         ((tokens, heads), torch.float32),
         ((tokens, heads), torch.float32),
@@ -44,7 +47,8 @@ def workspace_parts(prepared: PreparedPlan, tokens: int, room: int) -> tuple[tup
 def prefill(
     query: torch.Tensor,
     pages: Sequence[torch.Tensor],
-    prepared: PreparedPlan,
+    plan: AttentionLayerPlan,
+    gpu_plan: GpuPlan,
     batch: AttentionBatch,
     output: torch.Tensor,
     inputs: Sequence[torch.Tensor] | None = None,
@@ -56,7 +60,8 @@ def prefill(
     Args:
         query: ``[num_tokens, num_heads, head_size]``, after RoPE.
         pages: for every layout of the plan ``[num_blocks, page_bytes]`` uint8.
-        prepared: the layer's plan.
+        plan: the layer's plan.
+        gpu_plan: what kernels read of it.
         batch: the sequences; those before ``first_sequence`` are left alone.
         output: ``[num_tokens, num_heads, head_size]``, written.
         inputs: what was stored of these tokens; required if a sequence attends to its own exactly.
@@ -64,7 +69,7 @@ def prefill(
         room: tokens of the workspace.
     """
     assert batch.lengths is not None
-    window, exact_from = prepared.plan.sliding_window, prepared.plan.exact_from
+    window, exact_from = plan.sliding_window, plan.exact_from
     contexts, longest_query = [], 0
     for sequence, (query_len, seq_len) in enumerate(batch.lengths[first_sequence:], first_sequence):
         if query_len:
@@ -74,75 +79,75 @@ def prefill(
                 exact = seq_len - query_len
             contexts.append((sequence, oldest, seq_len, exact))
             longest_query = max(longest_query, query_len)
-    keys, values, *carried = workspace.take(query.device, *workspace_parts(prepared, query.shape[0], room))
+    keys, values, *carried = workspace.take(query.device, *workspace_parts(plan, gpu_plan, query.shape[0], room))
     of_batch = describe_batch(query, batch)
-    for pieces in rounds(contexts, room):
-        described = torch.tensor([[int(getattr(p, name)) for name in PIECE_FIELDS] for p in pieces], dtype=torch.int32)
+    for spans in rounds(contexts, room):
+        described = torch.tensor([[int(getattr(p, name)) for name in SPAN_FIELDS] for p in spans], dtype=torch.int32)
         if query.device.type == "cuda":
             described = described.pin_memory().to(query.device, non_blocking=True)
-        _rematerialize(described, pieces, pages, prepared, batch, keys, values)
-        if any(piece.exact < piece.stop for piece in pieces):
+        _rematerialize(described, spans, pages, plan, gpu_plan, batch, keys, values)
+        if any(span.exact < span.stop for span in spans):
             assert inputs is not None
-            project_inputs(described, pieces, inputs, prepared, batch, keys, values)
-        if attend_whole(query, keys, values, prepared.plan, batch, pieces, output):
-            continue
-        _attend(described, pieces, of_batch, keys, values, Carried(*carried), prepared, longest_query, output)
+            project_inputs(described, spans, inputs, gpu_plan, batch, keys, values)
+        if not use_library(query, keys, values, plan, batch, spans, output):
+            _dense(described, spans, of_batch, keys, values, Carried(*carried), plan, gpu_plan, longest_query, output)
 
 
 def _rematerialize(
     described: torch.Tensor,
-    pieces: Sequence[Piece],
+    spans: Sequence[Span],
     pages: Sequence[torch.Tensor],
-    prepared: PreparedPlan,
+    plan: AttentionLayerPlan,
+    gpu_plan: GpuPlan,
     batch: AttentionBatch,
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> None:
     """Fill the workspace with a round's keys and values."""
-    tiles = max(triton.cdiv(piece.stop - piece.begin, TOKENS) for piece in pieces)
-    rematerialize_pages[(tiles, len(pieces), prepared.plan.projection.num_kv_heads)](
+    tiles = max(triton.cdiv(span.stop - span.begin, TOKENS) for span in spans)
+    rematerialize_pages[(tiles, len(spans), plan.projection.num_kv_heads)](
         described,
-        prepared.columns,
-        prepared.value_columns,
-        page_pointers(pages, prepared.plan.layout.block_size),
+        gpu_plan.columns,
+        gpu_plan.value_columns,
+        page_pointers(pages, plan.layout.block_size),
         batch.seq_lens,
         batch.block_table,
         batch.block_table.stride(0),
-        latent(prepared.key),
-        prepared.tail,
-        latent(prepared.value),
-        prepared.value_units,
-        prepared.value_bias,
+        describe_latent(gpu_plan.key),
+        gpu_plan.tail,
+        describe_latent(gpu_plan.value),
+        gpu_plan.value_factors,
+        gpu_plan.value_bias,
         keys,
         values,
-        PROJECT_VALUE=prepared.project_value,
-        SHARED=prepared.shared,
-        VALUE_BIAS=prepared.has_value_bias,
-        **unpacking(prepared),
+        PROJECT_VALUE=gpu_plan.project_value,
+        SHARED=gpu_plan.shared,
+        VALUE_BIAS=gpu_plan.has_value_bias,
+        **unpacking(gpu_plan),
     )
 
 
-def _attend(
+def _dense(
     described: torch.Tensor,
-    pieces: Sequence[Piece],
+    spans: Sequence[Span],
     of_batch: Batch,
     keys: torch.Tensor,
     values: torch.Tensor,
     carried: Carried,
-    prepared: PreparedPlan,
+    plan: AttentionLayerPlan,
+    gpu_plan: GpuPlan,
     longest_query: int,
     output: torch.Tensor,
 ) -> None:
     """Attend to a round's keys and values."""
-    plan = prepared.plan
     head_size = plan.projection.head_size
-    dense[(triton.cdiv(longest_query, _QUERIES), len(pieces), plan.num_heads)](
+    dense[(triton.cdiv(longest_query, _QUERIES), len(spans), plan.num_heads)](
         described,
         of_batch,
         keys,
         values,
         carried,
-        prepared.sinks,
+        gpu_plan.sinks,
         describe_scores(plan),
         output,
         output.stride(0),
@@ -156,5 +161,5 @@ def _attend(
         SOFT_CAP=bool(plan.logits_soft_cap),
         WINDOW=bool(plan.sliding_window),
         SINKS=plan.sinks is not None,
-        **products(prepared.dtype),
+        **products(gpu_plan.dtype),
     )

@@ -10,10 +10,10 @@ import triton.language as tl
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu.arguments import products
 from xquant_vllm.attention.gpu.device.rematerialize import finish_keys, store_pairs
-from xquant_vllm.attention.gpu.prefill.input_projection import InputProjection
-from xquant_vllm.attention.gpu.prefill.rematerialize_pages import load_piece
-from xquant_vllm.attention.gpu.prefill.spans import Piece
-from xquant_vllm.attention.gpu.prepared import PreparedPlan
+from xquant_vllm.attention.gpu.gpu_plan import GpuPlan
+from xquant_vllm.attention.gpu.prefill.rematerialize_pages import load_span
+from xquant_vllm.attention.gpu.prefill.spans import Span
+from xquant_vllm.attention.gpu.tables.input_projection import InputProjection
 
 # Tokens and channels that a program multiplies at a time.
 _TOKENS, _CHANNELS = 64, 32
@@ -58,8 +58,8 @@ def _project(
 
 
 @triton.jit
-def project_pieces(
-    pieces,
+def project_spans(
+    spans,
     columns,
     value_columns,
     query_start_loc,
@@ -80,32 +80,13 @@ def project_pieces(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of the exact tokens of one piece, for one kv head. Grid: ``(tiles, pieces, num_kv_heads)``.
+    """Keys and values of a tile of one span's exact tokens, for one kv head.
 
-    Args:
-        pieces: int32 ``[pieces, len(PIECE_FIELDS)]``.
-        columns: int32 ``[2 * HALF]``: channels of keys in the kernels' order; -1 is padding.
-        value_columns: likewise, of values.
-        query_start_loc: int32 ``[sequences + 1]``.
-        seq_lens: int32 ``[sequences]``.
-        key: :class:`Inputs` of the keys.
-        tail: :class:`KeyTail`.
-        value: :class:`Inputs` of the values.
-        value_bias: FP32 ``[num_kv_heads, 2 * HALF]``.
-        keys: ``[room, num_kv_heads, head_size]``, written.
-        values: likewise.
-        TOKENS: tokens of a tile.
-        CHANNELS: channels of an input that are multiplied at a time.
-        HALF: columns of half a head.
-        BIAS: whether keys have one.
-        VALUE_BIAS: whether values have one.
-        NORM: whether keys have one.
-        ROPE: whether any pair rotates.
-        DTYPE: of the products' operands.
-        PRECISION: of the products, where operands are FP32.
+    Grid: ``(tiles, spans, num_kv_heads)``. Reads ``key`` and ``value``, which are :class:`Inputs`; writes ``keys`` and
+    ``values``. ``CHANNELS`` are channels of an input that are multiplied at a time.
     """
     head = tl.program_id(2)
-    sequence, begin, stop, offset, _, _, exact = load_piece(pieces, tl.program_id(1))
+    sequence, begin, stop, offset, _, _, exact = load_span(spans, tl.program_id(1))
     start = tl.maximum(begin, exact) + tl.program_id(0) * TOKENS
     if start >= stop:
         return
@@ -129,9 +110,9 @@ def project_pieces(
 
 def project_inputs(
     described: torch.Tensor,
-    pieces: Sequence[Piece],
+    spans: Sequence[Span],
     inputs: Sequence[torch.Tensor],
-    prepared: PreparedPlan,
+    gpu_plan: GpuPlan,
     batch: AttentionBatch,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -139,37 +120,37 @@ def project_inputs(
     """Fill the workspace with a round's exact keys and values.
 
     Args:
-        described: the pieces, as kernels read them.
-        pieces: the round's pieces.
+        described: the spans, as kernels read them.
+        spans: the round's spans.
         inputs: what was stored of the query tokens, for every stream ``[num_tokens, ...]``.
-        prepared: the layer's plan, which says ``exact_from``.
+        gpu_plan: what kernels read of a plan that says ``exact_from``.
         batch: the sequences.
         keys: ``[room, num_kv_heads, head_size]``, written where tokens are exact.
-        values: likewise.
+        values: ``[room, num_kv_heads, head_size]``, written where tokens are exact.
     """
-    assert prepared.exact_key is not None
-    assert prepared.exact_value is not None
-    longest = max(piece.stop - max(piece.begin, piece.exact) for piece in pieces)
-    project_pieces[(triton.cdiv(longest, _TOKENS), len(pieces), prepared.plan.projection.num_kv_heads)](
+    assert gpu_plan.exact_key is not None
+    assert gpu_plan.exact_value is not None
+    longest = max(span.stop - max(span.begin, span.exact) for span in spans)
+    project_spans[(triton.cdiv(longest, _TOKENS), len(spans), gpu_plan.exact_key.up.shape[0])](
         described,
-        prepared.columns,
-        prepared.value_columns,
+        gpu_plan.columns,
+        gpu_plan.value_columns,
         batch.query_start_loc,
         batch.seq_lens,
-        _described(prepared.exact_key, inputs),
-        prepared.tail,
-        _described(prepared.exact_value, inputs),
-        prepared.value_bias,
+        _described(gpu_plan.exact_key, inputs),
+        gpu_plan.tail,
+        _described(gpu_plan.exact_value, inputs),
+        gpu_plan.value_bias,
         keys,
         values,
         TOKENS=_TOKENS,
         CHANNELS=_CHANNELS,
-        HALF=prepared.half,
-        BIAS=prepared.has_key_bias,
-        VALUE_BIAS=prepared.has_value_bias,
-        NORM=prepared.norm,
-        ROPE=prepared.rotates,
-        **products(prepared.dtype),
+        HALF=gpu_plan.half,
+        BIAS=gpu_plan.has_key_bias,
+        VALUE_BIAS=gpu_plan.has_value_bias,
+        NORM=gpu_plan.norm,
+        ROPE=gpu_plan.rotates,
+        **products(gpu_plan.dtype),
     )
 
 

@@ -4,30 +4,30 @@ import triton
 import triton.language as tl
 
 from xquant_vllm.attention.gpu.device.rematerialize import finish_keys, project_both, project_pairs, store_pairs
-from xquant_vllm.attention.gpu.device.unpack import load_chunk
-from xquant_vllm.attention.gpu.prefill.spans import PIECE_FIELDS
+from xquant_vllm.attention.gpu.device.unpack import load_band
+from xquant_vllm.attention.gpu.prefill.spans import SPAN_FIELDS
 
-_FIELDS = tl.constexpr(len(PIECE_FIELDS))
+_FIELDS = tl.constexpr(len(SPAN_FIELDS))
 
 
 @triton.jit
-def load_piece(pieces, index):
-    """A piece's description, in the order of ``PIECE_FIELDS``."""
-    of_piece = pieces + index * _FIELDS
+def load_span(spans, index):
+    """A span's description, in the order of ``SPAN_FIELDS``."""
+    of_span = spans + index * _FIELDS
     return (
-        tl.load(of_piece),
-        tl.load(of_piece + 1),
-        tl.load(of_piece + 2),
-        tl.load(of_piece + 3),
-        tl.load(of_piece + 4),
-        tl.load(of_piece + 5),
-        tl.load(of_piece + 6),
+        tl.load(of_span),
+        tl.load(of_span + 1),
+        tl.load(of_span + 2),
+        tl.load(of_span + 3),
+        tl.load(of_span + 4),
+        tl.load(of_span + 5),
+        tl.load(of_span + 6),
     )
 
 
 @triton.jit
 def rematerialize_pages(
-    pieces,
+    spans,
     columns,
     value_columns,
     pages,
@@ -37,7 +37,7 @@ def rematerialize_pages(
     key,
     tail,
     value,
-    value_units,
+    value_factors,
     value_bias,
     keys,
     values,
@@ -60,46 +60,19 @@ def rematerialize_pages(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rematerialize a tile of one piece for one kv head. Grid: ``(tiles, pieces, num_kv_heads)``.
+    """Rematerialize a tile of one span, for one kv head.
+
+    Grid: ``(tiles, spans, num_kv_heads)``. Reads pages; writes ``keys`` and ``values``. ``seq_lens`` says what is
+    there: the host may take a sequence for longer than it is.
 
     Args:
-        pieces: int32 ``[pieces, len(PIECE_FIELDS)]``.
-        columns: int32 ``[2 * HALF]``: channels of keys in the kernels' order; -1 is padding.
-        value_columns: likewise, of values.
-        pages: :class:`Pages`.
-        seq_lens: int32 ``[sequences]``: the host may take a sequence for longer than it is.
-        block_table: int32 ``[sequences, max_blocks]``.
-        table_stride: between its rows.
-        key: :class:`Latent` of the keys.
-        tail: :class:`KeyTail`.
-        value: :class:`Latent` of the values.
-        value_units: FP32 ``[num_kv_heads, 2 * HALF]``: by what numbers are multiplied to be channels, read unless
-            ``PROJECT_VALUE``.
-        value_bias: FP32 ``[num_kv_heads, 2 * HALF]``.
-        keys: ``[room, num_kv_heads, head_size]``, written.
-        values: likewise.
-        TOKENS: tokens of a tile.
-        HALF: columns of half a head.
-        KEY_WIDTH: see :class:`LatentTables`, as the next three and those of values.
-        KEY_KINDS: likewise.
-        KEY_HIGH: likewise.
-        KEY_OUTLIERS: likewise.
-        VALUE_WIDTH: likewise.
-        VALUE_KINDS: likewise.
-        VALUE_HIGH: likewise.
-        VALUE_OUTLIERS: likewise.
-        BIAS: whether keys have one.
-        PROJECT_VALUE: whether values are made by an up-projection; else value latents, of one chunk without outliers,
+        value_factors: read unless ``PROJECT_VALUE``.
+        PROJECT_VALUE: whether values are made by an up-projection; else value latents, of one band without outliers,
             are the values.
-        SHARED: whether keys and values are projections of one latent, with chunks alike.
-        VALUE_BIAS: whether values have one.
-        NORM: whether keys have one.
-        ROPE: whether any pair rotates.
-        DTYPE: of the products' operands.
-        PRECISION: of the products, where operands are FP32.
+        SHARED: whether keys and values are projections of one latent, with bands alike.
     """
     head = tl.program_id(2)
-    sequence, begin, stop, offset, _, _, exact = load_piece(pieces, tl.program_id(1))
+    sequence, begin, stop, offset, _, _, exact = load_span(spans, tl.program_id(1))
     stop = tl.minimum(tl.minimum(stop, exact), tl.load(seq_lens + sequence))
     start = begin + tl.program_id(0) * TOKENS
     if start >= stop:
@@ -111,7 +84,7 @@ def rematerialize_pages(
     within = position % pages.block_size
     row = ((offset + position - begin).to(tl.int64) * tl.num_programs(2) + head)[:, None] * tail.head_size
 
-    first, last = tl.load(key.first_chunk + head), tl.load(key.first_chunk + head + 1)
+    first, last = tl.load(key.first_band + head), tl.load(key.first_band + head + 1)
     if SHARED:
         low, high, low_value, high_value = project_both(
             pages, key, value, first, last, block, within, valid, TOKENS, HALF, KEY_WIDTH, KEY_KINDS, KEY_HIGH,
@@ -127,7 +100,7 @@ def rematerialize_pages(
 
     if PROJECT_VALUE:
         if not SHARED:
-            first, last = tl.load(value.first_chunk + head), tl.load(value.first_chunk + head + 1)
+            first, last = tl.load(value.first_band + head), tl.load(value.first_band + head + 1)
             low_value, high_value = project_pairs(
                 pages, value, first, last, block, within, valid, TOKENS, HALF, VALUE_WIDTH, VALUE_KINDS, VALUE_HIGH,
                 VALUE_OUTLIERS, DTYPE, PRECISION,
@@ -139,7 +112,7 @@ def rematerialize_pages(
         store_pairs(values, value_columns, row, low_value, high_value, valid, HALF, DTYPE)
     else:
         _store_latents(
-            pages, value, value_units, value_bias, values + row, tail.head_size, head, block, within, valid, HALF,
+            pages, value, value_factors, value_bias, values + row, tail.head_size, head, block, within, valid, HALF,
             VALUE_WIDTH, VALUE_KINDS, VALUE_HIGH, VALUE_BIAS, DTYPE,
         )  # fmt: skip
 
@@ -148,7 +121,7 @@ def rematerialize_pages(
 def _store_latents(
     pages,
     value,
-    units,
+    factors,
     bias,
     to,
     head_size,
@@ -163,30 +136,18 @@ def _store_latents(
     BIAS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Write a tile's value latents as values.
+    """Write a tile's value latents, of one band without outliers, as values of kv head ``head``.
 
     Args:
-        pages: :class:`Pages`.
-        value: :class:`Latent`, one chunk without outliers for every kv head.
-        units: see :func:`rematerialize_pages`, as what is not said here.
-        bias: likewise, of the values.
+        factors: ``value_factors``.
+        bias: ``value_bias``.
         to: rows to write, pointers ``[TOKENS, 1]``.
-        head_size: channels of a head.
-        head: the kv head.
-        block: block ids of the tokens, int64 ``[TOKENS]``.
-        within: their slots within the blocks, ``[TOKENS]``.
-        valid: which of them there are, ``[TOKENS]``.
-        HALF: columns of half a head.
-        WIDTH: channels of a chunk.
-        KINDS: kinds of chunks that there are.
-        HIGH: whether any code has a high part.
-        BIAS: whether values have one.
         DTYPE: of the values.
     """
-    chunk = tl.load(value.first_chunk + head)
-    _, number, scale, zero = load_chunk(pages, value, chunk, block, within, valid, WIDTH, KINDS, HIGH)
+    band = tl.load(value.first_band + head)
+    _, number, scale, zero = load_band(pages, value, band, block, within, valid, WIDTH, KINDS, HIGH)
     channel = tl.arange(0, WIDTH)
-    latent = number * tl.load(units + head * (2 * HALF) + channel)[None, :] * scale[:, None] + zero[:, None]
+    latent = number * tl.load(factors + head * (2 * HALF) + channel)[None, :] * scale[:, None] + zero[:, None]
     if BIAS:
         latent += tl.load(bias + head * (2 * HALF) + channel)[None, :]
     tl.store(to + channel[None, :], latent.to(DTYPE), valid[:, None] & (channel < head_size)[None, :])

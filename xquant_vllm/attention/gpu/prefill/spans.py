@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Columns of a piece's description to a kernel: its attributes, in their order.
-PIECE_FIELDS = ("sequence", "begin", "stop", "offset", "first", "last", "exact")
+# Columns of a span's description to a kernel: its attributes, in their order.
+SPAN_FIELDS = ("sequence", "begin", "stop", "offset", "first", "last", "exact")
 
 
 @dataclass(frozen=True)
-class Piece:
+class Span:
     """Neighbouring cached tokens of one sequence that are in the workspace at the same time.
 
     Attributes:
@@ -16,7 +16,7 @@ class Piece:
         begin: position of its first token.
         stop: position after its last.
         offset: where in the workspace, in tokens.
-        first: whether no piece of this sequence came before.
+        first: whether no span of this sequence came before.
         last: whether none follows.
         exact: from which position on tokens are those of the step itself, attended to as they were computed; behind
             all of them if none is.
@@ -31,7 +31,7 @@ class Piece:
     exact: int
 
 
-def rounds(contexts: Sequence[tuple[int, int, int, int]], room: int) -> list[list[Piece]]:
+def rounds(contexts: Sequence[tuple[int, int, int, int]], room: int) -> list[list[Span]]:
     """Pack contexts into rounds through the workspace, in order.
 
     Args:
@@ -40,9 +40,9 @@ def rounds(contexts: Sequence[tuple[int, int, int, int]], room: int) -> list[lis
         room: tokens of the workspace.
 
     Returns:
-        The pieces of every round; together they have at most ``room`` tokens.
+        The spans of every round; together they have at most ``room`` tokens.
     """
-    result: list[list[Piece]] = []
+    result: list[list[Span]] = []
     free = 0
     for sequence, oldest, length, exact in contexts:
         begin = oldest
@@ -51,7 +51,7 @@ def rounds(contexts: Sequence[tuple[int, int, int, int]], room: int) -> list[lis
                 result.append([])
                 free = room
             stop = min(length, begin + free)
-            result[-1].append(Piece(sequence, begin, stop, room - free, begin == oldest, stop == length, exact))
+            result[-1].append(Span(sequence, begin, stop, room - free, begin == oldest, stop == length, exact))
             free -= stop - begin
             begin = stop
     return result

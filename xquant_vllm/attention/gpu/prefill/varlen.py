@@ -10,20 +10,20 @@ from itertools import accumulate
 import torch
 
 from xquant_vllm.attention.batch import AttentionBatch
-from xquant_vllm.attention.gpu.prefill.spans import Piece
+from xquant_vllm.attention.gpu.prefill.spans import Span
 from xquant_vllm.attention.plan import AttentionLayerPlan
 
 Varlen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[int], Sequence[int], float, int], torch.Tensor]
 """Of queries, keys and values ``[tokens, heads, head_size]``, query and key lengths, scale, window (0: none)."""
 
 
-def attend_whole(
+def use_library(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     plan: AttentionLayerPlan,
     batch: AttentionBatch,
-    pieces: Sequence[Piece],
+    spans: Sequence[Span],
     output: torch.Tensor,
 ) -> bool:
     """Attend with a library, if it can.
@@ -31,16 +31,16 @@ def attend_whole(
     Args:
         query: ``[num_tokens, num_heads, head_size]``.
         keys: ``[room, num_kv_heads, head_size]``.
-        values: likewise.
+        values: ``[room, num_kv_heads, head_size]``.
         plan: the layer's plan.
         batch: the sequences, with ``lengths``.
-        pieces: what is in the workspace.
+        spans: what is in the workspace.
         output: ``[num_tokens, num_heads, head_size]``, written.
 
     Returns:
         Whether it did.
     """
-    whole = all(piece.first and piece.last for piece in pieces)
+    whole = all(span.first and span.last for span in spans)
     special = plan.logits_soft_cap or plan.sinks is not None or query.dtype == torch.float32
     if not whole or special or query.device.type != "cuda":
         return False
@@ -48,9 +48,9 @@ def attend_whole(
     if library is None:
         return False
     assert batch.lengths is not None
-    query_lens = [batch.lengths[piece.sequence][0] for piece in pieces]
-    key_lens = [piece.stop - piece.begin for piece in pieces]
-    begin = sum(query_len for query_len, _ in batch.lengths[: pieces[0].sequence])
+    query_lens = [batch.lengths[span.sequence][0] for span in spans]
+    key_lens = [span.stop - span.begin for span in spans]
+    begin = sum(query_len for query_len, _ in batch.lengths[: spans[0].sequence])
     end, context = begin + sum(query_lens), sum(key_lens)
     attended = library(
         query[begin:end], keys[:context], values[:context], query_lens, key_lens, plan.scale, plan.sliding_window or 0
@@ -80,7 +80,7 @@ def _flash() -> Varlen:
     """PyTorch's own FlashAttention (2.10 and later); causal, aligned to the last token."""
     from torch.nn.attention.varlen import varlen_attn
 
-    def attend(
+    def varlen(
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
@@ -105,14 +105,14 @@ def _flash() -> Varlen:
         assert isinstance(attended, torch.Tensor)
         return attended
 
-    return attend
+    return varlen
 
 
 def _xformers() -> Varlen:
     """Memory-efficient attention of xformers."""
     from xformers.ops import fmha
 
-    def attend(
+    def varlen(
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
@@ -131,4 +131,4 @@ def _xformers() -> Varlen:
         keys, values = (x[None, :, :, None].expand(-1, -1, -1, group, -1) for x in (keys, values))
         return fmha.memory_efficient_attention_forward(grouped, keys, values, mask, scale=scale)[0].flatten(1, 2)
 
-    return attend
+    return varlen

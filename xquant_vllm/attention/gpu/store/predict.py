@@ -6,7 +6,7 @@ Only the difference is stored. A reader never repeats these computations: what t
 import triton
 import triton.language as tl
 
-from xquant_vllm.attention.gpu.device.unpack import HAS_UNIFORM, NUM_OUTLIERS, load_chunk, load_field, load_outlier
+from xquant_vllm.attention.gpu.device.unpack import HAS_UNIFORM, NUM_OUTLIERS, load_band, load_field, load_outlier
 from xquant_vllm.attention.gpu.tables.prediction_tables import SEGMENT_FIELDS
 
 _FIELDS = tl.constexpr(len(SEGMENT_FIELDS))
@@ -34,24 +34,18 @@ def subtract_terms(
     HIGH: tl.constexpr,
     OUTLIERS: tl.constexpr,
 ):
-    """Subtract the sum of terms. Grid: ``(tiles of tokens, segments)``; tokens that are not stored are left out.
+    """Subtract from a tile of tokens the sum of terms, over the channels of one segment.
+
+    Grid: ``(tiles of tokens, segments)``; tokens that are not stored are left out. Reads pages and ``x``, writes
+    ``rows``.
 
     Args:
         x: ``[tokens, channels of all heads]``, any float dtype, contiguous channels.
         token_stride: of x, in elements.
-        slots: int64 ``[>= tokens]``; tokens whose slot is negative are not stored.
-        num_tokens: tokens.
-        pages: :class:`Pages`.
-        latent: :class:`Latent`; ``up`` is ``[chunks, WIDTH, 1]``, the factors of channels.
-        segments: see :class:`PredictionTables`.
-        order: likewise.
-        rows: FP32 ``[tokens, channels of all heads]``, written; may be ``x``, whose tiles only their own program reads.
+        latent: :class:`Latent`; ``up`` is ``[bands, WIDTH, 1]``, the factors of channels.
+        segments: see :class:`PredictionTables`, as ``order``.
+        rows: FP32 ``[tokens, channels of all heads]``; may be ``x``, whose tiles only their own program reads.
         row_stride: of the rows, in elements.
-        TOKENS: tokens of a tile.
-        WIDTH: see :class:`LatentTables`, as the rest.
-        KINDS: likewise.
-        HIGH: likewise.
-        OUTLIERS: likewise.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     slot = tl.load(slots + token, token < num_tokens, -1)
@@ -62,13 +56,13 @@ def subtract_terms(
     channel = tl.arange(0, WIDTH)
     sums = tl.zeros([TOKENS, WIDTH], tl.float32)
     for index in range(tl.load(segment + _START), tl.load(segment + _STOP)):
-        chunk = tl.load(order + index)
-        page, number, scale, zero = load_chunk(pages, latent, chunk, block, within, valid, WIDTH, KINDS, HIGH)
-        number *= tl.load(latent.up + chunk * WIDTH + channel)[None, :]
+        band = tl.load(order + index)
+        page, number, scale, zero = load_band(pages, latent, band, block, within, valid, WIDTH, KINDS, HIGH)
+        number *= tl.load(latent.up + band * WIDTH + channel)[None, :]
         number = number * scale[:, None] + zero[:, None]
         for outlier in tl.static_range(OUTLIERS):
-            exact = load_outlier(latent, chunk, outlier, pages, page, within, valid)
-            leads = (channel == outlier) & (outlier < load_field(latent, chunk, NUM_OUTLIERS))
+            exact = load_outlier(latent, band, outlier, pages, page, within, valid)
+            leads = (channel == outlier) & (outlier < load_field(latent, band, NUM_OUTLIERS))
             number = tl.where(leads[None, :], exact[:, None], number)
         sums += number
     first = tl.load(segment + _FIRST)
@@ -97,25 +91,15 @@ def subtract_product(
     OUTLIERS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Subtract the product of terms and a matrix. Grid: ``(tiles of tokens, heads, tiles of columns)``.
+    """Subtract from a tile of tokens the product of terms and a matrix, over a tile of columns of one head.
+
+    Grid: ``(tiles of tokens, heads, tiles of columns)``. Reads and writes what :func:`subtract_terms` does.
 
     Args:
-        x: see :func:`subtract_terms`, as the arguments not named here.
-        token_stride: likewise.
-        slots: likewise.
-        num_tokens: likewise.
-        pages: likewise.
-        latent: :class:`Latent`; ``up`` is FP32 ``[chunks, WIDTH, width]``.
-        rows: likewise.
-        row_stride: likewise.
+        latent: :class:`Latent`; ``up`` is FP32 ``[bands, WIDTH, width]``.
         width: channels of a head of the rows.
         TOKENS: tokens of a tile, at least 16.
         COLUMNS: channels of a tile.
-        WIDTH: likewise.
-        KINDS: likewise.
-        HIGH: likewise.
-        OUTLIERS: likewise.
-        PRECISION: of the products.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1)
@@ -127,16 +111,16 @@ def subtract_product(
     inside = column < width
     channel = tl.arange(0, WIDTH)
     product = tl.zeros([TOKENS, COLUMNS], tl.float32)
-    for chunk in range(tl.load(latent.first_chunk + head), tl.load(latent.first_chunk + head + 1)):
-        page, number, scale, zero = load_chunk(pages, latent, chunk, block, within, valid, WIDTH, KINDS, HIGH)
-        row = (chunk * WIDTH + channel).to(tl.int64)
+    for band in range(tl.load(latent.first_band + head), tl.load(latent.first_band + head + 1)):
+        page, number, scale, zero = load_band(pages, latent, band, block, within, valid, WIDTH, KINDS, HIGH)
+        row = (band * WIDTH + channel).to(tl.int64)
         up = tl.load(latent.up + row[:, None] * width + column[None, :], inside[None, :], 0.0)
         product += scale[:, None] * tl.dot(number, up, input_precision=PRECISION)
         if HAS_UNIFORM & KINDS:
-            product += zero[:, None] * tl.load(latent.up_sum + chunk * width + column, inside, 0.0)[None, :]
+            product += zero[:, None] * tl.load(latent.up_sum + band * width + column, inside, 0.0)[None, :]
         for outlier in tl.static_range(OUTLIERS):
-            exact = load_outlier(latent, chunk, outlier, pages, page, within, valid)
-            of_outlier = latent.up_outliers + (chunk * OUTLIERS + outlier) * width + column
+            exact = load_outlier(latent, band, outlier, pages, page, within, valid)
+            of_outlier = latent.up_outliers + (band * OUTLIERS + outlier) * width + column
             product += exact[:, None] * tl.load(of_outlier, inside, 0.0)[None, :]
     of_head = head * width + column
     there = valid[:, None] & inside[None, :]

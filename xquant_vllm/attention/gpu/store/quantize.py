@@ -12,7 +12,7 @@ from xquant_vllm.attention.gpu.tables.code_bytes import ROWS
 from xquant_vllm.attention.gpu.tables.latent_tables import ALLOCATED, UNIFORM
 from xquant_vllm.attention.gpu.tables.stream_tables import CHANNEL_ROWS, FIELDS
 
-PIECE_FIELDS = tl.constexpr(len(FIELDS))
+SCALE_GROUP_FIELDS = tl.constexpr(len(FIELDS))
 _FIRST = tl.constexpr(FIELDS.index("first"))
 _CHANNELS = tl.constexpr(FIELDS.index("channels"))
 _CODES = tl.constexpr(FIELDS.index("codes"))
@@ -42,7 +42,7 @@ def quantize_rows(
     pages,
     page_stride,
     block_size,
-    piece,
+    scale_group,
     table,
     bytes_of_codes,
     channel_tables,
@@ -55,59 +55,52 @@ def quantize_rows(
     LARGEST: tl.constexpr,
     OUTLIERS: tl.constexpr,
 ):
-    """Quantize pieces of tokens, a piece of a token in every row.
+    """Quantize scale groups of tokens, one of a token in every row, and write codes, scales and zero points to pages.
 
     Args:
-        rows: pointers ``[ROWS]`` to the rows of all heads of the pieces' tokens, any float dtype, contiguous channels.
+        rows: pointers ``[ROWS]`` to the rows of all heads of the tokens, any float dtype, contiguous channels.
         slot: int64 ``[ROWS]``, the tokens' slots; where it is negative nothing is stored.
-        pages: uint8 ``[blocks, page bytes]``, written.
-        page_stride: bytes from a page to the next one.
-        block_size: tokens of a page.
-        piece: pointers ``[ROWS]`` to rows of ``pieces`` of :class:`StreamTables`.
-        table: which of its tables describes all of these pieces.
+        pages: uint8 ``[blocks, page bytes]``, ``page_stride`` bytes from one to the next.
+        scale_group: pointers ``[ROWS]`` to rows of ``scale_groups`` of :class:`StreamTables`.
+        table: which of its tables describes all of these scale groups.
         bytes_of_codes: its ``bytes``.
         channel_tables: its ``channels``.
-        ROWS: pieces.
-        WIDTH: see :class:`StreamTables`, as the rest.
-        ROW_BYTES: likewise.
+        ROWS: scale groups.
+        WIDTH: see :class:`StreamTables`, as the other constants.
         BYTES: bytes that are packed at once; divides ``ROW_BYTES``.
-        CODES_PER_BYTE: likewise.
-        KIND: likewise.
-        LARGEST: likewise.
-        OUTLIERS: likewise.
     """
     valid = slot >= 0
     block = slot // block_size
     within = slot - block * block_size
     page = pages + block * page_stride
-    row = rows + tl.load(piece + _FIRST)
+    row = rows + tl.load(scale_group + _FIRST)
     channel = tl.arange(0, WIDTH)
-    there = channel[None, :] < tl.load(piece + _CHANNELS)[:, None]
+    there = channel[None, :] < tl.load(scale_group + _CHANNELS)[:, None]
     outliers = tl.zeros([ROWS], tl.int32)
 
     if KIND == _UNIFORM:
         x = tl.load(row[:, None] + channel[None, :], valid[:, None] & there, 0.0).to(tl.float32)
         if OUTLIERS:
-            outliers = tl.load(piece + _NUM_OUTLIERS)
-            at = (page + tl.load(piece + _OUTLIERS)).to(tl.pointer_type(tl.float16)) + within
+            outliers = tl.load(scale_group + _NUM_OUTLIERS)
+            at = (page + tl.load(scale_group + _OUTLIERS)).to(tl.pointer_type(tl.float16)) + within
             exact = valid[:, None] & (channel[None, :] < outliers[:, None])
             tl.store(at[:, None] + (channel * block_size)[None, :], saturated_half(x), exact)
         scale, zero = fit_group(x, there & (channel[None, :] >= outliers[:, None]), LARGEST)
-        tl.store((page + tl.load(piece + _SCALES)).to(tl.pointer_type(tl.float16)) + within, scale, valid)
-        tl.store((page + tl.load(piece + _ZEROS)).to(tl.pointer_type(tl.float16)) + within, zero, valid)
+        tl.store((page + tl.load(scale_group + _SCALES)).to(tl.pointer_type(tl.float16)) + within, scale, valid)
+        tl.store((page + tl.load(scale_group + _ZEROS)).to(tl.pointer_type(tl.float16)) + within, zero, valid)
     channel_table = channel_tables + table * (_CHANNEL_ROWS * WIDTH)
     if KIND == _ALLOCATED:
         x = tl.load(row[:, None] + channel[None, :], valid[:, None] & there, 0.0).to(tl.float32)
-        scale, unit = fit_scale(
+        scale, value = fit_scale(
             x,
             tl.load(channel_table + _STEP * WIDTH + channel),
             tl.load(channel_table + _LARGEST * WIDTH + channel),
             tl.load(channel_table + _WORTH * WIDTH + channel),
             there,
         )
-        tl.store(page + tl.load(piece + _SCALES) + within, scale, valid)
+        tl.store(page + tl.load(scale_group + _SCALES) + within, scale, valid)
 
-    to = page + tl.load(piece + _CODES) + within * tl.load(piece + _ROW_BYTES)
+    to = page + tl.load(scale_group + _CODES) + within * tl.load(scale_group + _ROW_BYTES)
     for start in range(0, ROW_BYTES, BYTES):
         byte = start + tl.arange(0, BYTES)
         byte_table = bytes_of_codes + table * (_BYTE_ROWS * ROW_BYTES) + byte
@@ -124,7 +117,7 @@ def quantize_rows(
             elif KIND == _ALLOCATED:
                 step = tl.load(channel_table + _STEP * WIDTH + of_byte, has, 1.0)
                 largest = tl.load(channel_table + _LARGEST * WIDTH + of_byte, has, 0.0)
-                code = allocated_codes(number, unit, step, largest)
+                code = allocated_codes(number, value, step, largest)
             else:
                 code = saturated_half(number).to(tl.int16, bitcast=True).to(tl.int32)
             part = (code >> shift[None, :]) & ((1 << bits) - 1)[None, :]
@@ -141,7 +134,7 @@ def quantize(
     pages,
     page_stride,
     block_size,
-    pieces,
+    scale_groups,
     bytes_of_codes,
     channel_tables,
     TOKENS: tl.constexpr,
@@ -153,29 +146,16 @@ def quantize(
     LARGEST: tl.constexpr,
     OUTLIERS: tl.constexpr,
 ):
-    """Quantize one piece of some tokens. Grid: ``(tiles of tokens, pieces)``.
+    """Quantize one scale group of some tokens.
+
+    Grid: ``(tiles of tokens, scale groups)``. Reads ``rows``, writes ``pages``; see :func:`quantize_rows`.
 
     Args:
         rows: ``[tokens, channels of all heads]``, any float dtype, contiguous channels.
         token_stride: of the rows, in elements.
-        slots: int64 ``[>= tokens]``; tokens whose slot is negative are not stored.
-        num_tokens: tokens.
-        pages: uint8 ``[blocks, page bytes]``, written.
-        page_stride: bytes from a page to the next one.
-        block_size: tokens of a page.
-        pieces: see :class:`StreamTables`, as the rest.
-        bytes_of_codes: its ``bytes``.
-        channel_tables: its ``channels``.
-        TOKENS: tokens of a tile.
-        WIDTH: see :func:`quantize_rows`, as the rest.
-        ROW_BYTES: likewise.
-        BYTES: likewise.
-        CODES_PER_BYTE: likewise.
-        KIND: likewise.
-        LARGEST: likewise.
-        OUTLIERS: likewise.
+        scale_groups: of :class:`StreamTables`, as ``bytes_of_codes`` (its ``bytes``) and ``channel_tables``.
     """
-    piece = pieces + tl.program_id(1) * PIECE_FIELDS
+    scale_group = scale_groups + tl.program_id(1) * SCALE_GROUP_FIELDS
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     quantize_rows(
         rows + token.to(tl.int64) * token_stride,
@@ -183,8 +163,8 @@ def quantize(
         pages,
         page_stride,
         block_size,
-        piece + tl.zeros([TOKENS], tl.int32),
-        tl.load(piece + _TABLE),
+        scale_group + tl.zeros([TOKENS], tl.int32),
+        tl.load(scale_group + _TABLE),
         bytes_of_codes,
         channel_tables,
         TOKENS,

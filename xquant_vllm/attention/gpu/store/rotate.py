@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 class Rotation(NamedTuple):
-    """:class:`RotationTables`."""
+    """The tensors of :class:`RotationTables`; their shapes are there."""
 
     signs: Any
     left: Any
@@ -32,11 +32,9 @@ def rotate_token(
 
     Args:
         of_token: its channels, contiguous, FP32, FP16 or BF16.
-        rotation: :class:`Rotation`.
         ROWS: rows of ``left``.
         COLUMNS: rows of ``right``.
         DTYPE: of the first product's operands; exact for what ``of_token`` holds.
-        PRECISION: of products whose operands are FP32.
 
     Returns:
         FP32, int32 and bool ``[ROWS, COLUMNS]``: what came out, which channels it is, and which of them there are.
@@ -67,20 +65,11 @@ def rotate(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rotate tokens, one after another. Grid: ``(tiles of tokens,)``; tokens that are not stored are left out.
+    """Rotate tokens, one after another.
 
-    Args:
-        x: ``[tokens, d]``, FP32, FP16 or BF16, contiguous channels.
-        token_stride: of x, in elements.
-        slots: int64 ``[>= tokens]``; tokens whose slot is negative are not stored.
-        num_tokens: tokens.
-        rotation: :class:`Rotation`.
-        rotated: FP32 ``[tokens, d]``, contiguous, written.
-        TOKENS: tokens of a program.
-        ROWS: see :func:`rotate_token`, as the rest.
-        COLUMNS: likewise.
-        DTYPE: likewise.
-        PRECISION: likewise.
+    Grid: ``(tiles of tokens,)``; tokens that are not stored are left out. Reads ``x``, ``[tokens, d]`` FP32, FP16 or
+    BF16 with contiguous channels; writes ``rotated``, FP32 ``[tokens, d]``, contiguous. The constants are those of
+    :func:`rotate_token`; ``TOKENS`` are tokens of a program.
     """
     width = (rotation.rows * rotation.columns).to(tl.int64)
     for index in range(TOKENS):

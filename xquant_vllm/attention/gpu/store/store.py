@@ -12,15 +12,15 @@ import triton
 import triton.language as tl
 
 from xquant_vllm.attention.gpu import workspace
+from xquant_vllm.attention.gpu.arguments import describe_latent
 from xquant_vllm.attention.gpu.cuda import store as cuda_store
 from xquant_vllm.attention.gpu.operands import operand_type
 from xquant_vllm.attention.gpu.page_pointers import page_pointers
-from xquant_vllm.attention.gpu.prepared import latent
 from xquant_vllm.attention.gpu.store.predict import subtract_product, subtract_terms
-from xquant_vllm.attention.gpu.store.prepared_store import prepare_store
 from xquant_vllm.attention.gpu.store.quantize import quantize
 from xquant_vllm.attention.gpu.store.rotate import Rotation, rotate
 from xquant_vllm.attention.gpu.store.store_rotated import store_rotated
+from xquant_vllm.attention.gpu.store.store_tables import prepare_store
 from xquant_vllm.attention.gpu.tables.latent_tables import ALLOCATED, FP16, UNIFORM
 from xquant_vllm.attention.gpu.tables.prediction_tables import PredictionTables
 from xquant_vllm.attention.gpu.tables.rotation_tables import RotationTables
@@ -29,12 +29,12 @@ from xquant_vllm.attention.plan import AttentionLayerPlan
 
 # From so many tokens on a program has several: there are programs enough.
 _MANY_TOKENS = 256
-# Numbers of a tile that is quantized, unless a piece has more, and bytes that are packed at once.
+# Numbers of a tile that is quantized, unless a scale group has more, and bytes that are packed at once.
 _TILE, _BYTES = 256, 512
 # Of these numbers, those of a warp: choosing a scale among several takes more registers.
 _OF_WARP = {FP16: 256, UNIFORM: 128, ALLOCATED: 64}
-# Numbers of a rotated token that are quantized at once, unless a piece has more.
-_PIECES = 2048
+# Numbers of a rotated token that are quantized at once, unless a scale group has more.
+_AT_ONCE = 2048
 # FP32 operands as three products of TF32: codes are exact in TF32, so are +1 and -1, and of the other factor 22 bits
 # are left of 24. Exact products spill registers, and readers do not repeat these: what they round is stored as well.
 _PRECISION = "tf32x3"
@@ -54,21 +54,21 @@ def store(
     if cuda_store.takes(plan, inputs):
         cuda_store.store(pages, plan, slot_mapping, inputs)
         return
-    prepared = prepare_store(plan)
+    of_plan = prepare_store(plan)
     block_size = plan.layout.block_size
     parts = workspace_parts(plan, tokens)
     computed = workspace.take(pages[0].device, *parts)[0] if parts else None
     for index, (stream, x) in enumerate(zip(plan.layout.streams, inputs, strict=True)):
-        rows, tables = _rows(x, index, stream.num_heads * stream.width), prepared.streams[index]
+        rows, tables = _rows(x, index, stream.num_heads * stream.width), of_plan.streams[index]
         if index == 0 and computed is not None:
-            if prepared.rotation is not None:
-                if prepared.prediction is None:
-                    _store_rotated(rows, slot_mapping, prepared.rotation, computed, pages[0], block_size, tables)
+            if of_plan.rotation is not None:
+                if of_plan.prediction is None:
+                    _store_rotated(rows, slot_mapping, of_plan.rotation, computed, pages[0], block_size, tables)
                     continue
-                _rotate(rows, slot_mapping, prepared.rotation, computed)
+                _rotate(rows, slot_mapping, of_plan.rotation, computed)
                 rows = computed
-            if prepared.prediction is not None:
-                _subtract(rows, slot_mapping, pages, plan, prepared.prediction, computed)
+            if of_plan.prediction is not None:
+                _subtract(rows, slot_mapping, pages, plan, of_plan.prediction, computed)
                 rows = computed
         _quantize(rows, slot_mapping, pages[0], block_size, tables)
 
@@ -150,7 +150,7 @@ def _store_rotated(
     tokens = rows.shape[0]
     of_program = _rotated_by_program(tokens, rotation_tables)
     rotation, compiled = _rotation_arguments(rotation_tables, rows.dtype)
-    num_pieces = tables.pieces.shape[0]
+    num_scale_groups = tables.scale_groups.shape[0]
     store_rotated[(triton.cdiv(tokens, of_program),)](
         rows,
         rows.stride(0),
@@ -161,14 +161,14 @@ def _store_rotated(
         pages,
         pages.stride(0),
         block_size,
-        tables.pieces,
-        num_pieces,
+        tables.scale_groups,
+        num_scale_groups,
         tables.bytes,
         tables.channels,
         TOKENS=of_program,
         ROTATION_ROWS=rotation_tables.left.shape[0],
         ROTATION_COLUMNS=rotation_tables.right.shape[0],
-        PIECES=max(1, min(triton.next_power_of_2(num_pieces), _PIECES // tables.width)),
+        SCALE_GROUPS=max(1, min(triton.next_power_of_2(num_scale_groups), _AT_ONCE // tables.width)),
         num_warps=8,
         **_quantizing(tables),
         **compiled,
@@ -188,14 +188,14 @@ def _subtract(
     Rows of tokens that are not stored are left alone.
     """
     tokens, own = rows.shape[0], plan.layout.streams[0]
-    chunks = tables.latent
+    latent = tables.latent
     of_pages = page_pointers(pages, plan.layout.block_size)
-    arguments = (rows, rows.stride(0), slots, tokens, of_pages, latent(chunks))
+    arguments = (rows, rows.stride(0), slots, tokens, of_pages, describe_latent(latent))
     compiled = {
-        "WIDTH": chunks.width,
-        "KINDS": chunks.kinds,
-        "HIGH": chunks.high,
-        "OUTLIERS": chunks.most_outliers,
+        "WIDTH": latent.width,
+        "KINDS": latent.kinds,
+        "HIGH": latent.high,
+        "OUTLIERS": latent.most_outliers,
     }
     if tables.segments is not None:
         of_program = 8 if tokens >= _MANY_TOKENS else 1
@@ -223,7 +223,7 @@ def _quantize(
 ) -> None:
     tokens = rows.shape[0]
     of_program = max(1, _TILE // tables.width) if tokens >= _MANY_TOKENS else 1
-    quantize[(triton.cdiv(tokens, of_program), tables.pieces.shape[0])](
+    quantize[(triton.cdiv(tokens, of_program), tables.scale_groups.shape[0])](
         rows,
         rows.stride(0),
         slots,
@@ -231,7 +231,7 @@ def _quantize(
         pages,
         pages.stride(0),
         block_size,
-        tables.pieces,
+        tables.scale_groups,
         tables.bytes,
         tables.channels,
         TOKENS=of_program,

@@ -7,7 +7,7 @@ that only one program uses, over and over, so that it stays in the cache.
 import triton
 import triton.language as tl
 
-from xquant_vllm.attention.gpu.store.quantize import PIECE_FIELDS, quantize_rows
+from xquant_vllm.attention.gpu.store.quantize import SCALE_GROUP_FIELDS, quantize_rows
 from xquant_vllm.attention.gpu.store.rotate import rotate_token
 
 
@@ -22,8 +22,8 @@ def store_rotated(
     pages,
     page_stride,
     block_size,
-    pieces,
-    num_pieces,
+    scale_groups,
+    num_scale_groups,
     bytes_of_codes,
     channel_tables,
     TOKENS: tl.constexpr,
@@ -31,7 +31,7 @@ def store_rotated(
     ROTATION_COLUMNS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
-    PIECES: tl.constexpr,
+    SCALE_GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     BYTES: tl.constexpr,
@@ -40,35 +40,17 @@ def store_rotated(
     LARGEST: tl.constexpr,
     OUTLIERS: tl.constexpr,
 ):
-    """Rotate and store tokens, one after another. Grid: ``(tiles of tokens,)``.
+    """Rotate and store tokens, one after another.
+
+    Grid: ``(tiles of tokens,)``. Reads ``x``, ``[tokens, d]`` FP32, FP16 or BF16 with contiguous channels; writes
+    ``pages``. The constants are those of ``rotate_token`` (store/rotate.py) and ``quantize_rows`` (store/quantize.py).
 
     Args:
-        x: ``[tokens, d]``, FP32, FP16 or BF16, contiguous channels.
-        token_stride: of x, in elements.
-        slots: int64 ``[>= tokens]``; tokens whose slot is negative are not stored.
-        num_tokens: tokens.
-        rotation: :class:`Rotation`.
         scratch: FP32 ``[tiles of tokens, d]``, contiguous, written.
-        pages: uint8 ``[blocks, page bytes]``, written.
-        page_stride: bytes from a page to the next one.
-        block_size: tokens of a page.
-        pieces: see :class:`StreamTables`; all of them are described by table 0.
-        num_pieces: how many there are.
-        bytes_of_codes: its ``bytes``.
-        channel_tables: its ``channels``.
+        scale_groups: see :class:`StreamTables`; all of them are described by table 0.
+        num_scale_groups: how many there are.
         TOKENS: tokens of a program.
-        ROTATION_ROWS: see ``rotate_token`` in store/rotate.py, as the next three.
-        ROTATION_COLUMNS: likewise.
-        DTYPE: likewise.
-        PRECISION: likewise.
-        PIECES: pieces that are quantized at once.
-        WIDTH: see ``quantize_rows`` in store/quantize.py, as the rest.
-        ROW_BYTES: likewise.
-        BYTES: likewise.
-        CODES_PER_BYTE: likewise.
-        KIND: likewise.
-        LARGEST: likewise.
-        OUTLIERS: likewise.
+        SCALE_GROUPS: scale groups that are quantized at once.
     """
     row = scratch + tl.program_id(0).to(tl.int64) * (rotation.rows * rotation.columns)
     for index in range(TOKENS):
@@ -82,20 +64,20 @@ def store_rotated(
             tl.debug_barrier()  # all have read the token before
             tl.store(row + channel, y, there)
             tl.debug_barrier()  # all can read this one
-            for first in range(0, num_pieces, PIECES):
-                piece = first + tl.arange(0, PIECES)
-                exists = piece < num_pieces
+            for first in range(0, num_scale_groups, SCALE_GROUPS):
+                scale_group = first + tl.arange(0, SCALE_GROUPS)
+                exists = scale_group < num_scale_groups
                 quantize_rows(
-                    row + tl.zeros([PIECES], tl.int32),
+                    row + tl.zeros([SCALE_GROUPS], tl.int32),
                     tl.where(exists, slot, -1),
                     pages,
                     page_stride,
                     block_size,
-                    pieces + tl.where(exists, piece, 0) * PIECE_FIELDS,
+                    scale_groups + tl.where(exists, scale_group, 0) * SCALE_GROUP_FIELDS,
                     0,
                     bytes_of_codes,
                     channel_tables,
-                    PIECES,
+                    SCALE_GROUPS,
                     WIDTH,
                     ROW_BYTES,
                     BYTES,

@@ -16,7 +16,7 @@ def bit_addresses(runs: Sequence[tuple[int, int]], first_byte: int = 0) -> torch
     """Where the codes of a row are.
 
     Args:
-        runs: bits and number of channels of pieces that are packed by themselves, one after another (packing.py).
+        runs: bits and number of channels of runs, each packed by itself, one after another (packing.py).
         first_byte: byte of the row at which the first one starts.
 
     Returns:
@@ -25,12 +25,12 @@ def bit_addresses(runs: Sequence[tuple[int, int]], first_byte: int = 0) -> torch
     """
     parts = []
     for bits, channels in runs:
-        parts.append(_piece(bits, channels, first_byte))
+        parts.append(_run(bits, channels, first_byte))
         first_byte += packed_size(channels, bits)
     return torch.cat(parts, 1)
 
 
-def _piece(bits: int, channels: int, first_byte: int) -> torch.Tensor:
+def _run(bits: int, channels: int, first_byte: int) -> torch.Tensor:
     channel = torch.arange(channels, dtype=torch.int32)
     zero = torch.zeros_like(channel)
     if bits == UNQUANTIZED_BITS:

@@ -15,19 +15,19 @@ def code_bytes(runs: Sequence[tuple[int, int]]) -> torch.Tensor:
     """What the bytes of a row hold; inverts ``bit_addresses`` in tables/bit_addresses.py.
 
     Args:
-        runs: bits and number of channels of pieces that are packed by themselves, one after another (packing.py).
+        runs: bits and number of channels of runs, each packed by itself, one after another (packing.py).
 
     Returns:
         ``[4, bytes]`` int32, rows as named in ``ROWS``. An FP16 number is a code of 16 bits here.
     """
     parts, first_channel = [], 0
     for bits, channels in runs:
-        parts.append(_piece(bits, channels, first_channel))
+        parts.append(_run(bits, channels, first_channel))
         first_channel += channels
     return torch.cat(parts, 1)
 
 
-def _piece(bits: int, channels: int, first_channel: int) -> torch.Tensor:
+def _run(bits: int, channels: int, first_channel: int) -> torch.Tensor:
     if bits == UNQUANTIZED_BITS:
         byte = torch.arange(2 * channels, dtype=torch.int32)
         zero = torch.zeros_like(byte)

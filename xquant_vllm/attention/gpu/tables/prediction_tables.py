@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
-from xquant_vllm.attention.gpu.tables.latent_tables import Chunk, LatentTables, latent_chunks, latent_tables
+from xquant_vllm.attention.gpu.tables.latent_tables import Band, LatentTables, latent_bands, latent_tables
 from xquant_vllm.attention.latents import Prediction
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
 
-# Channels of a chunk, at most, but for chunks of more outlier channels. The kernels spill registers with twice as many.
+# Channels of a band, at most, but for bands of more outlier channels. The kernels spill registers with twice as many.
 _AT_MOST = 64
-# Columns of a segment's description: where its row of chunks starts and stops, its first channel within a token's row
+# Columns of a segment's description: where its row of bands starts and stops, its first channel within a token's row
 # of all heads, and its channels.
 SEGMENT_FIELDS = ("start", "stop", "first", "channels")
 
@@ -21,11 +21,11 @@ class PredictionTables:
     """The terms of a prediction.
 
     Attributes:
-        latent: the terms' chunks. With a matrix, times the matrix, FP32; without one ``up`` is ``[chunks, width, 1]``,
+        latent: the terms' bands. With a matrix, times the matrix, FP32; without one ``up`` is ``[bands, width, 1]``,
             the factor of every channel.
-        segments: int32 ``[segments, 4]``, see ``SEGMENT_FIELDS``: channels whose chunks of all terms are added up.
+        segments: int32 ``[segments, 4]``, see ``SEGMENT_FIELDS``: channels whose bands of all terms are added up.
             None with a matrix.
-        order: int32: the chunks of one segment after those of another. None with a matrix.
+        order: int32: the bands of one segment after those of another. None with a matrix.
     """
 
     latent: LatentTables
@@ -49,10 +49,10 @@ def prediction_tables(layouts: Sequence[PageLayout], prediction: Prediction, dev
     order: list[int] = []
     for head in range(own.num_heads):
         before = len(order)
-        meeting = _meeting(latent_chunks(layouts, terms, head, at_most), own.width, latent.width)
-        for (first, channels), chunks in meeting.items():
-            segments.append((len(order), len(order) + len(chunks), head * own.width + first, channels))
-            order += [before + chunk for chunk in chunks]
+        meeting = _meeting(latent_bands(layouts, terms, head, at_most), own.width, latent.width)
+        for (first, channels), bands in meeting.items():
+            segments.append((len(order), len(order) + len(bands), head * own.width + first, channels))
+            order += [before + band for band in bands]
     return PredictionTables(
         latent,
         torch.tensor(segments, dtype=torch.int32, device=device),
@@ -60,14 +60,14 @@ def prediction_tables(layouts: Sequence[PageLayout], prediction: Prediction, dev
     )
 
 
-def _meeting(chunks: Sequence[Chunk], width: int, at_most: int) -> dict[tuple[int, int], list[int]]:
-    """Which chunks of a head are added up for which of its ``width`` channels: first channel and how many of them.
+def _meeting(bands: Sequence[Band], width: int, at_most: int) -> dict[tuple[int, int], list[int]]:
+    """Which bands of a head are added up for which of its ``width`` channels: first channel and how many of them.
 
-    Terms that are added have chunks of the same channels. Channels that no term stores are predicted to be 0.
+    Terms that are added have bands of the same channels. Channels that no term stores are predicted to be 0.
     """
     meeting: dict[tuple[int, int], list[int]] = {}
-    for index, chunk in enumerate(chunks):
-        meeting.setdefault((chunk.first_row, chunk.fields["channels"]), []).append(index)
+    for index, band in enumerate(bands):
+        meeting.setdefault((band.first_row, band.fields["channels"]), []).append(index)
     end = 0
     for first, channels in [*sorted(meeting), (width, 0)]:
         for gap in range(end, first, at_most):

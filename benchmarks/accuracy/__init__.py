@@ -1,0 +1,1 @@
+"""The table and the plot of docs/accuracy.md."""

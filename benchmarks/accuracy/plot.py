@@ -1,0 +1,63 @@
+"""The plot of docs/accuracy.md: tokens in the same memory against the increase in perplexity and the divergence."""
+
+from pathlib import Path
+from typing import Any
+
+# A family is what a row's name starts with, longest first.
+FAMILIES = {
+    "KIVI*": ("tab:orange", "v"),
+    "KIVI": ("tab:brown", "^"),
+    "TurboQuant": ("tab:purple", "D"),
+    "XQuant-CL, as printed": ("tab:gray", "s"),
+    "XQuant, as printed": ("black", "s"),
+    "xquant, data-free": ("tab:olive", "x"),
+    "xquant, data-free joint": ("tab:cyan", "x"),
+    "xquant-cl, data-free": ("tab:pink", "x"),
+    "xquant, per head": ("tab:green", "o"),
+    "xquant, joint": ("tab:blue", "o"),
+    "xquant-cl": ("tab:red", "o"),
+}
+
+
+def plot(results: list[dict], path: Path) -> None:
+    """Draw a column for every model.
+
+    Args:
+        results: of every model, as benchmarks/results/accuracy has them.
+        path: of the PNG file.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    measures = (("increase", "increase in perplexity"), ("kl", "KL divergence (nats)"))
+    figure, axes = pyplot.subplots(2, len(results), figsize=(5.5 * len(results), 8.5), squeeze=False)
+    for column, result in enumerate(results):
+        for row, (measure, label) in enumerate(measures):
+            _draw(axes[row][column], result, measure)
+            axes[row][column].set_ylabel(label)
+        axes[0][column].set_title(result["model"])
+        axes[1][column].set_xlabel("tokens in the same memory, times 16 bit")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=6, frameon=False)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.savefig(path, dpi=110)
+
+
+def _draw(axes: Any, result: dict, measure: str) -> None:
+    for family, (color, marker) in FAMILIES.items():
+        rows = sorted((row for row in result["rows"] if _family(row["name"]) == family), key=_times)
+        # On a logarithmic axis what is lost in noise, or gained by it, stands at its lower end.
+        points = [(_times(row), max(row[measure], 1e-3)) for row in rows]
+        axes.plot(*zip(*points, strict=True) if points else ([], []), color=color, marker=marker, label=family)
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+
+
+def _family(name: str) -> str:
+    return max((family for family in FAMILIES if name.startswith(family)), key=len)
+
+
+def _times(row: dict) -> float:
+    return row["bytes_per_token_16bit"] / row["bytes_per_token"]

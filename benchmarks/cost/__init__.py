@@ -1,0 +1,1 @@
+"""What kernels must cost, counted: bytes, operations and cycles. Predictions, nothing measured."""
