@@ -1,6 +1,7 @@
 """A layer's attention through the pool, by vLLM's own kernels, against the reference over pages."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -35,6 +36,7 @@ def builder_of(case: Case, spec: Spec, tokens: int) -> tuple[HotBuilder, SimpleN
         sliding_window=spec.window,
         _exact_from=spec.exact_from,
     )
+    impl.set_pool = partial(setattr, impl, "hot_pool")
     kv_spec = FullAttentionSpec(
         block_size=spec.block_size, num_kv_heads=spec.kv_heads, head_size=spec.head_size, dtype=spec.dtype
     )

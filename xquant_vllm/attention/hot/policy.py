@@ -112,6 +112,11 @@ class HotMap:
             self._hot_of = np.concatenate((self._hot_of, np.zeros(largest + 1, np.int32)))
         return self._hot_of[blocks]
 
+    def take_counts(self) -> HotCounts:
+        """What was counted since the last call."""
+        counts, self.counts = self.counts, HotCounts()
+        return counts
+
     def clear(self) -> None:
         """Forget all: pages were written by something else than the store."""
         self._hot_of[:] = 0

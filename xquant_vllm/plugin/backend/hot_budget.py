@@ -4,6 +4,7 @@ vLLM asks a worker how much memory there is for the cache and makes pages of all
 a CPU, the answer is lowered by the pool's bytes, and the log says what is left.
 """
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +23,6 @@ from xquant_vllm.scheme.settings import XQuantSettings
 
 logger = logging.getLogger("vllm.xquant_vllm")
 
-_WRAPPED = "_xquant_keeps_pool_back"
-
 
 @dataclass
 class HotMemory:
@@ -36,6 +35,10 @@ class HotMemory:
 
     tokens: int
     maps: dict[int, tuple[HotMap, Any, Any]]
+
+    def keep(self, tokens: int) -> None:
+        """Keep so many."""
+        self.tokens = tokens
 
 
 @per_object
@@ -72,16 +75,16 @@ def keep_pool_back() -> None:
         return
     from vllm.v1.worker.cpu_worker import CPUWorker
 
-    if getattr(CPUWorker, _WRAPPED, False):
-        return
     original = CPUWorker.determine_available_memory
+    if hasattr(original, "__wrapped__"):
+        return
 
+    @functools.wraps(original)
     def determine_available_memory(self: Any) -> int:
         total = original(self)
         return total - take_pool(self.vllm_config, total)
 
     CPUWorker.determine_available_memory = determine_available_memory
-    setattr(CPUWorker, _WRAPPED, True)
 
 
 def take_pool(vllm_config: Any, total: int) -> int:
@@ -119,7 +122,7 @@ def take_pool(vllm_config: Any, total: int) -> int:
             "pages; set less, or give more memory (--kv-cache-memory-bytes, VLLM_CPU_KVCACHE_SPACE)"
         )
     memory = hot_memory(vllm_config)
-    memory.tokens = wanted // per_token
+    memory.keep(wanted // per_token)
     taken = memory.tokens * per_token
     _say(memory.tokens, taken, total, formats, vllm_config.model_config.max_model_len)
     return taken

@@ -18,7 +18,7 @@ from xquant_vllm.attention import dispatch
 from xquant_vllm.attention import reference as slow
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.hot import reference
-from xquant_vllm.attention.hot.policy import HotCounts, HotMap
+from xquant_vllm.attention.hot.policy import HotMap
 from xquant_vllm.attention.hot.rematerialize import TokenKernels, rematerialize
 from xquant_vllm.attention.hot.tokens import HotTokens
 from xquant_vllm.attention.plan import AttentionLayerPlan
@@ -171,7 +171,7 @@ class HotBuilder:
             "enable_kv_split": envs.VLLM_CPU_ATTN_SPLIT_KV,
         }
         for impl in impls:
-            impl.hot_pool = HotPool(self._num_hot_blocks, spec.block_size, impl.num_kv_heads, impl.head_size, dtype)
+            impl.set_pool(HotPool(self._num_hot_blocks, spec.block_size, impl.num_kv_heads, impl.head_size, dtype))
 
     @classmethod
     def make(cls, spec: KVCacheSpec, impls: Sequence[Any], vllm_config: Any) -> "HotBuilder | None":
@@ -213,7 +213,7 @@ class HotBuilder:
         if now - self._logged < _LOG_EVERY:
             return
         self._logged = now
-        counts, hot_map.counts = hot_map.counts, HotCounts()
+        counts = hot_map.take_counts()
         logger.info(
             "xquant: hot blocks: since the last such line %d rows were attended from the pool and %d from pages; %d "
             "new and %d promoted tokens were written to the pool",

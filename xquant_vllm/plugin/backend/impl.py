@@ -71,6 +71,10 @@ class XQuantImpl(PagedImpl):
             self._sinks = self._sinks.detach().to(device, torch.float32).contiguous()
         self._plans.clear()
 
+    def set_pool(self, pool: HotPool) -> None:
+        """Take the layer's pool of hot blocks."""
+        self.hot_pool = pool
+
     def _plan(self, block_size: int) -> AttentionLayerPlan:
         """The layer's plan for pages of a block size; vLLM decides on it after the weights are loaded."""
         plan = self._plans.get(block_size)

@@ -1,6 +1,6 @@
 """Per-batch metadata of the backends."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -102,9 +102,7 @@ class XQuantMetadataBuilder(PagedMetadataBuilder):
         # All layers have reserved what they need, and a graph may be captured with this batch.
         dispatch.fix(self.device)
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        if self._hot is not None:
-            metadata.hot = self._hot.build(common_attn_metadata)
-        return metadata
+        return metadata if self._hot is None else replace(metadata, hot=self._hot.build(common_attn_metadata))
 
 
 def _lengths(common: CommonAttentionMetadata) -> tuple[tuple[int, int], ...] | None:
