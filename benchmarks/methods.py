@@ -51,6 +51,10 @@ METHODS = {
         _plugin("xquant", "xquant 4 bits", "xquant", {"bits": 4}),
         _plugin("xquant-3", "xquant 3 bits", "xquant", {"bits": 3}),
         _plugin("xquant-2", "xquant 2 bits", "xquant", {"bits": 2}),
+        _plugin("x", "X 4 bits, not hot", "xquant", {"bits": 4, "cache": "x", "hot": 0}),
+        _plugin("x-hot", "X 4 bits, hot", "xquant", {"bits": 4, "cache": "x", "hot": "50%"}),
+        _plugin("chain-2", "xquant-cl 2 bits, not hot", "xquant", {"method": "xquant-cl", "bits": 2, "hot": 0}),
+        _plugin("chain-2-hot", "xquant-cl 2 bits, hot", "xquant", {"method": "xquant-cl", "bits": 2, "hot": "50%"}),
         _plugin("xquant-cl", "xquant-cl 4 bits", "xquant", {"method": "xquant-cl", "bits": 4}),
         _plugin("xquant-cl-2", "xquant-cl 2 bits", "xquant", {"method": "xquant-cl", "bits": 2}),
     )

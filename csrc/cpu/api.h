@@ -171,10 +171,38 @@ typedef struct {
     int64_t exact_from;
 } xquant_attention_call;
 
-// Both return NULL, or a static text that says what is wrong with the input; then nothing or only a part was written,
+// Read a latent of single tokens.
+typedef struct {
+    const xquant_pages* pages;  // the layer's own, then those that it reads too
+    int64_t num_blocks;         // that all of these pages have
+    const int64_t* slots;       // [num_tokens]: block * block_size + offset
+    int64_t num_tokens;
+    float* latents;             // [num_tokens, heads of the latent, its width], written
+    void* output;               // the same in `dtype`, written too; NULL: not
+    int64_t dtype;
+    int64_t values;             // 1: the value latent; 0: the key latent
+    int64_t first_term;         // terms before this one are in `latents` already
+} xquant_read_call;
+
+// Keys and values of single tokens, up-projected: add what follows, in place.
+typedef struct {
+    const int64_t* positions;  // [num_tokens]
+    int64_t num_tokens;
+    void* keys;                // [num_tokens, num_kv_heads, head_size]; head_size is contiguous
+    int64_t key_token_stride;
+    int64_t key_head_stride;
+    void* values;              // likewise
+    int64_t value_token_stride;
+    int64_t value_head_stride;
+    int64_t dtype;             // of both
+} xquant_finish_call;
+
+// These return NULL, or a static text that says what is wrong with the input; then nothing or only a part was written,
 // but never out of bounds.
 XQUANT_EXPORT const char* xquant_cpu_store(const xquant_plan* plan, const xquant_store_call* call);
 XQUANT_EXPORT const char* xquant_cpu_attention(const xquant_plan* plan, const xquant_attention_call* call);
+XQUANT_EXPORT const char* xquant_cpu_read_tokens(const xquant_plan* plan, const xquant_read_call* call);
+XQUANT_EXPORT const char* xquant_cpu_finish_tokens(const xquant_plan* plan, const xquant_finish_call* call);
 
 // The instruction set in use: "vnni" (AVX-512 with it), "avx512", "avx2" or "portable".
 XQUANT_EXPORT const char* xquant_cpu_isa(void);

@@ -61,6 +61,13 @@ struct Kernels {
     void (*finish)(const xquant_plan& plan, const xquant_attention_call& call, const Task& task, const State& state,
                    float* scratch);
 
+    // The pool of hot blocks: floats of scratch, and some neighbouring tokens of a call.
+    int64_t (*hot_scratch)(const xquant_plan& plan);
+    void (*read_tokens)(const xquant_plan& plan, const xquant_read_call& call, int64_t first, int64_t count,
+                        float* scratch);
+    void (*finish_tokens)(const xquant_plan& plan, const xquant_finish_call& call, int64_t first, int64_t count,
+                          float* scratch);
+
     // KIVI; merge and finish are the same.
     int64_t (*kivi_store_scratch)(const xquant_kivi_plan& plan);
     int64_t (*kivi_attention_scratch)(const xquant_kivi_plan& plan, int64_t rows);

@@ -6,6 +6,7 @@
 // library.
 #include "attention/attention.h"
 #include "attention/tile.h"
+#include "hot/hot_tokens.h"
 #include "kernels.h"
 #include "kivi/attention.h"
 #include "kivi/store.h"
@@ -21,6 +22,9 @@ const Kernels XQUANT_KERNELS = {
     /* attend_stretch */ attend_stretch,
     /* merge */ merge,
     /* finish */ finish,
+    /* hot_scratch */ hot_scratch,
+    /* read_tokens */ read_tokens,
+    /* finish_tokens */ finish_tokens,
     /* kivi_store_scratch */ kivi_store_scratch,
     /* kivi_attention_scratch */ kivi_attention_scratch,
     /* kivi_store */ kivi_store_tokens,

@@ -17,6 +17,8 @@ extern "C" const xquant_struct_size* xquant_cpu_struct_sizes(void) {
         XQUANT_SIZE_OF(xquant_input),
         XQUANT_SIZE_OF(xquant_store_call),
         XQUANT_SIZE_OF(xquant_attention_call),
+        XQUANT_SIZE_OF(xquant_read_call),
+        XQUANT_SIZE_OF(xquant_finish_call),
         XQUANT_SIZE_OF(xquant_kivi_plan),
         XQUANT_SIZE_OF(xquant_kivi_residual),
         XQUANT_SIZE_OF(xquant_kivi_store_call),

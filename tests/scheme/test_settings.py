@@ -4,6 +4,7 @@ import pytest
 
 from xquant_vllm.errors import SettingsError
 from xquant_vllm.scheme.formats import LayerShape, layer_formats
+from xquant_vllm.scheme.hot_share import pool_bytes
 from xquant_vllm.scheme.settings import PerStream, parse_settings
 
 CHAIN = {"method": "xquant-cl"}
@@ -61,6 +62,12 @@ def test_bits_of_keys_and_values_and_of_first_layers():
         ({"skip_layers": "all"}, ["'skip_layers'", "'all'", "set a list of layers"]),
         ({"rotate": "maybe"}, ["'rotate'", "'maybe'", "set true or false"]),
         ({"prompt": "fresh"}, ["'prompt'", "'fresh'", 'set "cached" or "exact"']),
+        ({"hot": "much"}, ["'hot'", "'much'", "no amount of memory", '"2GiB"', '"20%"', "0 for none"]),
+        ({"hot": True}, ["'hot'", "True", "no amount of memory"]),
+        ({"hot": -1}, ["'hot'", "-1", "less than nothing"]),
+        ({"hot": "100%"}, ["'hot'", "'100%'", "nothing would be left"]),
+        ({"hot": 1.5}, ["'hot'", "1.5", "less than 1"]),
+        ({"hot": [1]}, ["'hot'", "[1]", "no amount of memory"]),
         ({"basis": "shared"}, ["'basis'", "'shared'", 'set "head" or "joint"']),
         ({"bit": 4}, ["unknown setting 'bit'", "did you mean 'bits'?", "known are method, bits, cache, group_size"]),
         ([4], ["[4]", "not a table of settings"]),
@@ -122,3 +129,30 @@ def test_settings_that_do_not_fit_the_model_are_refused(raw, parts):
 def test_a_head_that_cannot_be_packed_is_refused():
     with pytest.raises(SettingsError, match="12 channels cannot be packed"):
         layer_formats(parse_settings({}), [LayerShape(0, 576, 3, 12)])
+
+
+@pytest.mark.parametrize(
+    ("raw", "value"),
+    [
+        (0, 0),
+        ("0", 0),
+        (0.0, 0),
+        (1 << 30, 1 << 30),
+        ("2GiB", 2 << 30),
+        ("1.5 gib", 3 << 29),
+        ("3MB", 3_000_000),
+        ("20%", 0.2),
+        (0.25, 0.25),
+        ("0.25", 0.25),
+        (None, None),
+    ],
+)
+def test_memory_of_hot_blocks(raw, value):
+    hot = parse_settings({"hot": raw}).hot
+    assert hot == value
+    assert type(hot) is type(value)
+
+
+def test_bytes_of_the_pool_are_a_share_or_bytes():
+    assert pool_bytes(0.25, 1000) == 250
+    assert pool_bytes(300, 1000) == 300

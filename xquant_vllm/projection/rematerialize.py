@@ -85,7 +85,20 @@ def rematerialize_keys(latents: torch.Tensor, positions: torch.Tensor, projectio
     Returns:
         ``[num_tokens, num_kv_heads, head_size]``, FP32.
     """
-    keys = up_project(latents, projection.up_key)
+    return finish_keys(up_project(latents, projection.up_key), positions, projection)
+
+
+def finish_keys(keys: torch.Tensor, positions: torch.Tensor, projection: LayerProjection) -> torch.Tensor:
+    """What the model does to a key after its projection: bias, norm, RoPE, in this order.
+
+    Args:
+        keys: ``[num_tokens, num_kv_heads, head_size]``, FP32.
+        positions: ``[num_tokens]``, the tokens' positions.
+        projection: the layer's projection.
+
+    Returns:
+        Likewise.
+    """
     if projection.key_bias is not None:
         keys = keys + projection.key_bias
     if projection.key_norm is not None:

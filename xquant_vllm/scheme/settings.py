@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from xquant_vllm.codec.layout import UNIFORM_BITS
 from xquant_vllm.codec.packing import UNQUANTIZED_BITS
 from xquant_vllm.errors import SettingsError
+from xquant_vllm.scheme import hot_share
 from xquant_vllm.scheme.setting_errors import refuse, validated
 
 CONFIG_KEY = "xquant"
@@ -34,6 +35,7 @@ _ADVICE = {
     "factor_cache": "set true or false",
     "fold_values": "set true or false",
     "prompt": 'set "cached" or "exact"',
+    "hot": hot_share.ADVICE,
 }
 
 
@@ -87,6 +89,9 @@ class XQuantSettings(BaseModel):
             nothing but the rounding of its weights.
         prompt: ``"cached"``: all tokens are attended to as the cache holds them, so that outputs do not depend on how
             prompts were cut; ``"exact"``: tokens of a prompt see those of their own step as the model computed them.
+        hot: memory for rematerialized keys and values of blocks in use: bytes (int or ``"2GiB"``), a share of the
+            cache's memory (``"20%"`` or 0.2), or 0; None takes :data:`~xquant_vllm.scheme.hot_share.DEFAULT_SHARE` for
+            caches of the layer input, of joint latents and of chains, and 0 for latents of keys and of values.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -106,6 +111,7 @@ class XQuantSettings(BaseModel):
     factor_cache: bool = True
     fold_values: bool = True
     prompt: Literal["cached", "exact"] = "cached"
+    hot: int | float | None = None
 
     @field_validator("bits", "first_layers_bits", "anchor_bits", mode="before")
     @classmethod
@@ -116,6 +122,11 @@ class XQuantSettings(BaseModel):
     @classmethod
     def _of_keys(cls, value: Any) -> Any:
         return value if isinstance(value, (Mapping, PerStream)) else {"key": value, "value": 0}
+
+    @field_validator("hot", mode="before")
+    @classmethod
+    def _amount(cls, value: Any) -> int | float | None:
+        return hot_share.parse_share(value)
 
     @field_validator("bits", "first_layers_bits", "anchor_bits")
     @classmethod

@@ -154,6 +154,38 @@ class AttentionCall(ctypes.Structure):
     ]
 
 
+class ReadCall(ctypes.Structure):
+    """``xquant_read_call``."""
+
+    _fields_ = [
+        ("pages", ctypes.POINTER(Pages)),
+        ("num_blocks", _int64),
+        ("slots", _pointer),
+        ("num_tokens", _int64),
+        ("latents", _pointer),
+        ("output", _pointer),
+        ("dtype", _int64),
+        ("values", _int64),
+        ("first_term", _int64),
+    ]
+
+
+class FinishCall(ctypes.Structure):
+    """``xquant_finish_call``."""
+
+    _fields_ = [
+        ("positions", _pointer),
+        ("num_tokens", _int64),
+        ("keys", _pointer),
+        ("key_token_stride", _int64),
+        ("key_head_stride", _int64),
+        ("values", _pointer),
+        ("value_token_stride", _int64),
+        ("value_head_stride", _int64),
+        ("dtype", _int64),
+    ]
+
+
 STRUCTS = {
     "xquant_run": Run,
     "xquant_band": Band,
@@ -166,5 +198,7 @@ STRUCTS = {
     "xquant_input": Input,
     "xquant_store_call": StoreCall,
     "xquant_attention_call": AttentionCall,
+    "xquant_read_call": ReadCall,
+    "xquant_finish_call": FinishCall,
 }
 """By their C names."""

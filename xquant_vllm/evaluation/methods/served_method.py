@@ -72,7 +72,7 @@ def prepare_served(
         )
     settings = settings.for_chain("x" if formats[0].holds == "x" else "latent")
     needs_factors = any(form.holds != "x" for form in formats)
-    described = settings.model_dump(mode="json", exclude={"factor_cache", "prompt", "fold_values"})
+    described = settings.model_dump(mode="json", exclude={"factor_cache", "prompt", "fold_values", "hot"})
     described["factors"] = _describe(options, header, batch, dtype) if needs_factors else None
 
     def build(model: HookedModel) -> CacheMethod:

@@ -8,6 +8,8 @@ from vllm.v1.attention.backend import AttentionLayer
 
 from xquant_vllm.attention import dispatch, reference
 from xquant_vllm.attention.plan import AttentionLayerPlan
+from xquant_vllm.plugin.backend.hot_budget import keep_pool_back
+from xquant_vllm.plugin.backend.hot_cpu import HotPool
 from xquant_vllm.plugin.backend.metadata import PagedMetadata
 from xquant_vllm.plugin.backend.paged_impl import PagedImpl, pages_of, refuse_output_scales
 from xquant_vllm.plugin.checks import unsupported_model
@@ -51,7 +53,9 @@ class XQuantImpl(PagedImpl):
         self._earlier: tuple[Any, ...] = ()
         self._plans: dict[int, AttentionLayerPlan] = {}
         self._known_pages: tuple[list[torch.Tensor], tuple[torch.Tensor, ...]] = ([], ())
+        self.hot_pool: HotPool | None = None
         install_loader_hook()
+        keep_pool_back()
 
     def set_scheme(self, scheme: LayerScheme, earlier: Sequence[Any]) -> None:
         """Take what surgery made of this layer. The weights are loaded by now, its sinks among them.
@@ -66,6 +70,10 @@ class XQuantImpl(PagedImpl):
         if self._sinks is not None:
             self._sinks = self._sinks.detach().to(device, torch.float32).contiguous()
         self._plans.clear()
+
+    def set_pool(self, pool: HotPool) -> None:
+        """Take the layer's pool of hot blocks."""
+        self.hot_pool = pool
 
     def _plan(self, block_size: int) -> AttentionLayerPlan:
         """The layer's plan for pages of a block size; vLLM decides on it after the weights are loaded."""
@@ -154,8 +162,17 @@ class XQuantImpl(PagedImpl):
         if plan.exact_from is not None:
             assert self.scheme is not None
             inputs = self.scheme.inputs(key[:tokens], value[:tokens])
-        batch = attn_metadata.batch
-        kernels.paged_attention(query[:tokens], self._pages(kv_cache), plan, batch, output[:tokens], inputs)
+        pages = self._pages(kv_cache)
+        query, rows = query[:tokens], output[:tokens]
+        hot = attn_metadata.hot
+        if hot is not None and self.hot_pool is not None:
+            chained = self.settings.method == "xquant-cl"
+            before = self._earlier[-1].impl if self._earlier else None
+            self.hot_pool.write(pages, plan, hot.written, self if chained else None, before)
+            if hot.hot is not None:
+                self.hot_pool.attend(query, pages, plan, hot, rows, inputs)
+                return output
+        kernels.paged_attention(query, pages, plan, attn_metadata.batch, rows, inputs)
         return output
 
     def do_kv_cache_update(

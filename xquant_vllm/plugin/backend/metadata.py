@@ -1,6 +1,6 @@
 """Per-batch metadata of the backends."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from xquant_vllm.attention import dispatch
 from xquant_vllm.attention.batch import AttentionBatch
+from xquant_vllm.plugin.backend.hot_cpu import HotBatch, HotBuilder
 
 
 @dataclass
@@ -25,10 +26,12 @@ class PagedMetadata(AttentionMetadata):
     Attributes:
         num_actual_tokens: query tokens without padding.
         batch: the sequences.
+        hot: what is done with hot blocks, or None without a pool.
     """
 
     num_actual_tokens: int
     batch: AttentionBatch
+    hot: HotBatch | None = None
 
 
 class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
@@ -86,6 +89,8 @@ class XQuantMetadataBuilder(PagedMetadataBuilder):
             )
         for layer in layers.values():
             layer.impl.reserve(kv_cache_spec.block_size, device)
+        impls = [layer.impl for layer in layers.values()]
+        self._hot = HotBuilder.make(kv_cache_spec, impls, vllm_config) if device.type == "cpu" else None
 
     def build(
         self,
@@ -96,7 +101,8 @@ class XQuantMetadataBuilder(PagedMetadataBuilder):
         """Pick what the attention call needs from vLLM's metadata."""
         # All layers have reserved what they need, and a graph may be captured with this batch.
         dispatch.fix(self.device)
-        return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        return metadata if self._hot is None else replace(metadata, hot=self._hot.build(common_attn_metadata))
 
 
 def _lengths(common: CommonAttentionMetadata) -> tuple[tuple[int, int], ...] | None:

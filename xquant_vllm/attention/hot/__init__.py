@@ -1,0 +1,1 @@
+"""Hot blocks: keys and values of blocks that are attended often, rematerialized once and kept beside the pages."""
