@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.factorizing import FakeTokenizer, factorize
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.offline import factorize as command
-from xquant_vllm.offline import samples
+from xquant_vllm.offline.calibration import samples
 from xquant_vllm.projection.calibrated import layer_budget
 from xquant_vllm.projection.calibration import GRADIENT_RIDGE, INPUT_RIDGE
 from xquant_vllm.projection.factor_file import FACTORS_FILE, HEADER_FILE, layer_tensors

@@ -8,7 +8,7 @@ import pytest
 from xquant_vllm.cli.main import main
 from xquant_vllm.evaluation.methods.served_cache import ServedCache
 from xquant_vllm.evaluation.model.hooked_model import HookedModel
-from xquant_vllm.offline import samples
+from xquant_vllm.offline.calibration import samples
 
 
 @pytest.fixture(autouse=True)

@@ -55,7 +55,7 @@ def test_what_does_not_fit_is_said_with_what_to_set(checkpoint, monkeypatch, cap
 
 def test_commands_warn_before_they_load(checkpoint, monkeypatch, capsys, tmp_path):
     from tests.factorizing import FakeTokenizer
-    from xquant_vllm.offline import samples
+    from xquant_vllm.offline.calibration import samples
 
     samples._last.clear()
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: FakeTokenizer())

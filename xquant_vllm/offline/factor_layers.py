@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from xquant_vllm.codec.allocation import LayerAllocation
-from xquant_vllm.offline.calibrated import fit_layers
-from xquant_vllm.offline.calibration_plan import CalibrationPlan
+from xquant_vllm.offline.calibration.calibrated import fit_layers
+from xquant_vllm.offline.calibration.calibration_plan import CalibrationPlan
 from xquant_vllm.offline.checkpoint import Checkpoint
 from xquant_vllm.offline.factorizer import Factorizer
 from xquant_vllm.projection.ahead import AheadPool

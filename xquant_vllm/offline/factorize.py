@@ -4,8 +4,8 @@ import torch
 
 from xquant_vllm import __version__
 from xquant_vllm.errors import RefusedError, counted
-from xquant_vllm.offline.calibration_plan import CalibrationPlan, plan_calibration
-from xquant_vllm.offline.calibration_tokens import calibration_tokens, tokenize
+from xquant_vllm.offline.calibration.calibration_plan import CalibrationPlan, plan_calibration
+from xquant_vllm.offline.calibration.calibration_tokens import calibration_tokens, tokenize
 from xquant_vllm.offline.checkpoint import Checkpoint, open_checkpoint
 from xquant_vllm.offline.factor_layers import calibrated_layers, data_free_layers
 from xquant_vllm.offline.factor_writer import WrittenFactors, write_factors

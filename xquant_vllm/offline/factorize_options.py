@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xquant_vllm.errors import RefusedError
-from xquant_vllm.offline.calibration_tokens import calibration_tokens
+from xquant_vllm.offline.calibration.calibration_tokens import calibration_tokens
 from xquant_vllm.offline.option_values import at_least, bits_value, numbers_of, per_stream_value
 from xquant_vllm.scheme.settings import XQuantSettings, parse_settings
 

@@ -16,8 +16,8 @@ from xquant_vllm.evaluation.methods.served_cache import ServedCache, layer_param
 from xquant_vllm.evaluation.methods.served_settings import served_settings
 from xquant_vllm.evaluation.model.cache_method import CacheMethod
 from xquant_vllm.evaluation.model.hooked_model import HookedModel
-from xquant_vllm.offline.calibrated import CalibratedFactors, fit_layers
-from xquant_vllm.offline.calibration_plan import plan_calibration
+from xquant_vllm.offline.calibration.calibrated import CalibratedFactors, fit_layers
+from xquant_vllm.offline.calibration.calibration_plan import plan_calibration
 from xquant_vllm.offline.checkpoint import Checkpoint
 from xquant_vllm.offline.progress import counted_bar
 from xquant_vllm.offline.texts import text_name

@@ -13,7 +13,7 @@ from torch import nn
 
 from xquant_vllm.evaluation.model.cache_method import AttendedMethod, CacheMethod, InputMethod, ProjectedMethod
 from xquant_vllm.evaluation.model.projections import Projections
-from xquant_vllm.offline.attention_modules import attention_modules
+from xquant_vllm.offline.calibration.attention_modules import attention_modules
 from xquant_vllm.offline.checkpoint import Checkpoint
 
 _ATTENTION = "xquant_evaluation"

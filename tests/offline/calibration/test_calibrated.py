@@ -6,8 +6,8 @@ import torch
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.codec.allocated import AllocatedFormat
 from xquant_vllm.errors import RefusedError
-from xquant_vllm.offline.calibrated import CalibratedFactors, fit_layers
-from xquant_vllm.offline.calibration_plan import plan_calibration
+from xquant_vllm.offline.calibration.calibrated import CalibratedFactors, fit_layers
+from xquant_vllm.offline.calibration.calibration_plan import plan_calibration
 from xquant_vllm.offline.checkpoint import Checkpoint, open_checkpoint
 from xquant_vllm.projection.calibrated import layer_budget
 from xquant_vllm.projection.predicted import PredictedLink

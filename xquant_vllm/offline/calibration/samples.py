@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from xquant_vllm.errors import RefusedError, counted
-from xquant_vllm.offline.attention_modules import attention_modules
+from xquant_vllm.offline.calibration.attention_modules import attention_modules
 from xquant_vllm.offline.checkpoint import Checkpoint
 from xquant_vllm.offline.memory import warn_of_memory
 from xquant_vllm.offline.progress import counted_bar, say

@@ -9,10 +9,10 @@ import transformers
 from tests.factorizing import FakeTokenizer
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.errors import RefusedError
-from xquant_vllm.offline import samples
-from xquant_vllm.offline.calibration_tokens import tokenize
+from xquant_vllm.offline.calibration import samples
+from xquant_vllm.offline.calibration.calibration_tokens import tokenize
+from xquant_vllm.offline.calibration.samples import collect_samples
 from xquant_vllm.offline.checkpoint import open_checkpoint
-from xquant_vllm.offline.samples import collect_samples
 
 CPU = torch.device("cpu")
 BATCH = torch.arange(2 * 48).reshape(2, 48) * 7 % 300 + 3

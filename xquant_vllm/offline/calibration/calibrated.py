@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import torch
 
 from xquant_vllm.codec.allocation import LayerAllocation
-from xquant_vllm.offline.calibration_plan import CalibrationPlan
+from xquant_vllm.offline.calibration.calibration_plan import CalibrationPlan
+from xquant_vllm.offline.calibration.samples import collect_samples
 from xquant_vllm.offline.checkpoint import Checkpoint
-from xquant_vllm.offline.samples import collect_samples
 from xquant_vllm.projection.calibrated import fit_heads
 from xquant_vllm.projection.calibration import LayerSample
 from xquant_vllm.projection.joint_kv import JointKVBasis
