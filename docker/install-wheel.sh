@@ -4,4 +4,4 @@
 set -eu
 python3 -m pip install --no-cache-dir --no-index "$1"/xquant_vllm-*.whl
 # The library has CUDA's runtime inside and loads without a GPU.
-python3 -c 'from xquant_vllm.attention.gpu import cuda_library; cuda_library.load()'
+python3 -c 'from xquant_vllm.attention.gpu.cuda import library; library.load()'
