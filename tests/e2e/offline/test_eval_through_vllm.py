@@ -59,7 +59,8 @@ def test_a_calibrated_cache_is_evaluated_as_it_is_served(engines, tiny, tmp_path
     for result in (through_vllm, offline):
         assert result["settings"]["factors"]["calibration"] == {"text": "python-docs", "tokens": 256}
     assert through_vllm["bytes_per_token"] == offline["bytes_per_token"] < offline["bytes_per_token_16bit"]
-    for name, relative in (("perplexity_16bit", 1e-5), ("perplexity", 1e-4), ("kl", 0.05)):
+    # A last bit that another processor rounds differently makes another code now and then: 1.01e-4 on an AMD EPYC.
+    for name, relative in (("perplexity_16bit", 1e-5), ("perplexity", 2e-4), ("kl", 0.05)):
         assert through_vllm[name] == pytest.approx(offline[name], rel=relative)
 
     # Nothing is left to ask an engine for.
