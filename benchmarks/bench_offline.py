@@ -21,6 +21,7 @@ from benchmarks.cpu.machine import machine_facts  # noqa: E402
 from benchmarks.cpu.timing import Spread  # noqa: E402
 from benchmarks.files import write_json  # noqa: E402
 from benchmarks.methods import BASELINE, METHODS  # noqa: E402
+from benchmarks.models import served  # noqa: E402
 from benchmarks.offline.engines import Engines  # noqa: E402
 
 # Tokens that the first sequences may decode while the others are prefilled.
@@ -43,7 +44,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     engine_arguments = {
         "model": options.model,
         "dtype": options.dtype,
-        "max_model_len": longest,
+        "max_model_len": options.max_model_len or longest,
         "max_num_seqs": options.sequences,
         "kv_cache_memory_bytes": options.cache_mib << 20,
         "enforce_eager": options.enforce_eager,
@@ -52,14 +53,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
     names = [BASELINE, *(name for name in options.methods if name != BASELINE)]
     rows = []
-    with Engines([METHODS[name] for name in names], engine_arguments, options.logs) as engines:
+    methods = [served(METHODS[name], Path(options.model)) for name in names]
+    with Engines(methods, engine_arguments, options.logs) as engines:
         for context in options.contexts:
             taken: dict[str, list[dict[str, Any]]] = {engine.method.name: [] for engine in engines.engines}
             for turn in range(options.rounds):
                 for engine in engines.engines:
                     seed = 0 if options.same_prompts else turn
                     order = {"sequences": options.sequences, "context": context, "steps": options.steps, "seed": seed}
-                    taken[engine.method.name].append(engine.run(**order))
+                    taken[engine.method.name].append(engine.run("decode", **order))
             rows += [_row(name, context, options.sequences, taken, options.same_prompts) for name in taken]
         cache_tokens, absent = engines.cache_tokens, engines.absent
     return {
@@ -68,6 +70,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "model": Path(options.model).name,
         "sequences": options.sequences,
         "cache_mib": options.cache_mib,
+        "settings": {name: METHODS[name].settings() for name in names},
         "compiled": not options.enforce_eager,
         "cache_tokens": cache_tokens,
         "absent": absent,
@@ -121,6 +124,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=16, help="timed decode steps of a round")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every method")
     parser.add_argument("--dtype", default="bfloat16", help="of the model")
+    parser.add_argument("--max-model-len", type=int, help="of every engine (default: what the longest context needs)")
     parser.add_argument("--cache-mib", type=int, default=1024, help="of every method")
     parser.add_argument(
         "--same-prompts",

@@ -1,7 +1,8 @@
 """A vLLM engine in a process of its own, which answers orders on its standard input, one JSON line each.
 
-An order names sequences, context, steps and a seed; the answer has the seconds of the prefill of all prompts and of
-every decode step after it. The engine runs in the process itself, so a step is what the model and the scheduler take.
+An order says what to measure: ``"decode"`` names sequences, context, steps and a seed, and the answer has the seconds of
+the prefill of all prompts and of every decode step after it; ``"first_token"`` is in :mod:`benchmarks.offline.first_token`.
+The engine runs in the process itself, so a step is what the model and the scheduler take.
 """
 
 import json
@@ -10,6 +11,8 @@ import random
 import sys
 import time
 from typing import Any
+
+from benchmarks.offline.first_token import first_token
 
 # Decode steps before those that are timed.
 _WARM_UP_STEPS = 2
@@ -28,11 +31,14 @@ def main() -> None:
     # As vLLM counts them for sequences of max_model_len.
     cache_tokens = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
     print(json.dumps({"cache_tokens": cache_tokens}), file=answers, flush=True)
+    measures = {"decode": decode, "first_token": first_token}
     for line in sys.stdin:
-        print(json.dumps(run(llm.llm_engine, **json.loads(line))), file=answers, flush=True)
+        order = json.loads(line)
+        answer = measures[order.pop("what")](llm.llm_engine, **order)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
-def run(engine: Any, *, sequences: int, context: int, steps: int, seed: int) -> dict[str, Any]:
+def decode(engine: Any, *, sequences: int, context: int, steps: int, seed: int) -> dict[str, Any]:
     """Prefill and decode random prompts of ``context`` tokens, all sequences together."""
     from vllm import SamplingParams
 

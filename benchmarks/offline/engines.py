@@ -49,12 +49,12 @@ class Engine:
         """Wait until the model is loaded; what the engine says of its cache."""
         return self._answer()
 
-    def run(self, **order: Any) -> dict[str, Any]:
-        """Give an order and wait; see :func:`benchmarks.offline.engine.run`."""
+    def run(self, what: str, **order: Any) -> dict[str, Any]:
+        """Give an order and wait; see :mod:`benchmarks.offline.engine`."""
         assert self._process.stdin is not None
         self.wake()
         with contextlib.suppress(BrokenPipeError):  # _answer says why
-            print(json.dumps(order), file=self._process.stdin, flush=True)
+            print(json.dumps({"what": what, **order}), file=self._process.stdin, flush=True)
         answer = self._answer()
         self.freeze()
         return answer
