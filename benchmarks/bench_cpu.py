@@ -1,4 +1,4 @@
-"""What `make bench-cpu` runs: how fast xquant is on this CPU, in one number per question, against 16 bit in the same run.
+"""What `make bench-cpu` runs: how fast xquant is on this CPU, number by number, against 16 bit in the same run.
 
 The last line is a JSON object. Of the default, latents per head at 4 bits:
 
@@ -11,13 +11,13 @@ The last line is a JSON object. Of the default, latents per head at 4 bits:
 
 Of hot blocks (``--only hot`` measures these and the operation):
 
-* ``hot_WHAT_512``, ``hot_WHAT_2048``: decode throughput with all blocks hot. ``x`` is X at 4 bits and ``cl`` XQuant-CL at
-  2, both on the model with multi-head attention; ``chain`` is the calibrated chain at 3 bits in groups of 4, ``joint``
-  calibrated joint latents at 4, ``head`` latents per head at 4, on the model with grouped queries;
+* ``hot_WHAT_512``, ``hot_WHAT_2048``: decode throughput with all blocks hot. ``x`` is X at 4 bits and ``cl`` XQuant-CL
+  at 2, both on the model with multi-head attention; ``chain`` is the calibrated chain at 3 bits in groups of 4,
+  ``joint`` calibrated joint latents at 4, ``head`` latents per head at 4, on the model with grouped queries;
 * ``cold_x_512``, ``cold_cl_512``: X at 4 bits and XQuant-CL at 2 without a pool;
 * ``capacity_cl``: tokens that XQuant-CL at 2 bits holds with the default pool, in times 16 bit, as vLLM counts them;
-* ``ttft_prefix_hit``: time to the first token of a prefix hit of 1,536 tokens that are not hot, with the same cache, as a
-  share of prefilling them with the 16-bit cache (bench_prefix_hit.py);
+* ``ttft_prefix_hit``: time to the first token of a prefix hit of 1,536 tokens that are not hot, with the same cache, as
+  a share of prefilling them with the 16-bit cache (bench_prefix_hit.py);
 * ``pressure_cl``: like ``pressure_ratio``, of XQuant-CL at 2 bits with half of the memory as pool, under a load whose
   histories fit that.
 
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="of decoding")
     parser.add_argument("--repeats", type=int, default=2, help="of the pressure loads")
     parser.add_argument("--model", default=str(ROOT / "models" / "smollm2-135m-instruct"), help="folder or hub name")
-    parser.add_argument("--mha-model", help="one with multi-head attention (default: SmolLM2 with its kv heads repeated)")
+    parser.add_argument("--mha-model", help="with multi-head attention (default: SmolLM2 with its kv heads repeated)")
     options = parser.parse_args(arguments)
     attention = bench_decode_attention.main(["--bits", "4", "--out", str(options.out / "decode-attention.json")])
     numbers = operation_numbers(attention)

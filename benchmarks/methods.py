@@ -69,7 +69,11 @@ METHODS = {
         _plugin("chain-2-hot", "xquant-cl 2 bits, hot", "xquant", {"method": "xquant-cl", "bits": 2, "hot": "50%"}),
         _plugin("xquant-hot", "xquant 4 bits, hot", "xquant", {"bits": 4, "hot": "50%"}),
         _plugin(
-            "joint-4-hot", "joint 4 bits, calibrated, hot", "xquant", {"hot": "50%"}, ("--basis", "joint", "--bits", "4")
+            "joint-4-hot",
+            "joint 4 bits, calibrated, hot",
+            "xquant",
+            {"hot": "50%"},
+            ("--basis", "joint", "--bits", "4"),
         ),
         _plugin(
             "chain-3-hot",

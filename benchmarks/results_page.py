@@ -2,8 +2,8 @@
 
     python benchmarks/results_page.py --write
 
-A table stands between ``<!-- table: FILE -->``, the file below benchmarks/results, and ``<!-- end of table -->``. FILE may
-also be ``processors``: the default method on all processors of which there are results.
+A table stands between ``<!-- table: FILE -->``, the file below benchmarks/results, and ``<!-- end of table -->``. FILE
+may also be ``processors``: the default method on all processors of which there are results.
 """
 
 import argparse
@@ -32,6 +32,8 @@ def page(text: str, results: Path) -> str:
     def fresh(found: re.Match[str]) -> str:
         if found.group(2) == "processors":
             return f"{found.group(1)}\n{processors.table(results)}\n{found.group(3)}"
+        if not (results / found.group(2)).exists():
+            return f"{found.group(1)}\nNot measured yet (`benchmarks/results/{found.group(2)}`).\n{found.group(3)}"
         result = read_json(results / found.group(2))
         return f"{found.group(1)}\n{table(result)}\n\n{_source(result, found.group(2))}\n{found.group(3)}"
 
@@ -61,13 +63,13 @@ def _offline(result: dict[str, Any]) -> str:
 def _prefix_hit(result: dict[str, Any]) -> str:
     tokens = f"{result['prefix']} + {result['question']} tokens"
     lines = [
-        f"| cache | first token of {tokens}, ms | share of 16 bit | tokens promoted | tokens in the pool | cache tokens |",
+        f"| cache | first token of {tokens}, ms | share of 16 bit | tokens promoted | pool | cache tokens |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
-        time = row["milliseconds"]
+        time, what = row["milliseconds"], "prefix hit" if row["cached"] else "prefilled"
         lines.append(
-            f"| {METHODS[row['method']].label}, {'prefix hit' if row['cached'] else 'prefilled'} | {time['median']:.0f} "
+            f"| {METHODS[row['method']].label}, {what} | {time['median']:.0f} "
             f"({time['low']:.0f}-{time['high']:.0f}) | {_spread(row['ratio'])} | {row['promoted_tokens']:.0f} | "
             f"{row['pool_tokens']:,.0f} | {result['cache_tokens'][row['method']]:,} |"
         )

@@ -48,13 +48,13 @@ def measure(out: Path, model: str, mha_model: str | None, rounds: int, repeats: 
         return bench_offline.main(arguments)
 
     hot = offline("hot-mha", heads, ["x-hot", "chain-2-hot"], _HEADS_MIB, "--contexts", *contexts)
-    cold = offline("cold-mha", heads, ["x", "chain-2"], _COLD_MIB, "--contexts", contexts[0], "--steps", str(_COLD_STEPS))
+    few = ["--contexts", contexts[0], "--steps", str(_COLD_STEPS)]
+    cold = offline("cold-mha", heads, ["x", "chain-2"], _COLD_MIB, *few)
     methods = ["chain-3-hot", "joint-4-hot", "xquant-hot"]
     groups = offline("hot-gqa", model, methods, _GROUPS_MIB, "--contexts", *contexts)
-    prefix = bench_prefix_hit.main(
-        ["--model", heads, "--methods", CHAIN, "--rounds", str(rounds), "--max-model-len", str(_MAX_MODEL_LEN),
-         "--out", str(out / "prefix-hit.json")]  # fmt: skip
-    )
+    arguments = ["--model", heads, "--methods", CHAIN, "--rounds", str(rounds)]
+    arguments += ["--max-model-len", str(_MAX_MODEL_LEN), "--out", str(out / "prefix-hit.json")]
+    prefix = bench_prefix_hit.main(arguments)
     file = out / "serving-pressure-chain.json"
     arguments = ["--model", heads, "--quick", "--methods", "16bit", CHAIN_PRESSURE, "--cache-mib", str(_PRESSURE_MIB)]
     arguments += ["--pressure", str(_PRESSURE_TIMES), "--concurrency", str(_PRESSURE_CONCURRENCY)]

@@ -15,8 +15,10 @@ from xquant_vllm.attention.cpu import library as cpu
 _ROOT = Path(__file__).resolve().parents[2]
 _CPUINFO = Path("/proc/cpuinfo")
 _L3 = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512vbmi", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8",
-         "amx_bf16")  # fmt: skip
+FLAGS = (
+    "avx2", "avx_vnni", "avx512f", "avx512vbmi", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8",
+    "amx_bf16",
+)  # fmt: skip
 """Of the processor's flags, as Linux spells them, those that choose kernels: ours, vLLM's and oneDNN's."""
 
 

@@ -7,6 +7,7 @@ CONTEXTS = (512, 4096)
 HOT_CONTEXTS = (512, 2048)
 CHAIN = "xquant-cl-2"
 CHAIN_PRESSURE = "chain-2-hot"
+_COLD = {"x": "x", "cl": "chain-2"}
 
 Result = dict[str, Any]
 
@@ -59,7 +60,7 @@ def hot_numbers(heads: Result, groups: Result, cold: Result, prefix: Result, ser
         for name, (result, method) in of_result.items()
     }
     short = HOT_CONTEXTS[0]
-    found |= {f"cold_{name}_512": _decode_ratio(cold, method, short) for name, method in (("x", "x"), ("cl", "chain-2"))}
+    found |= {f"cold_{name}_512": _decode_ratio(cold, method, short) for name, method in _COLD.items()}
     tokens = prefix["cache_tokens"]
     found["capacity_cl"] = round(tokens[CHAIN] / tokens["16bit"], 3) if CHAIN in tokens else None
     found["ttft_prefix_hit"] = _median(prefix["rows"], CHAIN, "ratio")

@@ -1,7 +1,8 @@
 """A vLLM engine in a process of its own, which answers orders on its standard input, one JSON line each.
 
-An order says what to measure: ``"decode"`` names sequences, context, steps and a seed, and the answer has the seconds of
-the prefill of all prompts and of every decode step after it; ``"first_token"`` is in :mod:`benchmarks.offline.first_token`.
+An order says what to measure: ``"decode"`` names sequences, context, steps and a seed, and the answer has the seconds
+of the prefill of all prompts and of every decode step after it; ``"first_token"`` is in
+:mod:`benchmarks.offline.first_token`.
 The engine runs in the process itself, so a step is what the model and the scheduler take.
 """
 
