@@ -33,7 +33,7 @@ def page(text: str, results: Path) -> str:
         if found.group(2) == "processors":
             return f"{found.group(1)}\n{processors.table(results)}\n{found.group(3)}"
         if not (results / found.group(2)).exists():
-            return f"{found.group(1)}\nNot measured yet (`benchmarks/results/{found.group(2)}`).\n{found.group(3)}"
+            return f"{found.group(1)}\nNot measured yet.\n{found.group(3)}"
         result = read_json(results / found.group(2))
         return f"{found.group(1)}\n{table(result)}\n\n{_source(result, found.group(2))}\n{found.group(3)}"
 
