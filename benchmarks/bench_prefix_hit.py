@@ -49,6 +49,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "kv_cache_memory_bytes": options.cache_mib << 20,
         "enforce_eager": options.enforce_eager,
         "enable_prefix_caching": True,
+        "skip_tokenizer_init": True,
         "seed": 0,
     }
     names = [BASELINE, *(name for name in options.methods if name != BASELINE)]
@@ -120,7 +121,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="turns of every method, and one that is not counted")
     parser.add_argument("--max-model-len", type=int, default=2304, help="of every engine")
     parser.add_argument("--max-num-seqs", type=int, default=8, help="of every engine")
-    parser.add_argument("--cache-mib", type=int, default=1024, help="of every method")
+    parser.add_argument("--cache-mib", type=int, default=768, help="of every method")
     parser.add_argument("--enforce-eager", action="store_true", help="do not compile the model")
     parser.add_argument("--logs", type=Path, default=ROOT / "logs" / "bench_prefix_hit", help="folder of the logs")
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
