@@ -47,10 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=("default", "hot"), help="one part: the default method, or hot blocks")
     parser.add_argument("--out", type=Path, default=ROOT / "logs" / "bench-cpu", help="folder of the results")
     parser.add_argument("--rounds", type=int, default=5, help="of decoding")
-    parser.add_argument("--repeats", type=int, default=2, help="of the pressure loads")
+    parser.add_argument("--repeats", type=int, help="of the pressure loads (default 2, with --only hot 1)")
     parser.add_argument("--model", default=str(ROOT / "models" / "smollm2-135m-instruct"), help="folder or hub name")
     parser.add_argument("--mha-model", help="with multi-head attention (default: SmolLM2 with its kv heads repeated)")
     options = parser.parse_args(arguments)
+    options.repeats = options.repeats or (1 if options.only == "hot" else 2)
     attention = bench_decode_attention.main(["--bits", "4", "--out", str(options.out / "decode-attention.json")])
     numbers = operation_numbers(attention)
     try:

@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "max_num_seqs": options.sequences,
         "kv_cache_memory_bytes": options.cache_mib << 20,
         "enforce_eager": options.enforce_eager,
-        "enable_prefix_caching": options.same_prompts,
+        "enable_prefix_caching": options.same_prompts is not None,
         "seed": 0,
     }
     names = [BASELINE, *(name for name in options.methods if name != BASELINE)]
@@ -56,13 +56,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     methods = [served(METHODS[name], Path(options.model)) for name in names]
     with Engines(methods, engine_arguments, options.logs) as engines:
         for context in options.contexts:
+            same_prompts = options.same_prompts is not None and context >= options.same_prompts
             taken: dict[str, list[dict[str, Any]]] = {engine.method.name: [] for engine in engines.engines}
             for turn in range(options.rounds):
                 for engine in engines.engines:
-                    seed = 0 if options.same_prompts else turn
+                    seed = 0 if same_prompts else turn
                     order = {"sequences": options.sequences, "context": context, "steps": options.steps, "seed": seed}
                     taken[engine.method.name].append(engine.run("decode", **order))
-            rows += [_row(name, context, options.sequences, taken, options.same_prompts) for name in taken]
+            rows += [_row(name, context, options.sequences, taken, same_prompts) for name in taken]
         cache_tokens, absent = engines.cache_tokens, engines.absent
     return {
         "benchmark": "offline",
@@ -128,8 +129,12 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache-mib", type=int, default=1024, help="of every method")
     parser.add_argument(
         "--same-prompts",
-        action="store_true",
-        help="the same prompts in every round, from the prefix cache but in the first: measures decoding alone",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="FROM",
+        help="the same prompts in every round, from the prefix cache but in the first: measures decoding alone; with a "
+        "number only for contexts of at least so many tokens",
     )
     parser.add_argument("--enforce-eager", action="store_true", help="do not compile the model")
     parser.add_argument("--logs", type=Path, default=ROOT / "logs" / "bench_offline", help="folder of the logs")

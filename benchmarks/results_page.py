@@ -55,6 +55,9 @@ def _offline(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         cells = [str(row["context"]), METHODS[row["method"]].label]
         for what in whats:
+            if f"{what}_ratio" not in row:
+                cells += ["", ""]
+                continue
             cells += [f"{row[f'{what}_tokens_per_second']['median']:.1f}", _spread(row[f"{what}_ratio"])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

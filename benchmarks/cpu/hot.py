@@ -10,8 +10,8 @@ from benchmarks.models import checkpoint
 
 # Half of it, the pool, holds 8 sequences of the longer context and what they decode.
 _HEADS_MIB, _GROUPS_MIB = 2816, 1024
-# Cold caches need no pool, and are too slow for many steps.
-_COLD_MIB, _COLD_STEPS = 512, 6
+# Cold caches need no pool, and are too slow for many steps and rounds.
+_COLD_MIB, _COLD_STEPS, _COLD_ROUNDS = 512, 6, 3
 # The same for all engines: a model is compiled once per method and length.
 _MAX_MODEL_LEN = 2304
 # Half of it, the pool, holds the two requests under way (14 blocks of 128 tokens each), and one more block.
@@ -43,15 +43,17 @@ def measure(out: Path, model: str, mha_model: str | None, rounds: int, repeats: 
     contexts = [str(context) for context in HOT_CONTEXTS]
 
     def offline(name: str, model: str, methods: list[str], mib: int, *more: str) -> dict[str, Any]:
-        arguments = ["--model", model, "--methods", *methods, "--cache-mib", str(mib), "--rounds", str(rounds)]
+        arguments = ["--rounds", str(rounds), "--model", model, "--methods", *methods, "--cache-mib", str(mib)]
         arguments += ["--max-model-len", str(_MAX_MODEL_LEN), "--out", str(out / f"{name}.json"), *more]
         return bench_offline.main(arguments)
 
-    hot = offline("hot-mha", heads, ["x-hot", "chain-2-hot"], _HEADS_MIB, "--contexts", *contexts)
-    few = ["--contexts", contexts[0], "--steps", str(_COLD_STEPS)]
+    # New prompts at the short context, where prefill is measured too; at the long one it would take most of the time.
+    both = ["--contexts", *contexts, "--same-prompts", contexts[-1]]
+    hot = offline("hot-mha", heads, ["x-hot", "chain-2-hot"], _HEADS_MIB, *both)
+    few = ["--contexts", contexts[0], "--steps", str(_COLD_STEPS), "--rounds", str(min(rounds, _COLD_ROUNDS))]
     cold = offline("cold-mha", heads, ["x", "chain-2"], _COLD_MIB, *few)
     methods = ["chain-3-hot", "joint-4-hot", "xquant-hot"]
-    groups = offline("hot-gqa", model, methods, _GROUPS_MIB, "--contexts", *contexts)
+    groups = offline("hot-gqa", model, methods, _GROUPS_MIB, *both)
     arguments = ["--model", heads, "--methods", CHAIN, "--rounds", str(rounds)]
     arguments += ["--max-model-len", str(_MAX_MODEL_LEN), "--out", str(out / "prefix-hit.json")]
     prefix = bench_prefix_hit.main(arguments)

@@ -66,7 +66,9 @@ def measured(monkeypatch) -> dict[str, list[list[str]]]:
 
     def offline(arguments: list[str]) -> dict:
         # The real options: a part that spells one wrong fails here, and not after half an hour.
-        methods = bench_offline._options(arguments).methods
+        options = bench_offline._options(arguments)
+        assert options.max_model_len is None or options.max_model_len >= max(options.contexts) + options.steps
+        methods = options.methods
         told["offline"].append(methods)
         default = {"rows": decoded(512, xquant=0.9) + decoded(4096, xquant=0.8)}
         return {"x": cold, "x-hot": heads, "chain-3-hot": groups}.get(methods[0], default)
