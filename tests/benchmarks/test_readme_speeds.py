@@ -39,6 +39,11 @@ def test_the_default_by_processor(context):
     assert f"{ratios} with {context:,} tokens" in README
 
 
+def test_the_default_from_the_worst_to_the_best():
+    ratios = [*speeds("decode", 512), *speeds("decode", 4096)]
+    assert f"at {min(ratios):.2f} to {max(ratios):.2f} times the 16-bit speed, by processor" in README
+
+
 def test_serving_under_memory_pressure():
     ratios = " or ".join(f"{ratio:.2f}" for ratio in speeds("pressure", None))
     assert f"served {ratios} times as fast" in README
