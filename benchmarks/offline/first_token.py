@@ -41,9 +41,9 @@ def first_token(engine: Any, *, prefix: int, question: int, hit: bool, seed: int
             _serve(engine, tokens(prefix), 1)
         if pool:
             _serve(engine, tokens(1), _idle_steps())
-    _counts(engine)
+    before = _counts(engine)
     seconds, cached = _serve(engine, beginning + end, 1)
-    counts = _counts(engine)
+    counts = {name: count - before[name] for name, count in _counts(engine).items()}
     if cached != (prefix if hit else 0):
         raise RuntimeError(f"the prefix cache had {cached} tokens of {prefix}")
     if hit and pool and not counts["promoted_tokens"]:
@@ -79,9 +79,9 @@ def _idle_steps() -> int:
 
 
 def _counts(engine: Any) -> dict[str, int]:
-    """What the pool counted since the last call; nothing without a pool."""
+    """What the pool has counted; zeros without a pool."""
     from xquant_vllm.plugin.backend.hot_budget import hot_memory
 
     names = ("promoted_tokens", "hot_rows", "cold_rows")
-    taken = [found[0].take_counts() for found in hot_memory(engine.vllm_config).maps.values()]
-    return {name: sum(getattr(counts, name) for counts in taken) for name in names}
+    counted = [found[0].counts for found in hot_memory(engine.vllm_config).maps.values()]
+    return {name: sum(getattr(counts, name) for counts in counted) for name in names}
