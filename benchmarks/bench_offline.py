@@ -49,6 +49,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "kv_cache_memory_bytes": options.cache_mib << 20,
         "enforce_eager": options.enforce_eager,
         "enable_prefix_caching": options.same_prompts is not None,
+        "skip_tokenizer_init": True,
         "seed": 0,
     }
     names = [BASELINE, *(name for name in options.methods if name != BASELINE)]
