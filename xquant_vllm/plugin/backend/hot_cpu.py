@@ -18,11 +18,11 @@ from xquant_vllm.attention import dispatch
 from xquant_vllm.attention import reference as slow
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.hot import reference
-from xquant_vllm.attention.hot.policy import HotMap
+from xquant_vllm.attention.hot.policy import HotCounts, HotMap
 from xquant_vllm.attention.hot.rematerialize import TokenKernels, rematerialize
 from xquant_vllm.attention.hot.tokens import HotTokens
 from xquant_vllm.attention.plan import AttentionLayerPlan
-from xquant_vllm.plugin.backend.hot_budget import HotMemory, hot_memory
+from xquant_vllm.plugin.backend.hot_budget import HotMemory, hot_memory, say_counts
 
 logger = logging.getLogger("vllm.xquant_vllm")
 
@@ -158,7 +158,7 @@ class HotBuilder:
         windows = {impl.sliding_window for impl in impls}
         window = windows.pop() if len(windows) == 1 else None
         self._exact_from = first._exact_from
-        self._logged = time.monotonic()
+        self._logged, self._said = time.monotonic(), HotCounts()
         dtype = vllm_config.model_config.dtype
         self._schedule = {
             "num_heads": first.num_heads,
@@ -212,16 +212,8 @@ class HotBuilder:
         now = time.monotonic()
         if now - self._logged < _LOG_EVERY:
             return
-        self._logged = now
-        counts = hot_map.take_counts()
-        logger.info(
-            "xquant: hot blocks: since the last such line %d rows were attended from the pool and %d from pages; %d "
-            "new and %d promoted tokens were written to the pool",
-            counts.hot_rows,
-            counts.cold_rows,
-            counts.new_tokens,
-            counts.promoted_tokens,
-        )
+        say_counts(hot_map, hot_map.counts.plus(self._said, -1), f"in the last {now - self._logged:.0f} s")
+        self._logged, self._said = now, hot_map.counts
 
     def _rows(self, batch: AttentionBatch, tokens: torch.Tensor | None) -> HotRows:
         scheduler = ops.cpu_attn_get_scheduler_metadata(
