@@ -176,7 +176,7 @@ def sequences(count: int, blocks: int, size: int, first: int) -> list[Sequence]:
     return [Sequence(list(range(at, at + blocks)), list(range(1, tokens + 1)), tokens - 1) for at in starts]
 
 
-@pytest.mark.parametrize("period", [1, 10, 100, 1000])
+@pytest.mark.parametrize("period", [1, 2, 3, 7, 10, 31, 63, 64, 65, 100, 129, 300, 1000])
 def test_working_sets_that_take_turns_do_not_thrash(period: int) -> None:
     """Two sets of four sequences of eight blocks, a pool for five: promotions are no more than a pool in 64 steps."""
     size, pool, steps = 4, 40, 3000

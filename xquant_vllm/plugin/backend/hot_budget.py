@@ -120,10 +120,10 @@ def keep_pool_back() -> None:
     end = CPUWorker.shutdown
 
     @functools.wraps(end)
-    def shutdown(self: Any) -> None:
+    def shutdown(self: Any) -> Any:
         for hot_map, *_ in hot_memory(self.vllm_config).maps.values():
             say_counts(hot_map, hot_map.counts, "in all")
-        end(self)
+        return end(self)
 
     CPUWorker.determine_available_memory, CPUWorker.shutdown = determine_available_memory, shutdown
 
@@ -171,9 +171,8 @@ def take_pool(vllm_config: Any, total: int, page_needs: Callable[[], PageNeeds])
     if asked is None and vllm_config.model_config.original_max_model_len != -1:
         wanted = max(0, min(wanted, total - needs.least))
     per_token = dtype.itemsize * 2 * sum(impl.num_kv_heads * impl.head_size for impl in impls)
-    if (
-        wanted // per_token < 2 * vllm_config.cache_config.block_size
-    ):  # one block is vLLM's null block, which is never hot
+    # One block is the null block's, which is never hot.
+    if wanted // per_token < 2 * vllm_config.cache_config.block_size:
         logger.warning(
             "xquant: hot blocks are off: of %.2f GiB of cache the pool would be %s bytes, less than a block%s; "
             "sequences are attended from their pages, which is slow; give more memory (--kv-cache-memory-bytes, "

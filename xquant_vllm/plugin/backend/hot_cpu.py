@@ -147,7 +147,11 @@ def _token_kernels() -> TokenKernels:
 
 
 class HotBuilder:
-    """Makes :class:`HotBatch` for the layers of one metadata builder."""
+    """Makes :class:`HotBatch` for the layers of one metadata builder.
+
+    Attributes:
+        hot_map: of the KV cache group, from the first step on.
+    """
 
     def __init__(self, spec: KVCacheSpec, impls: Sequence[Any], vllm_config: Any, memory: HotMemory) -> None:
         """Give every layer its pool."""
@@ -158,6 +162,7 @@ class HotBuilder:
         windows = {impl.sliding_window for impl in impls}
         window = windows.pop() if len(windows) == 1 else None
         self._exact_from = first._exact_from
+        self.hot_map: HotMap | None = None
         self._logged, self._said = time.monotonic(), HotCounts()
         dtype = vllm_config.model_config.dtype
         self._schedule = {
@@ -195,7 +200,7 @@ class HotBuilder:
             step = hot_map.plan(common.block_table_tensor.numpy(), lengths, counts, exact)
             known = self._memory.maps[address] = (hot_map, common, (step, HotTokens.of(step)))
             self._log(hot_map)
-        step, written = known[2]
+        self.hot_map, (step, written) = known[0], known[2]
         table = torch.from_numpy(step.block_table)
         if step.hot.sum() == np.count_nonzero(counts):
             batch = AttentionBatch(starts, common.seq_lens, table, common.max_query_len)
