@@ -169,6 +169,7 @@ def worker(monkeypatch):
     from vllm.v1.worker.cpu_worker import CPUWorker
 
     monkeypatch.setattr(CPUWorker, "determine_available_memory", lambda self: TOTAL)
+    monkeypatch.setattr(CPUWorker, "execute_model", lambda self, output: output)
     monkeypatch.setattr(CPUWorker, "shutdown", lambda self: "ended")
     monkeypatch.setattr(hot_budget, "_page_needs", lambda of: of.vllm_config.needs)
     return CPUWorker
@@ -190,6 +191,20 @@ def test_a_worker_gives_the_pool_up_and_says_at_its_end_what_it_was_good_for(wor
         "in all 1 rows of batches were attended from the pool and 0 from pages; 20 new and 0 promoted tokens were "
         "written to the pool (layers with windows of 48 tokens)" in caplog.text
     )
+
+
+def test_pages_that_vllm_copies_are_not_hot(worker):
+    """The block may still have the hot block of its former owner."""
+    hot_budget.keep_pool_back()
+    config = Config({"cache": "x"})
+    one = SimpleNamespace(vllm_config=config)
+    hot_map = HotMap(8, BLOCK)
+    hot_map.plan(np.array([[1, 2]]), np.array([40]), np.array([40]))
+    hot_budget.hot_memory(config).maps[0] = (hot_map, None, None)
+    for copies, hot in (([], 2), (None, 2), ([(1, 3)], 0)):
+        output = SimpleNamespace(kv_cache_block_copies=copies)
+        assert worker.execute_model(one, output) is output
+        assert np.count_nonzero(hot_map.hot_of(np.arange(8))) == hot
 
 
 def test_nothing_is_taken_on_a_gpu(worker, monkeypatch):

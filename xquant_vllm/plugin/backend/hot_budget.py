@@ -100,7 +100,7 @@ def unsupported(dtype: torch.dtype, head_sizes: Sequence[int]) -> str | None:
 def keep_pool_back() -> None:
     """Let vLLM's CPU worker keep the pool's bytes out of the cache's memory, once per process.
 
-    At its end the worker says what the pool was good for.
+    It also empties the maps where it copies pages, and says at its end what the pool was good for.
     """
     from vllm.platforms import current_platform
 
@@ -117,6 +117,16 @@ def keep_pool_back() -> None:
         total = original(self)
         return total - take_pool(self.vllm_config, total, lambda: _page_needs(self))
 
+    execute = CPUWorker.execute_model
+
+    @functools.wraps(execute)
+    def execute_model(self: Any, scheduler_output: Any) -> Any:
+        if scheduler_output.kv_cache_block_copies:
+            # A prefix ends within a block, which vLLM copies: the one page that the store does not write.
+            for hot_map, *_ in hot_memory(self.vllm_config).maps.values():
+                hot_map.clear()
+        return execute(self, scheduler_output)
+
     end = CPUWorker.shutdown
 
     @functools.wraps(end)
@@ -125,7 +135,9 @@ def keep_pool_back() -> None:
             say_counts(hot_map, hot_map.counts, "in all")
         return end(self)
 
-    CPUWorker.determine_available_memory, CPUWorker.shutdown = determine_available_memory, shutdown
+    CPUWorker.determine_available_memory = determine_available_memory
+    CPUWorker.execute_model = execute_model
+    CPUWorker.shutdown = shutdown
 
 
 def take_pool(vllm_config: Any, total: int, page_needs: Callable[[], PageNeeds]) -> int:
