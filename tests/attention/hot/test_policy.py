@@ -194,6 +194,26 @@ def test_working_sets_that_take_turns_do_not_thrash(period: int) -> None:
     assert counts.hot_rows >= 0.45 * steps * 4
 
 
+def test_groups_that_are_submitted_again_keep_one_of_them_hot() -> None:
+    """Prefixes are where they were, what follows is in other blocks every time: these must not push prefixes out."""
+    size, rows, prefix, tail, steps = 16, 4, 5, 2, 12
+    pool = 3 * 2 * rows * (prefix + tail) // 4
+    hot_map = HotMap(pool + 1, size)
+    prefixes = np.arange(1, 2 * rows * prefix + 1).reshape(2, rows, prefix)
+    free = list(range(1000, 1100))
+    for turn in range(100):
+        tails, free = free[: rows * tail], free[rows * tail :] + free[: rows * tail]
+        table = np.concatenate((prefixes[turn % 2], np.reshape(tails, (rows, tail))), 1)
+        computed = np.full(rows, prefix * size if turn > 1 else 0)
+        for step in range(steps):
+            length = np.full(rows, (prefix + 1) * size + step)
+            hot_map.plan(table, length, length - computed)
+            computed = length
+    counts = hot_map.counts
+    assert counts.promoted_tokens == 0
+    assert counts.hot_rows >= 0.75 * (counts.hot_rows + counts.cold_rows)
+
+
 def test_rows_that_grow_push_out_few_others() -> None:
     """A full pool of decoding rows: those that give way go one by one."""
     size, pool = 4, 40
