@@ -79,7 +79,23 @@ def reload_weights(llm: Any) -> dict[str, Any]:
     return {"error": None}
 
 
-KINDS = {f.__name__: f for f in (greedy, prompt_logprobs, next_logits, preemptions, reload_weights)}
+def hot_trace(llm: Any, **arguments: Any) -> dict[str, Any]:
+    """See ``hot/trace.py``, beside this script."""
+    from hot.trace import run_trace
+
+    return run_trace(llm, **arguments)
+
+
+def hot_turns(llm: Any, **arguments: Any) -> dict[str, Any]:
+    """See ``hot/trace.py``, beside this script."""
+    from hot.trace import take_turns
+
+    return take_turns(llm, **arguments)
+
+
+KINDS = {
+    f.__name__: f for f in (greedy, prompt_logprobs, next_logits, preemptions, reload_weights, hot_trace, hot_turns)
+}
 
 
 def run(request_path: str, result_path: str) -> None:

@@ -50,7 +50,7 @@ class HotStep:
     promoted: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class HotCounts:
     """Sums over steps.
 
@@ -65,6 +65,15 @@ class HotCounts:
     cold_rows: int = 0
     promoted_tokens: int = 0
     new_tokens: int = 0
+
+    def plus(self, more: "HotCounts", sign: int = 1) -> "HotCounts":
+        """Both together, or with a ``sign`` of -1 what is left without ``more``."""
+        return HotCounts(
+            self.hot_rows + sign * more.hot_rows,
+            self.cold_rows + sign * more.cold_rows,
+            self.promoted_tokens + sign * more.promoted_tokens,
+            self.new_tokens + sign * more.new_tokens,
+        )
 
 
 class HotMap:
@@ -89,6 +98,7 @@ class HotMap:
             promoted_tokens: see :data:`PROMOTED_TOKENS`.
         """
         self.block_size, self.window = block_size, window
+        # Since the start.
         self.counts = HotCounts()
         self._idle_steps, self._promoted_tokens = idle_steps, promoted_tokens
         self._step = 0
@@ -111,11 +121,6 @@ class HotMap:
         if largest >= self._hot_of.size:
             self._hot_of = np.concatenate((self._hot_of, np.zeros(largest + 1, np.int32)))
         return self._hot_of[blocks]
-
-    def take_counts(self) -> HotCounts:
-        """What was counted since the last call."""
-        counts, self.counts = self.counts, HotCounts()
-        return counts
 
     def clear(self) -> None:
         """Forget all: pages were written by something else than the store."""
@@ -160,12 +165,12 @@ class HotMap:
         hot &= taking_part
         if from_pages is not None:
             hot &= ~from_pages
-        self._count(hot, taking_part)
         promoted = self._tokens_of(promotions)
         new = self._new_tokens(blocks, computed, query_lens)
         slots, positions, hot_slots = (np.concatenate(pair) for pair in zip(promoted, new, strict=True))
-        self.counts.promoted_tokens += len(promoted[0])
-        self.counts.new_tokens += len(new[0])
+        num_hot = int(hot.sum())
+        num_cold = int(taking_part.sum()) - num_hot
+        self.counts = self.counts.plus(HotCounts(num_hot, num_cold, len(promoted[0]), len(new[0])))
         shown = np.where(hot[:, None], table, 0).astype(np.int32, copy=False)
         return HotStep(hot, shown, slots, positions, hot_slots, len(promoted[0]))
 
@@ -262,10 +267,6 @@ class HotMap:
         """A row is attended from pages: its hot blocks may go, but for those that hot rows share."""
         self._left[self.hot_of(blocks)] = True
         self._left[self.hot_of(kept.ravel())] = False
-
-    def _count(self, hot: NDArray[np.bool_], taking_part: NDArray[np.bool_]) -> None:
-        self.counts.hot_rows += int(hot.sum())
-        self.counts.cold_rows += int(taking_part.sum()) - int(hot.sum())
 
     def _tokens_of(self, promotions: Sequence[tuple[int, int, int]]) -> tuple[Ints, Ints, Ints]:
         """Slots, positions and hot slots of promoted blocks (block, its index in the row, tokens)."""

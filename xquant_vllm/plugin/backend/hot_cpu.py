@@ -18,11 +18,11 @@ from xquant_vllm.attention import dispatch
 from xquant_vllm.attention import reference as slow
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.hot import reference
-from xquant_vllm.attention.hot.policy import HotMap
+from xquant_vllm.attention.hot.policy import HotCounts, HotMap
 from xquant_vllm.attention.hot.rematerialize import TokenKernels, rematerialize
 from xquant_vllm.attention.hot.tokens import HotTokens
 from xquant_vllm.attention.plan import AttentionLayerPlan
-from xquant_vllm.plugin.backend.hot_budget import HotMemory, hot_memory
+from xquant_vllm.plugin.backend.hot_budget import HotMemory, hot_memory, say_counts
 
 logger = logging.getLogger("vllm.xquant_vllm")
 
@@ -147,7 +147,11 @@ def _token_kernels() -> TokenKernels:
 
 
 class HotBuilder:
-    """Makes :class:`HotBatch` for the layers of one metadata builder."""
+    """Makes :class:`HotBatch` for the layers of one metadata builder.
+
+    Attributes:
+        hot_map: of the KV cache group, from the first step on.
+    """
 
     def __init__(self, spec: KVCacheSpec, impls: Sequence[Any], vllm_config: Any, memory: HotMemory) -> None:
         """Give every layer its pool."""
@@ -158,7 +162,8 @@ class HotBuilder:
         windows = {impl.sliding_window for impl in impls}
         window = windows.pop() if len(windows) == 1 else None
         self._exact_from = first._exact_from
-        self._logged = time.monotonic()
+        self.hot_map: HotMap | None = None
+        self._logged, self._said = time.monotonic(), HotCounts()
         dtype = vllm_config.model_config.dtype
         self._schedule = {
             "num_heads": first.num_heads,
@@ -195,7 +200,7 @@ class HotBuilder:
             step = hot_map.plan(common.block_table_tensor.numpy(), lengths, counts, exact)
             known = self._memory.maps[address] = (hot_map, common, (step, HotTokens.of(step)))
             self._log(hot_map)
-        step, written = known[2]
+        self.hot_map, (step, written) = known[0], known[2]
         table = torch.from_numpy(step.block_table)
         if step.hot.sum() == np.count_nonzero(counts):
             batch = AttentionBatch(starts, common.seq_lens, table, common.max_query_len)
@@ -212,16 +217,8 @@ class HotBuilder:
         now = time.monotonic()
         if now - self._logged < _LOG_EVERY:
             return
-        self._logged = now
-        counts = hot_map.take_counts()
-        logger.info(
-            "xquant: hot blocks: since the last such line %d rows were attended from the pool and %d from pages; %d "
-            "new and %d promoted tokens were written to the pool",
-            counts.hot_rows,
-            counts.cold_rows,
-            counts.new_tokens,
-            counts.promoted_tokens,
-        )
+        say_counts(hot_map, hot_map.counts.plus(self._said, -1), f"in the last {now - self._logged:.0f} s")
+        self._logged, self._said = now, hot_map.counts
 
     def _rows(self, batch: AttentionBatch, tokens: torch.Tensor | None) -> HotRows:
         scheduler = ops.cpu_attn_get_scheduler_metadata(
