@@ -55,9 +55,7 @@ def write(
         call.latents = latents.data_ptr()
         if layer is not None:
             tokens.carried = (layer, latents)
-    raise_error(
-        library.xquant_cpu_write_hot(prepared.pointer, _prepared_layer(pool, plan).pointer, ctypes.byref(call))
-    )
+    raise_error(library.xquant_cpu_write_hot(prepared.pointer, _prepared_layer(pool, plan).pointer, ctypes.byref(call)))
 
 
 _last: tuple[HotTokens | None, HotCall] = (None, HotCall())

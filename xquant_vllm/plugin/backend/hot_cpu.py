@@ -19,10 +19,12 @@ from xquant_vllm.attention import reference as slow
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.hot import reference
 from xquant_vllm.attention.hot.policy import HotMap
+from xquant_vllm.attention.hot.pool import Pool
 from xquant_vllm.attention.hot.rematerialize import TokenKernels, rematerialize
 from xquant_vllm.attention.hot.tokens import HotTokens
 from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.plugin.backend.hot_budget import HotMemory, hot_memory
+from xquant_vllm.plugin.backend.hot_layout import pool_layout
 
 logger = logging.getLogger("vllm.xquant_vllm")
 
@@ -69,6 +71,9 @@ class HotPool:
         self._dtype = dtype
         memory = torch.zeros(num_hot_blocks, num_kv_heads, 2 * block_size, head_size, dtype=dtype)
         self.keys, self.values = memory.chunk(2, 2)
+        layout = pool_layout(dtype, block_size, head_size, self._isa)
+        # What the C++ kernels write to.
+        self._pool = None if layout is None else Pool(self.keys.flatten(2), self.values.flatten(2), layout)
 
     def write(
         self,
@@ -81,7 +86,13 @@ class HotPool:
         """Rematerialize a step's tokens; see :func:`rematerialize`."""
         if not tokens.count:
             return
-        keys, values = rematerialize(_token_kernels(), pages, plan, tokens, self._dtype, layer, before)
+        kernels = _token_kernels()
+        if kernels is not reference and self._pool is not None:
+            from xquant_vllm.attention.cpu import hot_write
+
+            hot_write.write(pages, plan, tokens, self._pool, layer, before)
+            return
+        keys, values = rematerialize(kernels, pages, plan, tokens, self._dtype, layer, before)
         ops.cpu_attn_reshape_and_cache(keys, values, self.keys, self.values, tokens.hot_slots, self._isa)
 
     def attend(
