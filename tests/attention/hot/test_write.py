@@ -78,7 +78,7 @@ def test_every_instruction_set(isa: str, seed: int) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("kind", ["latent", "x", "deltas"])
 def test_a_token_has_the_same_bits_alone_and_with_others(isa: str, kind: str, threads: int) -> None:
-    """In calls of all numbers of tokens: those that threads read and multiply together, and those that they share out."""
+    """In calls of few tokens, whose heads are shared out to threads, and of many, which are shared out themselves."""
     spec = Spec(kind=kind, seqs=((200, 1),), block_size=16, head_size=64, hidden_size=192, joint=kind != "latent")
     spec = replace(spec, key_group=64, value_group=64, earlier=(4,) if kind == "deltas" else ())
     case = make_case(spec)
@@ -117,7 +117,8 @@ def test_a_chain_carries_its_latents(kind: str, seed: int) -> None:
     tokens.carried = ("before", read_slots(case.pages, plan.layouts, plan.key_terms[:-1], tokens.slots).contiguous())
     hot_write.write(own, plan, tokens, pool, layer="this", before="before")
     assert_written(pool, tokens, wanted, dtype)
-    assert tokens.carried is not None and tokens.carried[0] == "this"
+    assert tokens.carried is not None
+    assert tokens.carried[0] == "this"
     torch.testing.assert_close(tokens.carried[1], whole, rtol=1e-5, atol=1e-5)
 
 

@@ -1,8 +1,8 @@
 """Writing tokens to the pool of hot blocks in one call of the C++ kernels: read, multiply, finish, write.
 
 In PyTorch: :func:`xquant_vllm.attention.hot.rematerialize.rematerialize` and
-:meth:`xquant_vllm.attention.hot.pool.Pool.put`. A token's numbers have the same bits whatever else is in the call, so new
-tokens and promoted ones are the same.
+:meth:`xquant_vllm.attention.hot.pool.Pool.put`. A token's numbers have the same bits whatever else is in the call, so
+new tokens and promoted ones are the same.
 """
 
 import ctypes

@@ -1,9 +1,9 @@
 """How CPU_ATTN lays out its cache, found out by asking it.
 
-The layout depends on the processor, the dtype and the block size, and is nobody's promise. So it is not written down here:
-vLLM's own operation is given a block whose numbers say which token and channel they are, and where these end up is the
-layout. Then a block of other numbers must come out alike. Where this is no layout that
-:class:`PoolLayout` can say, tokens are written by vLLM's operation.
+The layout depends on the processor, the dtype and the block size, and is nobody's promise. So it is not written down
+here: vLLM's own operation is given a block whose numbers say which token and channel they are, and where these end up
+is the layout. Then a block of other numbers must come out alike. Where :class:`PoolLayout` cannot say it, tokens are
+written by vLLM's operation.
 """
 
 import functools
@@ -67,7 +67,7 @@ def _names(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _within(numbers: torch.Tensor, count: int) -> bool:
-    return 0 <= int(numbers.min()) and int(numbers.max()) < count
+    return int(numbers.min()) >= 0 and int(numbers.max()) < count
 
 
 def _agrees(layout: PoolLayout, dtype: torch.dtype, isa: str) -> bool:
