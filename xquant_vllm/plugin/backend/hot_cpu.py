@@ -18,7 +18,7 @@ from xquant_vllm.attention import dispatch
 from xquant_vllm.attention import reference as slow
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.hot import reference
-from xquant_vllm.attention.hot.policy import HotMap
+from xquant_vllm.attention.hot.policy import PROMOTED_TOKENS, HotMap
 from xquant_vllm.attention.hot.pool import Pool
 from xquant_vllm.attention.hot.rematerialize import TokenKernels, rematerialize
 from xquant_vllm.attention.hot.tokens import HotTokens
@@ -168,6 +168,9 @@ class HotBuilder:
         self._map_window = spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None
         windows = {impl.sliding_window for impl in impls}
         window = windows.pop() if len(windows) == 1 else None
+        # A chain takes longer to attend from pages than to promote: then what waits only costs more.
+        chained = any(impl.earlier_layers for impl in impls)
+        self._promoted_tokens = max(PROMOTED_TOKENS, vllm_config.model_config.max_model_len if chained else 0)
         self._exact_from = first._exact_from
         self._logged = time.monotonic()
         dtype = vllm_config.model_config.dtype
@@ -201,7 +204,7 @@ class HotBuilder:
         address = common.block_table_tensor.data_ptr()
         known = self._memory.maps.get(address)
         if known is None or known[1] is not common:
-            hot_map = HotMap(self._num_hot_blocks, self._block_size, self._map_window) if known is None else known[0]
+            hot_map = self._new_map() if known is None else known[0]
             exact = None if self._exact_from is None else counts >= self._exact_from
             step = hot_map.plan(common.block_table_tensor.numpy(), lengths, counts, exact)
             known = self._memory.maps[address] = (hot_map, common, (step, HotTokens.of(step)))
@@ -218,6 +221,9 @@ class HotBuilder:
             for rows, of in ((step.hot, table), (~step.hot & (counts > 0), common.block_table_tensor))
         )
         return HotBatch(written, self._rows(hot, hot_tokens), cold)
+
+    def _new_map(self) -> HotMap:
+        return HotMap(self._num_hot_blocks, self._block_size, self._map_window, promoted_tokens=self._promoted_tokens)
 
     def _log(self, hot_map: HotMap) -> None:
         now = time.monotonic()
