@@ -168,9 +168,6 @@ class HotBuilder:
         self._map_window = spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None
         windows = {impl.sliding_window for impl in impls}
         window = windows.pop() if len(windows) == 1 else None
-        # A chain takes longer to attend from pages than to promote: then what waits only costs more.
-        chained = any(impl.earlier_layers for impl in impls)
-        self._promoted_tokens = max(PROMOTED_TOKENS, vllm_config.model_config.max_model_len if chained else 0)
         self._exact_from = first._exact_from
         self._logged = time.monotonic()
         dtype = vllm_config.model_config.dtype
@@ -184,6 +181,9 @@ class HotBuilder:
             "isa": _get_attn_isa(dtype, spec.block_size, first.head_size),
             "enable_kv_split": envs.VLLM_CPU_ATTN_SPLIT_KV,
         }
+        # A chain takes longer to attend from pages than to promote: then what waits only costs more.
+        chained = any(impl.earlier_layers for impl in impls)
+        self._promoted_tokens = max(PROMOTED_TOKENS, vllm_config.model_config.max_model_len if chained else 0)
         for impl in impls:
             impl.set_pool(HotPool(self._num_hot_blocks, spec.block_size, impl.num_kv_heads, impl.head_size, dtype))
 
@@ -222,9 +222,6 @@ class HotBuilder:
         )
         return HotBatch(written, self._rows(hot, hot_tokens), cold)
 
-    def _new_map(self) -> HotMap:
-        return HotMap(self._num_hot_blocks, self._block_size, self._map_window, promoted_tokens=self._promoted_tokens)
-
     def _log(self, hot_map: HotMap) -> None:
         now = time.monotonic()
         if now - self._logged < _LOG_EVERY:
@@ -248,6 +245,9 @@ class HotBuilder:
             **self._schedule,
         )
         return HotRows(batch, scheduler, tokens)
+
+    def _new_map(self) -> HotMap:
+        return HotMap(self._num_hot_blocks, self._block_size, self._map_window, promoted_tokens=self._promoted_tokens)
 
 
 def _some_rows(
