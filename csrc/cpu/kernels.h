@@ -67,6 +67,13 @@ struct Kernels {
                         float* scratch);
     void (*finish_tokens)(const xquant_plan& plan, const xquant_finish_call& call, int64_t first, int64_t count,
                           float* scratch);
+    // Of all in one: floats of a stage, where tokens are between reading and multiplying, and of a thread that multiplies.
+    int64_t (*hot_stage)(const xquant_plan& plan, const xquant_hot_layer& layer, int64_t tokens);
+    int64_t (*hot_heads_scratch)(const xquant_plan& plan, int64_t tokens);
+    void (*hot_read)(const xquant_plan& plan, const xquant_hot_layer& layer, const xquant_hot_call& call, int64_t first,
+                     int64_t count, float* stage, int64_t room, int64_t at, float* scratch);
+    void (*hot_write)(const xquant_plan& plan, const xquant_hot_layer& layer, const xquant_hot_call& call, bool values,
+                      int64_t kv_head, int64_t first, int64_t count, float* stage, int64_t room, float* scratch);
 
     // KIVI; merge and finish are the same.
     int64_t (*kivi_store_scratch)(const xquant_kivi_plan& plan);

@@ -18,11 +18,13 @@ from xquant_vllm.attention import dispatch
 from xquant_vllm.attention import reference as slow
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.hot import reference
-from xquant_vllm.attention.hot.policy import HotCounts, HotMap
+from xquant_vllm.attention.hot.policy import PROMOTED_TOKENS, HotCounts, HotMap
+from xquant_vllm.attention.hot.pool import Pool
 from xquant_vllm.attention.hot.rematerialize import TokenKernels, rematerialize
 from xquant_vllm.attention.hot.tokens import HotTokens
 from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.plugin.backend.hot_budget import HotMemory, hot_memory, say_counts
+from xquant_vllm.plugin.backend.hot_layout import pool_layout
 
 logger = logging.getLogger("vllm.xquant_vllm")
 
@@ -69,6 +71,9 @@ class HotPool:
         self._dtype = dtype
         memory = torch.zeros(num_hot_blocks, num_kv_heads, 2 * block_size, head_size, dtype=dtype)
         self.keys, self.values = memory.chunk(2, 2)
+        layout = pool_layout(dtype, block_size, head_size, self._isa)
+        # What the C++ kernels write to.
+        self._pool = None if layout is None else Pool(self.keys.flatten(2), self.values.flatten(2), layout)
 
     def write(
         self,
@@ -81,7 +86,13 @@ class HotPool:
         """Rematerialize a step's tokens; see :func:`rematerialize`."""
         if not tokens.count:
             return
-        keys, values = rematerialize(_token_kernels(), pages, plan, tokens, self._dtype, layer, before)
+        kernels = _token_kernels()
+        if kernels is not reference and self._pool is not None:
+            from xquant_vllm.attention.cpu import hot_write
+
+            hot_write.write(pages, plan, tokens, self._pool, layer, before)
+            return
+        keys, values = rematerialize(kernels, pages, plan, tokens, self._dtype, layer, before)
         ops.cpu_attn_reshape_and_cache(keys, values, self.keys, self.values, tokens.hot_slots, self._isa)
 
     def attend(
@@ -175,6 +186,9 @@ class HotBuilder:
             "isa": _get_attn_isa(dtype, spec.block_size, first.head_size),
             "enable_kv_split": envs.VLLM_CPU_ATTN_SPLIT_KV,
         }
+        # A chain takes longer to attend from pages than to promote: then what waits only costs more.
+        chained = any(impl.earlier_layers for impl in impls)
+        self._promoted_tokens = max(PROMOTED_TOKENS, vllm_config.model_config.max_model_len if chained else 0)
         for impl in impls:
             impl.set_pool(HotPool(self._num_hot_blocks, spec.block_size, impl.num_kv_heads, impl.head_size, dtype))
 
@@ -195,7 +209,7 @@ class HotBuilder:
         address = common.block_table_tensor.data_ptr()
         known = self._memory.maps.get(address)
         if known is None or known[1] is not common:
-            hot_map = HotMap(self._num_hot_blocks, self._block_size, self._map_window) if known is None else known[0]
+            hot_map = self._new_map() if known is None else known[0]
             exact = None if self._exact_from is None else counts >= self._exact_from
             step = hot_map.plan(common.block_table_tensor.numpy(), lengths, counts, exact)
             known = self._memory.maps[address] = (hot_map, common, (step, HotTokens.of(step)))
@@ -228,6 +242,9 @@ class HotBuilder:
             **self._schedule,
         )
         return HotRows(batch, scheduler, tokens)
+
+    def _new_map(self) -> HotMap:
+        return HotMap(self._num_hot_blocks, self._block_size, self._map_window, promoted_tokens=self._promoted_tokens)
 
 
 def _some_rows(

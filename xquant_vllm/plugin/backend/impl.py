@@ -71,6 +71,11 @@ class XQuantImpl(PagedImpl):
             self._sinks = self._sinks.detach().to(device, torch.float32).contiguous()
         self._plans.clear()
 
+    @property
+    def earlier_layers(self) -> int:
+        """Of how many layers the pages are read too."""
+        return len(self._earlier)
+
     def set_pool(self, pool: HotPool) -> None:
         """Take the layer's pool of hot blocks."""
         self.hot_pool = pool
