@@ -10,6 +10,7 @@ import torch
 
 from tests.attention import attention_cases
 from tests.attention.attention_cases import Case, Spec, make_plan, random_spec
+from tests.attention.byte_case import in_bytes, on_bytes, run_reference
 from tests.attention.integer_case import on_integers
 from tests.attention.stored_pages import assert_same_pages, make_store_case
 from tests.cpu_kernels import assert_close, bits, has_kernels
@@ -33,7 +34,8 @@ from xquant_vllm.attention.cpu import plan as cpu_plan
 
 def make_case(spec: Spec) -> Case:
     """Of a key up-projection that is exact in integers; test_keys_in_16_bits takes others."""
-    return on_integers(attention_cases.make_case(spec))
+    case = attention_cases.make_case(spec)
+    return on_bytes(case) if in_bytes(case) else on_integers(case)
 
 
 # --- Attention ---
@@ -44,28 +46,28 @@ def test_attention(isa: str, seed: int) -> None:
     spec = random_spec(seed)
     print(spec)
     case = make_case(spec)
-    assert_close(case.run(cpu), case.run(reference))
+    assert_close(case.run(cpu), run_reference(case))
 
 
 @pytest.mark.parametrize("seed", range(100, 130))
 def test_exact_prompts(isa: str, seed: int) -> None:
     """Tokens that are attended to exactly are not in the pages."""
     case = make_case(replace(random_spec(seed), exact_from=2))
-    assert_close(case.run(cpu), case.run(reference))
+    assert_close(case.run(cpu), run_reference(case))
 
 
 @pytest.mark.parametrize("spec", [spec for spec in map(random_spec, range(30)) if spec.kind == "latent"])
 def test_keys_by_integers_are_exact(isa: str, spec: Spec) -> None:
     """With values in FP16, which are not weighed by integers."""
     case = make_case(replace(spec, value_bits=16, allocated=0.0, rope="neox"))
-    assert_close(case.run(cpu), case.run(reference), 1e-5)
+    assert_close(case.run(cpu), run_reference(case), 1e-5)
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_keys_in_16bits(isa: str, seed: int) -> None:
     """Any up-projection: rounded to 16 bits."""
     case = attention_cases.make_case(random_spec(seed))
-    assert_close(case.run(cpu), case.run(reference), 2e-3)
+    assert_close(case.run(cpu), run_reference(case), 2e-3)
 
 
 LARGE = {
@@ -113,7 +115,7 @@ LARGE = {
 @pytest.mark.parametrize("name", LARGE)
 def test_large(isa: str, name: str) -> None:
     case = make_case(LARGE[name])
-    assert_close(case.run(cpu), case.run(reference))
+    assert_close(case.run(cpu), run_reference(case))
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 30.0])
