@@ -65,10 +65,9 @@ __attribute__((noinline)) void byte_block(const int32_t* up, const int32_t* quad
         for (int64_t j = 0; j < kVectors; ++j) columns[j] = _mm512_loadu_si512(quads + j * kLanes);
 #pragma GCC unroll 8
         for (int64_t i = 0; i < kByteRows; ++i) {
+            const __m512i factor = _mm512_set1_epi32(up[i]);
 #pragma GCC unroll 4
-            for (int64_t j = 0; j < kVectors; ++j) {
-                asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums[i][j]) : "v"(columns[j]), "m"(up[i]));
-            }
+            for (int64_t j = 0; j < kVectors; ++j) multiply_add<true>(sums[i][j], columns[j], factor);
         }
     }
 #pragma GCC unroll 4

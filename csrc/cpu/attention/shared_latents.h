@@ -15,6 +15,7 @@
 #include "api.h"
 #include "attention/byte_keys.h"
 #include "attention/exact_tokens.h"
+#include "attention/integer_values.h"
 #include "attention/load_keys.h"
 #include "attention/load_values.h"
 #include "attention/rows.h"
@@ -85,15 +86,6 @@ inline bool same_latents(const xquant_latent& a, const xquant_latent& b) {
     return true;
 }
 
-// Tokens start + [first, last) to scratch.latents.
-inline void load_shared_latents(const xquant_plan& plan, const Pages& pages, const xquant_latent& latent, int64_t start,
-                                int64_t first, int64_t last, const SharedScratch& scratch) {
-    for_bands(latent, 0, [&](const Band& band) {
-        load_latents(plan, pages, latent, 0, start, first, last, band, scratch.all.strip, scratch.latents + band.row,
-                     scratch.stride);
-    });
-}
-
 // scratch.quads and scales of tokens start + [first, last), which are in scratch.latents.
 inline void load_shared_quads(const xquant_plan& plan, int64_t first, int64_t last, const SharedScratch& scratch) {
     const int64_t width = plan.key.width, padded = round_up(width, kPad);
@@ -112,7 +104,10 @@ inline void load_shared_quads(const xquant_plan& plan, int64_t first, int64_t la
 inline void load_for_keys(const xquant_plan& plan, const Pages& pages, int64_t start, int64_t first, int64_t last,
                           const SharedScratch& scratch) {
     if (plan.key_bytes) {
-        load_shared_latents(plan, pages, plan.key, start, first, last, scratch);
+        for_bands(plan.key, 0, [&](const Band& band) {
+            load_latents(plan, pages, plan.key, 0, start, first, last, band, scratch.all.strip,
+                         scratch.latents + band.row, scratch.stride);
+        });
         load_shared_quads(plan, first, last, scratch);
         return;
     }
@@ -174,9 +169,10 @@ inline void score_head(const xquant_plan& plan, const ExactTokens& exact, int64_
     gemm<Order::kPlain>(rows, last - first, product);
 }
 
-// Add tokens [first, last) of scratch.latents, times their weights, for all rows.
-inline void accumulate_shared(const xquant_plan& plan, int64_t rows, int64_t first, int64_t last, const State& state,
-                              const SharedScratch& scratch) {
+// Add the value latents of tokens start + [first, last), times their weights, for all rows; `loaded` says that
+// scratch.latents has them.
+inline void accumulate_shared(const xquant_plan& plan, const Pages& pages, int64_t rows, int64_t start, int64_t first,
+                              int64_t last, bool loaded, const State& state, const SharedScratch& scratch) {
     Product product;
     product.depth = last - first;
     product.a = scratch.all.weights + first;
@@ -185,6 +181,14 @@ inline void accumulate_shared(const xquant_plan& plan, int64_t rows, int64_t fir
     product.ldc = round_up(plan.value.width, kPad);
     product.accumulate = true;
     for_bands(plan.value, 0, [&](const Band& band) {
+        if (kIntegers && values_in_integers(plan, 0, band)) {
+            accumulate_integer_values(plan, pages, 0, rows, start, first, last, band, state, scratch.all);
+            return;
+        }
+        if (!loaded) {
+            load_latents(plan, pages, plan.value, 0, start, first, last, band, scratch.all.strip,
+                         scratch.latents + band.row, scratch.stride);
+        }
         product.b = scratch.latents + first * scratch.stride + band.row;
         product.c = state.accumulator + band.row;
         gemm_tall(rows, round_up(band.channels, kPad), product);
@@ -216,8 +220,7 @@ inline bool attend_shared_stretch(const xquant_plan& plan, const xquant_attentio
             weigh(plan, task, rows, start, first_column, last_column, state_of_head(plan, state, i, rows), one);
         }
         if (from > first) {
-            if (!same) load_shared_latents(plan, pages, plan.value, start, first, from, scratch);
-            accumulate_shared(plan, rows * heads, first, from, state, scratch);
+            accumulate_shared(plan, pages, rows * heads, start, first, from, same, state, scratch);
         }
         for (int64_t i = 0; from < last && i < heads; ++i) {
             exact.accumulate_values(task.kv_head + i, rows, start, from, last, state_of_head(plan, state, i, rows),
