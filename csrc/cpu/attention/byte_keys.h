@@ -22,6 +22,10 @@ namespace {
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 constexpr int64_t kByteRows = 8;
 
+// What a token's largest latent becomes before it is rounded: not 127, for half of it would be halfway between two
+// integers, and last bits would decide.
+constexpr float kLargestLatent = 126.9375f;
+
 // Latents [channels] of a token, a multiple of 16, to bytes; returns what a byte counts. NaN and infinity make it NaN.
 inline float latent_bytes(const float* latents, int64_t channels, uint8_t* bytes) {
     vf top = {}, wrong = {};
@@ -31,12 +35,12 @@ inline float latent_bytes(const float* latents, int64_t channels, uint8_t* bytes
         wrong += x * 0.0f;
     }
     const float largest = reduce_max(top) + reduce_add(wrong);
-    const vf inverse = broadcast(largest > 0.0f ? 127.0f / largest : 0.0f);
+    const vf inverse = broadcast(largest > 0.0f ? kLargestLatent / largest : 0.0f);
     for (int64_t i = 0; i < channels; i += kLanes) {
         const vi x = (vi)_mm512_maskz_cvtps_epi32(0xffff, (__m512)(load(latents + i) * inverse)) + 128;
         _mm_storeu_si128((__m128i*)(bytes + i), _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)x));
     }
-    return largest * (1.0f / 127.0f);
+    return largest * (1.0f / kLargestLatent);
 }
 
 // Bytes of a strip, [16][channels], to [channels / 4][kTile] 32-bit numbers of four channels.

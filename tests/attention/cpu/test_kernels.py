@@ -70,6 +70,37 @@ def test_keys_in_16bits(isa: str, seed: int) -> None:
     assert_close(case.run(cpu), run_reference(case), 2e-3)
 
 
+@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize("kind", ["x", "deltas"])
+def test_keys_in_bytes(isa: str, kind: str, bits: int) -> None:
+    """Any up-projection of X or of a sum of X, rounded to 8 bits as the latents are, against nothing rounded."""
+    spec = Spec(seqs=((300, 3), (64, 40)), kv_heads=4, kind=kind, earlier=(4, 2), key_bits=bits, key_outliers=0)
+    case = attention_cases.make_case(spec)
+    assert in_bytes(case) == library.multiplies_integers()
+    assert_close(case.run(cpu), case.run(reference), 0.1)
+
+
+@pytest.mark.parametrize("kind", ["x", "deltas"])
+def test_exact_prompts_beside_bytes(isa: str, kind: str) -> None:
+    spec = Spec(seqs=((300, 40), (30, 30), (70, 1), (600, 17)), kind=kind, earlier=(4, 2), key_outliers=0, exact_from=2)
+    case = make_case(spec)
+    assert_close(case.run(cpu), run_reference(case))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_in_shared_latents(isa: str, value: float) -> None:
+    """It reaches the queries that see it in all heads, and no others; the tokens beside it stay as they are."""
+    case = make_case(Spec(seqs=((257, 3), (20, 1)), kind="x", key_outliers=0, kv_heads=3))
+    before = case.run(cpu)
+    scale = case.plan.layout.offsets[0].scales
+    page = case.pages[0][case.batch.block_table[0, 256 // 16]]
+    page[scale : scale + 2] = torch.tensor([value]).half().view(torch.uint8)
+    output = case.run(cpu)
+    assert output[2].isnan().all()
+    others = [0, 1, 3]
+    assert torch.equal(output[others], before[others])
+
+
 LARGE = {
     "long decode": Spec(seqs=((2000, 1), (1, 1), (257, 1), (1025, 1)), kv_heads=3),
     "long prefill": Spec(seqs=((700, 500),), head_size=64),
@@ -87,6 +118,16 @@ LARGE = {
     "chain of deltas of X": Spec(
         seqs=((300, 2), (64, 64)), kv_heads=3, group=1, kind="deltas", earlier=(4, 2, 3, 2, 2, 8, 2), hidden_size=576,
         key_group=96, key_bits=2,
+    ),
+    "X in bytes": Spec(seqs=((300, 3), (64, 64), (520, 1)), kv_heads=9, group=1, kind="x", hidden_size=576,
+                       key_group=96, key_outliers=0, bias=True, sinks=True),
+    "sum of X in bytes": Spec(
+        seqs=((300, 2), (64, 40), (65, 1)), kv_heads=3, group=2, kind="deltas", earlier=(4, 2, 2, 3, 3, 2), hidden_size=328,
+        key_group=8, key_bits=2, key_outliers=0, window=100, soft_cap=20.0, norm=True, rope="interleaved",
+    ),
+    "long sum": Spec(
+        seqs=((100, 2), (40, 40)), kv_heads=2, group=1, kind="deltas", earlier=(4, *(2,) * 40), hidden_size=96,
+        key_group=96, key_bits=2, key_outliers=0,
     ),
     "chain of latents": Spec(
         seqs=((300, 2), (64, 64)), kv_heads=3, joint=True, kind="chain", earlier=(4, 16, 2), key_group=96, key_bits=2,
@@ -226,6 +267,10 @@ INVARIANT = {
     ),
     "window": Spec(seqs=((900, 1), (600, 100)), window=300, soft_cap=10.0, dtype=torch.bfloat16),
     "deltas": Spec(seqs=((600, 1), (270, 90)), kind="deltas", earlier=(4, 2), hidden_size=72, key_group=24),
+    "X in bytes": Spec(
+        seqs=((600, 1), (570, 90), (40, 33)), kind="x", kv_heads=3, key_outliers=0, window=300, norm=True,
+    ),
+    "sum in bytes": Spec(seqs=((600, 1), (270, 90)), kind="deltas", earlier=(4, 2), key_bits=2, key_outliers=0),
     "absorbed chain": Spec(seqs=((600, 1), (270, 90)), kind="chain", earlier=(4, 2), joint=True, rope="none"),
     "runs": Spec(seqs=((600, 1), (270, 90)), allocated=1.0, window=300, seed=7),
 }

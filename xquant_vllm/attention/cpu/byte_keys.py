@@ -22,6 +22,9 @@ from xquant_vllm.projection.integer_up import BYTE_BITS, LARGEST_BYTE
 # What is added to a latent's integer, and channels that are read at once.
 _OFFSET = 128
 _CHANNELS = 16
+# What a token's largest latent becomes before it is rounded: not 127, for half of it would be halfway between two
+# integers, and last bits would decide.
+_LARGEST_LATENT = 126.9375
 # Rows of a block of the product: kByteRows.
 _ROWS = 8
 # Sums of so many products stay below 2**31.
@@ -75,5 +78,5 @@ def byte_keys(up_key: torch.Tensor) -> ByteKeys:
 def round_latents(latents: torch.Tensor) -> torch.Tensor:
     """Latents ``[..., width]`` FP32 as the kernels multiply them: integers times a scale of the token."""
     largest = latents.abs().amax(-1, keepdim=True)
-    integers = (latents * (LARGEST_BYTE / largest.clamp_min(1e-30))).round()
-    return integers * (largest * (1 / LARGEST_BYTE))
+    integers = (latents * (_LARGEST_LATENT / largest.clamp_min(1e-30))).round()
+    return integers * (largest * (1 / _LARGEST_LATENT))
