@@ -31,7 +31,7 @@ inline float latent_bytes(const float* latents, int64_t channels, uint8_t* bytes
     vf top = {}, wrong = {};
     for (int64_t i = 0; i < channels; i += kLanes) {
         const vf x = load(latents + i);
-        top = maximum(x > 0.0f ? x : -x, top);
+        top = maximum((vf)((vi)x & 0x7fffffff), top);
         wrong += x * 0.0f;
     }
     const float largest = reduce_max(top) + reduce_add(wrong);

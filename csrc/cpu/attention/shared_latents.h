@@ -86,36 +86,39 @@ inline bool same_latents(const xquant_latent& a, const xquant_latent& b) {
     return true;
 }
 
-// scratch.quads and scales of tokens start + [first, last), which are in scratch.latents.
-inline void load_shared_quads(const xquant_plan& plan, int64_t first, int64_t last, const SharedScratch& scratch) {
+// Tokens start + [first, last) of a strip, whose latents are in `rows` [16][stride], to scratch.quads and scales.
+inline void load_shared_quads(const xquant_plan& plan, int64_t strip, int64_t first, int64_t last, float* rows,
+                              const SharedScratch& scratch) {
     const int64_t width = plan.key.width, padded = round_up(width, kPad);
-    for (int64_t strip = first / kStrip * kStrip; strip < last; strip += kStrip) {
-        const int64_t from = first > strip ? first : strip, to = last < strip + kStrip ? last : strip + kStrip;
-        for (int64_t token = from; token < to; ++token) {
-            float* latents = scratch.latents + token * scratch.stride;
-            for (int64_t i = width; i < padded; ++i) latents[i] = 0.0f;
-            scratch.scales[token] = latent_bytes(latents, padded, scratch.bytes + (token - strip) * padded);
-        }
-        latent_quads(scratch.bytes, padded, scratch.quads + strip);
+    for (int64_t token = first; token < last; ++token) {
+        float* latents = rows + (token - strip) * scratch.stride;
+        for (int64_t i = width; i < padded; ++i) latents[i] = 0.0f;
+        scratch.scales[token] = latent_bytes(latents, padded, scratch.bytes + (token - strip) * padded);
     }
+    latent_quads(scratch.bytes, padded, scratch.quads + strip);
 }
 
-// What keys of all kv heads are made of, for tokens start + [first, last).
+// What keys of all kv heads are made of, for tokens start + [first, last). With `keep`, latents of which bytes are made
+// stay in scratch.latents; else those of a strip take the place of the strip's before, which is in cache.
 inline void load_for_keys(const xquant_plan& plan, const Pages& pages, int64_t start, int64_t first, int64_t last,
-                          const SharedScratch& scratch) {
-    if (plan.key_bytes) {
+                          bool keep, const SharedScratch& scratch) {
+    if (!plan.key_bytes) {
         for_bands(plan.key, 0, [&](const Band& band) {
-            load_latents(plan, pages, plan.key, 0, start, first, last, band, scratch.all.strip,
-                         scratch.latents + band.row, scratch.stride);
+            Scratch of_band = scratch.all;
+            of_band.latents = scratch.channels + band.row * kTile;
+            load_key_latents(plan, pages, 0, start, first / kStrip * kStrip, round_up(last, kStrip), band, of_band);
         });
-        load_shared_quads(plan, first, last, scratch);
         return;
     }
-    for_bands(plan.key, 0, [&](const Band& band) {
-        Scratch of_band = scratch.all;
-        of_band.latents = scratch.channels + band.row * kTile;
-        load_key_latents(plan, pages, 0, start, first / kStrip * kStrip, round_up(last, kStrip), band, of_band);
-    });
+    for (int64_t strip = first / kStrip * kStrip; strip < last; strip += kStrip) {
+        const int64_t from = first > strip ? first : strip, to = last < strip + kStrip ? last : strip + kStrip;
+        float* rows = scratch.latents + (keep ? strip * scratch.stride : 0);
+        for_bands(plan.key, 0, [&](const Band& band) {
+            load_latents(plan, pages, plan.key, 0, start, from, to, band, scratch.all.strip,
+                         rows + band.row - strip * scratch.stride, scratch.stride);
+        });
+        load_shared_quads(plan, strip, from, to, rows, scratch);
+    }
 }
 
 // Keys of tokens start + [first, last) of a kv head, from what load_for_keys left; both bounds are multiples of 16.
@@ -202,7 +205,8 @@ inline bool attend_shared_stretch(const xquant_plan& plan, const xquant_attentio
     const Pages pages{plan, call, call.block_table + task.sequence * call.block_table_stride};
     const Context context(task, stretch);
     const ExactTokens exact(plan, call, task);
-    const bool same = plan.key_bytes && same_latents(plan.key, plan.value);
+    // Only sums are weighed in FP32, see accumulate_shared; what has one term is not kept for this.
+    const bool keep = plan.key_bytes && plan.key.num_terms > 1 && same_latents(plan.key, plan.value);
     for (int64_t i = 0; i < heads; ++i) {
         load_queries(plan, call, task_of_head(task, i), rows, scratch.of_head(i, rows));
     }
@@ -213,14 +217,14 @@ inline bool attend_shared_stretch(const xquant_plan& plan, const xquant_attentio
         pages.prefetch_tile(task.kv_head, next, after < task.end ? after : task.end);
         const int64_t first_column = first / kStrip * kStrip, last_column = round_up(last, kStrip);
         const int64_t from = exact.first_of(start, first, last);
-        if (from > first) load_for_keys(plan, pages, start, first, from, scratch);
+        if (from > first) load_for_keys(plan, pages, start, first, from, keep, scratch);
         for (int64_t i = 0; i < heads; ++i) {
             const Scratch one = scratch.of_head(i, rows);
             score_head(plan, exact, task.kv_head + i, rows, start, first_column, last_column, scratch, one);
             weigh(plan, task, rows, start, first_column, last_column, state_of_head(plan, state, i, rows), one);
         }
         if (from > first) {
-            accumulate_shared(plan, pages, rows * heads, start, first, from, same, state, scratch);
+            accumulate_shared(plan, pages, rows * heads, start, first, from, keep, state, scratch);
         }
         for (int64_t i = 0; from < last && i < heads; ++i) {
             exact.accumulate_values(task.kv_head + i, rows, start, from, last, state_of_head(plan, state, i, rows),
