@@ -16,7 +16,7 @@ from xquant_vllm.projection.rematerialize import LayerProjection, rematerialize_
 
 
 def on_bytes(case: Case) -> Case:
-    """The case with every column of the key up-projection rounded to integers of 8 bits, so that kernels round nothing."""
+    """The case with its key up-projection in integers of 8 bits, a unit per column, so that kernels round nothing."""
     projection = case.plan.projection
     up = projection.up_key.double()
     unit = (up.abs().amax(1, keepdim=True) / LARGEST_BYTE).clamp_min(1e-30)

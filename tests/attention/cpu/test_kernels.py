@@ -122,8 +122,9 @@ LARGE = {
     "X in bytes": Spec(seqs=((300, 3), (64, 64), (520, 1)), kv_heads=9, group=1, kind="x", hidden_size=576,
                        key_group=96, key_outliers=0, bias=True, sinks=True),
     "sum of X in bytes": Spec(
-        seqs=((300, 2), (64, 40), (65, 1)), kv_heads=3, group=2, kind="deltas", earlier=(4, 2, 2, 3, 3, 2), hidden_size=328,
-        key_group=8, key_bits=2, key_outliers=0, window=100, soft_cap=20.0, norm=True, rope="interleaved",
+        seqs=((300, 2), (64, 40), (65, 1)), kv_heads=3, group=2, kind="deltas", earlier=(4, 2, 2, 3, 3, 2),
+        hidden_size=328, key_group=8, key_bits=2, key_outliers=0, window=100, soft_cap=20.0, norm=True,
+        rope="interleaved",
     ),
     "long sum": Spec(
         seqs=((100, 2), (40, 40)), kv_heads=2, group=1, kind="deltas", earlier=(4, *(2,) * 40), hidden_size=96,
@@ -268,7 +269,12 @@ INVARIANT = {
     "window": Spec(seqs=((900, 1), (600, 100)), window=300, soft_cap=10.0, dtype=torch.bfloat16),
     "deltas": Spec(seqs=((600, 1), (270, 90)), kind="deltas", earlier=(4, 2), hidden_size=72, key_group=24),
     "X in bytes": Spec(
-        seqs=((600, 1), (570, 90), (40, 33)), kind="x", kv_heads=3, key_outliers=0, window=300, norm=True,
+        seqs=((600, 1), (570, 90), (40, 33)),
+        kind="x",
+        kv_heads=3,
+        key_outliers=0,
+        window=300,
+        norm=True,
     ),
     "sum in bytes": Spec(seqs=((600, 1), (270, 90)), kind="deltas", earlier=(4, 2), key_bits=2, key_outliers=0),
     "absorbed chain": Spec(seqs=((600, 1), (270, 90)), kind="chain", earlier=(4, 2), joint=True, rope="none"),

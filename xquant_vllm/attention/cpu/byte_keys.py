@@ -1,12 +1,12 @@
 """Key up-projections in 8 bits for latents that all kv heads read, as csrc/cpu/attention/byte_keys.h multiplies them.
 
 ``up = unit * integers`` with a unit for every column of a kv head, its largest integer 127. The latents of a token,
-summed up where a chain has several terms, become integers of 8 bits of their largest at the same time:
-:func:`round_latents` does what the kernels do. So one product in INT8 makes the keys of all channels, and a token's scale
-and the column's unit are multiplied in once.
+summed up where a chain has several terms, become integers of 8 bits of their largest: :func:`round_latents` does what
+the kernels do. So one product in INT8 goes over all channels, and the token's scale and the column's unit are
+multiplied in once.
 
-Both roundings cost 0.7% of a key each, as a root mean square of random numbers. The step of a code of 4 bits is 20 times
-as large as that of a byte, which is why :func:`has_byte_keys` wants codes of 4 bits or fewer.
+Both roundings together change keys by about 1%. Codes of 4 bits and fewer have cost several times as much before, those
+of 8 bits have not: hence :func:`has_byte_keys`.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class ByteKeys:
     """An up-projection in 8 bits.
 
     Attributes:
-        integers: ``[num_kv_heads, head_size / 8, quads, 8]`` INT32: four channels in each, the first in the lowest bits.
+        integers: ``[num_kv_heads, head_size / 8, quads, 8]`` INT32: four channels in each, the first lowest.
         offsets: ``[num_kv_heads, head_size]`` INT32, what 128 times the integers of a column add up to, negative.
         units: ``[num_kv_heads, head_size]`` FP32.
     """
