@@ -20,9 +20,9 @@ constexpr int64_t kStretch = 256;
 // Query rows (query tokens times query heads of a kv head) that share rematerialized keys.
 constexpr int64_t kQueryRows = 192;
 
-// Query tokens of a sequence, at most, whose kv heads share the latents that they read: the rows of all heads of more
-// query tokens would leave the processor's cache between two tiles.
-constexpr int64_t kSharedQueries = 32;
+// Floats that kv heads may accumulate together, at most, to share the latents that they read: more would leave the
+// processor's cache between two tiles. One query token of a sequence always shares.
+constexpr int64_t kSharedFloats = 1 << 19;
 
 // Neighbouring tokens that one thread stores: they share cache lines of a page and the weights of a prediction.
 constexpr int64_t kStoreTokens = 8;

@@ -106,10 +106,12 @@ inline void Schedule::add_tasks(const xquant_plan& plan, const xquant_attention_
     for (int64_t sequence = 0; sequence < call.num_seqs; ++sequence) {
         const int64_t begin = call.query_start_loc[sequence], end = call.query_start_loc[sequence + 1];
         const int64_t position = call.seq_lens[sequence] - (end - begin);  // of the first query token
+        const int64_t shared = (end - begin) * plan.num_heads * plan.value.width;
+        const bool shares = plan.shares_latents && (end - begin == 1 || shared <= kSharedFloats);
+        const int64_t together = shares ? plan.num_kv_heads : 1;
         for (int64_t query = begin; query < end; query += tile) {
             const int64_t count = std::min(tile, end - query), first = position + (query - begin);
             const int64_t oldest = plan.sliding_window ? std::max<int64_t>(0, first - plan.sliding_window + 1) : 0;
-            const int64_t together = plan.shares_latents && end - begin <= kSharedQueries ? plan.num_kv_heads : 1;
             rows = std::max(rows, count * group * together);
             for (int64_t kv_head = 0; kv_head < plan.num_kv_heads; kv_head += together) {
                 tasks.push_back({sequence, kv_head, query, count, first, oldest, first + count, together});
