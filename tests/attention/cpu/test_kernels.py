@@ -276,6 +276,16 @@ INVARIANT = {
         window=300,
         norm=True,
     ),
+    # 150 query tokens have tasks of single kv heads, fewer share latents.
+    "X, too many rows to share": Spec(
+        seqs=((300, 1), (270, 150)),
+        kind="x",
+        kv_heads=9,
+        group=1,
+        hidden_size=576,
+        key_group=96,
+        key_outliers=0,
+    ),
     "sum in bytes": Spec(seqs=((600, 1), (270, 90)), kind="deltas", earlier=(4, 2), key_bits=2, key_outliers=0),
     "absorbed chain": Spec(seqs=((600, 1), (270, 90)), kind="chain", earlier=(4, 2), joint=True, rope="none"),
     "runs": Spec(seqs=((600, 1), (270, 90)), allocated=1.0, window=300, seed=7),
