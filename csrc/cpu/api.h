@@ -108,6 +108,12 @@ typedef struct {
     const float* key_units;      // [num_kv_heads, key_scale_groups, head_size]
     const float* key_sums;       // [num_kv_heads, key_scale_groups, head_size]
     int64_t key_scale_groups;
+    // All kv heads read the same latents, which are unpacked once for them: shared_latents.h.
+    int64_t shares_latents;
+    // With shares_latents: up_key in INT8, for byte_keys.h; NULL: not. See xquant_vllm/attention/cpu/byte_keys.py.
+    const int32_t* key_bytes;         // [num_kv_heads, head_size / 8, key.width rounded up to 16, / 4, 8] of four channels
+    const int32_t* key_byte_offsets;  // [num_kv_heads, head_size]
+    const float* key_byte_units;      // [num_kv_heads, head_size]
     const float* up_value;       // [num_kv_heads, value.width, head_size rounded up to 16], the rest of a row zero; NULL:
                                  // the value latents are the values, and value.width is head_size
     const float* key_bias;       // [num_kv_heads, head_size] or NULL
