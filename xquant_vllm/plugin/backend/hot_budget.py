@@ -1,7 +1,7 @@
 """Memory for the pool of hot blocks, taken from what vLLM gives to the cache.
 
-vLLM asks a worker how much memory there is for the cache and makes pages of all of it. Where the model is served from
-a CPU, the answer is lowered by the pool's bytes, and the log says what is left.
+vLLM asks a worker how much memory there is for the cache and makes pages of all of it. The answer is lowered by the
+pool's bytes, and on a GPU by those of the buffers that writing to it takes; the log says what is left.
 """
 
 import functools
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.attention import Attention
 
+from xquant_vllm.attention import dispatch
 from xquant_vllm.attention.hot.policy import HotMap
 from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.errors import SettingsError
@@ -67,16 +68,24 @@ def unsupported(dtype: torch.dtype, head_sizes: Sequence[int]) -> str | None:
     return None
 
 
-def keep_pool_back() -> None:
-    """Let vLLM's CPU worker keep the pool's bytes out of the cache's memory, once per process."""
+def rows_on_device() -> bool:
+    """Whether kernels find out which rows are hot: where the Triton kernels run, interpreted ones included."""
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        return
-    from vllm.v1.worker.cpu_worker import CPUWorker
+    return hasattr(dispatch.select("cpu" if current_platform.is_cpu() else "cuda"), "HOT_ROWS_ON_DEVICE")
 
-    original = CPUWorker.determine_available_memory
-    if hasattr(original, "__wrapped__"):
+
+def keep_pool_back() -> None:
+    """Let vLLM's worker keep the pool's bytes out of the cache's memory, once per process."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker as Worker
+    else:
+        from vllm.v1.worker.gpu_worker import Worker
+
+    original = Worker.determine_available_memory
+    if getattr(original, "keeps_pool_back", False):
         return
 
     @functools.wraps(original)
@@ -84,7 +93,8 @@ def keep_pool_back() -> None:
         total = original(self)
         return total - take_pool(self.vllm_config, total)
 
-    CPUWorker.determine_available_memory = determine_available_memory
+    determine_available_memory.keeps_pool_back = True  # type: ignore[attr-defined]
+    Worker.determine_available_memory = determine_available_memory
 
 
 def take_pool(vllm_config: Any, total: int) -> int:
@@ -110,22 +120,38 @@ def take_pool(vllm_config: Any, total: int) -> int:
     if not setting:
         return 0
     dtype = vllm_config.model_config.dtype
-    reason = unsupported(dtype, sorted({impl.head_size for impl in impls}))
+    reason, shared = _on_platform(vllm_config, impls)
     if reason is not None:
         logger.info("xquant: hot blocks are off: %s", reason)
         return 0
     per_token = dtype.itemsize * 2 * sum(impl.num_kv_heads * impl.head_size for impl in impls)
     wanted = pool_bytes(setting, total)
-    if wanted >= total:
+    if wanted + shared >= total:
         raise SettingsError(
             f"xquant: setting 'hot': {setting} cannot work: of {total} bytes for the cache none would be left for "
             "pages; set less, or give more memory (--kv-cache-memory-bytes, VLLM_CPU_KVCACHE_SPACE)"
         )
     memory = hot_memory(vllm_config)
     memory.keep(wanted // per_token)
-    taken = memory.tokens * per_token
+    taken = memory.tokens * per_token + shared
     _say(memory.tokens, taken, total, formats, vllm_config.model_config.max_model_len)
     return taken
+
+
+def _on_platform(vllm_config: Any, impls: Sequence[Any]) -> tuple[str | None, int]:
+    """Why the platform's kernel cannot attend to the pool, or None, and bytes of what the pool needs beside itself."""
+    dtype = vllm_config.model_config.dtype
+    if not rows_on_device():
+        from vllm.platforms import current_platform
+
+        if not current_platform.is_cpu():
+            return "the kernels for GPUs do not run", 0
+        return unsupported(dtype, sorted({impl.head_size for impl in impls})), 0
+    from xquant_vllm.plugin.backend.flash import flash_unsupported
+    from xquant_vllm.plugin.backend.hot_gpu_memory import shared_bytes
+
+    reason = flash_unsupported(dtype, impls, vllm_config.cache_config.block_size)
+    return reason, 0 if reason is not None else shared_bytes(vllm_config)
 
 
 def _say(tokens: int, taken: int, total: int, formats: Sequence[LayerFormat], max_model_len: int) -> None:

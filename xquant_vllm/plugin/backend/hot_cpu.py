@@ -1,7 +1,5 @@
 """Hot blocks on CPUs: attended by vLLM's own kernels for 16-bit caches (CPU_ATTN)."""
 
-import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +21,7 @@ from xquant_vllm.attention.hot.rematerialize import TokenKernels, rematerialize
 from xquant_vllm.attention.hot.tokens import HotTokens
 from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.plugin.backend.hot_budget import HotMemory, hot_memory
-
-logger = logging.getLogger("vllm.xquant_vllm")
-
-# Seconds between two lines of the log that say what was hot.
-_LOG_EVERY = 60
+from xquant_vllm.plugin.backend.hot_log import HotLog
 
 
 @dataclass
@@ -158,7 +152,7 @@ class HotBuilder:
         windows = {impl.sliding_window for impl in impls}
         window = windows.pop() if len(windows) == 1 else None
         self._exact_from = first._exact_from
-        self._logged = time.monotonic()
+        self._log = HotLog()
         dtype = vllm_config.model_config.dtype
         self._schedule = {
             "num_heads": first.num_heads,
@@ -194,7 +188,7 @@ class HotBuilder:
             exact = None if self._exact_from is None else counts >= self._exact_from
             step = hot_map.plan(common.block_table_tensor.numpy(), lengths, counts, exact)
             known = self._memory.maps[address] = (hot_map, common, (step, HotTokens.of(step)))
-            self._log(hot_map)
+            self._log.say(hot_map)
         step, written = known[2]
         table = torch.from_numpy(step.block_table)
         if step.hot.sum() == np.count_nonzero(counts):
@@ -207,21 +201,6 @@ class HotBuilder:
             for rows, of in ((step.hot, table), (~step.hot & (counts > 0), common.block_table_tensor))
         )
         return HotBatch(written, self._rows(hot, hot_tokens), cold)
-
-    def _log(self, hot_map: HotMap) -> None:
-        now = time.monotonic()
-        if now - self._logged < _LOG_EVERY:
-            return
-        self._logged = now
-        counts = hot_map.take_counts()
-        logger.info(
-            "xquant: hot blocks: since the last such line %d rows were attended from the pool and %d from pages; %d "
-            "new and %d promoted tokens were written to the pool",
-            counts.hot_rows,
-            counts.cold_rows,
-            counts.new_tokens,
-            counts.promoted_tokens,
-        )
 
     def _rows(self, batch: AttentionBatch, tokens: torch.Tensor | None) -> HotRows:
         scheduler = ops.cpu_attn_get_scheduler_metadata(

@@ -7,9 +7,9 @@ import torch
 from vllm.v1.attention.backend import AttentionLayer
 
 from xquant_vllm.attention import dispatch, reference
+from xquant_vllm.attention.hot.tokens import HotTokens
 from xquant_vllm.attention.plan import AttentionLayerPlan
-from xquant_vllm.plugin.backend.hot_budget import keep_pool_back
-from xquant_vllm.plugin.backend.hot_cpu import HotPool
+from xquant_vllm.plugin.backend.hot_budget import keep_pool_back, rows_on_device
 from xquant_vllm.plugin.backend.metadata import PagedMetadata
 from xquant_vllm.plugin.backend.paged_impl import PagedImpl, pages_of, refuse_output_scales
 from xquant_vllm.plugin.checks import unsupported_model
@@ -53,9 +53,13 @@ class XQuantImpl(PagedImpl):
         self._earlier: tuple[Any, ...] = ()
         self._plans: dict[int, AttentionLayerPlan] = {}
         self._known_pages: tuple[list[torch.Tensor], tuple[torch.Tensor, ...]] = ([], ())
-        self.hot_pool: HotPool | None = None
+        self.hot_pool: Any = None
         install_loader_hook()
         keep_pool_back()
+        if rows_on_device():
+            from xquant_vllm.plugin.backend.hot_steps import follow_scheduler
+
+            follow_scheduler()
 
     def set_scheme(self, scheme: LayerScheme, earlier: Sequence[Any]) -> None:
         """Take what surgery made of this layer. The weights are loaded by now, its sinks among them.
@@ -71,9 +75,26 @@ class XQuantImpl(PagedImpl):
             self._sinks = self._sinks.detach().to(device, torch.float32).contiguous()
         self._plans.clear()
 
-    def set_pool(self, pool: HotPool) -> None:
-        """Take the layer's pool of hot blocks."""
+    @property
+    def has_sinks(self) -> bool:
+        """Whether the layer has attention sinks."""
+        return self._sinks is not None
+
+    def set_pool(self, pool: Any) -> None:
+        """Take the layer's pool of hot blocks, a ``HotPool`` (hot_cpu.py) or ``HotGpuPool`` (hot_gpu.py)."""
         self.hot_pool = pool
+
+    def write_hot(self, kv_cache: torch.Tensor, tokens: HotTokens) -> None:
+        """Read tokens from the layer's pages and write them to its pool.
+
+        Args:
+            kv_cache: ``[num_blocks, 1, block_size, bytes_per_token]`` uint8.
+            tokens: the tokens; shared by the layers of a KV cache group, which are called in their order.
+        """
+        chained = self.settings.method == "xquant-cl"
+        before = self._earlier[-1].impl if self._earlier else None
+        plan = self._plan(kv_cache.shape[2])
+        self.hot_pool.write(self._pages(kv_cache), plan, tokens, self if chained else None, before)
 
     def _plan(self, block_size: int) -> AttentionLayerPlan:
         """The layer's plan for pages of a block size; vLLM decides on it after the weights are loaded."""
@@ -166,9 +187,7 @@ class XQuantImpl(PagedImpl):
         query, rows = query[:tokens], output[:tokens]
         hot = attn_metadata.hot
         if hot is not None and self.hot_pool is not None:
-            chained = self.settings.method == "xquant-cl"
-            before = self._earlier[-1].impl if self._earlier else None
-            self.hot_pool.write(pages, plan, hot.written, self if chained else None, before)
+            self.write_hot(kv_cache, hot.written)
             if hot.hot is not None:
                 self.hot_pool.attend(query, pages, plan, hot, rows, inputs)
                 return output

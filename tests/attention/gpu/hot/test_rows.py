@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from xquant_vllm.attention.batch import AttentionBatch
-from xquant_vllm.attention.gpu.hot.rows import LocatedRows, HotRowTensors
+from xquant_vllm.attention.gpu.hot.rows import HotRowTensors, LocatedRows
 from xquant_vllm.attention.hot.policy import HotMap
 
 BLOCK, BLOCKS, COLUMNS, ROWS, TOKENS = 16, 200, 150, 6, 400

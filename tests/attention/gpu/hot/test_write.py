@@ -74,7 +74,7 @@ def reference_of(case: Case, tokens: HotTokens) -> tuple[torch.Tensor, torch.Ten
     return rematerialize(reference, case.pages, without_unseen_bias(case).plan, readable, torch.float32)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(24))
 def test_as_the_reference(seed: int) -> None:
     spec = short(random_spec(seed))
     print(spec)
@@ -82,11 +82,10 @@ def test_as_the_reference(seed: int) -> None:
     tokens = some_tokens(case, spec)
     if not tokens.count:
         return
-    for dtype in {torch.float32, spec.dtype}:
-        pool = pool_of(case, dtype)
-        prepare_hot(case.plan, dtype)
-        write_tokens(case.pages, case.plan, tokens, buffers_of(case, dtype, 30), *pool)
-        assert_written(pool, reference_of(case, tokens), tokens, dtype)
+    pool = pool_of(case, spec.dtype)
+    prepare_hot(case.plan, spec.dtype)
+    write_tokens(case.pages, case.plan, tokens, buffers_of(case, spec.dtype, 30), *pool)
+    assert_written(pool, reference_of(case, tokens), tokens, spec.dtype)
 
 
 def test_many_tokens() -> None:
@@ -113,21 +112,26 @@ def test_a_chain_carries_its_latents(kind: str, seed: int) -> None:
     left = read_slots(case.pages, plan.layouts, terms, tokens.slots[placed]).transpose(0, 1)
     for buffer in buffers.latents(left.shape[0], tokens.count, left.shape[2]):
         buffer[:, placed] = left
-    tokens.carried = ("before", left)
+    buffers.left = tokens, "before"
     own = [case.pages[0], *(torch.full_like(pages, 0xFF) for pages in case.pages[1:])]
     write_tokens(own, plan, tokens, buffers, *pool, layer="this", before="before")
     assert_written(pool, reference_of(case, tokens), tokens, torch.float32)
-    assert tokens.carried[0] == "this"
+    assert buffers.left == (tokens, "this")
     whole = read_slots(case.pages, plan.layouts, plan.key_terms, tokens.slots[placed]).transpose(0, 1)
     latents, _ = buffers.latents(whole.shape[0], tokens.count, whole.shape[2])
     torch.testing.assert_close(latents[:, placed], whole, rtol=1e-5, atol=1e-5)
 
 
-def test_what_another_layer_has_left_is_not_taken() -> None:
+@pytest.mark.parametrize(
+    "left_by",
+    [lambda tokens: (tokens, "another"), lambda tokens: (replace(tokens), "before"), lambda tokens: None],
+    ids=["another layer", "another step", "nobody"],
+)
+def test_what_others_have_left_is_not_taken(left_by) -> None:
     spec = Spec(kind="deltas", earlier=(4, 2), hidden_size=64, key_group=32, joint=True, seqs=((20, 1),))
     case = make_case(spec)
     tokens, pool = some_tokens(case, spec), pool_of(case, torch.float32)
-    tokens.carried = ("another", torch.empty(0))
     buffers = buffers_of(case, torch.float32, 30)
+    buffers.left = left_by(tokens)
     write_tokens(case.pages, case.plan, tokens, buffers, *pool, layer="this", before="before")
     assert_written(pool, reference_of(case, tokens), tokens, torch.float32)

@@ -1,12 +1,13 @@
 """Memory for what passes from a token's latents to its keys and values: taken once, as CUDA graphs keep addresses."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from xquant_vllm.attention.gpu.hot.read_tables import width_of
+from xquant_vllm.attention.hot.tokens import HotTokens
 from xquant_vllm.attention.plan import AttentionLayerPlan
 
 
@@ -50,7 +51,14 @@ class BufferSizes:
 
 
 class HotBuffers:
-    """Shared by the layers of an engine, which write one after another."""
+    """Shared by the layers of an engine, which write one after another.
+
+    Attributes:
+        tokens: of a step at most.
+        dtype: of products and of the pool.
+        left: of which tokens the latents are here that the last layer has put together, and which layer that was; None
+            where no layer may go on from them.
+    """
 
     def __init__(self, sizes: BufferSizes, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         """Take the memory.
@@ -62,6 +70,7 @@ class HotBuffers:
             device: where.
         """
         self.tokens, self.dtype = tokens, dtype
+        self.left: tuple[HotTokens, Hashable] | None = None
         shape = (sizes.latent_heads, tokens, sizes.latent_width)
         self._rounded = torch.empty(shape, dtype=dtype, device=device)
         # Without anything carried the kernel neither reads nor writes it.

@@ -138,8 +138,16 @@ class HotRowTensors:
             block_size: tokens of a block.
             window: keys that a query sees, or None for all.
             exact_from: rows with so many query tokens are attended from pages; None: no matter how many.
+
+        Raises:
+            ValueError: the batch has more rows or tokens than were said.
         """
         rows, tokens = batch.seq_lens.shape[0], slot_mapping.shape[0]
+        if rows > self._table.shape[0] or tokens > self._hot_tokens.shape[0]:
+            raise ValueError(
+                f"a batch of {rows} sequences and {tokens} tokens, at most {self._table.shape[0]} and "
+                f"{self._hot_tokens.shape[0]} were expected"
+            )
         # A graph reads more rows and tokens than this batch may have.
         self._lengths.zero_()
         self._tokens[2].fill_(-1)

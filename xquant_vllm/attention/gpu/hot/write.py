@@ -73,7 +73,7 @@ def write_tokens(
             _multiply(rounded, ups.key, keys)
             values = _multiply(rounded, ups.value, values)
     else:
-        tokens.carried = None  # the buffers' latents are overwritten
+        buffers.left = None
         keys, values = (x.transpose(0, 1) for x in buffers.projected((heads, count, size), (heads, count, size)))
         _multiply(_read(pages, plan, tokens, buffers, values=False), ups.key, keys)
         values = _multiply(_read(pages, plan, tokens, buffers, values=True), ups.value, values)
@@ -101,9 +101,11 @@ def _read_chained(
     before: Hashable,
 ) -> torch.Tensor:
     """A latent that keys and values share: its last term alone, where the layer before has left the others."""
-    chained = len(plan.key_terms) > 1 and before is not None and tokens.take_carried(before) is not None
+    left, buffers.left = buffers.left, None
+    chained = len(plan.key_terms) > 1 and left is not None and left[0] is tokens and left[1] == before
     rounded = _read(pages, plan, tokens, buffers, values=False, last=chained, carry=layer is not None)
-    tokens.carried = None if layer is None else (layer, rounded)
+    if layer is not None:
+        buffers.left = tokens, layer
     return rounded
 
 
