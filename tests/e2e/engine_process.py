@@ -79,7 +79,20 @@ def reload_weights(llm: Any) -> dict[str, Any]:
     return {"error": None}
 
 
-KINDS = {f.__name__: f for f in (greedy, prompt_logprobs, next_logits, preemptions, reload_weights)}
+def hot_counts(llm: Any) -> dict[str, Any]:
+    """Rows that were attended from pools of hot blocks and from pages, and tokens that were promoted, on "a GPU"."""
+    from xquant_vllm.plugin.backend.hot_gpu import hot_engine
+
+    engine = hot_engine(llm.llm_engine.vllm_config)
+    counts = [group.hot_map.counts for group in engine.groups.values()]
+    return {
+        "hot": sum(of.hot_rows for of in counts),
+        "cold": sum(of.cold_rows for of in counts),
+        "promoted": sum(of.promoted_tokens for of in counts),
+    }
+
+
+KINDS = {f.__name__: f for f in (greedy, prompt_logprobs, next_logits, preemptions, reload_weights, hot_counts)}
 
 
 def run(request_path: str, result_path: str) -> None:

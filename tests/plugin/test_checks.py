@@ -11,7 +11,7 @@ from vllm.engine.arg_utils import EngineArgs
 from tests.tiny_models import save_tiny_model
 from xquant_vllm import __version__
 from xquant_vllm.errors import UnsupportedError
-from xquant_vllm.plugin.checks import check_config, unsupported_model
+from xquant_vllm.plugin.checks import unsupported_model
 
 
 @pytest.fixture(scope="module")

@@ -49,9 +49,9 @@ def flash_version(head_size: int, sinks: bool, soft_cap: float | None, block_siz
 
     if not current_platform.is_cuda():
         return None
-    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+    from vllm.v1.attention.backends import fa_utils
 
-    version: int | None = get_flash_attn_version(
+    version: int | None = fa_utils.get_flash_attn_version(
         head_size=head_size, has_sinks=sinks, requires_softcap=bool(soft_cap), kv_cache_block_size=block_size
     )
     return version
@@ -97,10 +97,10 @@ def attend_hot(
             sinks=plan.sinks,
         )
         return
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+    from vllm.v1.attention.backends import fa_utils
 
     window = plan.sliding_window
-    flash_attn_varlen_func(
+    fa_utils.flash_attn_varlen_func(
         q=query,
         k=keys,
         v=values,

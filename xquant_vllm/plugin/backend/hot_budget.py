@@ -75,6 +75,7 @@ def rows_on_device() -> bool:
     return hasattr(dispatch.select("cpu" if current_platform.is_cpu() else "cuda"), "HOT_ROWS_ON_DEVICE")
 
 
+@functools.cache
 def keep_pool_back() -> None:
     """Let vLLM's worker keep the pool's bytes out of the cache's memory, once per process."""
     from vllm.platforms import current_platform
@@ -85,15 +86,12 @@ def keep_pool_back() -> None:
         from vllm.v1.worker.gpu_worker import Worker
 
     original = Worker.determine_available_memory
-    if getattr(original, "keeps_pool_back", False):
-        return
 
     @functools.wraps(original)
     def determine_available_memory(self: Any) -> int:
         total = original(self)
         return total - take_pool(self.vllm_config, total)
 
-    determine_available_memory.keeps_pool_back = True  # type: ignore[attr-defined]
     Worker.determine_available_memory = determine_available_memory
 
 
@@ -117,7 +115,7 @@ def take_pool(vllm_config: Any, total: int) -> int:
         return 0
     formats = [impl.scheme.format for impl in impls]
     setting = hot_setting(impls[0].settings, formats)
-    if not setting:
+    if not setting or (impls[0].settings.hot is None and rows_on_device()):  # on GPUs no default was measured
         return 0
     dtype = vllm_config.model_config.dtype
     reason, shared = _on_platform(vllm_config, impls)

@@ -1,6 +1,6 @@
 """Hot blocks on GPUs: pools that FlashAttention attends to (flash.py), and what a step does (see hot_steps.py)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,14 +121,25 @@ class HotGroup:
         decided: of the step that runs whether "all" of its rows are hot, "none" or "some"; None: not known.
     """
 
-    def __init__(self, layer_names: Sequence[str], hot_map: HotMap, num_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        layer_names: Sequence[str],
+        hot_map: HotMap,
+        exact_from: int | None,
+        num_blocks: int,
+        device: torch.device,
+    ) -> None:
         """Nothing is hot yet."""
         self.layer_names, self.hot_map, self.log = tuple(layer_names), hot_map, HotLog()
-        self.exact_from: int | None = None
+        self.exact_from = exact_from
         self.decided: str | None = None
         self.hot_of = torch.zeros(num_blocks, dtype=torch.int32, device=device)
         self._blocks = np.arange(num_blocks)
         self._shown = np.zeros(num_blocks, np.int32)
+
+    def decide(self, hot: str | None) -> None:
+        """Note what is decided of a step, see :attr:`decided`."""
+        self.decided = hot
 
     def show(self) -> None:
         """Bring the device's map up to date, in the order of its stream and without waiting for it."""
@@ -149,13 +160,18 @@ class HotGpuEngine:
 
     Attributes:
         groups: by the names of their layers.
-        memory: taken when the first pool is.
     """
 
     def __init__(self) -> None:
         """No pool yet."""
         self.groups: dict[tuple[str, ...], HotGroup] = {}
-        self.memory: HotGpuMemory | None = None
+        self._memory: HotGpuMemory | None = None
+
+    def take_memory(self, make: Callable[[], HotGpuMemory]) -> HotGpuMemory:
+        """What the layers share, made for the first of them."""
+        if self._memory is None:
+            self._memory = make()
+        return self._memory
 
 
 @per_object
@@ -173,18 +189,17 @@ class HotGpuBuilder:
         """Give every layer its pool."""
         engine, dtype = hot_engine(vllm_config), vllm_config.model_config.dtype
         tokens, block_size = step_tokens(vllm_config), spec.block_size
-        if engine.memory is None:
-            engine.memory = HotGpuMemory(plans_of(vllm_config), tokens, dtype)
+        memory = engine.take_memory(lambda: HotGpuMemory(plans_of(vllm_config), tokens, dtype))
         num_hot_blocks = hot_memory(vllm_config).tokens // block_size
         for impl in impls:
-            impl.set_pool(HotGpuPool(num_hot_blocks, impl._plan(block_size), engine.memory))
+            impl.set_pool(HotGpuPool(num_hot_blocks, impl.plan(block_size), memory))
         self._block_size = block_size
         self._window = spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None
         # A promotion passes through the same buffers as a step, and its last block may go beyond the limit.
         promoted = max(1, min(PROMOTED_TOKENS, tokens - block_size))
         hot_map = HotMap(num_hot_blocks, block_size, self._window, promoted_tokens=promoted)
-        self._group = HotGroup(names, hot_map, vllm_config.cache_config.num_gpu_blocks, device)
-        self._group.exact_from = impls[0]._exact_from
+        num_blocks, exact_from = vllm_config.cache_config.num_gpu_blocks, impls[0].plan(block_size).exact_from
+        self._group = HotGroup(names, hot_map, exact_from, num_blocks, device)
         engine.groups[self._group.layer_names] = self._group
         rows, columns = (
             vllm_config.scheduler_config.max_num_seqs,

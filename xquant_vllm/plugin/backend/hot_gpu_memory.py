@@ -48,7 +48,7 @@ def plans_of(vllm_config: Any) -> list[AttentionLayerPlan]:
     layers = vllm_config.compilation_config.static_forward_context.values()
     impls = [layer.impl for layer in layers if isinstance(layer, Attention)]
     block_size = vllm_config.cache_config.block_size
-    return [impl._plan(block_size) for impl in impls if getattr(impl, "scheme", None) is not None]
+    return [impl.plan(block_size) for impl in impls if getattr(impl, "scheme", None) is not None]
 
 
 def shared_bytes(vllm_config: Any) -> int:

@@ -19,13 +19,12 @@ from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.plugin.backend.hot_gpu import HotGroup, hot_engine, on_device
 
 
+@functools.cache
 def follow_scheduler() -> None:
     """Let vLLM's worker decide on hot blocks before each step, once per process."""
     from vllm.v1.worker.gpu_worker import Worker  # that of CPUs derives from it
 
     original = Worker.execute_model
-    if getattr(original, "decides_on_hot_blocks", False):
-        return
 
     @functools.wraps(original)
     def execute_model(self: Any, scheduler_output: Any) -> Any:
@@ -39,9 +38,8 @@ def follow_scheduler() -> None:
         finally:
             # What else is built, for drafts or for dummy batches, is not of this step.
             for group in groups.values():
-                group.decided = None
+                group.decide(None)
 
-    execute_model.decides_on_hot_blocks = True  # type: ignore[attr-defined]
     Worker.execute_model = execute_model
 
 
@@ -117,25 +115,26 @@ class HotSteps:
                     # Pages are written by something else than the store, after this.
                     group.hot_map.clear()
                     group.show()
-                    group.decided = "none"
+                    group.decide("none")
                 elif names:
-                    self._plan(group, self.requests.table(names, index), lengths, counts, layers)
-
-    def _plan(self, group: HotGroup, table: np.ndarray, lengths: np.ndarray, counts: np.ndarray, layers: Any) -> None:
-        """One group's part of a step."""
-        exact: Any = None if group.exact_from is None else counts >= group.exact_from
-        step = group.hot_map.plan(table, lengths, counts, exact)
-        group.show()
-        hot = int(step.hot.sum())
-        group.decided = "all" if hot == len(counts) else "some" if hot else "none"
-        group.log.say(group.hot_map)
-        if step.promoted:
-            _promote(group, step, layers)
+                    _plan(group, self.requests.table(names, index), lengths, counts, layers)
 
 
 @per_object
 def _steps(vllm_config: Any) -> HotSteps:
     return HotSteps()
+
+
+def _plan(group: HotGroup, table: np.ndarray, lengths: np.ndarray, counts: np.ndarray, layers: Any) -> None:
+    """One group's part of a step."""
+    exact: Any = None if group.exact_from is None else counts >= group.exact_from
+    step = group.hot_map.plan(table, lengths, counts, exact)
+    group.show()
+    hot = int(step.hot.sum())
+    group.decide("all" if hot == len(counts) else "some" if hot else "none")
+    group.log.say(group.hot_map)
+    if step.promoted:
+        _promote(group, step, layers)
 
 
 def _promote(group: HotGroup, step: HotStep, layers: Any) -> None:

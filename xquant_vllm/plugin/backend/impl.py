@@ -93,10 +93,10 @@ class XQuantImpl(PagedImpl):
         """
         chained = self.settings.method == "xquant-cl"
         before = self._earlier[-1].impl if self._earlier else None
-        plan = self._plan(kv_cache.shape[2])
+        plan = self.plan(kv_cache.shape[2])
         self.hot_pool.write(self._pages(kv_cache), plan, tokens, self if chained else None, before)
 
-    def _plan(self, block_size: int) -> AttentionLayerPlan:
+    def plan(self, block_size: int) -> AttentionLayerPlan:
         """The layer's plan for pages of a block size; vLLM decides on it after the weights are loaded."""
         plan = self._plans.get(block_size)
         if plan is None:
@@ -131,7 +131,7 @@ class XQuantImpl(PagedImpl):
         scheduler = self.vllm_config.scheduler_config
         dtype = self.vllm_config.model_config.dtype
         tokens = scheduler.max_num_batched_tokens
-        dispatch.reserve(self._plan(block_size), tokens, scheduler.max_num_seqs, dtype, device)
+        dispatch.reserve(self.plan(block_size), tokens, scheduler.max_num_seqs, dtype, device)
 
     def _pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The layer's own pages and those that it reads too; all go by one block table.
@@ -178,7 +178,7 @@ class XQuantImpl(PagedImpl):
             return output.zero_()
         tokens = attn_metadata.num_actual_tokens
         kernels = dispatch.select(query.device.type)
-        plan = self._plan(kv_cache.shape[2])
+        plan = self.plan(kv_cache.shape[2])
         inputs = None
         if plan.exact_from is not None:
             assert self.scheme is not None
@@ -213,5 +213,5 @@ class XQuantImpl(PagedImpl):
         """
         kernels = dispatch.select(key.device.type)
         assert self.scheme is not None
-        plan = self._plan(kv_cache.shape[2])
+        plan = self.plan(kv_cache.shape[2])
         kernels.store(self._pages(kv_cache), plan, slot_mapping, self.scheme.inputs(key, value))
