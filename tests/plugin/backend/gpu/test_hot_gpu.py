@@ -282,6 +282,21 @@ def test_a_graph_is_captured_with_both_calls() -> None:
         assert x.data_ptr() == y.data_ptr()
 
 
+def test_memory_is_what_is_counted() -> None:
+    """Beside the pool: buffers, one more output, up-projections."""
+    for spec in (spec_of(kind="x"), spec_of(kind="deltas", earlier=(4,)), spec_of()):
+        plan = make_plan(spec)
+        memory = hot_gpu_memory.HotGpuMemory([plan], 7, torch.float16)
+        ups = [up for up in (plan.projection.up_key, plan.projection.up_value) if up is not None]
+        counted = hot_gpu_memory.HotGpuMemory.bytes_of([plan], 7, torch.float16)
+        held = {x.data_ptr(): x.nbytes for owner in (memory, memory.buffers) for x in tensors_of(owner)}
+        assert counted == sum(held.values()) + 2 * sum(up.numel() for up in ups)
+
+
+def tensors_of(owner) -> list[torch.Tensor]:
+    return [x for x in vars(owner).values() if isinstance(x, torch.Tensor)]
+
+
 class Watch(TorchDispatchMode):
     """Notes what a CUDA graph cannot hold, and what takes memory; and what reads from the device."""
 

@@ -23,7 +23,7 @@ from xquant_vllm.attention.plan import AttentionLayerPlan
 
 # From so many tokens on a program has several: there are programs enough.
 _MANY_TOKENS = 256
-_OF_PROGRAM = 8
+_OF_PROGRAM = 4
 
 
 def prepare_hot(plan: AttentionLayerPlan, dtype: torch.dtype) -> None:
