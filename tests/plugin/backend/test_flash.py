@@ -1,5 +1,6 @@
 """Where hot blocks on a GPU are off, and why: what vLLM's FlashAttention does not do."""
 
+import logging
 import re
 from types import SimpleNamespace
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 from vllm.platforms import current_platform
 
-from xquant_vllm.plugin.backend import flash
+from tests.plugin.backend.test_hot_budget import TOTAL, Config, Layer
+from xquant_vllm.plugin.backend import flash, hot_budget
 
 
 def layer(**changes) -> SimpleNamespace:
@@ -50,3 +52,26 @@ def test_reasons(on_cuda, version, dtype, of_layer, reason) -> None:
 def test_the_twin_has_no_limits() -> None:
     assert flash.flash_unsupported(torch.float32, [layer(head_size=300, has_sinks=True)], 16) is None
     assert flash.flash_version(64, False, None, 16) is None
+
+
+@pytest.fixture
+def kernels_on_device(monkeypatch) -> None:
+    monkeypatch.setattr(hot_budget, "Attention", Layer)
+    monkeypatch.setattr(hot_budget, "rows_on_device", lambda: True)
+
+
+@pytest.mark.usefixtures("kernels_on_device")
+def test_there_is_no_pool_that_may_be_discarded(caplog) -> None:
+    config = Config({"cache": "x", "hot": "25%"})
+    config.model_config.enable_sleep_mode = True
+    with caplog.at_level(logging.INFO, "vllm.xquant_vllm"):
+        assert hot_budget.take_pool(config, TOTAL) == 0
+    assert "hot blocks are off: --enable-sleep-mode" in caplog.text
+
+
+@pytest.mark.usefixtures("kernels_on_device")
+def test_there_is_no_pool_unless_it_is_asked_for(caplog) -> None:
+    """Nothing was measured that a default could rest on."""
+    with caplog.at_level(logging.INFO, "vllm.xquant_vllm"):
+        assert hot_budget.take_pool(Config({"cache": "x"}), TOTAL) == 0
+    assert not caplog.text

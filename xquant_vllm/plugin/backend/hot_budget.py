@@ -145,6 +145,8 @@ def _on_platform(vllm_config: Any, impls: Sequence[Any]) -> tuple[str | None, in
         if not current_platform.is_cpu():
             return "the kernels for GPUs do not run", 0
         return unsupported(dtype, sorted({impl.head_size for impl in impls})), 0
+    if vllm_config.model_config.enable_sleep_mode:
+        return "--enable-sleep-mode discards what the pool holds, and where it is", 0
     from xquant_vllm.plugin.backend.flash import flash_unsupported
     from xquant_vllm.plugin.backend.hot_gpu_memory import shared_bytes
 
