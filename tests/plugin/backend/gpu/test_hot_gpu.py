@@ -15,6 +15,9 @@ from tests.attention.attention_cases import Spec
 from xquant_vllm.attention import dispatch, reference
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu import kernels
+from xquant_vllm.attention.hot import reference as token_reference
+from xquant_vllm.attention.hot.rematerialize import rematerialize
+from xquant_vllm.attention.hot.tokens import HotTokens
 from xquant_vllm.plugin.backend import hot_gpu, hot_gpu_memory, hot_steps
 from xquant_vllm.plugin.backend.hot_budget import hot_memory
 
@@ -363,3 +366,34 @@ def test_the_blocks_of_requests() -> None:
     assert requests.table(["b"], 0).tolist() == [[3, 10]]
     with pytest.raises(KeyError):
         requests.table(["a"], 0)
+
+
+def test_a_chain_is_promoted_layer_by_layer() -> None:
+    """A layer adds its own pages to what the layer before has left; garbage is all that it would find elsewhere."""
+    first, second = Layer(spec_of(kind="x")), Layer(spec_of(kind="deltas", earlier=(16,)))
+    slots = torch.arange(16, 40)
+    for layer in (first, second):
+        plan = layer.planned
+        inputs = [torch.randn(24, of.num_heads, of.width) for of in plan.layout.streams]
+        pages = [layer.kv_cache, first.kv_cache][: len(plan.layouts)]
+        reference.store(pages, plan, slots, inputs)
+    plans = [first.planned, second.planned]
+    memory = hot_gpu_memory.HotGpuMemory(plans, 24, torch.float32)
+    for layer in (first, second):
+        layer.set_pool(hot_gpu.HotGpuPool(4, layer.planned, memory))
+    hot_slots = np.arange(24) + 16
+    wanted = rematerialize(
+        token_reference,
+        [second.kv_cache, first.kv_cache],
+        second.planned,
+        HotTokens(slots, torch.arange(24), slots),
+        torch.float32,
+    )
+    garbage = torch.full_like(first.kv_cache, 0xFF)
+    first.write_hot = lambda cache, tokens: first.pool.write([cache], plans[0], tokens, "first", None)
+    second.write_hot = lambda cache, tokens: second.pool.write([cache, garbage], plans[1], tokens, "second", "first")
+    group = SimpleNamespace(hot_of=torch.zeros(1), layer_names=("first", "second"))
+    step = SimpleNamespace(promoted=24, slots=slots.numpy(), positions=np.arange(24), hot_slots=hot_slots)
+    hot_steps._promote(group, step, {"first": first, "second": second})
+    for pool, expected in zip((second.pool.keys, second.pool.values), wanted, strict=True):
+        torch.testing.assert_close(pool.flatten(0, 1)[16:40], expected, rtol=1e-4, atol=1e-4)
