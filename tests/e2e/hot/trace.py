@@ -109,7 +109,7 @@ class Coherence:
             for name in names:
                 attention = self._layers[name]
                 impl, pool = attention.impl, attention.impl.hot_pool
-                plan = impl._plan(hot_map.block_size)
+                plan = impl.plan(hot_map.block_size)
                 pages = impl._pages(attention.kv_cache)
                 tokens = HotTokens(slots, positions, hot_slots)
                 ours = rematerialize(reference, pages, plan, tokens, self._dtype)

@@ -9,10 +9,10 @@ A sequence is attended from the pool if all blocks that it sees are hot, else fr
 * A block that gets its first token in this step needs no reading: it takes a hot block that is free, that belongs to a
   sequence which is attended from pages anyway, or else the least recently attended one outside of this step.
 * Blocks that have tokens from before must be *promoted*: read from pages and rematerialized. For this only hot blocks
-  are taken that are free or that nobody has attended for some steps, at first :data:`LEAST_IDLE_STEPS`. A promoted block
-  that is pushed out before it was attended in :data:`PAYS_AFTER` steps was promoted in vain. Then that number is doubled,
-  up to :data:`IDLE_STEPS`; :data:`CALM_STEPS` without such a loss halve it again. So requests that come one after
-  the other find room at once, and two working sets that take turns soon stop pushing each other out.
+  are taken that are free or that nobody has attended for some steps, at first :data:`LEAST_IDLE_STEPS`. A promoted
+  block that is pushed out before it was attended in :data:`PAYS_AFTER` steps was promoted in vain. Then that number is
+  doubled, up to :data:`IDLE_STEPS`; :data:`CALM_STEPS` without such a loss halve it again. So requests that come one
+  after the other find room at once, and two working sets that take turns soon stop pushing each other out.
 * A sequence that finds no room is attended from pages, and its hot blocks become the first to be taken.
 """
 
@@ -29,7 +29,7 @@ IDLE_STEPS = 64
 """Likewise, where promotion after promotion was in vain."""
 
 PAYS_AFTER = 5
-"""Steps that a promoted block must be attended in: to promote takes about as long as to attend from pages four times."""
+"""Steps that a promoted block must be attended in: to promote takes as long as to attend from pages about four times."""
 
 CALM_STEPS = 256
 """Steps without a promotion in vain after which hot blocks may be taken sooner again."""
