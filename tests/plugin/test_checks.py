@@ -1,6 +1,7 @@
 """Start-up refusals, raised by vLLM's own configuration of a real engine."""
 
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from tests.tiny_models import save_tiny_model
 from xquant_vllm import __version__
-from xquant_vllm.errors import UnsupportedError
+from xquant_vllm.errors import SettingsError, UnsupportedError
 from xquant_vllm.plugin.checks import check_config, unsupported_model
 
 
@@ -100,6 +101,10 @@ _REFUSED = {
         "MiMoV2FlashForCausalLM",
         transformers.MiMoV2FlashConfig(**_SHAPE, **_MIMO | {"v_head_dim": 32, "swa_v_head_dim": 16}),
     ),
+    "Llama 4: attention within chunks of the sequence": (
+        "Llama4ForCausalLM",
+        transformers.Llama4TextConfig(**_SHAPE, head_dim=32, attention_chunk_size=64, no_rope_layers=[1, 0]),
+    ),
     "openPangu: learned sink tokens": (
         "PanguProMoEV2ForCausalLM",
         transformers.LlamaConfig(**_SHAPE, param_sink_number=8),
@@ -177,3 +182,26 @@ def test_hot_blocks_are_refused_where_they_are_not_built(tiny, monkeypatch):
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     with pytest.raises(UnsupportedError, match=r"'hot': 0\.2 cannot work on a GPU yet.*leave it out"):
         check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "ropes", "refused"), [(64, [1, 0], True), (64, [0, 0], False), (None, [1, 1], False)]
+)
+def test_llama_4_without_chunks_is_not_refused_for_them(tmp_path, chunk, ropes, refused):
+    """vLLM gives chunks to layers with RoPE alone."""
+    config = transformers.Llama4TextConfig(**_SHAPE, head_dim=32, attention_chunk_size=chunk, no_rope_layers=ropes)
+    config.architectures, config.dtype = ["Llama4ForCausalLM"], "float32"
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="attention_chunk_size") if refused else nullcontext():
+        configure(str(tmp_path), max_model_len=256)
+
+
+def test_an_error_is_said_in_the_log_and_not_wrapped(tiny, caplog):
+    """Pydantic, which runs the check, would put lines of its own behind it."""
+    with pytest.raises(SettingsError) as error:
+        configure(tiny, additional_config={"xquant": {"bits": 6}})
+    assert type(error.value) is SettingsError
+    assert error.value.__cause__ is None
+    assert error.value.__suppress_context__
+    said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert said == [str(error.value)]

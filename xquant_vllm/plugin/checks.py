@@ -5,6 +5,7 @@ from typing import Any
 
 from xquant_vllm.codec.layout import BLOCK_SIZE_MULTIPLE
 from xquant_vllm.errors import SettingsError, UnsupportedError
+from xquant_vllm.plugin.attention_kinds import REFUSED_LAYERS
 from xquant_vllm.plugin.engine_factors import check_factors
 from xquant_vllm.plugin.engine_settings import settings_of
 from xquant_vllm.plugin.registration import BACKEND_NAME
@@ -163,7 +164,8 @@ def _unsupported_model(model: Any) -> Iterator[str]:
         return
     text = model.hf_text_config
     # What no configuration tells (caches that layers share, sinks with KIVI) is refused where the layer is built.
-    # Models of the last two kinds choose a backend for their layers themselves: one of this package is never asked.
+    # So are all kinds of layers but the plain one, and those of a model that chooses their backends itself (see
+    # load/weight_hook.py). What a configuration tells is named here, because a model may take long to load.
     for present, feature in (
         (model.use_mla, "multi-head latent attention (MLA), which already caches latents of its own"),
         (model.is_encoder_decoder, "cross attention between an encoder and a decoder"),
@@ -174,10 +176,18 @@ def _unsupported_model(model: Any) -> Iterator[str]:
             not model.use_mla and _value_heads_differ(text, model.get_head_size()),
             "value heads of another size than keys",
         ),
-        (bool(getattr(text, "param_sink_number", 0)), "learned sink tokens, keys that no token has"),
+        (bool(getattr(text, "param_sink_number", 0)), REFUSED_LAYERS["StaticSinkAttention"]),
+        (_attends_in_chunks(text), REFUSED_LAYERS["ChunkedLocalAttention"]),
     ):
         if present:
             yield f"{model.architecture} ({model.model}) uses {feature}: not supported; {OTHER_BACKEND}"
+
+
+def _attends_in_chunks(text: Any) -> bool:
+    """Whether some layers of a model attend within chunks; those without RoPE never do."""
+    kinds, ropes = getattr(text, "layer_types", None) or (), getattr(text, "no_rope_layers", None) or ()
+    chunked = any(ropes) if ropes else "chunked_attention" in kinds
+    return chunked and bool(getattr(text, "attention_chunk_size", None))
 
 
 def _value_heads_differ(text: Any, head_size: int) -> bool:
