@@ -19,6 +19,7 @@ from xquant_vllm.plugin.load.recognize import AttentionParts, recognize
 from xquant_vllm.plugin.load.report import report
 from xquant_vllm.plugin.load.surgery import Surgeon
 from xquant_vllm.plugin.load.weight_hook import backend_layers, wrap_weight_processing
+from xquant_vllm.plugin.new_weights import guard_weights
 from xquant_vllm.plugin.registration import BACKEND_NAME
 from xquant_vllm.scheme.builder import layer_weights
 from xquant_vllm.scheme.factor_provider import FactorProvider
@@ -54,17 +55,9 @@ def _process(original: Callable[[], None], model: Any) -> None:
     seconds = time.perf_counter() - start
     if not quantized:
         original()
-    model.load_weights = _refuse_new_weights
+    guard_weights(model)
     report([attention.impl for _, _, attention in layers], quantized, factors.describe(seconds))
     logger.info("xquant: %s", describe_coverage(model))
-
-
-def _refuse_new_weights(*_: Any, **__: Any) -> None:
-    """Stands in for ``load_weights`` of a model whose weights are factorized."""
-    raise RuntimeError(
-        "xquant: new weights cannot be loaded into a running model, because the key and value projections are "
-        "factorized; start the server anew with them"
-    )
 
 
 def _is_plain(qkv_proj: Any) -> bool:
