@@ -1,5 +1,6 @@
 """Start-up refusals, raised by vLLM's own configuration of a real engine."""
 
+import json
 import pickle
 from contextlib import nullcontext
 
@@ -9,7 +10,7 @@ import transformers
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 
-from tests.tiny_models import save_tiny_model
+from tests.tiny_models import quantize_tiny_model, save_paligemma, save_tiny_model
 from xquant_vllm import __version__
 from xquant_vllm.errors import SettingsError, UnsupportedError
 from xquant_vllm.plugin.checks import check_config, unsupported_model
@@ -57,6 +58,7 @@ def test_cache_dtypes_that_change_nothing_are_accepted(tiny, dtype):
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             ["KV connectors", "leave them out"],
         ),
+        ({"kv_offloading_size": 0.1}, ["--kv-offloading-size 0.1", "leave it out"]),
         ({"load_format": "ipc_cache"}, ["ipc_cache", "use auto"]),
     ],
 )
@@ -205,3 +207,26 @@ def test_an_error_is_said_in_the_log_and_not_wrapped(tiny, caplog):
     assert error.value.__suppress_context__
     said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert said == [str(error.value)]
+
+
+@pytest.mark.parametrize("backend", ["xquant", "kivi"])
+def test_a_checkpoint_that_asks_for_a_cache_of_its_own_is_told_how_to_be_served(tmp_path, backend):
+    quantize_tiny_model(save_tiny_model(tmp_path, "llama"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+    config["quantization_config"]["kv_cache_scheme"] = scheme
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    named = r"asks for a cache in a format of its own \(kv_cache_scheme .*; set --kv-cache-dtype bfloat16$"
+    for arguments in ({}, {"kv_cache_dtype": "fp8"}):
+        with pytest.raises(UnsupportedError, match=named):
+            configure(str(tmp_path), attention_backend=backend, **arguments)
+    configure(str(tmp_path), attention_backend=backend, kv_cache_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("backend", ["xquant", "kivi"])
+def test_models_whose_images_see_themselves_are_served_without_images(tmp_path, backend):
+    save_paligemma(tmp_path)
+    named = r"PaliGemmaForConditionalGeneration .* serve its text part with --language-model-only, or choose another"
+    with pytest.raises(UnsupportedError, match=named):
+        configure(str(tmp_path), attention_backend=backend, dtype="float32", max_model_len=256)
+    configure(str(tmp_path), attention_backend=backend, dtype="float32", max_model_len=256, language_model_only=True)

@@ -1,6 +1,6 @@
 """What is refused at start-up, by name, before a weight is loaded."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from xquant_vllm.codec.layout import BLOCK_SIZE_MULTIPLE
@@ -111,13 +111,19 @@ def unsupported_features(vllm_config: Any) -> Iterator[str]:
             "--attention-backend"
         )
     yield from _unsupported_model(vllm_config.model_config)
-    if getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False):
-        yield "--kv-sharing-fast-prefill needs layers that share keys and values, which is not supported; leave it out"
-    if vllm_config.kv_transfer_config is not None:
+    if getattr(vllm_config.cache_config, "kv_offloading_size", None) is not None:
+        yield (
+            f"--kv-offloading-size {vllm_config.cache_config.kv_offloading_size} is not supported: it moves keys and "
+            "values, not quantized pages; leave it out"
+        )
+    elif vllm_config.kv_transfer_config is not None:
         yield (
             "KV connectors (--kv-transfer-config, KV offloading) are not supported: they move keys and values, not "
             "quantized pages; leave them out"
         )
+    yield from _checkpoint_cache(vllm_config)
+    if getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False):
+        yield "--kv-sharing-fast-prefill needs layers that share keys and values, which is not supported; leave it out"
     parallel = vllm_config.parallel_config
     for option, size in (
         ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
@@ -133,6 +139,27 @@ def unsupported_features(vllm_config: Any) -> Iterator[str]:
         )
 
 
+def scheme_of_checkpoint(model: Any) -> str | None:
+    """Name of the setting by which a checkpoint asks for keys and values in a format of its own; None without one."""
+    quantization = getattr(getattr(model, "hf_config", None), "quantization_config", None)
+    tables = [quantization, quantization.get("quantization")] if isinstance(quantization, Mapping) else []
+    for table in tables:
+        for name in ("kv_cache_scheme", "kv_cache_quant_algo"):
+            if isinstance(table, Mapping) and table.get(name):
+                return name
+    return None
+
+
+def _checkpoint_cache(vllm_config: Any) -> Iterator[str]:
+    """A checkpoint that says how keys and values are cached, where the user has not said otherwise."""
+    name, dtype = scheme_of_checkpoint(vllm_config.model_config), vllm_config.cache_config.cache_dtype
+    if name is not None and (dtype == "auto" or dtype not in SUPPORTED_CACHE_DTYPES):
+        yield (
+            f"{vllm_config.model_config.model} asks for a cache in a format of its own ({name} in its configuration), "
+            "which this backend replaces; set --kv-cache-dtype bfloat16"
+        )
+
+
 def _unsupported_settings(settings: XQuantSettings) -> Iterator[str]:
     from vllm.platforms import current_platform
 
@@ -143,7 +170,7 @@ def _unsupported_settings(settings: XQuantSettings) -> Iterator[str]:
 def _unsupported(vllm_config: Any) -> Iterator[str]:
     yield from unsupported_features(vllm_config)
     cache = vllm_config.cache_config
-    if cache.cache_dtype not in SUPPORTED_CACHE_DTYPES:
+    if cache.cache_dtype not in SUPPORTED_CACHE_DTYPES and not scheme_of_checkpoint(vllm_config.model_config):
         yield (
             f"--kv-cache-dtype {cache.cache_dtype} names the format of cached keys and values, which this backend "
             'replaces; leave it out and set bits in --additional-config \'{"xquant": {"bits": 4}}\''
@@ -162,6 +189,11 @@ def _unsupported(vllm_config: Any) -> Iterator[str]:
 def _unsupported_model(model: Any) -> Iterator[str]:
     if model is None:
         return
+    if _images_see_themselves(model):
+        yield (
+            f"{model.architecture} ({model.model}) lets the tokens of an image see each other in both directions: not "
+            f"supported; serve its text part with --language-model-only, or {OTHER_BACKEND}"
+        )
     text = model.hf_text_config
     # What no configuration tells (caches that layers share, sinks with KIVI) is refused where the layer is built.
     # So are all kinds of layers but the plain one, and those of a model that chooses their backends itself (see
@@ -181,6 +213,11 @@ def _unsupported_model(model: Any) -> Iterator[str]:
     ):
         if present:
             yield f"{model.architecture} ({model.model}) uses {feature}: not supported; {OTHER_BACKEND}"
+
+
+def _images_see_themselves(model: Any) -> bool:
+    """Whether the tokens of an image attend to each other in both directions; not if only text is served."""
+    return bool(getattr(model, "is_mm_prefix_lm", False))
 
 
 def _attends_in_chunks(text: Any) -> bool:

@@ -24,6 +24,7 @@ from xquant_vllm.plugin.registration import BACKEND_NAME
 from xquant_vllm.scheme.builder import layer_weights
 from xquant_vllm.scheme.factor_provider import FactorProvider
 from xquant_vllm.scheme.formats import LayerShape, layer_formats
+from xquant_vllm.scheme.layer_weights import refuse_non_finite
 
 logger = logging.getLogger("vllm.xquant_vllm")
 
@@ -64,6 +65,21 @@ def _is_plain(qkv_proj: Any) -> bool:
     return isinstance(getattr(qkv_proj, "quant_method", None), UnquantizedLinearMethod)
 
 
+def _check_numbers(index: int, part: AttentionParts, linear: Any) -> None:
+    """Refuse a layer whose keys or values are made with what is no number."""
+    key, value = key_value_rows(part, linear.weight.data)
+    bias = getattr(linear, "bias", None)
+    tensors = {
+        f"{part.name}.k_proj.weight (in vLLM the key rows of qkv_proj)": key,
+        f"{part.name}.v_proj.weight (in vLLM the value rows of qkv_proj)": value,
+        f"{part.name}.k_proj.bias or v_proj.bias (in vLLM rows of qkv_proj)": None
+        if bias is None
+        else bias.data[part.q_size :],
+        f"{part.name}.k_norm.weight": None if part.key_norm is None else part.key_norm.weight,
+    }
+    refuse_non_finite(index, tensors)
+
+
 def _operate(
     layers: list[tuple[str, nn.Module, Any]], parts: list[AttentionParts], factors: FactorProvider, *, processed: bool
 ) -> None:
@@ -84,6 +100,10 @@ def _operate(
     allocations = {shape.index: factors.allocation(shape.index, shape.num_kv_heads) for shape in shapes}
     known = {index: allocation for index, allocation in allocations.items() if allocation is not None}
     formats = layer_formats(settings, shapes, known if len(known) == len(shapes) else None)
+    if not processed:
+        # Before threads start with the first layers: LAPACK would have the last word.
+        for index, part in zip(indices, parts, strict=True):
+            _check_numbers(index, part, part.qkv_proj)
     surgeon = Surgeon(settings, formats, factors)
     with factors:
         if not processed:
@@ -97,6 +117,7 @@ def _operate(
         for position, (form, part, (name, _, attention)) in enumerate(zip(formats, parts, layers, strict=True)):
             if processed:
                 dense = effective_linear(f"{name}.qkv_proj", part.qkv_proj)
+                _check_numbers(form.shape.index, part, dense)
             else:
                 bias = getattr(part.qkv_proj, "bias", None)
                 dense = DenseLinear(part.qkv_proj.weight.data, None if bias is None else bias.data)
