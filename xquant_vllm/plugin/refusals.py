@@ -47,13 +47,31 @@ def unwrap_from_validation() -> None:
 
         try:
             return original(self, *args, **kwargs)
-        except ValidationError as error:
-            causes = [problem.get("ctx", {}).get("error") for problem in error.errors()]
-            own = next((cause for cause in causes if isinstance(cause, XQuantError)), None)
-            if own is None:
+        except XQuantError:
+            raise
+        except Exception as error:
+            found = error.errors() if isinstance(error, ValidationError) else []
+            causes = [problem.get("ctx", {}).get("error") for problem in found]
+            ours = next((cause for cause in causes if isinstance(cause, XQuantError)), None) or _in_folder(self)
+            if ours is None:
                 raise
-            ours = own
         raise ours.with_traceback(None) from None
 
     setattr(create_engine_config, _UNWRAPS, True)
     module.EngineArgs.create_engine_config = create_engine_config
+
+
+def _in_folder(arguments: Any) -> XQuantError | None:
+    """What is wrong with the factors in the model's folder: vLLM reads all its files, and may fail before."""
+    from xquant_vllm.plugin.engine_factors import check_folder
+    from xquant_vllm.plugin.registration import BACKEND_NAME
+
+    asked = getattr(arguments.attention_backend, "name", arguments.attention_backend)
+    if str(asked or "").upper() != BACKEND_NAME:
+        return None
+    try:
+        with announced():
+            check_folder(arguments.model)
+    except XQuantError as error:
+        return error
+    return None
