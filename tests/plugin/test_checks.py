@@ -1,6 +1,7 @@
 """Start-up refusals, raised by vLLM's own configuration of a real engine."""
 
 import json
+import os
 import pickle
 from contextlib import nullcontext
 
@@ -13,6 +14,8 @@ from vllm.engine.arg_utils import EngineArgs
 from tests.tiny_models import quantize_tiny_model, save_paligemma, save_tiny_model
 from xquant_vllm import __version__
 from xquant_vllm.errors import SettingsError, UnsupportedError
+from xquant_vllm.offline.factorize import factorize
+from xquant_vllm.offline.factorize_options import FactorizeOptions
 from xquant_vllm.plugin.checks import check_config, unsupported_model
 
 
@@ -230,3 +233,17 @@ def test_models_whose_images_see_themselves_are_served_without_images(tmp_path, 
     with pytest.raises(UnsupportedError, match=named):
         configure(str(tmp_path), attention_backend=backend, dtype="float32", max_model_len=256)
     configure(str(tmp_path), attention_backend=backend, dtype="float32", max_model_len=256, language_model_only=True)
+
+
+@pytest.mark.parametrize("fault", [lambda path: path.write_bytes(b""), lambda path: (path.unlink(), os.mkfifo(path))])
+@pytest.mark.parametrize("named", [{}, {"attention_backend": None, "attention_config": {"backend": "XQUANT"}}])
+def test_factors_are_looked_at_before_vllm_reads_the_folder(tmp_path, fault, named):
+    """To find the model's dtype it reads all safetensors files: it fails at an empty one, and waits for a pipe."""
+    factorize(FactorizeOptions(save_tiny_model(tmp_path / "model", "llama"), tmp_path / "out", dtype="bfloat16"))
+    fault(tmp_path / "out" / "xquant_factors.safetensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config.pop("dtype")
+    (tmp_path / "out" / "config.json").unlink()  # a link to the other folder's
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SettingsError, match=r"xquant_factors\.safetensors is .*make it anew with"):
+        configure(str(tmp_path / "out"), **named)

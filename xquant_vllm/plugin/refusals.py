@@ -46,13 +46,14 @@ def unwrap_from_validation() -> None:
         from pydantic import ValidationError
 
         try:
+            _look_into_folder(self)
             return original(self, *args, **kwargs)
         except XQuantError:
             raise
         except Exception as error:
             found = error.errors() if isinstance(error, ValidationError) else []
             causes = [problem.get("ctx", {}).get("error") for problem in found]
-            ours = next((cause for cause in causes if isinstance(cause, XQuantError)), None) or _in_folder(self)
+            ours = next((cause for cause in causes if isinstance(cause, XQuantError)), None)
             if ours is None:
                 raise
         raise ours.with_traceback(None) from None
@@ -61,17 +62,12 @@ def unwrap_from_validation() -> None:
     module.EngineArgs.create_engine_config = create_engine_config
 
 
-def _in_folder(arguments: Any) -> XQuantError | None:
-    """What is wrong with the factors in the model's folder: vLLM reads all its files, and may fail before."""
+@announced()
+def _look_into_folder(arguments: Any) -> None:
+    """Refuse factors in the model's folder before vLLM reads it, which may fail in words of its own, or never end."""
     from xquant_vllm.plugin.engine_factors import check_folder
     from xquant_vllm.plugin.registration import BACKEND_NAME
 
-    asked = getattr(arguments.attention_backend, "name", arguments.attention_backend)
-    if str(asked or "").upper() != BACKEND_NAME:
-        return None
-    try:
-        with announced():
-            check_folder(arguments.model)
-    except XQuantError as error:
-        return error
-    return None
+    asked = arguments.attention_backend or getattr(arguments.attention_config, "backend", None)
+    if str(getattr(asked, "name", asked)).upper() == BACKEND_NAME:
+        check_folder(arguments.model)
