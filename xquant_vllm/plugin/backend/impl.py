@@ -16,6 +16,7 @@ from xquant_vllm.plugin.backend.paged_impl import PagedImpl, pages_of, refuse_ou
 from xquant_vllm.plugin.checks import unsupported_model
 from xquant_vllm.plugin.engine_settings import settings_of
 from xquant_vllm.plugin.load.loader import install_loader_hook
+from xquant_vllm.plugin.refusals import announced
 from xquant_vllm.plugin.registration import BACKEND_NAME
 from xquant_vllm.scheme.layer_scheme import LayerScheme
 
@@ -28,6 +29,7 @@ class XQuantImpl(PagedImpl):
 
     backend_name = BACKEND_NAME
 
+    @announced()
     def __init__(self, *args: Any, sinks: torch.Tensor | None = None, **kwargs: Any) -> None:
         """Keep the layer's shape; refuse what the kernels do not do.
 
