@@ -116,7 +116,7 @@ def hot_turns(llm: Any, **arguments: Any) -> dict[str, Any]:
 
 def hot_counts(llm: Any) -> dict[str, Any]:
     """Rows that were attended from pools of hot blocks and from pages, and tokens that were promoted, on "a GPU"."""
-    from xquant_vllm.plugin.backend.hot_gpu import hot_engine
+    from xquant_vllm.plugin.hot.gpu import hot_engine
 
     engine = hot_engine(llm.llm_engine.vllm_config)
     counts = [group.hot_map.counts for group in engine.groups.values()]

@@ -17,9 +17,9 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from xquant_vllm.attention import dispatch
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.errors import UnsupportedError
-from xquant_vllm.plugin.backend.hot_budget import rows_on_device
-from xquant_vllm.plugin.backend.hot_cpu import HotBuilder
 from xquant_vllm.plugin.backend.wrappers import PACKAGE, raise_for_wrapper
+from xquant_vllm.plugin.hot.budget import rows_on_device
+from xquant_vllm.plugin.hot.cpu import HotBuilder
 from xquant_vllm.plugin.refusals import announced
 
 
@@ -30,7 +30,7 @@ class PagedMetadata(AttentionMetadata):
     Attributes:
         num_actual_tokens: query tokens without padding.
         batch: the sequences.
-        hot: what is done with hot blocks, a ``HotBatch`` (hot_cpu.py) or ``HotGpuBatch`` (hot_gpu.py); None without a
+        hot: what is done with hot blocks, a ``HotBatch`` (hot/cpu.py) or ``HotGpuBatch`` (hot/gpu.py); None without a
             pool.
     """
 
@@ -111,7 +111,7 @@ class XQuantMetadataBuilder(PagedMetadataBuilder):
         self._hot: HotBuilder | None = None
         self._hot_gpu: Any = None
         if rows_on_device():
-            from xquant_vllm.plugin.backend.hot_gpu import HotGpuBuilder
+            from xquant_vllm.plugin.hot.gpu import HotGpuBuilder
 
             self._hot_gpu = HotGpuBuilder.make(kv_cache_spec, list(layers), impls, vllm_config, device)
         elif device.type == "cpu":

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.plugin.backend.test_hot_budget import BLOCK, PER_TOKEN, TOTAL, Config, Layer
+from tests.plugin.hot.test_budget import BLOCK, PER_TOKEN, TOTAL, Config, Layer
 from xquant_vllm.attention.hot.policy import HotMap
-from xquant_vllm.plugin.backend import hot_budget, hot_worker
+from xquant_vllm.plugin.hot import budget as hot_budget
+from xquant_vllm.plugin.hot import worker as hot_worker
 from xquant_vllm.scheme.hot_share import DEFAULT_SHARE
 
 

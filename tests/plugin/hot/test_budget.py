@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from xquant_vllm.errors import SettingsError
-from xquant_vllm.plugin.backend import hot_budget
-from xquant_vllm.plugin.backend.hot_budget import PageNeeds
+from xquant_vllm.plugin.hot import budget as hot_budget
+from xquant_vllm.plugin.hot.budget import PageNeeds
 from xquant_vllm.plugin.registration import BACKEND_NAME
 from xquant_vllm.scheme.formats import LayerShape, layer_formats
 from xquant_vllm.scheme.hot_share import DEFAULT_SHARE

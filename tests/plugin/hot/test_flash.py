@@ -8,8 +8,9 @@ import pytest
 import torch
 from vllm.platforms import current_platform
 
-from tests.plugin.backend.test_hot_budget import Config, Layer, take_pool
-from xquant_vllm.plugin.backend import flash, hot_budget
+from tests.plugin.hot.test_budget import Config, Layer, take_pool
+from xquant_vllm.plugin.hot import budget as hot_budget
+from xquant_vllm.plugin.hot import flash
 
 
 def layer(**changes) -> SimpleNamespace:

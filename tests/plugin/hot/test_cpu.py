@@ -17,8 +17,8 @@ if not has_kernels():
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from xquant_vllm.plugin.backend.hot_budget import HotMemory
-from xquant_vllm.plugin.backend.hot_cpu import HotBuilder
+from xquant_vllm.plugin.hot.budget import HotMemory
+from xquant_vllm.plugin.hot.cpu import HotBuilder
 
 SUPPORTED = (64, 80, 128)
 
