@@ -17,8 +17,8 @@ from benchmarks.serving.metrics import parse
 from benchmarks.soak import memory
 from benchmarks.soak.caches import SoakedCache
 from benchmarks.soak.client import Background, Outcome, send, send_all
-from benchmarks.soak.load import MAX_MODEL_LEN, MODEL_NAME, Load, Request, probe
 from benchmarks.soak.drift import largest_difference
+from benchmarks.soak.load import MAX_MODEL_LEN, MODEL_NAME, Load, Request, probe
 from examples.vllm_process import Progress, ServerError, VllmServer, free_port
 
 _HOST = "127.0.0.1"

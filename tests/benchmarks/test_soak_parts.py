@@ -11,6 +11,7 @@ import pytest
 from benchmarks.soak import memory, result
 from benchmarks.soak.caches import CACHES, CONTROL
 from benchmarks.soak.client import Outcome, events, send, send_all
+from benchmarks.soak.drift import largest_difference
 from benchmarks.soak.life import Turn
 from benchmarks.soak.load import WEIGHTS, Load, Request, probe
 
@@ -45,7 +46,7 @@ def test_probes_differ_by_their_salt_alone() -> None:
 class Answers(http.server.BaseHTTPRequestHandler):
     """Answers as its path of action, the "model" of a request, says."""
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         action = json.loads(body)["model"]
         good = {"choices": [], "usage": {"completion_tokens": 5}}
@@ -126,9 +127,9 @@ def answer(tokens: list[str], number: float) -> dict:
 
 
 def test_drift() -> None:
-    assert result.largest_difference(answer(["a"], -1.0), answer(["a"], -1.0)) == 0
-    assert result.largest_difference(answer(["a"], -1.0), answer(["a"], -1.5)) == 0.5
-    assert result.largest_difference(answer(["a"], -1.0), answer(["b"], -1.0)) == float("inf")
+    assert largest_difference(answer(["a"], -1.0), answer(["a"], -1.0)) == 0
+    assert largest_difference(answer(["a"], -1.0), answer(["a"], -1.5)) == 0.5
+    assert largest_difference(answer(["a"], -1.0), answer(["b"], -1.0)) == float("inf")
 
 
 def turn(grown: float, drift: float = 0.0, preemptions: int = 2, **changes) -> Turn:
