@@ -12,10 +12,11 @@ engine core is killed. The last line of the output is one JSON object, explained
 import argparse
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.soak import caches, result
-from benchmarks.soak.life import Soak
+from benchmarks.soak.life import Soak, Turn
 from benchmarks.soak.load import Load
 from examples.vllm_process import ServerError
 from xquant_vllm.offline.texts import python_docs_to_evaluate
@@ -31,17 +32,19 @@ def main(arguments: list[str] | None = None) -> int:
     options.logs.mkdir(parents=True, exist_ok=True)
     model = options.model or caches.make_model(options.logs / "model", options.tokenizer)
     words = python_docs_to_evaluate().split()
-    turns = {}
-    for name in options.caches:
+
+    def soak(name: str) -> Turn:
         cache = caches.CACHES[name]
         print(f"soak: {name}, {options.requests} requests", file=sys.stderr, flush=True)
-        try:
-            served = caches.calibrated_joint(model, options.logs / "joint") if cache.calibrated else model
-            soak = Soak(cache, served, options.logs, Load(words, options.seed))
-            turns[name] = soak.run(options.requests)
-        except ServerError as error:
-            print(f"soak: {error}", file=sys.stderr)
-            return 1
+        served = caches.calibrated_joint(model, options.logs / "joint") if cache.calibrated else model
+        return Soak(cache, served, options.logs, Load(words, options.seed)).run(options.requests)
+
+    try:
+        with ThreadPoolExecutor(options.at_once) as pool:
+            turns = dict(zip(options.caches, pool.map(soak, options.caches), strict=True))
+    except ServerError as error:
+        print(f"soak: {error}", file=sys.stderr)
+        return 1
     summary = result.summary(turns)
     faults = result.faults(summary, _MORE_THAN_CONTROL_MB)
     for fault in faults:
@@ -58,6 +61,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="serve this checkpoint instead of a tiny random one")
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "models" / "smollm2-135m-instruct",
                         help="checkpoint whose tokenizer the tiny model gets")  # fmt: skip
+    parser.add_argument("--at-once", type=int, default=2, help="servers at a time (default 2: starting takes longest)")
     parser.add_argument("--seed", type=int, default=0, help="of the requests")
     parser.add_argument("--logs", type=Path, default=ROOT / "logs" / "soak", help="folder of the logs and checkpoints")
     return parser.parse_args(arguments)
