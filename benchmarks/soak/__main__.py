@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         cache = caches.CACHES[name]
         print(f"soak: {name}, {options.requests} requests", file=sys.stderr, flush=True)
         served = caches.calibrated_joint(model, options.logs / "joint") if cache.calibrated else model
-        return Soak(cache, served, options.logs, Load(words, options.seed)).run(options.requests)
+        return Soak(cache, served, options.logs, Load(words, options.seed, not cache.speculates)).run(options.requests)
 
     try:
         with ThreadPoolExecutor(options.at_once) as pool:

@@ -19,7 +19,7 @@ class SoakedCache:
         name: what options and results call it.
         settings: of the plugin; None for vLLM's own cache.
         calibrated: serves the folder that `xquant factorize --calibration --basis joint` makes.
-        speculates: drafts by n-grams.
+        speculates: drafts by n-grams; asked for greedy answers only, as vLLM cannot sample behind drafts on CPUs.
         is_killed: its engine core is killed in the middle of requests, and the server started again.
         hot: holds hot blocks, whose keys round to 16 bits: the probe may differ by that.
     """

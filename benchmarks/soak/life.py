@@ -24,7 +24,7 @@ from examples.vllm_process import Progress, ServerError, VllmServer, free_port
 _HOST = "127.0.0.1"
 _AT_ONCE = 12
 # 640 tokens: three of the longest requests fit, a dozen run.
-_BLOCKS, _BLOCK_SIZE = 40, 16
+_BLOCKS, _BLOCK_SIZE = 20, 32
 _IDLE_SECONDS, _END_SECONDS, _START_SECONDS = 60, 90, 300
 # What only a first request allocates is no growth.
 _WARM_UP = 16

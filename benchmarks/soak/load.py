@@ -50,9 +50,9 @@ class Request:
 class Load:
     """Draws requests."""
 
-    def __init__(self, words: Sequence[str], seed: int) -> None:
-        """Take the words of a text, which prompts are cut from."""
-        self._words = words
+    def __init__(self, words: Sequence[str], seed: int, samples: bool = True) -> None:
+        """Take the words of a text, which prompts are cut from; without ``samples`` all answers are greedy."""
+        self._words, self._samples = words, samples
         self._random = random.Random(seed)
         self._prefixes = [self._text(60) for _ in range(_SHARED_PREFIXES)]
 
@@ -70,7 +70,9 @@ class Load:
         leaves_after, choices = None, 1
         if kind == "several answers":
             choices = self._random.randint(2, 4)
-            body |= {"n": choices, "temperature": 0.8, "seed": self._random.randrange(10**6)}
+            body |= {"n": choices}
+            if self._samples:
+                body |= {"temperature": 0.8, "seed": self._random.randrange(10**6)}
         elif kind == "log-probabilities":
             body |= {"logprobs": self._random.choice((0, 1, 5)), "echo": self._random.random() < 0.3}
         elif kind == "shared prefix":
@@ -92,7 +94,7 @@ class Load:
 
     def _body(self, prompt: str) -> dict[str, Any]:
         body = {"model": MODEL_NAME, "prompt": prompt, "ignore_eos": True, "max_tokens": 8}
-        if self._random.random() < 0.5:
+        if not self._samples or self._random.random() < 0.5:
             return body | {"temperature": 0}
         return body | {"temperature": 1.0, "top_p": 0.9, "top_k": 40, "seed": self._random.randrange(10**6)}
 

@@ -29,7 +29,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         if self.path == "/health":
             return self.send(200 if core.poll() is None else 503, "")
         numbers = {"num_requests_running": 0, "num_requests_waiting": 0, "num_preemptions_total": 1,
-                   "kv_cache_usage_perc": LEAKED / 40}  # fmt: skip
+                   "kv_cache_usage_perc": LEAKED / 20}  # fmt: skip
         return self.send(200, "\n".join(f'vllm:{name}{{engine="0"}} {value}' for name, value in numbers.items()))
 
     def do_POST(self) -> None:
