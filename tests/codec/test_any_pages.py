@@ -74,7 +74,9 @@ def test_a_slot_holds_what_was_stored_last_whatever_else_was(data, layout) -> No
     for slot in sorted(last):
         latents = tuple(x.unsqueeze(0) for x in last[slot])
         store_latents(expected[:, : layout.page_bytes], layout, torch.tensor([slot]), latents)
-    assert torch.equal(storage, expected)
+    # Which of the many NaNs a minimum is depends on how many numbers torch compares at once.
+    if not any(x.isnan().any() for latents in last.values() for x in latents):
+        assert torch.equal(storage, expected)
 
     for index, stream in enumerate(layout.streams):
         if not last:
@@ -84,6 +86,13 @@ def test_a_slot_holds_what_was_stored_last_whatever_else_was(data, layout) -> No
         assert_same(read, once(stream, torch.stack([latents[index] for latents in last.values()])))
         whole = load_latents(pages, layout, torch.arange(BLOCKS), index)
         assert_same(whole[slots], read)
+
+    # And what is in no slot that was written, whatever was.
+    slots = torch.tensor([*last], dtype=torch.int64)
+    zeros = [torch.zeros(len(last), s.num_heads, s.width) for s in layout.streams]
+    for memory in (storage, expected):
+        store_latents(memory[:, : layout.page_bytes], layout, slots, tuple(zeros))
+    assert torch.equal(storage, expected)
 
 
 @settings(max_examples=60, deadline=None)
