@@ -68,11 +68,9 @@ class Load:
         body = self._body(self._text(self._random.randint(2, _LONGEST_PROMPT_WORDS)))
         answer = self._random.randint(2, _LONGEST_ANSWER)
         leaves_after, choices = None, 1
-        if kind == "several answers":
+        if kind == "several answers" and self._samples:
             choices = self._random.randint(2, 4)
-            body |= {"n": choices}
-            if self._samples:
-                body |= {"temperature": 0.8, "seed": self._random.randrange(10**6)}
+            body |= {"n": choices, "temperature": 0.8, "seed": self._random.randrange(10**6)}
         elif kind == "log-probabilities":
             body |= {"logprobs": self._random.choice((0, 1, 5)), "echo": self._random.random() < 0.3}
         elif kind == "shared prefix":

@@ -37,6 +37,11 @@ def test_a_load_is_its_seeds_and_has_all_kinds() -> None:
             assert leaves or request.tokens == body["max_tokens"] * body.get("n", 1)
 
 
+def test_greedy_loads_do_not_sample() -> None:
+    bodies = [json.loads(request.body) for request in Load(WORDS, 3, samples=False).requests(200) if request.is_valid]
+    assert all(body["temperature"] == 0 and "n" not in body for body in bodies)
+
+
 def test_probes_differ_by_their_salt_alone() -> None:
     first, second = (json.loads(probe(salt).body) for salt in "12")
     assert first.pop("cache_salt") != second.pop("cache_salt")
