@@ -101,11 +101,12 @@ inline RowOfIntegers integer_weights(const float* weights, const float* scales, 
         top = maximum(x > 0.0f ? x : -x, top);
     }
     const float largest = reduce_max(top), unit = largest * (1.0f / 32767.0f);
-    const vf inverse = broadcast(largest > 0.0f ? 32767.0f / largest : 0.0f);
+    // Weights that all have underflowed count as none: the inverse would be infinite.
+    const vf inverse = broadcast(largest > 1e-33f ? 32767.0f / largest : 0.0f);
     vi total = {};
     for (int64_t j = 0; j < columns; j += kLanes) {
         const __m512i x = _mm512_maskz_cvtps_epi32(0xffff, (__m512)(load(weights + j) * load(scales + j) * inverse));
-        total += (vi)x;
+        total = (vi)_mm512_add_epi32((__m512i)total, x);  // wraps around: NaN is INT_MIN
         _mm256_storeu_si256((__m256i*)(to + j / 2), _mm512_maskz_cvtsepi32_epi16(0xffff, x));
     }
     return {unit, to_float(total)};
