@@ -86,6 +86,9 @@ def _row(
     steps = {method: [statistics.median(turn["steps"]) for turn in turns] for method, turns in taken.items()}
     prefills = {method: [turn["prefill"] for turn in turns] for method, turns in taken.items()}
     row: dict[str, Any] = {"method": name, "context": context}
+    rows = {which: sum(turn[f"{which}_rows"] for turn in taken[name]) for which in ("hot", "cold")}
+    if any(rows.values()):  # there is a pool
+        row["hot_share"] = rows["hot"] / sum(rows.values())
     for what, seconds, tokens in (("decode", steps, sequences), ("prefill", prefills, sequences * context)):
         if what == "prefill" and same_prompts:
             continue
@@ -110,6 +113,8 @@ def text(result: dict[str, Any]) -> str:
             rate, ratio = row[f"{what}_tokens_per_second"], row[f"{what}_ratio"]
             spread = f"({ratio['low']:.2f}-{ratio['high']:.2f})"
             cells.append(f"{what} {rate['median']:7.1f} tokens/s  {ratio['median']:.2f}x {spread}")
+        if "hot_share" in row:
+            cells.append(f"{row['hot_share']:.0%} of the rows hot")
         lines.append(f"  {row['context']:6d} tokens  {METHODS[row['method']].label:18s} {'   '.join(cells)}")
     caches = (f"{METHODS[name].label} {tokens:,}" for name, tokens in result["cache_tokens"].items())
     lines.append(f"  cache tokens in {result['cache_mib']} MiB: {', '.join(caches)}")

@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 from benchmarks.offline.first_token import first_token
+from benchmarks.offline.pool import counted_since, counts
 
 # Decode steps before those that are timed.
 _WARM_UP_STEPS = 2
@@ -43,7 +44,8 @@ def decode(engine: Any, *, sequences: int, context: int, steps: int, seed: int) 
     """Prefill and decode random prompts of ``context`` tokens, all sequences together."""
     from vllm import SamplingParams
 
-    drawn = random.Random(seed)
+    # No prompt begins like a shorter one of another order.
+    drawn = random.Random(f"{seed}-{context}")
     vocabulary = engine.vllm_config.model_config.get_vocab_size()
     # The first sequences decode while the last ones are prefilled: nobody may be done before all are timed.
     room = engine.vllm_config.model_config.max_model_len - context
@@ -60,17 +62,18 @@ def decode(engine: Any, *, sequences: int, context: int, steps: int, seed: int) 
     prefill = time.perf_counter() - began
     for _ in range(_WARM_UP_STEPS):
         engine.step()
-    taken = []
+    taken, before = [], counts(engine)
     for _ in range(steps):
         began = time.perf_counter()
         finished = engine.step()
         taken.append(time.perf_counter() - began)
         if len(finished) != sequences:
             raise RuntimeError(f"{len(finished)} of {sequences} sequences decoded in one step: the cache is too small")
+    rows = counted_since(engine, before)
     engine.abort_request(names)
     while engine.has_unfinished_requests():
         engine.step()
-    return {"prefill": prefill, "steps": taken}
+    return {"prefill": prefill, "steps": taken, "hot_rows": rows["hot_rows"], "cold_rows": rows["cold_rows"]}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import random
 import time
 from typing import Any
 
+from benchmarks.offline.pool import counted_since, counts, idle_steps, pool_tokens
+
 
 def first_token(engine: Any, *, prefix: int, question: int, hit: bool, seed: int) -> dict[str, Any]:
     """Send a random prompt and wait for one token.
@@ -34,21 +36,21 @@ def first_token(engine: Any, *, prefix: int, question: int, hit: bool, seed: int
         return [drawn.randrange(vocabulary) for _ in range(count)]
 
     beginning, end = tokens(prefix), tokens(question)
-    pool = _pool_tokens(engine)
+    pool = pool_tokens(engine)
     if hit:
         _serve(engine, beginning + tokens(question), 1)
         for _ in range(math.ceil(pool / prefix)):
             _serve(engine, tokens(prefix), 1)
         if pool:
-            _serve(engine, tokens(1), _idle_steps())
-    before = _counts(engine)
+            _serve(engine, tokens(1), idle_steps())
+    before = counts(engine)
     seconds, cached = _serve(engine, beginning + end, 1)
-    counts = {name: count - before[name] for name, count in _counts(engine).items()}
+    counted = counted_since(engine, before)
     if cached != (prefix if hit else 0):
         raise RuntimeError(f"the prefix cache had {cached} tokens of {prefix}")
-    if hit and pool and not counts["promoted_tokens"]:
+    if hit and pool and not counted["promoted_tokens"]:
         raise RuntimeError(f"nothing was promoted, though the pool holds {pool} tokens")
-    return {"seconds": seconds, "cached": cached, "pool_tokens": pool, **counts}
+    return {"seconds": seconds, "cached": cached, "pool_tokens": pool, **counted}
 
 
 def _serve(engine: Any, prompt: list[int], count: int) -> tuple[float, int]:
@@ -63,25 +65,3 @@ def _serve(engine: Any, prompt: list[int], count: int) -> tuple[float, int]:
         for output in engine.step():
             cached = output.num_cached_tokens
     return time.perf_counter() - began, cached
-
-
-def _pool_tokens(engine: Any) -> int:
-    """Of every layer, that fit the pool of hot blocks; 0 without."""
-    from xquant_vllm.plugin.backend.hot_budget import hot_memory
-
-    return hot_memory(engine.vllm_config).tokens
-
-
-def _idle_steps() -> int:
-    from xquant_vllm.attention.hot.policy import IDLE_STEPS
-
-    return IDLE_STEPS + 1
-
-
-def _counts(engine: Any) -> dict[str, int]:
-    """What the pool has counted; zeros without a pool."""
-    from xquant_vllm.plugin.backend.hot_budget import hot_memory
-
-    names = ("promoted_tokens", "hot_rows", "cold_rows")
-    counted = [found[0].counts for found in hot_memory(engine.vllm_config).maps.values()]
-    return {name: sum(getattr(counts, name) for counts in counted) for name in names}

@@ -52,3 +52,5 @@ def test_long_contexts_may_have_the_same_prompts(tmp_path) -> None:
     assert len(rows) == 4
     assert rows["x-hot", 40]["prefill_ratio"]["count"] == rows["x-hot", 150]["decode_ratio"]["count"] == 2
     assert "prefill_ratio" not in rows["x-hot", 150]
+    assert rows["x-hot", 40]["hot_share"] == rows["x-hot", 150]["hot_share"] == 1
+    assert "hot_share" not in rows["16bit", 40]

@@ -31,7 +31,8 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         def plan(hot_map, block_table, seq_lens, query_lens, *rest):
-            hot_map._idle_steps, hot_map._promoted_tokens = _IDLE_STEPS, _PROMOTED_TOKENS
+            hot_map._idle = _IDLE_STEPS
+            hot_map._idle_limits, hot_map._promoted_tokens = (_IDLE_STEPS, _IDLE_STEPS), _PROMOTED_TOKENS
             step = self._plan(hot_map, block_table, seq_lens, query_lens, *rest)
             size, found = hot_map.block_size, {}
             for row in np.flatnonzero(query_lens):
@@ -112,7 +113,7 @@ class Coherence:
             for name in names:
                 attention = self._layers[name]
                 impl, pool = attention.impl, attention.impl.hot_pool
-                plan = impl._plan(hot_map.block_size)
+                plan = impl.plan(hot_map.block_size)
                 pages = impl._pages(attention.kv_cache)
                 tokens = HotTokens(slots, positions, hot_slots)
                 ours = rematerialize(reference, pages, plan, tokens, self._dtype)

@@ -5,8 +5,8 @@ summed up where a chain has several terms, become integers of 8 bits of their la
 the kernels do. So one product in INT8 goes over all channels, and the token's scale and the column's unit are
 multiplied in once.
 
-Both roundings together change keys by less than 1%. Codes of 4 bits and fewer have cost several times as much before, those
-of 8 bits have not: hence :func:`has_byte_keys`.
+Both roundings together change keys by less than 1%. Codes of 4 bits and fewer have cost several times as much before,
+those of 8 bits have not: hence :func:`has_byte_keys`.
 """
 
 from dataclasses import dataclass

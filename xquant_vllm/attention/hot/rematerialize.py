@@ -65,7 +65,7 @@ def rematerialize(
         Keys after bias, norm and RoPE, and values, or value latents where these are the values, both
         ``[n, num_kv_heads, head_size]`` in ``dtype``; heads are contiguous.
     """
-    ups = _ups(plan, dtype)
+    ups = up_projections(plan, dtype)
     projection = plan.projection
     shape = (tokens.count, 2, projection.num_kv_heads, projection.head_size)
     both = torch.empty(shape, dtype=dtype, device=tokens.slots.device)
@@ -145,7 +145,7 @@ def _multiply(latents: torch.Tensor, up: torch.Tensor | None, heads: torch.Tenso
     heads.copy_(torch.bmm(rows, up).transpose(0, 1))
 
 
-class _Ups:
+class UpProjections:
     """Up-projections in the model's dtype.
 
     Attributes:
@@ -169,5 +169,6 @@ class _Ups:
 
 
 @per_object
-def _ups(plan: AttentionLayerPlan, dtype: torch.dtype) -> _Ups:
-    return _Ups(plan, dtype)
+def up_projections(plan: AttentionLayerPlan, dtype: torch.dtype) -> UpProjections:
+    """Those of a layer, made on first use and forgotten together with the plan."""
+    return UpProjections(plan, dtype)

@@ -1,10 +1,9 @@
 """Memory for the pool of hot blocks, taken from what vLLM gives to the cache.
 
-vLLM asks a worker how much memory there is for the cache and makes pages of all of it. Where the model is served from
-a CPU, the answer is lowered by the pool's bytes, and the log says what is left.
+vLLM asks a worker how much memory there is for the cache and makes pages of all of it. The answer is lowered by the
+pool's bytes, and on a GPU by those of the buffers that writing to it takes; the log says what is left.
 """
 
-import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.attention import Attention
 
-from xquant_vllm.attention.hot.policy import HotCounts, HotMap
+from xquant_vllm.attention import dispatch
+from xquant_vllm.attention.hot.policy import HotMap
 from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.errors import SettingsError
 from xquant_vllm.plugin.registration import BACKEND_NAME
@@ -97,47 +97,15 @@ def unsupported(dtype: torch.dtype, head_sizes: Sequence[int]) -> str | None:
     return None
 
 
-def keep_pool_back() -> None:
-    """Let vLLM's CPU worker keep the pool's bytes out of the cache's memory, once per process.
+def rows_on_device() -> bool:
+    """Whether kernels find out which rows are hot: where the Triton kernels run, interpreted ones included."""
+    return hasattr(dispatch.select("cpu" if _on_cpu() else "cuda"), "HOT_ROWS_ON_DEVICE")
 
-    It also empties the maps where it copies pages, and says at its end what the pool was good for.
-    """
+
+def _on_cpu() -> bool:
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        return
-    from vllm.v1.worker.cpu_worker import CPUWorker
-
-    original = CPUWorker.determine_available_memory
-    if hasattr(original, "__wrapped__"):
-        return
-
-    @functools.wraps(original)
-    def determine_available_memory(self: Any) -> int:
-        total = original(self)
-        return total - take_pool(self.vllm_config, total, lambda: _page_needs(self))
-
-    execute = CPUWorker.execute_model
-
-    @functools.wraps(execute)
-    def execute_model(self: Any, scheduler_output: Any) -> Any:
-        if scheduler_output.kv_cache_block_copies:
-            # A prefix ends within a block, which vLLM copies: the one page that the store does not write.
-            for hot_map, *_ in hot_memory(self.vllm_config).maps.values():
-                hot_map.clear()
-        return execute(self, scheduler_output)
-
-    end = CPUWorker.shutdown
-
-    @functools.wraps(end)
-    def shutdown(self: Any) -> Any:
-        for hot_map, *_ in hot_memory(self.vllm_config).maps.values():
-            say_counts(hot_map, hot_map.counts, "in all")
-        return end(self)
-
-    CPUWorker.determine_available_memory = determine_available_memory
-    CPUWorker.execute_model = execute_model
-    CPUWorker.shutdown = shutdown
+    return current_platform.is_cpu()
 
 
 def take_pool(vllm_config: Any, total: int, page_needs: Callable[[], PageNeeds]) -> int:
@@ -165,15 +133,15 @@ def take_pool(vllm_config: Any, total: int, page_needs: Callable[[], PageNeeds])
     formats = [impl.scheme.format for impl in impls]
     asked = impls[0].settings.hot
     setting = hot_setting(impls[0].settings, formats)
-    if not setting:
+    if not setting or (asked is None and (rows_on_device() or not _on_cpu())):  # on GPUs no default was measured
         return 0
     dtype = vllm_config.model_config.dtype
-    reason = unsupported(dtype, sorted({impl.head_size for impl in impls}))
+    reason, shared = _on_platform(vllm_config, impls)
     if reason is not None:
         logger.info("xquant: hot blocks are off: %s", reason)
         return 0
     wanted = pool_bytes(setting, total)
-    if wanted >= total:
+    if wanted + shared >= total:
         raise SettingsError(
             f"xquant: setting 'hot': {setting} cannot work: of {total} bytes for the cache none would be left for "
             "pages; set less, or give more memory (--kv-cache-memory-bytes, VLLM_CPU_KVCACHE_SPACE)"
@@ -197,38 +165,25 @@ def take_pool(vllm_config: Any, total: int, page_needs: Callable[[], PageNeeds])
         )
         return 0
     memory = hot_memory(vllm_config)
-    taken = memory.take(wanted, per_token)
+    taken = memory.take(wanted, per_token) + shared
     _say(memory.tokens, taken, total, needs, (total - taken) / total * _times_plain(layers, impls, dtype))
     return taken
 
 
-def say_counts(hot_map: HotMap, counts: HotCounts, when: str) -> None:
-    """What the log says of steps.
+def _on_platform(vllm_config: Any, impls: Sequence[Any]) -> tuple[str | None, int]:
+    """Why the platform's kernel cannot attend to the pool, or None, and bytes of what the pool needs beside itself."""
+    dtype = vllm_config.model_config.dtype
+    if not rows_on_device():
+        if not _on_cpu():
+            return "the kernels for GPUs do not run", 0
+        return unsupported(dtype, sorted({impl.head_size for impl in impls})), 0
+    if vllm_config.model_config.enable_sleep_mode:
+        return "--enable-sleep-mode discards what the pool holds, and where it is", 0
+    from xquant_vllm.plugin.backend.flash import flash_unsupported
+    from xquant_vllm.plugin.backend.hot_gpu_memory import shared_bytes
 
-    Args:
-        hot_map: of a KV cache group.
-        counts: sums over its steps.
-        when: which steps.
-    """
-    logger.info(
-        "xquant: hot blocks: %s %s rows of batches were attended from the pool and %s from pages; %s new and %s "
-        "promoted tokens were written to the pool%s",
-        when,
-        *(f"{number:,}" for number in (counts.hot_rows, counts.cold_rows, counts.new_tokens, counts.promoted_tokens)),
-        "" if hot_map.window is None else f" (layers with windows of {hot_map.window:,} tokens)",
-    )
-
-
-def _page_needs(worker: Any) -> PageNeeds:
-    """As vLLM will find when it makes pages."""
-    from vllm.v1.core import kv_cache_utils
-
-    config = worker.vllm_config
-    # A copy, because specs may be unified in place.
-    groups = kv_cache_utils.get_kv_cache_groups(config, dict(worker.get_kv_cache_spec()))
-    block = kv_cache_utils._pool_bytes_per_block(config, groups)
-    longest = kv_cache_utils._max_memory_usage_bytes_from_groups(config, groups)
-    return PageNeeds(block, longest // block, config.model_config.max_model_len)
+    reason = flash_unsupported(dtype, impls, vllm_config.cache_config.block_size)
+    return reason, 0 if reason is not None else shared_bytes(vllm_config)
 
 
 def _times_plain(layers: Sequence[Any], impls: Sequence[Any], dtype: torch.dtype) -> float:

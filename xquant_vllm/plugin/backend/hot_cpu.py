@@ -1,7 +1,5 @@
 """Hot blocks on CPUs: attended by vLLM's own kernels for 16-bit caches (CPU_ATTN)."""
 
-import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,18 +16,14 @@ from xquant_vllm.attention import dispatch
 from xquant_vllm.attention import reference as slow
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.hot import reference
-from xquant_vllm.attention.hot.policy import PROMOTED_TOKENS, HotCounts, HotMap
+from xquant_vllm.attention.hot.policy import PROMOTED_TOKENS, HotMap
 from xquant_vllm.attention.hot.pool import Pool
 from xquant_vllm.attention.hot.rematerialize import TokenKernels, rematerialize
 from xquant_vllm.attention.hot.tokens import HotTokens
 from xquant_vllm.attention.plan import AttentionLayerPlan
-from xquant_vllm.plugin.backend.hot_budget import HotMemory, hot_memory, say_counts
+from xquant_vllm.plugin.backend.hot_budget import HotMemory, hot_memory
 from xquant_vllm.plugin.backend.hot_layout import pool_layout
-
-logger = logging.getLogger("vllm.xquant_vllm")
-
-# Seconds between two lines of the log that say what was hot.
-_LOG_EVERY = 60
+from xquant_vllm.plugin.backend.hot_log import HotLog
 
 
 @dataclass
@@ -174,7 +168,7 @@ class HotBuilder:
         window = windows.pop() if len(windows) == 1 else None
         self._exact_from = first._exact_from
         self.hot_map: HotMap | None = None
-        self._logged, self._said = time.monotonic(), HotCounts()
+        self._log = HotLog()
         dtype = vllm_config.model_config.dtype
         self._schedule = {
             "num_heads": first.num_heads,
@@ -213,7 +207,7 @@ class HotBuilder:
             exact = None if self._exact_from is None else counts >= self._exact_from
             step = hot_map.plan(common.block_table_tensor.numpy(), lengths, counts, exact)
             known = self._memory.maps[address] = (hot_map, common, (step, HotTokens.of(step)))
-            self._log(hot_map)
+            self._log.say(hot_map)
         self.hot_map, (step, written) = known[0], known[2]
         table = torch.from_numpy(step.block_table)
         if step.hot.sum() == np.count_nonzero(counts):
@@ -226,13 +220,6 @@ class HotBuilder:
             for rows, of in ((step.hot, table), (~step.hot & (counts > 0), common.block_table_tensor))
         )
         return HotBatch(written, self._rows(hot, hot_tokens), cold)
-
-    def _log(self, hot_map: HotMap) -> None:
-        now = time.monotonic()
-        if now - self._logged < _LOG_EVERY:
-            return
-        say_counts(hot_map, hot_map.counts.plus(self._said, -1), f"in the last {now - self._logged:.0f} s")
-        self._logged, self._said = now, hot_map.counts
 
     def _rows(self, batch: AttentionBatch, tokens: torch.Tensor | None) -> HotRows:
         scheduler = ops.cpu_attn_get_scheduler_metadata(
