@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.attention.attention_cases import Case, Spec, make_case, random_spec
+from tests.attention import attention_cases
+from tests.attention.attention_cases import Case, Spec, random_spec
 from tests.attention.byte_case import in_bytes, on_bytes, run_reference
 from tests.cpu_kernels import has_kernels
 from xquant_vllm.attention import reference
@@ -21,6 +22,12 @@ from xquant_vllm.plugin.hot.budget import HotMemory
 from xquant_vllm.plugin.hot.cpu import HotBuilder
 
 SUPPORTED = (64, 80, 128)
+
+
+def make_case(spec: Spec) -> Case:
+    """Of a key up-projection that is exact in bytes where pages are attended so."""
+    case = attention_cases.make_case(spec)
+    return on_bytes(case) if in_bytes(case) else case
 
 
 def without_null_block(case: Case) -> Case:
@@ -79,14 +86,6 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
     assert ((actual.float() - expected) / size).abs().max() <= tolerance
 
 
-def expected_of(case: Case, cold: torch.Tensor | None, count: int) -> torch.Tensor:
-    """What the reference makes of the first tokens; keys may be made of bytes from pages, and never in the pool."""
-    expected = case.run(reference)[:count]
-    if cold is not None:
-        expected[cold] = run_reference(case)[:count][cold]
-    return expected
-
-
 def fitting(seed: int) -> Spec:
     """What CPU_ATTN has kernels for; scores in the range that a model has."""
     spec = random_spec(seed)
@@ -115,12 +114,15 @@ def test_some_rows_hot(seed: int) -> None:
     """The pool has room for some of the rows only."""
     spec = replace(fitting(seed), seqs=((200, 1), (90, 20), (400, 3), (60, 60)))
     case = without_null_block(make_case(spec))
-    case = on_bytes(case) if in_bytes(case) else case
     builder, impl = builder_of(case, spec, 320 + spec.block_size)
     actual, batch = step(case, builder, impl)
     assert batch.hot is not None
     assert batch.cold is not None
-    assert_near(actual, expected_of(case, batch.cold[1], actual.shape[0]), spec.dtype)
+    assert batch.hot.tokens is not None
+    hot, cold = batch.hot.tokens, batch.cold[1]
+    assert sorted([*hot.tolist(), *cold.tolist()]) == list(range(actual.shape[0]))
+    assert_near(actual[hot], case.run(reference)[hot], spec.dtype)
+    assert_near(actual[cold], run_reference(case)[cold], spec.dtype)
 
 
 @pytest.mark.parametrize("seed", range(60, 70))
@@ -128,13 +130,16 @@ def test_exact_prompts_are_attended_from_pages(seed: int) -> None:
     """Their own tokens as the model computed them; what is written to the pool comes from pages all the same."""
     spec = replace(fitting(seed), seqs=((200, 1), (90, 1)), dtype=torch.float32)
     prompts = without_null_block(make_case(replace(spec, seqs=((200, 1), (90, 20)), exact_from=2)))
-    prompts = on_bytes(prompts) if in_bytes(prompts) else prompts
     # The exact tokens' slots are poisoned in this case: their keys in the pool are read by nobody here.
     builder, impl = builder_of(prompts, replace(spec, exact_from=2), 20000)
     actual, batch = step(prompts, builder, impl)
     assert batch.cold is not None
     assert batch.cold[0].seq_lens.tolist() == [90]
-    assert_near(actual, expected_of(prompts, batch.cold[1], actual.shape[0]), spec.dtype)
+    assert batch.hot is not None
+    assert batch.hot.tokens is not None
+    hot, cold = batch.hot.tokens, batch.cold[1]
+    assert_near(actual[hot], prompts.run(reference)[hot], spec.dtype)
+    assert_near(actual[cold], run_reference(prompts)[cold], spec.dtype)
 
 
 @pytest.mark.parametrize(("earlier", "written"), [((), 2048), ((4,), 4000)])
