@@ -19,10 +19,11 @@ from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.e2e
 
-# Units in the last place of the largest number: about twice the worst seen, which was 2.7 and 1.5.
-ULPS = {"float32": 6, "bfloat16": 3}
+# Units in the last place of the largest number. The worst seen with VNNI was 2.7 and 1.5; other processors add in another
+# order. A wrong slot is off by 10^5 or more.
+ULPS = {"float32": 16, "bfloat16": 4}
 # Of a logit; the worst of two seeds was 5e-4.
-TOLERANCE = 0.002
+TOLERANCE = 0.005
 # Of 8 bits, where a last bit now and then makes another code; the worst of two seeds was 0.06.
 CALIBRATED_TOLERANCE = 0.12
 STEPS = int(os.environ.get("HOT_TRACE_STEPS", "24"))
