@@ -76,7 +76,7 @@ class Engine:
         self.choose, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
         self.layer = Layer(spec)
         self.config, self.window = Config(self.layer), spec.window
-        hot_memory(self.config).keep(pool_tokens)
+        hot_memory(self.config).take(pool_tokens, 1)
         kind = FullAttentionSpec
         arguments = {"block_size": BLOCK, "num_kv_heads": HEADS, "head_size": SIZE, "dtype": torch.float32}
         if spec.window:
