@@ -48,7 +48,7 @@ def write(
     """
     prepared = prepare(plan, multiplies_integers())
     structs, num_blocks = prepared.structs_of(pages)
-    call = _call_of(tokens)
+    call = HotCall.from_buffer_copy(_call_of(tokens))
     call.pages, call.num_blocks = structs, num_blocks
     if (layer is not None or before is not None) and plan.value_terms == plan.key_terms:
         latents, call.first_term = started_latents(plan, tokens, before)
@@ -58,23 +58,17 @@ def write(
     raise_error(library.xquant_cpu_write_hot(prepared.pointer, _prepared_layer(pool, plan).pointer, ctypes.byref(call)))
 
 
-_last: tuple[HotTokens | None, HotCall] = (None, HotCall())
-
-
+@per_object
 def _call_of(tokens: HotTokens) -> HotCall:
     """The struct of a step's tokens, which go through all layers: looked at once."""
-    global _last
-    if _last[0] is not tokens:
-        call = HotCall(
-            slots=index_address("slots", tokens.slots, torch.int64, 1),
-            positions=index_address("positions", tokens.positions, torch.int64, 1),
-            hot_slots=index_address("hot_slots", tokens.hot_slots, torch.int64, 1),
-            num_tokens=tokens.count,
-        )
-        if not tokens.slots.shape == tokens.positions.shape == tokens.hot_slots.shape:
-            raise ValueError("slots, positions and hot_slots must be as many")
-        _last = (tokens, call)
-    return HotCall.from_buffer_copy(_last[1])
+    if not tokens.slots.shape == tokens.positions.shape == tokens.hot_slots.shape:
+        raise ValueError("slots, positions and hot_slots must be as many")
+    return HotCall(
+        slots=index_address("slots", tokens.slots, torch.int64, 1),
+        positions=index_address("positions", tokens.positions, torch.int64, 1),
+        hot_slots=index_address("hot_slots", tokens.hot_slots, torch.int64, 1),
+        num_tokens=tokens.count,
+    )
 
 
 class _Layer:

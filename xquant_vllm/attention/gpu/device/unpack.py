@@ -139,3 +139,40 @@ def load_outlier(latent, band, channel, pages, page, within, valid):
     if channel < load_field(latent, band, NUM_OUTLIERS):
         exact = tl.load(at + channel * pages.block_size + within, valid, 0.0).to(tl.float32)
     return exact
+
+
+@triton.jit
+def add_terms(
+    sums,
+    pages,
+    latent,
+    order,
+    start,
+    stop,
+    block,
+    within,
+    valid,
+    WIDTH: tl.constexpr,
+    KINDS: tl.constexpr,
+    HIGH: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+):
+    """Add the bands ``order[start:stop]`` of every token, which have the same channels, to ``sums``.
+
+    Args:
+        sums: FP32 ``[TOKENS, WIDTH]``.
+        latent: :class:`Latent`; ``up`` is ``[bands, WIDTH, 1]``, the factors of channels.
+        order: int32, numbers of bands.
+    """
+    channel = tl.arange(0, WIDTH)
+    for index in range(start, stop):
+        band = tl.load(order + index)
+        page, number, scale, zero = load_band(pages, latent, band, block, within, valid, WIDTH, KINDS, HIGH)
+        number *= tl.load(latent.up + band * WIDTH + channel)[None, :]
+        number = number * scale[:, None] + zero[:, None]
+        for outlier in tl.static_range(OUTLIERS):
+            exact = load_outlier(latent, band, outlier, pages, page, within, valid)
+            leads = (channel == outlier) & (outlier < load_field(latent, band, NUM_OUTLIERS))
+            number = tl.where(leads[None, :], exact[:, None], number)
+        sums += number
+    return sums

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from xquant_vllm.attention.gpu.device.unpack import NUM_OUTLIERS, load_band, load_field, load_outlier
+from xquant_vllm.attention.gpu.device.unpack import add_terms
 from xquant_vllm.attention.gpu.hot.read_tables import SEGMENT_FIELDS
 
 _FIELDS = tl.constexpr(len(SEGMENT_FIELDS))
@@ -64,16 +64,8 @@ def read_latents(
     sums = tl.zeros([TOKENS, WIDTH], tl.float32)
     if ADDS:
         sums += tl.load(latents + at, inside, 0.0)
-    for index in range(tl.load(segment + _START), tl.load(segment + _STOP)):
-        band = tl.load(order + index)
-        page, number, scale, zero = load_band(pages, latent, band, block, within, valid, WIDTH, KINDS, HIGH)
-        number *= tl.load(latent.up + band * WIDTH + channel)[None, :]
-        number = number * scale[:, None] + zero[:, None]
-        for outlier in tl.static_range(OUTLIERS):
-            exact = load_outlier(latent, band, outlier, pages, page, within, valid)
-            leads = (channel == outlier) & (outlier < load_field(latent, band, NUM_OUTLIERS))
-            number = tl.where(leads[None, :], exact[:, None], number)
-        sums += number
+    start, stop = tl.load(segment + _START), tl.load(segment + _STOP)
+    sums = add_terms(sums, pages, latent, order, start, stop, block, within, valid, WIDTH, KINDS, HIGH, OUTLIERS)
     if CARRIES:
         tl.store(latents + at, sums, inside)
     tl.store(rounded + at, sums.to(rounded.dtype.element_ty), inside)

@@ -6,7 +6,12 @@ Only the difference is stored. A reader never repeats these computations: what t
 import triton
 import triton.language as tl
 
-from xquant_vllm.attention.gpu.device.unpack import HAS_UNIFORM, NUM_OUTLIERS, load_band, load_field, load_outlier
+from xquant_vllm.attention.gpu.device.unpack import (
+    HAS_UNIFORM,
+    add_terms,
+    load_band,
+    load_outlier,
+)
 from xquant_vllm.attention.gpu.tables.prediction_tables import SEGMENT_FIELDS
 
 _FIELDS = tl.constexpr(len(SEGMENT_FIELDS))
@@ -55,16 +60,8 @@ def subtract_terms(
     segment = segments + tl.program_id(1) * _FIELDS
     channel = tl.arange(0, WIDTH)
     sums = tl.zeros([TOKENS, WIDTH], tl.float32)
-    for index in range(tl.load(segment + _START), tl.load(segment + _STOP)):
-        band = tl.load(order + index)
-        page, number, scale, zero = load_band(pages, latent, band, block, within, valid, WIDTH, KINDS, HIGH)
-        number *= tl.load(latent.up + band * WIDTH + channel)[None, :]
-        number = number * scale[:, None] + zero[:, None]
-        for outlier in tl.static_range(OUTLIERS):
-            exact = load_outlier(latent, band, outlier, pages, page, within, valid)
-            leads = (channel == outlier) & (outlier < load_field(latent, band, NUM_OUTLIERS))
-            number = tl.where(leads[None, :], exact[:, None], number)
-        sums += number
+    start, stop = tl.load(segment + _START), tl.load(segment + _STOP)
+    sums = add_terms(sums, pages, latent, order, start, stop, block, within, valid, WIDTH, KINDS, HIGH, OUTLIERS)
     first = tl.load(segment + _FIRST)
     there = valid[:, None] & (channel < tl.load(segment + _CHANNELS))[None, :]
     at = token.to(tl.int64)[:, None] * token_stride + first + channel[None, :]
