@@ -17,8 +17,10 @@ README = " ".join((Path(__file__).resolve().parent.parent.parent / "README.md").
         ("offline-512-calibrated-head", "xquant", "at {:.2f} calibrated"),
         ("offline-512-calibrated-joint", "xquant", "at {:.2f} with `joint`"),
         ("offline-512-chain", "xquant-cl-2", "at {:.2f} with a chain"),
-        ("offline-512-mha", "xquant", "{:.2f} (X)"),
-        ("offline-512-mha", "xquant-cl-2", "{:.2f} (a chain of X)"),
+        ("offline-512-mha", "x-hot", "{:.2f} (X, hot)"),
+        ("offline-512-mha", "chain-2-hot", "{:.2f} (a chain of X, hot)"),
+        ("offline-512-mha", "x", "{:.2f} (X)"),
+        ("offline-512-mha", "chain-2", "{:.2f} (a chain of X)"),
     ],
 )
 def test_decoding_at_equal_batch(file, method, says):
