@@ -61,7 +61,7 @@ def documentation(tokenizer) -> list[int]:
     return tokenizer.encode(text)
 
 
-@pytest.fixture(params=("portable", "avx2", "avx512", "vnni"))
+@pytest.fixture(params=("portable", "avx2", "avx512", "vnni", "amx", "amx-emulated"))
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """The C++ kernels use this instruction set; afterwards the best one, and as many threads as before."""
     import torch

@@ -42,7 +42,7 @@ def decode_work(plan: AttentionLayerPlan, sequences: int, context: int) -> Work:
     kv_heads, size = projection.num_kv_heads, projection.head_size
     group = plan.num_heads // kv_heads
     width, value_width = projection.up_key.shape[1], projection.value_width
-    integers = cpu.isa() == cpu.INTEGER_ISA
+    integers = cpu.multiplies_integers()
     fp32 = kv_heads * (2.0 * size + group * size + group * _EXPONENTIAL)
     int16 = int8 = 0.0
     if integers:

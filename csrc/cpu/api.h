@@ -108,6 +108,9 @@ typedef struct {
     const float* key_units;      // [num_kv_heads, key_scale_groups, head_size]
     const float* key_sums;       // [num_kv_heads, key_scale_groups, head_size]
     int64_t key_scale_groups;
+    // The same for tiles (common/tiles.h), of scale groups whose channels all have INT8: their integers, transposed.
+    const int8_t* key_tiles;        // [chunks of 64 channels of a scale group][head_size rounded up to 16][64], the rest zero
+    const int64_t* key_first_tiles; // [num_kv_heads, key_scale_groups]: the first chunk; -1: there are no tiles
     const float* up_value;       // [num_kv_heads, value.width, head_size rounded up to 16], the rest of a row zero; NULL:
                                  // the value latents are the values, and value.width is head_size
     const float* key_bias;       // [num_kv_heads, head_size] or NULL
@@ -204,10 +207,14 @@ XQUANT_EXPORT const char* xquant_cpu_attention(const xquant_plan* plan, const xq
 XQUANT_EXPORT const char* xquant_cpu_read_tokens(const xquant_plan* plan, const xquant_read_call* call);
 XQUANT_EXPORT const char* xquant_cpu_finish_tokens(const xquant_plan* plan, const xquant_finish_call* call);
 
-// The instruction set in use: "vnni" (AVX-512 with it), "avx512", "avx2" or "portable".
+// The instruction set in use: "amx", "vnni" (AVX-512 with it), "avx512", "avx2" or "portable"; for tests "amx-emulated".
 XQUANT_EXPORT const char* xquant_cpu_isa(void);
 // Use another one, or NULL for the best; 0 where this machine or this build lacks it. Not for use during a call.
 XQUANT_EXPORT int xquant_cpu_set_isa(const char* name);
+// Why "amx" is not there, as a static text; NULL: it is.
+XQUANT_EXPORT const char* xquant_cpu_tiles_refused(void);
+// The same of any processor, by what CPUID and XGETBV say of it and whether the kernel permits tiles.
+XQUANT_EXPORT const char* xquant_cpu_why_no_tiles(uint64_t leaf7_edx, uint64_t leaf7_1_eax, uint64_t xcr0, int permitted);
 // Threads that the next call of this thread would use, as the OpenMP runtime says.
 XQUANT_EXPORT int xquant_cpu_threads(void);
 

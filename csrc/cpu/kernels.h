@@ -86,6 +86,8 @@ extern const Kernels kPortableKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kVnniKernels;
+extern const Kernels kEmulatedAmxKernels;
+extern const Kernels kAmxKernels;  // only where XQUANT_WITH_AMX is defined
 #endif
 
 }  // namespace xquant

@@ -21,10 +21,12 @@
 #include "attention/load_keys.h"
 #include "attention/softmax.h"
 #include "attention/tile.h"
+#include "attention/tile_scores.h"
 #include "common/convert.h"
 #include "common/gemm.h"
 #include "common/layout.h"
 #include "common/simd.h"
+#include "common/tiles.h"
 #include "kernels.h"
 #include "unpack/unpack.h"
 #include "unpack/unpack_allocated.h"
@@ -54,6 +56,10 @@ inline void score(const xquant_plan& plan, const Pages& pages, const ExactTokens
     const int64_t from = exact.first_of(start, first, last);
     if (from > first) load_keys(plan, pages, kv_head, start, first, round_up(from, kStrip), scratch);
     if (from < last) exact.load_keys(kv_head, start, from, last, scratch.keys);
+#if defined(XQUANT_TILES)
+    tile_scores(plan, rows, first, last, scratch);
+    return;
+#endif
     product.depth = plan.head_size;
     product.a = scratch.query;
     product.b = scratch.keys + first;
@@ -189,6 +195,10 @@ inline bool attend_stretch(const xquant_plan& plan, const xquant_attention_call&
     const Pages pages{plan, call, call.block_table + task.sequence * call.block_table_stride};
     const Context context(task, stretch);
     const ExactTokens exact(plan, call, task);
+    const TileScope tiles(rows);
+#if defined(XQUANT_TILES)
+    if (!plan.key_absorbed) load_tile_queries(plan, call, task, rows, scratch);
+#endif
     load_queries(plan, call, task, rows, scratch);
     clear(plan, rows, state);
     if (!pages.have(context.begin, context.end)) return false;

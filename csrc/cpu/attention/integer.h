@@ -24,6 +24,7 @@ struct ScaleGroup {
     int64_t pairs;            // of channels with integers of 16 bits, which come first
     int64_t quads;            // four channels with integers of 8 bits
     const int32_t* up;        // [pairs + quads][head_size]
+    const int8_t* tiles;      // the same for tile_keys.h, or NULL
     const int32_t* codes;     // [pairs + quads][kTile]
     const float* scales;      // [tokens]
     const float* zeros;       // [tokens]
@@ -71,37 +72,23 @@ inline void multiply_rows(int64_t depth, int64_t head_size, const int32_t* low, 
     }
 }
 
+// Whether RoPE turns rows, as a type.
+template <bool kTurn>
+struct Turned {
+    static constexpr bool value = kTurn;
+};
+
 // Which kRows rows a block computes: neighbours, or half of them, and as many `apart`, with which they are turned.
 struct Rows {
     int64_t first, apart;
 };
 
-template <int kRows, int kVectors, bool kTurn>
-inline void integer_block(const ScaleGroup& scale_group, const Finish& finish, int64_t head_size, const Rows& rows,
-                          int64_t pair, int64_t column, float* keys) {
+// Keys from their sums: kRows rows of vectors from `column` on, of which sum(i, j) has integers.
+template <int kRows, int kVectors, bool kTurn, typename Sum>
+inline void finish_block(const ScaleGroup& scale_group, const Finish& finish, int64_t head_size, const Rows& rows,
+                         int64_t pair, int64_t column, const Sum& sum, float* keys) {
     constexpr int kHalf = kRows / 2;
     const auto row = [&](int i) { return kTurn && i >= kHalf ? rows.first + rows.apart + i - kHalf : rows.first + i; };
-    __m512i sums[kRows][kVectors];
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) sums[i][j] = _mm512_setzero_si512();
-    }
-    const int64_t words = scale_group.pairs * head_size;
-    const int32_t* low = scale_group.up + row(0);
-    const int32_t* high = scale_group.up + row(kHalf);
-    const int32_t* codes = scale_group.codes + column;
-    multiply_rows<true>(scale_group.quads, head_size, low + words, high + words, codes + scale_group.pairs * kTile,
-                        sums);
-    if (scale_group.pairs) {
-        // Integers of 8 bits count 256 of those of 16.
-#pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-            for (int j = 0; j < kVectors; ++j) sums[i][j] = (__m512i)((vi)sums[i][j] << 8);
-        }
-        multiply_rows<false>(scale_group.pairs, head_size, low, high, codes, sums);
-    }
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
         const int64_t at = column + j * kLanes;
@@ -109,7 +96,7 @@ inline void integer_block(const ScaleGroup& scale_group, const Finish& finish, i
         vf key[kRows];
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
-            key[i] = to_float((vi)sums[i][j]) * scale * scale_group.units[row(i)] + zero * scale_group.sums[row(i)];
+            key[i] = to_float(sum(i, j)) * scale * scale_group.units[row(i)] + zero * scale_group.sums[row(i)];
         }
         for (int64_t k = 0; k < scale_group.outlier_channels; ++k) {
             const vf outlier = load(scale_group.outliers + k * kTile + at);
@@ -138,19 +125,53 @@ inline void integer_block(const ScaleGroup& scale_group, const Finish& finish, i
     }
 }
 
+// Call block(rows, pair, turned), turned as a constant, for all rows of keys.
+template <typename Block>
+inline void for_rows(const Finish& finish, int64_t head_size, const Block& block) {
+    int64_t row = 0;
+    if (finish.rope) {
+        for (int64_t pair = 0; pair < finish.half; pair += 4) block(Rows{pair, finish.half}, pair, Turned<true>{});
+        row = 2 * finish.half;
+    }
+    for (; row < head_size; row += 8) block(Rows{row, 0}, int64_t(0), Turned<false>{});
+}
+
+template <int kRows, int kVectors, bool kTurn>
+inline void integer_block(const ScaleGroup& scale_group, const Finish& finish, int64_t head_size, const Rows& rows,
+                          int64_t pair, int64_t column, float* keys) {
+    constexpr int kHalf = kRows / 2;
+    const auto row = [&](int i) { return kTurn && i >= kHalf ? rows.first + rows.apart + i - kHalf : rows.first + i; };
+    __m512i sums[kRows][kVectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) sums[i][j] = _mm512_setzero_si512();
+    }
+    const int64_t words = scale_group.pairs * head_size;
+    const int32_t* low = scale_group.up + row(0);
+    const int32_t* high = scale_group.up + row(kHalf);
+    const int32_t* codes = scale_group.codes + column;
+    multiply_rows<true>(scale_group.quads, head_size, low + words, high + words, codes + scale_group.pairs * kTile,
+                        sums);
+    if (scale_group.pairs) {
+        // Integers of 8 bits count 256 of those of 16.
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+            for (int j = 0; j < kVectors; ++j) sums[i][j] = (__m512i)((vi)sums[i][j] << 8);
+        }
+        multiply_rows<false>(scale_group.pairs, head_size, low, high, codes, sums);
+    }
+    finish_block<kRows, kVectors, kTurn>(scale_group, finish, head_size, rows, pair, column,
+                                         [&](int i, int j) { return (vi)sums[i][j]; }, keys);
+}
+
 template <int kVectors>
 inline void integer_columns(const ScaleGroup& scale_group, const Finish& finish, int64_t head_size, int64_t column,
                             float* keys) {
-    int64_t row = 0;
-    if (finish.rope) {
-        for (int64_t pair = 0; pair < finish.half; pair += 4) {
-            integer_block<8, kVectors, true>(scale_group, finish, head_size, {pair, finish.half}, pair, column, keys);
-        }
-        row = 2 * finish.half;
-    }
-    for (; row < head_size; row += 8) {
-        integer_block<8, kVectors, false>(scale_group, finish, head_size, {row, 0}, 0, column, keys);
-    }
+    for_rows(finish, head_size, [&](const Rows& rows, int64_t pair, auto turned) {
+        integer_block<8, kVectors, turned.value>(scale_group, finish, head_size, rows, pair, column, keys);
+    });
 }
 
 // keys [head_size][kTile], columns [first, last), which are multiples of 16.

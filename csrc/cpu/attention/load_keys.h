@@ -7,6 +7,7 @@
 #include "attention/integer.h"
 #include "attention/rematerialize.h"
 #include "attention/tile.h"
+#include "attention/tile_keys.h"
 #include "common/gemm.h"
 #include "common/layout.h"
 #include "common/simd.h"
@@ -118,6 +119,8 @@ inline bool load_integer_keys(const xquant_plan& plan, const Pages& pages, int64
         scale_group.pairs = words[i] / 2;
         scale_group.quads = (channels_of(i) - words[i]) / 4;
         scale_group.up = plan.key_integers + row / 2 * head_size;
+        const int64_t tile = plan.key_first_tiles[index], tile_bytes = round_up(head_size, 16) * 64;
+        scale_group.tiles = tile < 0 ? nullptr : plan.key_tiles + tile * tile_bytes;
         scale_group.codes = codes + channel / 2 * kTile;
         scale_group.scales = scratch.scales;
         scale_group.zeros = scratch.zeros;
@@ -136,6 +139,13 @@ inline bool load_integer_keys(const xquant_plan& plan, const Pages& pages, int64
             }
         }
         const bool ends = finishes && index + 1 == (kv_head + 1) * plan.key_scale_groups;
+#if defined(XQUANT_TILES)
+        if (scale_group.tiles) {
+            tile_keys(scale_group, ends ? finish : Finish{}, head_size, first, last, scratch.keys,
+                      (int32_t*)scratch.products);
+            continue;
+        }
+#endif
         integer_keys(scale_group, ends ? finish : Finish{}, head_size, first, last, scratch.keys);
     }
     return finishes && band.scale_group + count == plan.key_scale_groups;

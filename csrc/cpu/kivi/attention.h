@@ -10,6 +10,7 @@
 #include "attention/tile.h"
 #include "common/gemm.h"
 #include "common/layout.h"
+#include "common/tiles.h"
 #include "kernels.h"
 #include "kivi/exact.h"
 #include "kivi/keys.h"
@@ -137,6 +138,7 @@ inline bool kivi_attend_stretch(const xquant_kivi_plan& plan, const xquant_kivi_
     const int64_t queries = batch.query_start_loc[sequence + 1] - batch.query_start_loc[sequence];
     const KiviTile tile{plan, task, pages, residual, base, scratch, rows, batch.seq_lens[sequence] - queries};
     const Context context(task, stretch);
+    const TileScope tiles(rows);
     load_queries(plan.layer, batch, task, rows, base);
     for (int64_t row = 0; row < rows; ++row) {  // fold() goes over whole vectors
         float* query = base.query + row * base.query_width;

@@ -88,6 +88,8 @@ class Plan(ctypes.Structure):
         ("key_units", _pointer),
         ("key_sums", _pointer),
         ("key_scale_groups", _int64),
+        ("key_tiles", _pointer),
+        ("key_first_tiles", _pointer),
         ("up_value", _pointer),
         ("key_bias", _pointer),
         ("value_bias", _pointer),

@@ -107,6 +107,8 @@ class CpuPlan:
         struct.key_units = self._tensor(keys.units)
         struct.key_sums = self._tensor(keys.sums)
         struct.key_scale_groups = keys.units.shape[1]
+        struct.key_tiles = self._tensor(keys.tiles)
+        struct.key_first_tiles = self._tensor(keys.first_tiles)
 
     def _add_store(self, struct: Plan, plan: AttentionLayerPlan) -> None:
         """What happens to the first stream's input before it is quantized."""
