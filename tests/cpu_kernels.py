@@ -5,8 +5,11 @@ import shutil
 import torch
 
 # The portable kernels have no fused multiply-add; the largest relative error seen is 4e-6. Of "vnni" it is 2e-4: it
-# rounds weights to 16 bits, and what many tokens' values average to is small.
-TOLERANCES = dict.fromkeys(("portable", "avx2", "avx512"), 1e-5) | {"vnni": 5e-4}
+# rounds weights to 16 bits, and what many tokens' values average to is small. Against a twin that rounds keys to BF16 as
+# AMX does, one that lies halfway falls to the other side now and then: up to 6e-4 were seen.
+TOLERANCES = dict.fromkeys(("portable", "avx2", "avx512"), 1e-5) | {"vnni": 5e-4} | dict.fromkeys(
+    ("amx", "amx-emulated"), 2e-3
+)
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 

@@ -195,13 +195,13 @@ inline bool attend_stretch(const xquant_plan& plan, const xquant_attention_call&
     const Pages pages{plan, call, call.block_table + task.sequence * call.block_table_stride};
     const Context context(task, stretch);
     const ExactTokens exact(plan, call, task);
-    const TileScope tiles(rows);
 #if defined(XQUANT_TILES)
     if (!plan.key_absorbed) load_tile_queries(plan, call, task, rows, scratch);
 #endif
     load_queries(plan, call, task, rows, scratch);
     clear(plan, rows, state);
     if (!pages.have(context.begin, context.end)) return false;
+    configure_tiles_for(rows);
     context.for_tiles([&](int64_t start, int64_t first, int64_t last) {
         const int64_t next = start + kTile, after = next + kTile;
         pages.prefetch_tile(task.kv_head, next, after < task.end ? after : task.end);
@@ -212,6 +212,7 @@ inline bool attend_stretch(const xquant_plan& plan, const xquant_attention_call&
         if (from > first) accumulate_values(plan, pages, task.kv_head, rows, start, first, from, state, scratch);
         if (from < last) exact.accumulate_values(task.kv_head, rows, start, from, last, state, scratch);
     });
+    release_tiles();
     return true;
 }
 

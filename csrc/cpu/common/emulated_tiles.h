@@ -5,9 +5,13 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "common/simd.h"
+
 namespace xquant {
 namespace {
 
+// A row of a tile is a vector of AVX-512.
+#if defined(__AVX512F__)
 class EmulatedTiles {
 public:
     void configure(const uint16_t* row_bytes, const uint8_t* rows) {
@@ -44,17 +48,14 @@ public:
     // TDPBSUD
     void multiply_bytes(int c, int a, int b) {
         check(c, a, b);
-        for (int m = 0; m < tiles_[c].rows; ++m) {
-            int32_t sums[16];
-            memcpy(sums, tiles_[c].data[m], sizeof sums);
-            for (int k = 0; k < tiles_[a].row_bytes / 4; ++k) {
-                for (int n = 0; n < 16; ++n) {
-                    for (int i = 0; i < 4; ++i) {
-                        sums[n] += (int8_t)tiles_[a].data[m][4 * k + i] * (int32_t)tiles_[b].data[k][4 * n + i];
-                    }
+        for (int k = 0; k < tiles_[b].rows; ++k) {
+            for (int i = 0; i < 4; ++i) {
+                const vi right = number<vi>(b, k) >> (8 * i) & 0xff;
+                for (int m = 0; m < tiles_[c].rows; ++m) {
+                    const int32_t left = (int8_t)tiles_[a].data[m][4 * k + i];
+                    set(c, m, number<vi>(c, m) + left * right);
                 }
             }
-            memcpy(tiles_[c].data[m], sums, tiles_[c].row_bytes);
         }
     }
 
@@ -63,19 +64,15 @@ public:
     void multiply_bfloats(int c, int a, int b) {
         check(c, a, b);
         for (int m = 0; m < tiles_[c].rows; ++m) {
-            float even[16] = {}, odd[16] = {}, sums[16];
-            for (int k = 0; k < tiles_[a].row_bytes / 4; ++k) {
-                const uint8_t* left = tiles_[a].data[m] + 4 * k;
-                const uint8_t* right = tiles_[b].data[k];
-                const float left_even = bfloat(left), left_odd = bfloat(left + 2);
-                for (int n = 0; n < 16; ++n) {
-                    even[n] = flushed(__builtin_fmaf(left_even, bfloat(right + 4 * n), even[n]));
-                    odd[n] = flushed(__builtin_fmaf(left_odd, bfloat(right + 4 * n + 2), odd[n]));
-                }
+            vf even = {}, odd = {};
+            for (int k = 0; k < tiles_[b].rows; ++k) {
+                uint32_t left;
+                memcpy(&left, tiles_[a].data[m] + 4 * k, sizeof left);
+                const vi right = number<vi>(b, k);
+                even = multiply_add(lower(vi{} + (int32_t)left), lower(right), even);
+                odd = multiply_add(upper(vi{} + (int32_t)left), upper(right), odd);
             }
-            memcpy(sums, tiles_[c].data[m], sizeof sums);
-            for (int n = 0; n < 16; ++n) sums[n] = flushed(flushed(sums[n]) + flushed(even[n] + odd[n]));
-            memcpy(tiles_[c].data[m], sums, tiles_[c].row_bytes);
+            set(c, m, flushed(flushed(number<vf>(c, m)) + flushed(even + odd)));
         }
     }
 
@@ -95,21 +92,25 @@ private:
         require(tiles_[a].row_bytes == 4 * tiles_[b].rows);
     }
 
-    static float flushed(float x) {
-        uint32_t bits;
-        memcpy(&bits, &x, sizeof bits);
-        if (!(bits & 0x7f800000u)) bits &= 0x80000000u;
-        memcpy(&x, &bits, sizeof x);
+    template <typename Vector>
+    Vector number(int tile, int row) const {
+        Vector x;
+        memcpy(&x, tiles_[tile].data[row], sizeof x);
         return x;
     }
 
-    static float bfloat(const uint8_t* from) {
-        uint16_t half;
-        memcpy(&half, from, sizeof half);
-        const uint32_t bits = (uint32_t)half << 16;
-        float x;
-        memcpy(&x, &bits, sizeof x);
-        return flushed(x);
+    // Bytes behind a row stay 0.
+    template <typename Vector>
+    void set(int tile, int row, Vector x) {
+        memcpy(tiles_[tile].data[row], &x, tiles_[tile].row_bytes);
+    }
+
+    static vf flushed(vf x) { return (vf)(((vi)x & 0x7f800000) != 0 ? (vi)x : (vi)x & (vi{} + INT32_MIN)); }
+    static vf lower(vi bfloats) { return flushed((vf)(bfloats << 16)); }
+    static vf upper(vi bfloats) { return flushed((vf)(bfloats & (vi{} + (int32_t)0xffff0000))); }
+    // Rounded once.
+    static vf multiply_add(vf a, vf b, vf c) {
+        return flushed((vf)_mm512_maskz_fmadd_ps(0xffff, (__m512)a, (__m512)b, (__m512)c));
     }
 
     Tile tiles_[8];
@@ -118,6 +119,7 @@ private:
 
 // Of this thread, as the registers are.
 inline thread_local EmulatedTiles emulated_tiles;
+#endif
 
 }  // namespace
 }  // namespace xquant

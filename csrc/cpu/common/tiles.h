@@ -92,31 +92,22 @@ inline void multiply_bfloats() {
 enum { kSumTile = 0, kOtherSumTile = 1, kLeftTile = 2, kRightTile = 3, kOtherRightTile = 4 };
 enum { kLastSumTile = 5, kLastOtherSumTile = 6, kLastLeftTile = 7 };
 
-// The tiles are configured as long as this lives, for a task of so many rows.
-class TileScope {
-public:
-    explicit TileScope(int64_t rows) {
-        TileConfig config;
-        for (int i = 0; i < 8; ++i) {
-            config.row_bytes[i] = kTileBytes;
-            config.rows[i] = kTileRows;
-        }
-        const int64_t last = rows % kTileRows;
-        if (last) config.rows[kLastSumTile] = config.rows[kLastOtherSumTile] = config.rows[kLastLeftTile] = (uint8_t)last;
-        configure_tiles(config);
+// Before a task of so many rows uses tiles; release_tiles() follows.
+inline void configure_tiles_for(int64_t rows) {
+    TileConfig config;
+    for (int i = 0; i < 8; ++i) {
+        config.row_bytes[i] = kTileBytes;
+        config.rows[i] = kTileRows;
     }
-    ~TileScope() { release_tiles(); }
-    TileScope(const TileScope&) = delete;
-    TileScope& operator=(const TileScope&) = delete;
-};
+    const int64_t last = rows % kTileRows;
+    if (last) config.rows[kLastSumTile] = config.rows[kLastOtherSumTile] = config.rows[kLastLeftTile] = (uint8_t)last;
+    configure_tiles(config);
+}
 #else
 constexpr bool kTiles = false;
 
-class TileScope {
-public:
-    explicit TileScope(int64_t) {}
-    ~TileScope() {}
-};
+inline void configure_tiles_for(int64_t) {}
+inline void release_tiles() {}
 #endif
 
 }  // namespace

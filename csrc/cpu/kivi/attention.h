@@ -138,7 +138,6 @@ inline bool kivi_attend_stretch(const xquant_kivi_plan& plan, const xquant_kivi_
     const int64_t queries = batch.query_start_loc[sequence + 1] - batch.query_start_loc[sequence];
     const KiviTile tile{plan, task, pages, residual, base, scratch, rows, batch.seq_lens[sequence] - queries};
     const Context context(task, stretch);
-    const TileScope tiles(rows);
     load_queries(plan.layer, batch, task, rows, base);
     for (int64_t row = 0; row < rows; ++row) {  // fold() goes over whole vectors
         float* query = base.query + row * base.query_width;
@@ -147,6 +146,7 @@ inline bool kivi_attend_stretch(const xquant_kivi_plan& plan, const xquant_kivi_
     clear(plan.layer, rows, state);
     const int64_t exact = clamp(tile.first_exact(0).value, context.begin, context.end);
     if (!pages.have(context.begin, context.end) || !residual.have(exact, context.end)) return false;
+    configure_tiles_for(rows);
     context.for_tiles([&](int64_t start, int64_t first, int64_t last) {
         const int64_t first_column = first / kStrip * kStrip, last_column = round_up(last, kStrip);
         prefetch_tile(tile, start + kTile, task.end);
@@ -154,6 +154,7 @@ inline bool kivi_attend_stretch(const xquant_kivi_plan& plan, const xquant_kivi_
         weigh(plan.layer, task, rows, start, first_column, last_column, state, base);
         kivi_accumulate(tile, start, first, last, state);
     });
+    release_tiles();
     return true;
 }
 
