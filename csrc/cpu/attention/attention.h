@@ -54,17 +54,21 @@ inline void score(const xquant_plan& plan, const Pages& pages, const ExactTokens
         return;
     }
     const int64_t from = exact.first_of(start, first, last);
-    if (from > first) load_keys(plan, pages, kv_head, start, first, round_up(from, kStrip), scratch);
+    uint32_t* bfloats = kTiles && from == last ? scratch.tile_keys : nullptr;
+    const bool rounded =
+        from > first && load_keys(plan, pages, kv_head, start, first, round_up(from, kStrip), scratch, bfloats);
     if (from < last) exact.load_keys(kv_head, start, from, last, scratch.keys);
 #if defined(XQUANT_TILES)
+    if (!rounded) round_keys(scratch, plan.head_size, first, last);
     tile_scores(plan, rows, first, last, scratch);
-    return;
-#endif
+#else
+    (void)rounded;
     product.depth = plan.head_size;
     product.a = scratch.query;
     product.b = scratch.keys + first;
     product.accumulate = false;
     gemm<Order::kPlain>(rows, last - first, product);
+#endif
 }
 
 // Weights of tokens start + [first, last) for all rows from their scores; shrinks the accumulator where a maximum grew.

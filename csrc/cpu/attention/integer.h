@@ -7,9 +7,12 @@
 #pragma once
 
 #include <stdint.h>
+#include <string.h>
 
+#include "common/bfloat.h"
 #include "common/layout.h"
 #include "common/simd.h"
+#include "common/tiles.h"
 #include "common/transpose.h"
 #include "kernels.h"
 
@@ -41,6 +44,7 @@ struct Finish {
     const float* bias;  // [head_size] or NULL
     const float* rope;  // of the tile's first strip, [pairs of channels][2][16], or NULL: keys are not turned
     int64_t half;       // pairs of channels
+    uint32_t* bfloats;  // [head_size / 2][kTile], where keys go as BF16 in place of FP32, or NULL
 };
 
 // Codes times integers, two of 16 bits or four of 8. GCC 12 copies the accumulators of the intrinsics from register to
@@ -119,6 +123,14 @@ inline void finish_block(const ScaleGroup& scale_group, const Finish& finish, in
                 key[i] = x * cosine - y * sine;
                 key[i + kHalf] = y * cosine + x * sine;
             }
+        }
+        if (kTiles && finish.bfloats) {
+#pragma GCC unroll 4
+            for (int i = 0; i < kRows; i += 2) {
+                const vi two = bfloat_pairs(key[i], key[i + 1]);
+                memcpy(finish.bfloats + row(i) / 2 * kTile + at, &two, sizeof two);
+            }
+            continue;
         }
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) store(keys + row(i) * kTile + at, key[i]);

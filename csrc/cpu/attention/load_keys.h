@@ -73,9 +73,9 @@ inline bool straight(const HeadView& view, const xquant_band& runs, const int64_
 }
 
 // Keys of a band of tokens start + [first, last), added to scratch.keys or the first there. True if bias and RoPE are
-// done, too.
+// done, too; then keys go to `bfloats`, if that is not NULL.
 inline bool load_integer_keys(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t start, int64_t first,
-                              int64_t last, const Band& band, const Scratch& scratch) {
+                              int64_t last, const Band& band, const Scratch& scratch, uint32_t* bfloats) {
     const int64_t head_size = plan.head_size;
     const xquant_term& term = plan.key.terms[band.first];
     const HeadView view = head_view(plan, term, kv_head);
@@ -93,6 +93,7 @@ inline bool load_integer_keys(const xquant_plan& plan, const Pages& pages, int64
     Finish finish;
     finish.bias = plan.key_bias ? plan.key_bias + kv_head * head_size : nullptr;
     finish.half = plan.rotary_size / 2;
+    finish.bfloats = bfloats;
     finish.rope = plan.rope ? plan.rope + start / kStrip * finish.half * 2 * kStrip : nullptr;
     for (int64_t strip = first; strip < last; strip += kStrip) {
         const uint8_t* page = pages.page(term, start + strip);
@@ -152,20 +153,21 @@ inline bool load_integer_keys(const xquant_plan& plan, const Pages& pages, int64
 }
 #else
 inline bool load_integer_keys(const xquant_plan&, const Pages&, int64_t, int64_t, int64_t, int64_t, const Band&,
-                              const Scratch&) {
+                              const Scratch&, uint32_t*) {
     return false;
 }
 #endif
 
-// Keys of tokens start + [first, last), channel-major; both bounds are multiples of 16.
-inline void load_keys(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t start, int64_t first,
-                      int64_t last, const Scratch& scratch) {
+// Keys of tokens start + [first, last), channel-major; both bounds are multiples of 16. True if they are in `bfloats`,
+// see Finish, and not in scratch.keys.
+inline bool load_keys(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t start, int64_t first,
+                      int64_t last, const Scratch& scratch, uint32_t* bfloats) {
     const float* up = plan.up_key + kv_head * plan.key.width * plan.head_size;
     float* keys = scratch.keys + first;
     bool finished = false;
     for_bands(plan.key, kv_head, [&](const Band& band) {
         if (in_integers(plan, kv_head, band)) {
-            finished = load_integer_keys(plan, pages, kv_head, start, first, last, band, scratch);
+            finished = load_integer_keys(plan, pages, kv_head, start, first, last, band, scratch, bfloats);
             return;
         }
         load_key_latents(plan, pages, kv_head, start, first, last, band, scratch);
@@ -180,7 +182,7 @@ inline void load_keys(const xquant_plan& plan, const Pages& pages, int64_t kv_he
         product.accumulate = band.row > 0;
         gemm<Order::kTransposed>(plan.head_size, last - first, product);
     });
-    if (finished) return;
+    if (finished) return bfloats != nullptr;
     if (plan.key_bias) add_bias(plan.key_bias + kv_head * plan.head_size, plan.head_size, keys, kTile, last - first);
     if (plan.key_norm) normalize(plan.key_norm, plan.key_norm_eps, plan.head_size, keys, kTile, last - first);
     if (plan.rope) {
@@ -188,6 +190,7 @@ inline void load_keys(const xquant_plan& plan, const Pages& pages, int64_t kv_he
             rotate(plan, (start + strip) / kStrip, scratch.keys + strip, kTile);
         }
     }
+    return false;
 }
 
 }  // namespace

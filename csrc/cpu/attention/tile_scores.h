@@ -74,9 +74,8 @@ inline void tile_scores_columns(const Scratch& scratch, int64_t rows, int64_t co
     if (row < rows) tile_scores_block<kStrips, kLastSumTile, kLastOtherSumTile, kLastLeftTile>(scratch, row, column);
 }
 
-// Scores of columns [first, last), multiples of 16, of scratch.keys for all rows.
+// Scores of columns [first, last), multiples of 16, of rounded keys for all rows.
 inline void tile_scores(const xquant_plan& plan, int64_t rows, int64_t first, int64_t last, const Scratch& scratch) {
-    round_keys(scratch, plan.head_size, first, last);
     int64_t column = first;
     for (; column + 2 * kLanes <= last; column += 2 * kLanes) tile_scores_columns<2>(scratch, rows, column);
     if (column < last) tile_scores_columns<1>(scratch, rows, column);
