@@ -13,7 +13,7 @@ METHOD ?= xquant
 DEMO_ARGS ?=
 # More options for benchmarks/compare_accuracy.py
 ACCURACY_ARGS ?=
-# More options for benchmarks/bench_cpu.py
+# More options for benchmarks/bench_cpu.py, e.g. make bench-cpu BENCH_ARGS="--only hot" (20 minutes)
 BENCH_ARGS ?=
 # More options for pytest, e.g. make test TEST_ARGS="-m 'not e2e'"
 TEST_ARGS ?=
@@ -67,7 +67,7 @@ test: test-models ## run the tests
 
 # In a process of its own: Triton decides when it is imported whether it interprets.
 test-gpu: venv ## run the tests of the Triton kernels, without a GPU in Triton's interpreter
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/attention/gpu tests/kivi/gpu -n 2
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/attention/gpu tests/kivi/gpu tests/plugin/backend/gpu -n 2
 
 test-docs: venv ## run the tests of the documentation: its commands, its Python, its paths, and what it says of vLLM
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/docs
@@ -79,8 +79,8 @@ accuracy: test-models ## compare the accuracy of all caches per byte (an hour on
 pictures: venv ## make the picture of README.md from benchmarks/results/accuracy
 	$(VENV)/bin/python benchmarks/capacity_plot.py
 
-bench-cpu: venv ## measure decode, serving under memory pressure, and the kernels, against 16 bit (25 minutes)
-	$(VENV)/bin/python tools/prepare_model.py --model smollm2
+bench-cpu: venv ## measure decode, hot blocks, serving under memory pressure, and kernels, against 16 bit (45 minutes)
+	$(VENV)/bin/python tools/prepare_model.py --model smollm2 --model smollm2-mha
 	$(VENV)/bin/python benchmarks/bench_cpu.py $(BENCH_ARGS)
 
 families: venv ## check that docs/families.md says what the last run of all tests covered

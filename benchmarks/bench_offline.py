@@ -21,6 +21,7 @@ from benchmarks.cpu.machine import machine_facts  # noqa: E402
 from benchmarks.cpu.timing import Spread  # noqa: E402
 from benchmarks.files import write_json  # noqa: E402
 from benchmarks.methods import BASELINE, METHODS  # noqa: E402
+from benchmarks.models import served  # noqa: E402
 from benchmarks.offline.engines import Engines  # noqa: E402
 
 # Tokens that the first sequences may decode while the others are prefilled.
@@ -43,24 +44,27 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     engine_arguments = {
         "model": options.model,
         "dtype": options.dtype,
-        "max_model_len": longest,
+        "max_model_len": options.max_model_len or longest,
         "max_num_seqs": options.sequences,
         "kv_cache_memory_bytes": options.cache_mib << 20,
         "enforce_eager": options.enforce_eager,
-        "enable_prefix_caching": options.same_prompts,
+        "enable_prefix_caching": options.same_prompts is not None,
+        "skip_tokenizer_init": True,
         "seed": 0,
     }
     names = [BASELINE, *(name for name in options.methods if name != BASELINE)]
     rows = []
-    with Engines([METHODS[name] for name in names], engine_arguments, options.logs) as engines:
+    methods = [served(METHODS[name], Path(options.model)) for name in names]
+    with Engines(methods, engine_arguments, options.logs) as engines:
         for context in options.contexts:
+            same_prompts = options.same_prompts is not None and context >= options.same_prompts
             taken: dict[str, list[dict[str, Any]]] = {engine.method.name: [] for engine in engines.engines}
             for turn in range(options.rounds):
                 for engine in engines.engines:
-                    seed = 0 if options.same_prompts else turn
+                    seed = 0 if same_prompts else turn
                     order = {"sequences": options.sequences, "context": context, "steps": options.steps, "seed": seed}
-                    taken[engine.method.name].append(engine.run(**order))
-            rows += [_row(name, context, options.sequences, taken, options.same_prompts) for name in taken]
+                    taken[engine.method.name].append(engine.run("decode", **order))
+            rows += [_row(name, context, options.sequences, taken, same_prompts) for name in taken]
         cache_tokens, absent = engines.cache_tokens, engines.absent
     return {
         "benchmark": "offline",
@@ -68,6 +72,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "model": Path(options.model).name,
         "sequences": options.sequences,
         "cache_mib": options.cache_mib,
+        "settings": {name: METHODS[name].settings() for name in names},
         "compiled": not options.enforce_eager,
         "cache_tokens": cache_tokens,
         "absent": absent,
@@ -81,6 +86,9 @@ def _row(
     steps = {method: [statistics.median(turn["steps"]) for turn in turns] for method, turns in taken.items()}
     prefills = {method: [turn["prefill"] for turn in turns] for method, turns in taken.items()}
     row: dict[str, Any] = {"method": name, "context": context}
+    rows = {which: sum(turn[f"{which}_rows"] for turn in taken[name]) for which in ("hot", "cold")}
+    if any(rows.values()):  # there is a pool
+        row["hot_share"] = rows["hot"] / sum(rows.values())
     for what, seconds, tokens in (("decode", steps, sequences), ("prefill", prefills, sequences * context)):
         if what == "prefill" and same_prompts:
             continue
@@ -105,6 +113,8 @@ def text(result: dict[str, Any]) -> str:
             rate, ratio = row[f"{what}_tokens_per_second"], row[f"{what}_ratio"]
             spread = f"({ratio['low']:.2f}-{ratio['high']:.2f})"
             cells.append(f"{what} {rate['median']:7.1f} tokens/s  {ratio['median']:.2f}x {spread}")
+        if "hot_share" in row:
+            cells.append(f"{row['hot_share']:.0%} of the rows hot")
         lines.append(f"  {row['context']:6d} tokens  {METHODS[row['method']].label:18s} {'   '.join(cells)}")
     caches = (f"{METHODS[name].label} {tokens:,}" for name, tokens in result["cache_tokens"].items())
     lines.append(f"  cache tokens in {result['cache_mib']} MiB: {', '.join(caches)}")
@@ -121,11 +131,16 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=16, help="timed decode steps of a round")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every method")
     parser.add_argument("--dtype", default="bfloat16", help="of the model")
+    parser.add_argument("--max-model-len", type=int, help="of every engine (default: what the longest context needs)")
     parser.add_argument("--cache-mib", type=int, default=1024, help="of every method")
     parser.add_argument(
         "--same-prompts",
-        action="store_true",
-        help="the same prompts in every round, from the prefix cache but in the first: measures decoding alone",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="FROM",
+        help="the same prompts in every round, from the prefix cache but in the first: measures decoding alone; with a "
+        "number only for contexts of at least so many tokens",
     )
     parser.add_argument("--enforce-eager", action="store_true", help="do not compile the model")
     parser.add_argument("--logs", type=Path, default=ROOT / "logs" / "bench_offline", help="folder of the logs")

@@ -21,11 +21,11 @@ import torch  # noqa: E402
 
 from benchmarks.cpu.machine import machine_facts  # noqa: E402
 from benchmarks.files import write_json  # noqa: E402
-from benchmarks.methods import BASELINE, METHODS, Method  # noqa: E402
+from benchmarks.methods import BASELINE, METHODS, UNCALIBRATED, Method  # noqa: E402
 from benchmarks.serving import report  # noqa: E402
 from benchmarks.serving.client import send  # noqa: E402
 from benchmarks.serving.metrics import Watch  # noqa: E402
-from benchmarks.serving.sizes import FULL, QUICK, make_trace, plain_cache_tokens  # noqa: E402
+from benchmarks.serving.sizes import CONCURRENCY, FULL, PRESSURE, QUICK, make_trace, plain_cache_tokens  # noqa: E402
 from benchmarks.serving.trace import RunningText, Trace  # noqa: E402
 from examples.vllm_process import Progress, ServerError, VllmServer, free_port  # noqa: E402
 from xquant_vllm.offline.texts import python_docs_to_evaluate  # noqa: E402
@@ -66,7 +66,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     about: dict[str, Any] = {}
     for repeat in range(options.repeats):
         # Other texts in every repeat, the same for every method.
-        trace, about = make_trace(options.trace, sizes, text, plain_tokens, repeat)
+        trace, about = make_trace(
+            options.trace, sizes, text, plain_tokens, repeat, options.pressure, options.concurrency
+        )
         for method in (METHODS[name] for name in options.methods if name not in absent):
             print(f"{method.label}, repeat {repeat + 1} of {options.repeats}", file=sys.stderr, flush=True)
             try:
@@ -84,6 +86,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "machine": machine_facts(),
         "model": Path(options.model).name,
         "cache_mib": cache_mib,
+        "settings": {name: METHODS[name].settings() for name in options.methods},
         "compiled": not options.enforce_eager,
         "server": {name: getattr(options, name) for name in _SERVER_OPTIONS},
         "trace": about,
@@ -129,8 +132,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT / "models" / "smollm2-135m-instruct"), help="folder or hub name")
-    parser.add_argument("--methods", "--backends", nargs="+", choices=METHODS, help="caches to compare")
+    parser.add_argument("--methods", "--backends", nargs="+", choices=UNCALIBRATED, help="caches to compare")
     parser.add_argument("--trace", choices=("pressure", "arrivals"), default="pressure", help="the load")
+    parser.add_argument(
+        "--pressure",
+        type=float,
+        default=PRESSURE,
+        help="all histories of the load pressure, in times what 16 bit holds (default %(default)s, which fits 4 bits)",
+    )
+    parser.add_argument("--concurrency", type=int, default=CONCURRENCY, help="requests of the load pressure under way")
     parser.add_argument("--quick", action="store_true", help="16 bit and xquant, a short load, once: five minutes")
     parser.add_argument("--repeats", type=int, help="of every method, interleaved (default 3, with --quick 1)")
     parser.add_argument("--cache-mib", type=int, help="cache memory of every method")
@@ -144,7 +154,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the result there, and a plot beside it")
     options = parser.parse_args(arguments)
     if options.methods is None:
-        options.methods = [BASELINE, "xquant"] if options.quick else [*METHODS]
+        options.methods = [BASELINE, "xquant"] if options.quick else [*UNCALIBRATED]
     if options.repeats is None:
         options.repeats = 1 if options.quick else 3
     options.enforce_eager |= options.quick

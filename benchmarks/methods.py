@@ -16,12 +16,21 @@ class Method:
         label: for people.
         engine: arguments of ``vllm.LLM``; `vllm serve` has options of the same names.
         absent_on_cpu: why CPUs do not have it, though vLLM starts; None where they do, or where vLLM refuses itself.
+        calibrated: options of `xquant factorize` that make the folder that is served; None: the model's own is.
     """
 
     name: str
     label: str
     engine: dict[str, Any] = field(default_factory=dict)
     absent_on_cpu: str | None = None
+    calibrated: tuple[str, ...] | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What the plugin is told; empty without it."""
+        told: dict[str, Any] = {}
+        for settings in self.engine.get("additional_config", {}).values():
+            told |= settings
+        return told
 
     def flags(self) -> list[str]:
         """The options of `vllm serve`."""
@@ -31,8 +40,11 @@ class Method:
         return words
 
 
-def _plugin(name: str, label: str, backend: str, settings: dict[str, Any]) -> Method:
-    return Method(name, label, {"attention_backend": backend, "additional_config": {backend: settings}})
+def _plugin(
+    name: str, label: str, backend: str, settings: dict[str, Any], calibrated: tuple[str, ...] | None = None
+) -> Method:
+    engine = {"attention_backend": backend, "additional_config": {backend: settings}}
+    return Method(name, label, engine, calibrated=calibrated)
 
 
 METHODS = {
@@ -55,7 +67,24 @@ METHODS = {
         _plugin("x-hot", "X 4 bits, hot", "xquant", {"bits": 4, "cache": "x", "hot": "50%"}),
         _plugin("chain-2", "xquant-cl 2 bits, not hot", "xquant", {"method": "xquant-cl", "bits": 2, "hot": 0}),
         _plugin("chain-2-hot", "xquant-cl 2 bits, hot", "xquant", {"method": "xquant-cl", "bits": 2, "hot": "50%"}),
+        _plugin("xquant-hot", "xquant 4 bits, hot", "xquant", {"bits": 4, "hot": "50%"}),
+        _plugin(
+            "joint-4-hot",
+            "joint 4 bits, calibrated, hot",
+            "xquant",
+            {"hot": "50%"},
+            ("--basis", "joint", "--bits", "4"),
+        ),
+        _plugin(
+            "chain-3-hot",
+            "xquant-cl 3 bits, calibrated, hot",
+            "xquant",
+            {"hot": "50%"},
+            ("--method", "xquant-cl", "--bits", "3", "--anchor-interval", "4"),
+        ),
         _plugin("xquant-cl", "xquant-cl 4 bits", "xquant", {"method": "xquant-cl", "bits": 4}),
         _plugin("xquant-cl-2", "xquant-cl 2 bits", "xquant", {"method": "xquant-cl", "bits": 2}),
     )
 }
+
+UNCALIBRATED = {name: method for name, method in METHODS.items() if method.calibrated is None}

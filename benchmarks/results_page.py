@@ -2,7 +2,8 @@
 
     python benchmarks/results_page.py --write
 
-A table stands between ``<!-- table: FILE -->``, the file below benchmarks/results, and ``<!-- end of table -->``.
+A table stands between ``<!-- table: FILE -->``, the file below benchmarks/results, and ``<!-- end of table -->``. FILE
+may also be ``processors``: the default method on all processors of which there are results.
 """
 
 import argparse
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from benchmarks.cpu import processors  # noqa: E402
 from benchmarks.files import read_json  # noqa: E402
 from benchmarks.methods import METHODS  # noqa: E402
 from benchmarks.serving import report  # noqa: E402
@@ -28,6 +30,10 @@ def page(text: str, results: Path) -> str:
     """The page with all its tables made anew."""
 
     def fresh(found: re.Match[str]) -> str:
+        if found.group(2) == "processors":
+            return f"{found.group(1)}\n{processors.table(results)}\n{found.group(3)}"
+        if not (results / found.group(2)).exists():
+            return f"{found.group(1)}\nNot measured yet.\n{found.group(3)}"
         result = read_json(results / found.group(2))
         return f"{found.group(1)}\n{table(result)}\n\n{_source(result, found.group(2))}\n{found.group(3)}"
 
@@ -39,7 +45,7 @@ def table(result: dict[str, Any]) -> str:
     kind = result["benchmark"]
     if kind == "serving":
         return report.table(result)
-    return _offline(result) if kind == "offline" else _operation(result)
+    return {"offline": _offline, "prefix hit": _prefix_hit}.get(kind, _operation)(result)
 
 
 def _offline(result: dict[str, Any]) -> str:
@@ -49,8 +55,27 @@ def _offline(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         cells = [str(row["context"]), METHODS[row["method"]].label]
         for what in whats:
+            if f"{what}_ratio" not in row:
+                cells += ["", ""]
+                continue
             cells += [f"{row[f'{what}_tokens_per_second']['median']:.1f}", _spread(row[f"{what}_ratio"])]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _prefix_hit(result: dict[str, Any]) -> str:
+    tokens = f"{result['prefix']} + {result['question']} tokens"
+    lines = [
+        f"| cache | first token of {tokens}, ms | share of 16 bit | tokens promoted | pool | cache tokens |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        time, what = row["milliseconds"], "prefix hit" if row["cached"] else "prefilled"
+        lines.append(
+            f"| {METHODS[row['method']].label}, {what} | {time['median']:.0f} "
+            f"({time['low']:.0f}-{time['high']:.0f}) | {_spread(row['ratio'])} | {row['promoted_tokens']:.0f} | "
+            f"{row['pool_tokens']:,.0f} | {result['cache_tokens'][row['method']]:,} |"
+        )
     return "\n".join(lines)
 
 
@@ -77,9 +102,14 @@ def _source(result: dict[str, Any], file: str) -> str:
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     return (
-        f"From `benchmarks/results/{file}`: {machine['processor']}, {machine['threads']} threads "
+        f"From `benchmarks/results/{file}`: {_processor(machine)}, {machine['threads']} threads "
         f"({machine['instruction_set']}), {versions}, commit {machine['commit']}, {machine['date']}."
     )
+
+
+def _processor(machine: dict[str, Any]) -> str:
+    about = processors.about(machine)
+    return f"{machine['processor']} ({about})" if about else machine["processor"]
 
 
 def main() -> int:

@@ -25,7 +25,7 @@ if str(ROOT) not in sys.path:
 
 from benchmarks import bench_serving  # noqa: E402
 from benchmarks.files import read_json, write_json  # noqa: E402
-from benchmarks.methods import METHODS  # noqa: E402
+from benchmarks.methods import UNCALIBRATED  # noqa: E402
 from benchmarks.serving import report  # noqa: E402
 from benchmarks.serving.points import Point, PointError, missing, points  # noqa: E402
 
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure what is missing; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--models", nargs="+", default=[str(ROOT / "models" / "smollm2-135m-instruct")])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["16bit", "kivi", "xquant"])
+    parser.add_argument("--methods", nargs="+", choices=UNCALIBRATED, default=["16bit", "kivi", "xquant"])
     parser.add_argument("--traces", nargs="+", choices=TRACES, default=list(TRACES))
     parser.add_argument("--out", type=Path, default=ROOT / "logs" / "sweep", help="folder of the results")
     parser.add_argument("--ray-address", help="of a running cluster (default: Ray on this machine alone)")

@@ -46,6 +46,7 @@ MODELS = {
     model.name: model
     for model in (
         Model("smollm2-135m", 30, 576, 9, 3, 64),
+        Model("smollm2-135m-mha", 30, 576, 9, 9, 64),  # its kv heads repeated
         Model("gemma-3-270m", 18, 640, 4, 1, 256),
         Model("llama-3.1-8b", 4, 4096, 32, 8, 128),
         Model("llama-2-7b", 1, 4096, 32, 32, 128),

@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""What a figure was measured on: the processor decides which kernels run, and how far they are from 16 bit."""
 
 import datetime
 import os
@@ -13,13 +13,20 @@ import torch
 from xquant_vllm.attention.cpu import library as cpu
 
 _ROOT = Path(__file__).resolve().parents[2]
+_CPUINFO = Path("/proc/cpuinfo")
+_L3 = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+FLAGS = (
+    "avx2", "avx_vnni", "avx512f", "avx512vbmi", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8",
+    "amx_bf16",
+)  # fmt: skip
+"""Of the processor's flags, as Linux spells them, those that choose kernels: ours, vLLM's and oneDNN's."""
 
 
 def machine_facts() -> dict[str, Any]:
     """Processor, threads, versions and commit; of a checkout without git the commit is None."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "processor": _processor(),
+        **processor_facts(_read(_CPUINFO), _read(_L3)),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instruction_set": cpu.isa(),
@@ -29,12 +36,30 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor_facts(cpuinfo: str, l3: str) -> dict[str, Any]:
+    """Name, family and model, flags that choose kernels, and the size of the last cache.
+
+    Args:
+        cpuinfo: /proc/cpuinfo; of another system nothing.
+        l3: the size of the third cache, as Linux says it; empty where it says none.
+    """
+    first = cpuinfo.partition("\n\n")[0].splitlines()
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first)}
+    flags = said.get("flags", "").split()
+    return {
+        "processor": said.get("model name") or platform.processor() or platform.machine(),
+        "family": int(said["cpu family"]) if "cpu family" in said else None,
+        "model": int(said["model"]) if said.get("model", "").isdigit() else None,
+        "flags": [flag for flag in FLAGS if flag in flags],
+        "l3": l3.strip() or None,
+    }
+
+
+def _read(path: Path) -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return path.read_text()
     except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return ""
 
 
 def _version(name: str) -> str | None:

@@ -59,7 +59,10 @@ def decode_work(plan: AttentionLayerPlan, sequences: int, context: int) -> Work:
 
 def _key_words(plan: AttentionLayerPlan) -> tuple[int, int]:
     """Channels of all kv heads' keys that have integers of 16 bits, and scale groups of all kv heads."""
-    keys = prepare(plan, True).integer_keys
+    prepared = prepare(plan, True)
+    if prepared.byte_keys is not None:  # one product of all channels
+        return 0, plan.projection.num_kv_heads
+    keys = prepared.integer_keys
     assert keys is not None
     return int(keys.words.sum()), keys.words.numel()
 

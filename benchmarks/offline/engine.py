@@ -1,7 +1,9 @@
 """A vLLM engine in a process of its own, which answers orders on its standard input, one JSON line each.
 
-An order names sequences, context, steps and a seed; the answer has the seconds of the prefill of all prompts and of
-every decode step after it. The engine runs in the process itself, so a step is what the model and the scheduler take.
+An order says what to measure: ``"decode"`` names sequences, context, steps and a seed, and the answer has the seconds
+of the prefill of all prompts and of every decode step after it; ``"first_token"`` is in
+:mod:`benchmarks.offline.first_token`.
+The engine runs in the process itself, so a step is what the model and the scheduler take.
 """
 
 import json
@@ -10,6 +12,9 @@ import random
 import sys
 import time
 from typing import Any
+
+from benchmarks.offline.first_token import first_token
+from benchmarks.offline.pool import counted_since, counts
 
 # Decode steps before those that are timed.
 _WARM_UP_STEPS = 2
@@ -28,15 +33,19 @@ def main() -> None:
     # As vLLM counts them for sequences of max_model_len.
     cache_tokens = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
     print(json.dumps({"cache_tokens": cache_tokens}), file=answers, flush=True)
+    measures = {"decode": decode, "first_token": first_token}
     for line in sys.stdin:
-        print(json.dumps(run(llm.llm_engine, **json.loads(line))), file=answers, flush=True)
+        order = json.loads(line)
+        answer = measures[order.pop("what")](llm.llm_engine, **order)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
-def run(engine: Any, *, sequences: int, context: int, steps: int, seed: int) -> dict[str, Any]:
+def decode(engine: Any, *, sequences: int, context: int, steps: int, seed: int) -> dict[str, Any]:
     """Prefill and decode random prompts of ``context`` tokens, all sequences together."""
     from vllm import SamplingParams
 
-    drawn = random.Random(seed)
+    # No prompt begins like a shorter one of another order.
+    drawn = random.Random(f"{seed}-{context}")
     vocabulary = engine.vllm_config.model_config.get_vocab_size()
     # The first sequences decode while the last ones are prefilled: nobody may be done before all are timed.
     room = engine.vllm_config.model_config.max_model_len - context
@@ -53,17 +62,18 @@ def run(engine: Any, *, sequences: int, context: int, steps: int, seed: int) -> 
     prefill = time.perf_counter() - began
     for _ in range(_WARM_UP_STEPS):
         engine.step()
-    taken = []
+    taken, before = [], counts(engine)
     for _ in range(steps):
         began = time.perf_counter()
         finished = engine.step()
         taken.append(time.perf_counter() - began)
         if len(finished) != sequences:
             raise RuntimeError(f"{len(finished)} of {sequences} sequences decoded in one step: the cache is too small")
+    rows = counted_since(engine, before)
     engine.abort_request(names)
     while engine.has_unfinished_requests():
         engine.step()
-    return {"prefill": prefill, "steps": taken}
+    return {"prefill": prefill, "steps": taken, "hot_rows": rows["hot_rows"], "cold_rows": rows["cold_rows"]}
 
 
 if __name__ == "__main__":

@@ -26,7 +26,13 @@ class EngineError(Exception):
 
 
 class Engine:
-    """One engine."""
+    """One engine.
+
+    Attributes:
+        module: what its process runs.
+    """
+
+    module = "benchmarks.offline.engine"
 
     def __init__(self, method: Method, arguments: dict[str, Any], logs: Path) -> None:
         """Start it; :meth:`ready` waits for it."""
@@ -36,7 +42,7 @@ class Engine:
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.offline.engine", json.dumps({**arguments, **method.engine})],
+                [sys.executable, "-m", self.module, json.dumps({**arguments, **method.engine})],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -49,12 +55,12 @@ class Engine:
         """Wait until the model is loaded; what the engine says of its cache."""
         return self._answer()
 
-    def run(self, **order: Any) -> dict[str, Any]:
-        """Give an order and wait; see :func:`benchmarks.offline.engine.run`."""
+    def run(self, what: str, **order: Any) -> dict[str, Any]:
+        """Give an order and wait; see :mod:`benchmarks.offline.engine`."""
         assert self._process.stdin is not None
         self.wake()
         with contextlib.suppress(BrokenPipeError):  # _answer says why
-            print(json.dumps(order), file=self._process.stdin, flush=True)
+            print(json.dumps({"what": what, **order}), file=self._process.stdin, flush=True)
         answer = self._answer()
         self.freeze()
         return answer
@@ -93,7 +99,9 @@ class Engine:
 class Engines:
     """Engines of several methods, alive together and ended together."""
 
-    def __init__(self, methods: Sequence[Method], arguments: dict[str, Any], logs: Path) -> None:
+    def __init__(
+        self, methods: Sequence[Method], arguments: dict[str, Any], logs: Path, start: type[Engine] = Engine
+    ) -> None:
         """Start one after the other: together they would only wait for each other's compiler.
 
         A method that this platform does not have is left out, and ``absent`` says why.
@@ -102,7 +110,7 @@ class Engines:
         self.cache_tokens: dict[str, int] = {}
         self.absent: dict[str, str] = {}
         for method in methods:
-            engine = Engine(method, arguments, logs)
+            engine = start(method, arguments, logs)
             try:
                 self.cache_tokens[method.name] = engine.ready()["cache_tokens"]
                 engine.freeze()

@@ -5,10 +5,12 @@ from typing import Any
 
 from benchmarks.serving.trace import RunningText, Trace, arrivals, pressure
 
-# All histories of a pressure load, as multiples of what a 16-bit cache of the same memory holds. An xquant cache of 4
-# bits holds 3.45 for SmolLM2; the rest is for blocks that are not full and for answers, which nobody asks for again.
-_PRESSURE = 3.0
-_CONCURRENCY = 4
+PRESSURE = 3.0
+"""All histories of a pressure load, as multiples of what a 16-bit cache of the same memory holds. An xquant cache of 4
+bits holds 3.45 for SmolLM2; the rest is for blocks that are not full and for answers, which nobody asks for again."""
+
+CONCURRENCY = 4
+"""Requests of a pressure load that are under way."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,13 @@ FULL = Sizes(
 
 
 def make_trace(
-    name: str, sizes: Sizes, text: RunningText, plain_tokens: int, seed: int
+    name: str,
+    sizes: Sizes,
+    text: RunningText,
+    plain_tokens: int,
+    seed: int,
+    times: float = PRESSURE,
+    concurrency: int = CONCURRENCY,
 ) -> tuple[Trace, dict[str, Any]]:
     """A load, and what a result says of it.
 
@@ -51,13 +59,15 @@ def make_trace(
         text: that prompts are made of.
         plain_tokens: that a 16-bit cache holds in the memory of every cache.
         seed: of the repeat.
+        times: see :data:`PRESSURE`.
+        concurrency: see :data:`CONCURRENCY`.
     """
     if name == "arrivals":
         trace, about = arrivals(text, seed=seed, **sizes.arrivals), dict(sizes.arrivals)  # type: ignore[arg-type]
     else:
-        users = pressure_users(sizes.pressure, plain_tokens)
-        trace = pressure(text, users=users, concurrency=_CONCURRENCY, seed=seed, **sizes.pressure)
-        about = {"users": users, "concurrency": _CONCURRENCY, **sizes.pressure}
+        users = pressure_users(sizes.pressure, plain_tokens, times)
+        trace = pressure(text, users=users, concurrency=concurrency, seed=seed, **sizes.pressure)
+        about = {"users": users, "concurrency": concurrency, **sizes.pressure}
         about["tokens_of_all_histories"] = users * last_turn_tokens(sizes.pressure)
     return trace, {"name": name, "requests": len(trace.prompts), **about}
 
@@ -67,9 +77,9 @@ def last_turn_tokens(sizes: dict[str, int]) -> int:
     return sizes["history_tokens"] + (sizes["turns"] - 1) * sizes["turn_tokens"] + sizes["output_tokens"]
 
 
-def pressure_users(sizes: dict[str, int], plain_tokens: int) -> int:
+def pressure_users(sizes: dict[str, int], plain_tokens: int, times: float = PRESSURE) -> int:
     """As many users as make the pressure, but more than one."""
-    return max(2, int(_PRESSURE * plain_tokens / last_turn_tokens(sizes)))
+    return max(2, int(times * plain_tokens / last_turn_tokens(sizes)))
 
 
 def plain_cache_tokens(config: Any, cache_bytes: int, item_bytes: int) -> int:

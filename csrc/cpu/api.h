@@ -111,6 +111,12 @@ typedef struct {
     // The same for tiles (common/tiles.h), of scale groups whose channels all have INT8: their integers, transposed.
     const int8_t* key_tiles;        // [chunks of 64 channels of a scale group][head_size rounded up to 16][64], the rest zero
     const int64_t* key_first_tiles; // [num_kv_heads, key_scale_groups]: the first chunk; -1: there are no tiles
+    // All kv heads read the same latents, which are unpacked once for them: shared_latents.h.
+    int64_t shares_latents;
+    // With shares_latents: up_key in INT8, for byte_keys.h; NULL: not. See xquant_vllm/attention/cpu/byte_keys.py.
+    const int32_t* key_bytes;         // [num_kv_heads, head_size / 8, key.width rounded up to 16, / 4, 8] of four channels
+    const int32_t* key_byte_offsets;  // [num_kv_heads, head_size]
+    const float* key_byte_units;      // [num_kv_heads, head_size]
     const float* up_value;       // [num_kv_heads, value.width, head_size rounded up to 16], the rest of a row zero; NULL:
                                  // the value latents are the values, and value.width is head_size
     const float* key_bias;       // [num_kv_heads, head_size] or NULL
@@ -200,12 +206,50 @@ typedef struct {
     int64_t dtype;             // of both
 } xquant_finish_call;
 
+// Where the keys, or the values, of a pool of hot blocks are: number i of token t of a block at tokens[t] + channels[i].
+typedef struct {
+    void* data;               // of the first hot block's first kv head
+    const int64_t* tokens;    // [block_size]
+    const int64_t* channels;  // [head_size]
+    int64_t contiguous;       // 1: channels are 0, 1, 2, ...
+} xquant_hot_places;
+
+// The pool of one layer, and what is multiplied for it.
+typedef struct {
+    int64_t dtype;          // of the pool
+    int64_t shared;         // 1: keys and values are made of the same latent
+    // Of an FP32 or FP16 pool [num_kv_heads, width, columns] FP32, columns being head_size rounded up to 16 by zeros; else
+    // BF16 [num_kv_heads][columns / 32][width / 2][32][2], the last 32 columns being 16 if that is what is left.
+    const void* up_key;
+    const void* up_value;   // likewise; NULL: the value latents are the values
+    xquant_hot_places keys;
+    xquant_hot_places values;
+    int64_t block_stride;   // from hot block to hot block
+    int64_t head_stride;    // from kv head to kv head
+    int64_t num_hot_blocks;
+} xquant_hot_layer;
+
+// Write tokens of the pages to the pool.
+typedef struct {
+    const xquant_pages* pages;  // the layer's own, then those that it reads too
+    int64_t num_blocks;         // that all of these pages have
+    const int64_t* slots;       // [num_tokens]: block * block_size + offset
+    const int64_t* positions;   // [num_tokens]
+    const int64_t* hot_slots;   // [num_tokens]: hot block * block_size + offset
+    int64_t num_tokens;
+    float* latents;             // [num_tokens, heads of the latent, its width] of the latent that keys and values share,
+                                // written; NULL: nobody wants it
+    int64_t first_term;         // terms before this one are in `latents` already
+} xquant_hot_call;
+
 // These return NULL, or a static text that says what is wrong with the input; then nothing or only a part was written,
 // but never out of bounds.
 XQUANT_EXPORT const char* xquant_cpu_store(const xquant_plan* plan, const xquant_store_call* call);
 XQUANT_EXPORT const char* xquant_cpu_attention(const xquant_plan* plan, const xquant_attention_call* call);
 XQUANT_EXPORT const char* xquant_cpu_read_tokens(const xquant_plan* plan, const xquant_read_call* call);
 XQUANT_EXPORT const char* xquant_cpu_finish_tokens(const xquant_plan* plan, const xquant_finish_call* call);
+XQUANT_EXPORT const char* xquant_cpu_write_hot(const xquant_plan* plan, const xquant_hot_layer* layer,
+                                               const xquant_hot_call* call);
 
 // The instruction set in use: "amx", "vnni" (AVX-512 with it), "avx512", "avx2" or "portable"; for tests "amx-emulated".
 XQUANT_EXPORT const char* xquant_cpu_isa(void);

@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <atomic>
 
+#include <omp.h>
+
 #include "api.h"
 #include "attention/batch_attention.h"
 #include "attention/schedule.h"
@@ -80,17 +82,21 @@ const char* xquant_cpu_store(const xquant_plan* plan, const xquant_store_call* c
     // Waking the other threads takes longer than quantizing some thousand numbers.
     int64_t channels = plan->prediction.num_terms * plan->prediction.width;
     for (int64_t i = 0; i < plan->num_streams; ++i) channels += plan->streams[i].num_heads * plan->streams[i].width;
+    const bool parallel = call->num_tokens * channels > 8192;
+    // The tokens of a decode step are too few for batches of kStoreTokens to keep all threads busy.
+    const int64_t threads = parallel ? omp_get_max_threads() : 1;
+    const int64_t share = std::max<int64_t>(1, (call->num_tokens + threads - 1) / threads);
+    const int64_t tokens = std::min(kStoreTokens, share);
     std::atomic<const char*> error{nullptr};
-    const int64_t batches = (call->num_tokens + kStoreTokens - 1) / kStoreTokens;
-    parallel_for(batches, call->num_tokens * channels > 8192, [&](int64_t i) {
+    parallel_for((call->num_tokens + tokens - 1) / tokens, parallel, [&](int64_t i) {
         thread_local Buffer buffer;
         float* scratch = buffer.get(floats);
         if (!scratch) {
             error = kOutOfMemory;
             return;
         }
-        const int64_t first = i * kStoreTokens;
-        kernels.store(*plan, *call, first, std::min(kStoreTokens, call->num_tokens - first), scratch);
+        const int64_t first = i * tokens;
+        kernels.store(*plan, *call, first, std::min(tokens, call->num_tokens - first), scratch);
     });
     return error.load();
 }

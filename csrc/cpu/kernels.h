@@ -20,13 +20,17 @@ constexpr int64_t kStretch = 256;
 // Query rows (query tokens times query heads of a kv head) that share rematerialized keys.
 constexpr int64_t kQueryRows = 192;
 
+// Floats that kv heads may accumulate together, at most, to share the latents that they read: more would leave the
+// processor's cache between two tiles. One query token of a sequence always shares.
+constexpr int64_t kSharedFloats = 1 << 19;
+
 // Neighbouring tokens that one thread stores: they share cache lines of a page and the weights of a prediction.
 constexpr int64_t kStoreTokens = 8;
 
 // Floats in the widest vector; row lengths are rounded up to it so that no kernel has a scalar tail.
 constexpr int64_t kPad = 16;
 
-// Attention of some consecutive query tokens of one sequence to one kv head.
+// Attention of some consecutive query tokens of one sequence to one kv head or several.
 struct Task {
     int64_t sequence;
     int64_t kv_head;
@@ -35,6 +39,7 @@ struct Task {
     int64_t first_position;  // position of the first query token
     int64_t oldest;          // first position that any of them sees
     int64_t end;             // one past the last
+    int64_t kv_heads = 1;    // from kv_head on; more than one where they read the same latents
 };
 
 // Unnormalized softmax of a task's rows over a part of the context.
@@ -67,6 +72,13 @@ struct Kernels {
                         float* scratch);
     void (*finish_tokens)(const xquant_plan& plan, const xquant_finish_call& call, int64_t first, int64_t count,
                           float* scratch);
+    // Of all in one: floats of a stage, where tokens are between reading and multiplying, and of a thread that multiplies.
+    int64_t (*hot_stage)(const xquant_plan& plan, const xquant_hot_layer& layer, int64_t tokens);
+    int64_t (*hot_heads_scratch)(const xquant_plan& plan, int64_t tokens);
+    void (*hot_read)(const xquant_plan& plan, const xquant_hot_layer& layer, const xquant_hot_call& call, int64_t first,
+                     int64_t count, float* stage, int64_t room, int64_t at, float* scratch);
+    void (*hot_write)(const xquant_plan& plan, const xquant_hot_layer& layer, const xquant_hot_call& call, bool values,
+                      int64_t kv_head, int64_t first, int64_t count, float* stage, int64_t room, float* scratch);
 
     // KIVI; merge and finish are the same.
     int64_t (*kivi_store_scratch)(const xquant_kivi_plan& plan);

@@ -7,6 +7,7 @@
 #include "attention/attention.h"
 #include "attention/tile.h"
 #include "hot/hot_tokens.h"
+#include "hot/write.h"
 #include "kernels.h"
 #include "kivi/attention.h"
 #include "kivi/store.h"
@@ -25,6 +26,10 @@ const Kernels XQUANT_KERNELS = {
     /* hot_scratch */ hot_scratch,
     /* read_tokens */ read_tokens,
     /* finish_tokens */ finish_tokens,
+    /* hot_stage */ hot_stage,
+    /* hot_heads_scratch */ hot_heads_scratch,
+    /* hot_read */ hot_read,
+    /* hot_write */ hot_write,
     /* kivi_store_scratch */ kivi_store_scratch,
     /* kivi_attention_scratch */ kivi_attention_scratch,
     /* kivi_store */ kivi_store_tokens,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.cpu.processors import processors
 from benchmarks.results_page import RESULTS
 
 README = " ".join((Path(__file__).resolve().parent.parent.parent / "README.md").read_text().split())
@@ -13,8 +14,6 @@ README = " ".join((Path(__file__).resolve().parent.parent.parent / "README.md").
 @pytest.mark.parametrize(
     ("file", "method", "says"),
     [
-        ("offline-512", "xquant", "at {:.2f} (Intel Xeon)"),
-        ("offline-512-chain", "xquant", "or {:.2f} (AMD EPYC) with the default"),
         ("offline-512-calibrated-head", "xquant", "at {:.2f} calibrated"),
         ("offline-512-calibrated-joint", "xquant", "at {:.2f} with `joint`"),
         ("offline-512-chain", "xquant-cl-2", "at {:.2f} with a chain"),
@@ -28,7 +27,23 @@ def test_decoding_at_equal_batch(file, method, says):
     assert says.format(ratio) in README
 
 
+def speeds(what: str, context: int | None) -> list[float]:
+    """Of all processors that have it, the worst first."""
+    found = [processor.ratios.get((what, context)) for processor in processors(RESULTS)]
+    return sorted(ratio["median"] for ratio in found if ratio is not None)
+
+
+@pytest.mark.parametrize("context", [512, 4096])
+def test_the_default_by_processor(context):
+    ratios = ", ".join(f"{ratio:.2f}" for ratio in speeds("decode", context))
+    assert f"{ratios} with {context:,} tokens" in README
+
+
+def test_the_default_from_the_worst_to_the_best():
+    ratios = [*speeds("decode", 512), *speeds("decode", 4096)]
+    assert f"at {min(ratios):.2f} to {max(ratios):.2f} times the 16-bit speed, by processor" in README
+
+
 def test_serving_under_memory_pressure():
-    rows = json.loads((RESULTS / "cpu" / "serving-pressure.json").read_text())["rows"]
-    (ratio,) = (row["throughput_ratio"]["median"] for row in rows if row["method"] == "xquant")
-    assert f"served {ratio:.2f} times as fast" in README
+    ratios = " or ".join(f"{ratio:.2f}" for ratio in speeds("pressure", None))
+    assert f"served {ratios} times as fast" in README

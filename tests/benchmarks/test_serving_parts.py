@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import bench_cpu, bench_serving
+from benchmarks import bench_serving
 from benchmarks.cpu.timing import Spread, in_turns, ratios
 from benchmarks.files import write_json
 from benchmarks.methods import METHODS
@@ -60,23 +60,6 @@ def test_methods_as_flags() -> None:
     assert flags[:2] == ["--attention-backend", "xquant"]
     assert flags[3] == '{"xquant": {"method": "xquant-cl", "bits": 4}}'
     assert METHODS["16bit"].flags() == []
-
-
-def test_summary_names_what_is_missing() -> None:
-    attention = {"rows": [{"variant": "CPU_ATTN BF16", "roof": 0.1}, {"variant": "xquant 4 bits", "roof": 0.61234},
-                          {"variant": "xquant 4 bits", "roof": 0.55}]}  # fmt: skip
-    decode = {
-        512: {"rows": [{"method": "xquant", "decode_ratio": {"median": 0.91234}}]},
-        4096: {"rows": [{"method": "xquant", "decode_ratio": {"median": 0.8}}]},
-    }
-    serving = {"rows": [{"method": "xquant", "throughput_ratio": {"median": 3.2}}]}
-    assert bench_cpu.summary(attention, decode, serving) == {
-        "decode_ratio_512": 0.912,
-        "decode_ratio_4096": 0.8,
-        "pressure_ratio": 3.2,
-        "roof_fraction": 0.55,
-        "kivi_ratio_512": None,
-    }
 
 
 def test_result_files_are_whole(tmp_path) -> None:

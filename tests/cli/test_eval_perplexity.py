@@ -195,6 +195,7 @@ def test_it_goes_on_where_it_was_killed_and_needs_no_vllm(models, fake_tokenizer
             ("--settings", '{"prompt": "exact"}'),
             'would tell nothing of the cache; set "cached" or leave it out',
         ),
+        ("llama", ("--settings", '{"hot": "20%"}'), "a pool of hot blocks holds the same; set 0 or leave it out"),
         ("llama", ("--settings", '{"outlier_channel": 3}'), "did you mean 'outlier_channels'"),
         ("llama", ("--settings", '{"skip_layers": [7]}'), "'skip_layers': [7] cannot work: the model has 3 layers"),
         ("llama", ("--group-size", 24), "xquant: --group-size 24 cannot work: it does not divide"),

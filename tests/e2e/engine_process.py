@@ -79,7 +79,37 @@ def reload_weights(llm: Any) -> dict[str, Any]:
     return {"error": None}
 
 
-KINDS = {f.__name__: f for f in (greedy, prompt_logprobs, next_logits, preemptions, reload_weights)}
+def hot_trace(llm: Any, **arguments: Any) -> dict[str, Any]:
+    """See ``hot/trace.py``, beside this script."""
+    from hot.trace import run_trace
+
+    return run_trace(llm, **arguments)
+
+
+def hot_turns(llm: Any, **arguments: Any) -> dict[str, Any]:
+    """See ``hot/trace.py``, beside this script."""
+    from hot.trace import take_turns
+
+    return take_turns(llm, **arguments)
+
+
+def hot_counts(llm: Any) -> dict[str, Any]:
+    """Rows that were attended from pools of hot blocks and from pages, and tokens that were promoted, on "a GPU"."""
+    from xquant_vllm.plugin.backend.hot_gpu import hot_engine
+
+    engine = hot_engine(llm.llm_engine.vllm_config)
+    counts = [group.hot_map.counts for group in engine.groups.values()]
+    return {
+        "hot": sum(of.hot_rows for of in counts),
+        "cold": sum(of.cold_rows for of in counts),
+        "promoted": sum(of.promoted_tokens for of in counts),
+    }
+
+
+KINDS = {
+    f.__name__: f
+    for f in (greedy, prompt_logprobs, next_logits, preemptions, reload_weights, hot_trace, hot_turns, hot_counts)
+}
 
 
 def run(request_path: str, result_path: str) -> None:

@@ -141,7 +141,8 @@ def caching(method, cache, family, name, *features):
     ],
 )
 def test_layer_inputs_and_chains_match_the_16_bit_cache(serve, logprobs, method, cache, family):
-    settings = {"bits": 8, "method": method, "cache": cache}
+    # Of pages alone: with a pool the last bits depend on what else is in the batch.
+    settings = {"bits": 8, "method": method, "cache": cache, "hot": 0}
     if method == "xquant-cl":
         settings["first_layers"] = 1
     ours = serve(family, "xquant", xquant=settings)
@@ -208,7 +209,7 @@ def test_rope_variants(logprobs, family):
 )
 def test_compiled_equals_eager(engines, model, logprobs, method, cache, family):
     engine = {**ENGINE, "enforce_eager": False}
-    settings = {"bits": 8, "method": method, "cache": cache}
+    settings = {"bits": 8, "method": method, "cache": cache, "hot": 0}
     compiled = engines.run(model(family), "xquant", TASKS, xquant=settings, **engine).tasks[-1]["logprobs"][0]
     # Measured 0.0001: the model rounds differently, and flips a code now and then.
     assert_close(compiled, logprobs(family, "xquant", xquant=settings), 0.002)

@@ -5,11 +5,13 @@ input has half the channels of its keys and values.
 """
 
 import math
+import re
 
 import pytest
 
 from tests.e2e.engine import DEFAULTS
 from tests.e2e.engine_process import NUM_LOGITS
+from xquant_vllm.scheme.hot_share import DEFAULT_SHARE
 
 pytestmark = pytest.mark.e2e
 
@@ -26,6 +28,8 @@ def perplexity(engines, smollm2_mha, documentation):
 
     def perplexity(backend: str, xquant: dict | None = None) -> tuple[float, int]:
         tasks = [{"kind": "prompt_logprobs", "prompts": [documentation[:400]]}]
+        # What pages hold is measured: no pool beside them, whose products are in the model's dtype.
+        xquant = None if xquant is None else {**xquant, "hot": 0}
         result = engines.run(smollm2_mha, backend, tasks, xquant=xquant, dtype="float32")
         logprobs = result.tasks[0]["logprobs"][0]
         return math.exp(-sum(logprobs) / len(logprobs)), result.cache_tokens
@@ -56,6 +60,18 @@ def test_capacity_is_what_the_formula_says(engines, smollm2_mha, perplexity, bit
     assert chain == fitting(chain_bytes(bits))
     print(f"{bits} bits: {chain} / {plain} tokens, {chain / plain:.2f}x; bytes {PLAIN_BYTES / chain_bytes(bits):.2f}x")
     assert chain / plain >= least
+
+
+def test_capacity_with_the_default_pool(engines, smollm2_mha):
+    """What users get: the pool is taken off, by vLLM's own count."""
+    plain = engines.run(smollm2_mha, "CPU_ATTN", [], dtype="bfloat16").capacity
+    chain = engines.run(smollm2_mha, "xquant", [], xquant={"method": "xquant-cl", "bits": 2}, dtype="bfloat16")
+    print(f"{chain.capacity} / {plain} tokens, {chain.capacity / plain:.2f}x")
+    assert chain.capacity / plain >= 10
+    assert f"KV cache size: {chain.capacity:,} tokens" in chain.log
+    assert f"pages hold {chain.capacity:,} tokens, 10.11x of what 16 bit would hold in all of it" in chain.log
+    (hot,) = re.findall(r"keep the keys and values of up to ([\d,]+) tokens in use", chain.log)
+    assert int(hot.replace(",", "")) == int(DEFAULTS["kv_cache_memory_bytes"] * DEFAULT_SHARE) // PLAIN_BYTES
 
 
 # Measured: 15.13 without quantization; X 15.78, 18.05, 81; chain 15.16, 15.60, 18.8.
@@ -98,10 +114,13 @@ def test_pages_of_three_sizes_in_one_cache(perplexity, exact):
 
 @pytest.mark.covers("Llama", *CHAIN, "prefix caching", "chunked prefill", "bits=2")
 def test_logits_do_not_depend_on_scheduling(engines, smollm2_mha, documentation):
-    """Deltas are taken against what is in the pages: cold, warm and in chunks the same codes are written."""
+    """Deltas are taken against what is in the pages: cold, warm and in chunks the same codes are written.
+
+    Of pages alone. With a pool, whether a row is attended from it depends on scheduling: see test_hot_blocks.py.
+    """
     tasks = [{"kind": "next_logits", "prompts": [documentation[700:1000]], "max_tokens": 3}] * 2
     settings = {
-        "xquant": {"method": "xquant-cl", "bits": 2},
+        "xquant": {"method": "xquant-cl", "bits": 2, "hot": 0},
         "dtype": "float32",
         "logprobs_mode": "raw_logits",
         "max_logprobs": NUM_LOGITS,

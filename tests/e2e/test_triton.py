@@ -40,6 +40,35 @@ def test_same_logits(engines, tmp_path):
         assert_same(ours, theirs)
 
 
+HOT_TASKS = [
+    {"kind": "next_logits", "prompts": [PROMPT[:5], PROMPT], "max_tokens": 3},
+    {"kind": "next_logits", "prompts": [PROMPT, PROMPT[20:]], "max_tokens": 2},
+    {"kind": "hot_counts"},
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "hot", "some_cold"),
+    [({"method": "xquant-cl"}, 80 * 2 * 3 * 2 * 32 * 4, True), ({}, "50%", False), ({"cache": "x"}, "50%", False)],
+    ids=["chain, pool of 80 tokens", "latents", "X"],
+)
+def test_hot_blocks(engines, tmp_path, method, hot, some_cold):
+    """With a pool, attended by FlashAttention's twin, the answers are those without; the prefix hit is promoted."""
+    model = save_tiny_model(tmp_path, "llama")
+    settings = {"bits": 16, **method}
+    cold = engines.run(model, "xquant", HOT_TASKS[:2], xquant={**settings, "hot": 0}, environment=TRITON, **ENGINE)
+    actual = engines.run(model, "xquant", HOT_TASKS, xquant={**settings, "hot": hot}, environment=TRITON, **ENGINE)
+    assert actual.cache_tokens < cold.cache_tokens
+    assert actual.tasks[1]["cached"] == cold.tasks[1]["cached"]
+    assert actual.tasks[1]["cached"][0] == 32
+    counts = actual.tasks[2]
+    assert counts["hot"] > 0
+    assert bool(counts["cold"]) == some_cold
+    for ours, theirs in zip(actual.tasks[:2], cold.tasks, strict=True):
+        for x, y in zip(ours["logits"], theirs["logits"], strict=True):
+            assert_same(x, y)
+
+
 def assert_same(actual, expected):
     """One prompt's logits of every step; kernels differ in the order of additions (5e-6), seldom in a code (0.04)."""
     assert len(actual) == len(expected)

@@ -11,7 +11,7 @@ from vllm.engine.arg_utils import EngineArgs
 from tests.tiny_models import save_tiny_model
 from xquant_vllm import __version__
 from xquant_vllm.errors import UnsupportedError
-from xquant_vllm.plugin.checks import check_config, unsupported_model
+from xquant_vllm.plugin.checks import unsupported_model
 
 
 @pytest.fixture(scope="module")
@@ -167,13 +167,3 @@ def test_the_compile_cache_key_covers_the_version_and_the_settings(tiny):
     plain = configure(tiny, attention_backend="CPU_ATTN")
     assert "xquant_version" not in plain.additional_config
     assert len({config.compute_hash() for config in (default, four, plain)}) == 3
-
-
-def test_hot_blocks_are_refused_where_they_are_not_built(tiny, monkeypatch):
-    from vllm.platforms import current_platform
-
-    config = configure(tiny, additional_config={"xquant": {"hot": "20%"}})
-    check_config(config)
-    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    with pytest.raises(UnsupportedError, match=r"'hot': 0\.2 cannot work on a GPU yet.*leave it out"):
-        check_config(config)

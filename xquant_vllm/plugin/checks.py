@@ -41,7 +41,7 @@ def check_config(vllm_config: Any) -> None:
         UnsupportedError: a feature is not supported; all such features are named, each with what to do.
     """
     settings = settings_of(vllm_config)
-    problems = [*_unsupported(vllm_config), *_unsupported_settings(settings)]
+    problems = list(_unsupported(vllm_config))
     if problems:
         raise UnsupportedError("\n".join(f"xquant: {problem}" for problem in problems))
     model = vllm_config.model_config
@@ -130,13 +130,6 @@ def unsupported_features(vllm_config: Any) -> Iterator[str]:
             f"speculative decoding by {speculative.method!r} is not supported, because its draft layers would need a "
             f"cache of their own; use one of {', '.join(SPECULATIVE_WITHOUT_DRAFT_MODEL)}"
         )
-
-
-def _unsupported_settings(settings: XQuantSettings) -> Iterator[str]:
-    from vllm.platforms import current_platform
-
-    if settings.hot and not current_platform.is_cpu():
-        yield f"setting 'hot': {settings.hot} cannot work on a GPU yet, only on CPUs; leave it out"
 
 
 def _unsupported(vllm_config: Any) -> Iterator[str]:

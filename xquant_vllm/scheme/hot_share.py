@@ -7,8 +7,8 @@ from xquant_vllm.scheme.setting_errors import refuse
 
 ADVICE = 'set bytes such as 2147483648 or "2GiB", a share of the cache\'s memory such as "20%" or 0.2, or 0 for none'
 
-DEFAULT_SHARE = 0.0
-"""Of caches of X, of joint latents and of chains, if the user says nothing."""
+DEFAULT_SHARE = 0.2
+"""Of caches of X, of joint latents and of chains on CPUs, if the user says nothing: see docs/design/hot-blocks.md."""
 
 _UNITS = {"": 1, "B": 1, **{f"{letter}iB": 1 << 10 * (i + 1) for i, letter in enumerate("KMGT")}}
 _UNITS |= {f"{letter}B": 10 ** (3 * (i + 1)) for i, letter in enumerate("KMGT")}

@@ -90,8 +90,9 @@ class XQuantSettings(BaseModel):
         prompt: ``"cached"``: all tokens are attended to as the cache holds them, so that outputs do not depend on how
             prompts were cut; ``"exact"``: tokens of a prompt see those of their own step as the model computed them.
         hot: memory for rematerialized keys and values of blocks in use: bytes (int or ``"2GiB"``), a share of the
-            cache's memory (``"20%"`` or 0.2), or 0; None takes :data:`~xquant_vllm.scheme.hot_share.DEFAULT_SHARE` for
-            caches of the layer input, of joint latents and of chains, and 0 for latents of keys and of values.
+            cache's memory (``"20%"`` or 0.2), or 0; None takes, on CPUs, what
+            :data:`~xquant_vllm.scheme.hot_share.DEFAULT_SHARE` is for caches of the layer input, of joint latents and
+            of chains, and 0 for latents per head.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

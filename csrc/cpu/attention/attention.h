@@ -19,6 +19,9 @@
 #include "attention/exact_tokens.h"
 #include "attention/integer_values.h"
 #include "attention/load_keys.h"
+#include "attention/load_values.h"
+#include "attention/rows.h"
+#include "attention/shared_latents.h"
 #include "attention/softmax.h"
 #include "attention/tile.h"
 #include "attention/tile_scores.h"
@@ -28,8 +31,6 @@
 #include "common/simd.h"
 #include "common/tiles.h"
 #include "kernels.h"
-#include "unpack/unpack.h"
-#include "unpack/unpack_allocated.h"
 
 namespace xquant {
 namespace {
@@ -71,54 +72,6 @@ inline void score(const xquant_plan& plan, const Pages& pages, const ExactTokens
 #endif
 }
 
-// Weights of tokens start + [first, last) for all rows from their scores; shrinks the accumulator where a maximum grew.
-inline void weigh(const xquant_plan& plan, const Task& task, int64_t rows, int64_t start, int64_t first, int64_t last,
-                  const State& state, const Scratch& scratch) {
-    const int64_t columns = last - first, width = round_up(plan.value.width, kPad), group = group_of(plan);
-    const auto clamp = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; };
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t position = task.first_position + row / group;
-        const int64_t oldest = plan.sliding_window ? position - plan.sliding_window + 1 : 0;
-        const int64_t from = clamp(oldest - (start + first), 0, columns);
-        const int64_t to = clamp(position + 1 - (start + first), from, columns);
-        const float factor = softmax_row(scratch.weights + row * kTile + first, columns, from, to, plan.soft_cap,
-                                         state.max[row], state.sum[row]);
-        if (factor != 1.0f) {
-            float* accumulator = state.accumulator + row * width;
-            for (int64_t j = 0; j < width; j += kLanes) store(accumulator + j, load(accumulator + j) * factor);
-        }
-    }
-}
-
-// A band of the value latents of tokens start + [first, last), token-major; only tokens that some row sees: the others
-// may hold anything, and 0 * NaN is NaN.
-inline void load_value_latents(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t start,
-                               int64_t first, int64_t last, const Band& band, const Scratch& scratch) {
-    const int64_t stride = scratch.value_stride;
-    for (int64_t i = band.first; i < band.last; ++i) {
-        const xquant_term& term = plan.value.terms[i];
-        const HeadView view = head_view(plan, term, kv_head);
-        for (int64_t strip = first / kStrip * kStrip; strip < last; strip += kStrip) {
-            const int64_t from = first > strip ? first - strip : 0, to = last < strip + kStrip ? last - strip : kStrip;
-            const int64_t position = start + strip;
-            const uint8_t* page = pages.page(term, position);
-            float* rows = scratch.values + strip * stride;
-            if (term.stream.allocated) {  // never added
-                unpack_allocated_rows(view, page, pages.slot(position), band.index, rows, stride, scratch.strip);
-                continue;
-            }
-            float* target = i == band.first ? rows : scratch.added;
-            unpack_rows(view, page, pages.slot(position), band.index, from, to, target, stride);
-            if (i == band.first) continue;
-            for (int64_t token = from; token < to; ++token) {
-                float* row = rows + token * stride;
-                const float* x = scratch.added + token * stride;
-                for (int64_t j = 0; j < band.channels; j += kLanes) store(row + j, load(row + j) + load(x + j));
-            }
-        }
-    }
-}
-
 // Add the value latents of tokens start + [first, last), times their weights.
 inline void accumulate_values(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t rows,
                               int64_t start, int64_t first, int64_t last, const State& state,
@@ -128,7 +81,8 @@ inline void accumulate_values(const xquant_plan& plan, const Pages& pages, int64
             accumulate_integer_values(plan, pages, kv_head, rows, start, first, last, band, state, scratch);
             return;
         }
-        load_value_latents(plan, pages, kv_head, start, first, last, band, scratch);
+        load_latents(plan, pages, plan.value, kv_head, start, first, last, band, scratch.strip, scratch.values,
+                     scratch.value_stride);
         Product product;
         product.depth = last - first;
         product.a = scratch.weights + first;
@@ -142,58 +96,17 @@ inline void accumulate_values(const xquant_plan& plan, const Pages& pages, int64
     });
 }
 
-// The rows of a task's queries, times the scale, and times up_key if that is absorbed.
-inline void load_queries(const xquant_plan& plan, const xquant_attention_call& call, const Task& task, int64_t rows,
-                         const Scratch& scratch) {
-    for (int64_t row = 0; row < rows; ++row) {
-        float* query = scratch.query + row * scratch.query_width;
-        float* head = plan.key_absorbed ? scratch.head : query;
-        load_row(call.dtype, call.query,
-                 row_element(plan, task, row, call.query_token_stride, call.query_head_stride), plan.head_size, head);
-        for (int64_t i = 0; i < plan.head_size; ++i) head[i] *= plan.scale;
-        if (!plan.key_absorbed) continue;
-        Product product;
-        product.depth = plan.head_size;
-        product.a = head;
-        product.lda = plan.head_size;
-        product.b = plan.up_key + task.kv_head * plan.head_size * scratch.query_width;
-        product.ldb = scratch.query_width;
-        product.c = query;
-        product.ldc = scratch.query_width;
-        product.accumulate = false;
-        gemm<Order::kPlain>(1, scratch.query_width, product);
-    }
-}
-
-// The tokens of a stretch that a task sees.
-struct Context {
-    int64_t begin, end;
-
-    Context(const Task& task, int64_t stretch) : begin(stretch * kStretch), end(begin + kStretch) {
-        if (task.oldest > begin) begin = task.oldest;
-        if (task.end < end) end = task.end;
-    }
-
-    // Call visit(start, first, last) for its tiles: tokens start + [first, last).
-    template <typename Visit>
-    void for_tiles(const Visit& visit) const {
-        for (int64_t start = begin / kTile * kTile; start < end; start += kTile) {
-            visit(start, begin > start ? begin - start : 0, end < start + kTile ? end - start : kTile);
-        }
-    }
-};
-
-// The state of rows that have seen nothing.
-inline void clear(const xquant_plan& plan, int64_t rows, const State& state) {
-    for (int64_t row = 0; row < rows; ++row) {
-        state.max[row] = -INFINITY;
-        state.sum[row] = 0.0f;
-    }
-    memset(state.accumulator, 0, rows * round_up(plan.value.width, kPad) * sizeof(float));
+inline int64_t attention_scratch(const xquant_plan& plan, int64_t rows) {
+    const int64_t floats = plan.shares_latents ? SharedScratch(plan, rows, nullptr).floats
+                                               : Scratch(plan, rows, nullptr).floats;
+    // finish() keeps the up-projected heads there.
+    const int64_t heads = rows * round_up(plan.head_size, kPad);
+    return floats > heads ? floats : heads;
 }
 
 inline bool attend_stretch(const xquant_plan& plan, const xquant_attention_call& call, const Task& task,
                            int64_t stretch, const State& state, float* memory) {
+    if (plan.shares_latents) return attend_shared_stretch(plan, call, task, stretch, state, memory);
     const int64_t rows = task.query_count * group_of(plan);
     const Scratch scratch(plan, rows, memory);
     const Pages pages{plan, call, call.block_table + task.sequence * call.block_table_stride};
@@ -281,7 +194,7 @@ inline void up_project(const xquant_plan& plan, const Task& task, int64_t rows, 
     for_bands(plan.value, task.kv_head, [&](const Band& band) { add(band.row, band.channels); });
 }
 
-inline void finish(const xquant_plan& plan, const xquant_attention_call& call, const Task& task, const State& state,
+inline void finish_head(const xquant_plan& plan, const xquant_attention_call& call, const Task& task, const State& state,
                    float* memory) {
     const int64_t rows = task.query_count * group_of(plan), head_size = plan.head_size;
     const int64_t padded_head = round_up(head_size, kPad);
@@ -298,6 +211,14 @@ inline void finish(const xquant_plan& plan, const xquant_attention_call& call, c
         }
         store_row(call.dtype, head, head_size, call.output,
                   row_element(plan, task, row, call.output_token_stride, call.output_head_stride));
+    }
+}
+
+inline void finish(const xquant_plan& plan, const xquant_attention_call& call, const Task& task, const State& state,
+                   float* memory) {
+    const int64_t rows = task.query_count * group_of(plan);
+    for (int64_t i = 0; i < task.kv_heads; ++i) {
+        finish_head(plan, call, task_of_head(task, i), state_of_head(plan, state, i, rows), memory);
     }
 }
 

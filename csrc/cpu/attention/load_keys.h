@@ -158,6 +158,18 @@ inline bool load_integer_keys(const xquant_plan&, const Pages&, int64_t, int64_t
 }
 #endif
 
+// Bias, norm and RoPE of keys of tokens start + [first, last).
+inline void finish_keys(const xquant_plan& plan, int64_t kv_head, int64_t start, int64_t first, int64_t last,
+                        const Scratch& scratch) {
+    float* keys = scratch.keys + first;
+    if (plan.key_bias) add_bias(plan.key_bias + kv_head * plan.head_size, plan.head_size, keys, kTile, last - first);
+    if (plan.key_norm) normalize(plan.key_norm, plan.key_norm_eps, plan.head_size, keys, kTile, last - first);
+    if (!plan.rope) return;
+    for (int64_t strip = first; strip < last; strip += kStrip) {
+        rotate(plan, (start + strip) / kStrip, scratch.keys + strip, kTile);
+    }
+}
+
 // Keys of tokens start + [first, last), channel-major; both bounds are multiples of 16. True if they are in `bfloats`,
 // see Finish, and not in scratch.keys.
 inline bool load_keys(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t start, int64_t first,
@@ -183,13 +195,7 @@ inline bool load_keys(const xquant_plan& plan, const Pages& pages, int64_t kv_he
         gemm<Order::kTransposed>(plan.head_size, last - first, product);
     });
     if (finished) return bfloats != nullptr;
-    if (plan.key_bias) add_bias(plan.key_bias + kv_head * plan.head_size, plan.head_size, keys, kTile, last - first);
-    if (plan.key_norm) normalize(plan.key_norm, plan.key_norm_eps, plan.head_size, keys, kTile, last - first);
-    if (plan.rope) {
-        for (int64_t strip = first; strip < last; strip += kStrip) {
-            rotate(plan, (start + strip) / kStrip, scratch.keys + strip, kTile);
-        }
-    }
+    finish_keys(plan, kv_head, start, first, last, scratch);
     return false;
 }
 

@@ -57,7 +57,7 @@ void parallel_for(int64_t count, bool parallel, const Body& body) {
 }
 
 inline int64_t rows_of(const xquant_plan& plan, const Task& task) {
-    return task.query_count * (plan.num_heads / plan.num_kv_heads);
+    return task.query_count * task.kv_heads * (plan.num_heads / plan.num_kv_heads);
 }
 
 inline int64_t pad(int64_t floats) { return (floats + kPad - 1) / kPad * kPad; }
@@ -106,12 +106,15 @@ inline void Schedule::add_tasks(const xquant_plan& plan, const xquant_attention_
     for (int64_t sequence = 0; sequence < call.num_seqs; ++sequence) {
         const int64_t begin = call.query_start_loc[sequence], end = call.query_start_loc[sequence + 1];
         const int64_t position = call.seq_lens[sequence] - (end - begin);  // of the first query token
+        const int64_t shared = (end - begin) * plan.num_heads * plan.value.width;
+        const bool shares = plan.shares_latents && (end - begin == 1 || shared <= kSharedFloats);
+        const int64_t together = shares ? plan.num_kv_heads : 1;
         for (int64_t query = begin; query < end; query += tile) {
             const int64_t count = std::min(tile, end - query), first = position + (query - begin);
             const int64_t oldest = plan.sliding_window ? std::max<int64_t>(0, first - plan.sliding_window + 1) : 0;
-            rows = std::max(rows, count * group);
-            for (int64_t kv_head = 0; kv_head < plan.num_kv_heads; ++kv_head) {
-                tasks.push_back({sequence, kv_head, query, count, first, oldest, first + count});
+            rows = std::max(rows, count * group * together);
+            for (int64_t kv_head = 0; kv_head < plan.num_kv_heads; kv_head += together) {
+                tasks.push_back({sequence, kv_head, query, count, first, oldest, first + count, together});
             }
         }
     }
@@ -127,7 +130,8 @@ inline void Schedule::build(const xquant_plan& plan, const xquant_attention_call
     double total = 0;
     for (size_t index = 0; index < tasks.size(); ++index) {
         const Task& task = tasks[index];
-        const double whole = cost(rows_of(plan, task), task.kv_head) * double(task.end - task.oldest);
+        const double of_token = cost(rows_of(plan, task) / task.kv_heads, task.kv_head) * double(task.kv_heads);
+        const double whole = of_token * double(task.end - task.oldest);
         jobs.push_back({int64_t(index), task.oldest / kStretch, (task.end - 1) / kStretch, -1, whole});
         total += whole;
     }

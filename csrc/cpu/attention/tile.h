@@ -24,7 +24,6 @@ struct Scratch {
     float* units;        // [rows], what 1 of these integers stands for
     float* sums;         // [rows]
     float* values;       // [kTile][value_stride]
-    float* added;        // [kStrip][value_stride], of a term that is added to them
     StripScratch strip;  // for a band of keys or of values
     float* head;         // [head_size], of a query to be absorbed
     // With tiles only.
@@ -60,7 +59,6 @@ struct Scratch {
         units = take(rows);
         sums = take(rows);
         values = take(kTile * value_stride);
-        added = take(kStrip * value_stride);
         const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
         strip.bytes = (uint8_t*)take(round_up(larger(keys_at_once.bytes, values_at_once.bytes), 16) * 4 + kPad);
         strip.codes = (uint8_t*)take(round_up(larger(keys_at_once.channels, values_at_once.channels), 16) * 4 + kPad);
@@ -72,13 +70,6 @@ struct Scratch {
         tile_keys = (uint32_t*)take(tile_depth / 2 * kTile);
     }
 };
-
-inline int64_t attention_scratch(const xquant_plan& plan, int64_t rows) {
-    const Scratch scratch(plan, rows, nullptr);
-    // finish() keeps the up-projected heads where the weights and all before them were.
-    const int64_t heads = rows * round_up(plan.head_size, kPad);
-    return scratch.floats > heads ? scratch.floats : heads;
-}
 
 inline int64_t group_of(const xquant_plan& plan) { return plan.num_heads / plan.num_kv_heads; }
 

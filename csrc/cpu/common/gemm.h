@@ -35,7 +35,7 @@ struct Product {
 template <Order kOrder, int kRows, int kVectors>
 inline void gemm_block(const Product& p, const float* a, const float* b, float* c) {
     vf sums[kRows][kVectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) sums[row][j] = p.accumulate ? load(c + row * p.ldc + j * kLanes) : vf{};
@@ -45,14 +45,14 @@ inline void gemm_block(const Product& p, const float* a, const float* b, float* 
         vf columns[kVectors];
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) columns[j] = load(b + j * kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int row = 0; row < kRows; ++row) {
             const vf factor = broadcast(kOrder == Order::kTransposed ? a[k * lda + row] : a[row * lda + k]);
 #pragma GCC unroll 4
             for (int j = 0; j < kVectors; ++j) sums[row][j] += factor * columns[j];
         }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) store(c + row * p.ldc + j * kLanes, sums[row][j]);
@@ -80,6 +80,20 @@ inline void gemm(int64_t rows, int64_t columns, const Product& p) {
     }
     for (; column + 2 * kLanes <= columns; column += 2 * kLanes) gemm_columns<kOrder, kBlockRows, 2>(p, 0, rows, column);
     for (; column < columns; column += kLanes) gemm_columns<kOrder, kBlockRows, 1>(p, 0, rows, column);
+}
+
+// The same with more rows at once: for as many rows as a token has heads, and B outside the first cache. A is plain.
+inline void gemm_tall(int64_t rows, int64_t columns, const Product& p) {
+#if defined(__AVX512F__)
+    constexpr int kTallRows = 12;  // 12 x 2 accumulators of 32 registers
+#else
+    constexpr int kTallRows = kBlockRows;
+#endif
+    int64_t column = 0;
+    for (; column + 2 * kLanes <= columns; column += 2 * kLanes) {
+        gemm_columns<Order::kPlain, kTallRows, 2>(p, 0, rows, column);
+    }
+    for (; column < columns; column += kLanes) gemm_columns<Order::kPlain, kTallRows, 1>(p, 0, rows, column);
 }
 
 }  // namespace

@@ -111,10 +111,10 @@ inline void store_uniform(const HeadView& view, const float* row, int64_t slot, 
     }
 }
 
-// What the pages of earlier layers say of one head of one token, into `to` [prediction.width]; 0 where they store
-// nothing.
+// What the pages of earlier layers say of one head of `count` tokens, whose slots follow each other in one strip: rows of
+// `predicted`. 0 where they store nothing.
 inline void read_prediction(const xquant_plan& plan, const xquant_store_call& call, int64_t head, int64_t slot,
-                            float* to, const StoreScratch& scratch) {
+                            int64_t count, float* predicted, const StoreScratch& scratch) {
     const int64_t block = slot / plan.block_size, offset = slot % plan.block_size;
     const int64_t strip = offset / kStrip * kStrip, token = offset - strip;
     int64_t row = -1, end = 0;
@@ -122,18 +122,24 @@ inline void read_prediction(const xquant_plan& plan, const xquant_store_call& ca
         const xquant_term& term = plan.prediction.terms[i];
         const xquant_pages& pages = call.pages[term.page];
         const HeadView view = head_view(plan, term, head);
-        float* x = scratch.term + token * scratch.term_stride;
         for (int64_t j = 0; j < view.head.num_bands; ++j) {
-            unpack_rows(view, pages.data + block * pages.stride, strip, j, token, token + 1,
+            unpack_rows(view, pages.data + block * pages.stride, strip, j, token, token + count,
                         scratch.term + view.head.bands[j].channel, scratch.term_stride);
         }
-        memset(x + view.head.channels, 0, (term.stream.width - view.head.channels) * sizeof(float));
-        if (term.adds) {
-            for (int64_t j = 0; j < term.stream.width; ++j) to[row + j] += x[j];
-        } else {
+        const int64_t width = term.stream.width;
+        if (!term.adds) {
             row = end;
-            end += term.stream.width;
-            memcpy(to + row, x, term.stream.width * sizeof(float));
+            end += width;
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            float* __restrict x = scratch.term + (token + i) * scratch.term_stride;
+            float* __restrict to = predicted + i * scratch.predicted_stride + row;
+            memset(x + view.head.channels, 0, (width - view.head.channels) * sizeof(float));
+            if (term.adds) {
+                for (int64_t j = 0; j < width; ++j) to[j] += x[j];
+            } else {
+                memcpy(to, x, width * sizeof(float));
+            }
         }
     }
 }
@@ -145,18 +151,23 @@ inline void subtract_prediction(const xquant_plan& plan, const xquant_store_call
     const int64_t padded = round_up(stream.width, kPad);
     for (int64_t head = 0; head < stream.num_heads; ++head) {
         float* rows = scratch.rows + head * stream.width;
-        for (int64_t i = 0; i < count; ++i) {
+        const int64_t* slots = call.slot_mapping + first;
+        for (int64_t i = 0, next; i < count; i = next) {
             float* predicted = scratch.predicted + i * scratch.predicted_stride;
-            const int64_t slot = call.slot_mapping[first + i];
-            if (slot < 0) {
+            next = i + 1;
+            if (slots[i] < 0) {
                 memset(predicted, 0, plan.prediction.width * sizeof(float));
                 continue;
             }
-            read_prediction(plan, call, head, slot, predicted, scratch);
+            while (next < count && slots[next] == slots[i] + next - i && slots[next] % kStrip) ++next;
+            read_prediction(plan, call, head, slots[i], next - i, predicted, scratch);
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            float* __restrict predicted = scratch.predicted + i * scratch.predicted_stride;
+            float* __restrict row = rows + i * scratch.row_stride;
             if (plan.prediction_matrix) {
                 for (int64_t j = 0; j < plan.prediction.width; ++j) predicted[j] = -predicted[j];
-            } else {
-                float* row = rows + i * scratch.row_stride;
+            } else if (slots[i] >= 0) {
                 for (int64_t j = 0; j < stream.width; ++j) row[j] -= predicted[j];
             }
         }

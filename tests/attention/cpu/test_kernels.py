@@ -10,6 +10,7 @@ import torch
 
 from tests.attention import attention_cases
 from tests.attention.attention_cases import Case, Spec, make_plan, random_spec
+from tests.attention.byte_case import in_bytes, on_bytes, run_reference
 from tests.attention.cpu.twin import twin
 from tests.attention.integer_case import on_integers
 from tests.attention.stored_pages import assert_same_pages, make_store_case
@@ -34,7 +35,8 @@ from xquant_vllm.attention.cpu import plan as cpu_plan
 
 def make_case(spec: Spec) -> Case:
     """Of a key up-projection that is exact in integers; test_keys_in_16_bits takes others."""
-    return on_integers(attention_cases.make_case(spec))
+    case = attention_cases.make_case(spec)
+    return on_bytes(case) if in_bytes(case) else on_integers(case)
 
 
 # --- Attention ---
@@ -45,28 +47,59 @@ def test_attention(isa: str, seed: int) -> None:
     spec = random_spec(seed)
     print(spec)
     case = make_case(spec)
-    assert_close(case.run(cpu), case.run(twin()))
+    assert_close(case.run(cpu), run_reference(case))
 
 
 @pytest.mark.parametrize("seed", range(100, 130))
 def test_exact_prompts(isa: str, seed: int) -> None:
     """Tokens that are attended to exactly are not in the pages."""
     case = make_case(replace(random_spec(seed), exact_from=2))
-    assert_close(case.run(cpu), case.run(twin()))
+    assert_close(case.run(cpu), run_reference(case))
 
 
 @pytest.mark.parametrize("spec", [spec for spec in map(random_spec, range(30)) if spec.kind == "latent"])
 def test_keys_by_integers_are_exact(isa: str, spec: Spec) -> None:
     """With values in FP16, which are not weighed by integers."""
     case = make_case(replace(spec, value_bits=16, allocated=0.0, rope="neox"))
-    assert_close(case.run(cpu), case.run(twin()), None if isa.startswith("amx") else 1e-5)
+    assert_close(case.run(cpu), run_reference(case), None if isa.startswith("amx") else 1e-5)
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_keys_in_16bits(isa: str, seed: int) -> None:
     """Any up-projection: rounded to 16 bits."""
     case = attention_cases.make_case(random_spec(seed))
-    assert_close(case.run(cpu), case.run(twin()), 2e-3)
+    assert_close(case.run(cpu), run_reference(case), 2e-3)
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize("kind", ["x", "deltas"])
+def test_keys_in_bytes(isa: str, kind: str, bits: int) -> None:
+    """Any up-projection of X or of a sum of X, rounded to 8 bits as the latents are, against nothing rounded."""
+    spec = Spec(seqs=((300, 3), (64, 40)), kv_heads=4, kind=kind, earlier=(4, 2), key_bits=bits, key_outliers=0)
+    case = attention_cases.make_case(spec)
+    assert in_bytes(case) == library.multiplies_integers()
+    assert_close(case.run(cpu), case.run(reference), 0.1)
+
+
+@pytest.mark.parametrize("kind", ["x", "deltas"])
+def test_exact_prompts_beside_bytes(isa: str, kind: str) -> None:
+    spec = Spec(seqs=((300, 40), (30, 30), (70, 1), (600, 17)), kind=kind, earlier=(4, 2), key_outliers=0, exact_from=2)
+    case = make_case(spec)
+    assert_close(case.run(cpu), run_reference(case))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_in_shared_latents(isa: str, value: float) -> None:
+    """It reaches the queries that see it in all heads, and no others; the tokens beside it stay as they are."""
+    case = make_case(Spec(seqs=((257, 3), (20, 1)), kind="x", key_outliers=0, kv_heads=3))
+    before = case.run(cpu)
+    scale = case.plan.layout.offsets[0].scales
+    page = case.pages[0][case.batch.block_table[0, 256 // 16]]
+    page[scale : scale + 2] = torch.tensor([value]).half().view(torch.uint8)
+    output = case.run(cpu)
+    assert output[2].isnan().all()
+    others = [0, 1, 3]
+    assert torch.equal(output[others], before[others])
 
 
 LARGE = {
@@ -86,6 +119,17 @@ LARGE = {
     "chain of deltas of X": Spec(
         seqs=((300, 2), (64, 64)), kv_heads=3, group=1, kind="deltas", earlier=(4, 2, 3, 2, 2, 8, 2), hidden_size=576,
         key_group=96, key_bits=2,
+    ),
+    "X in bytes": Spec(seqs=((300, 3), (64, 64), (520, 1)), kv_heads=9, group=1, kind="x", hidden_size=576,
+                       key_group=96, key_outliers=0, bias=True, sinks=True),
+    "sum of X in bytes": Spec(
+        seqs=((300, 2), (64, 40), (65, 1)), kv_heads=3, group=2, kind="deltas", earlier=(4, 2, 2, 3, 3, 2),
+        hidden_size=328, key_group=8, key_bits=2, key_outliers=0, window=100, soft_cap=20.0, norm=True,
+        rope="interleaved",
+    ),
+    "long sum": Spec(
+        seqs=((100, 2), (40, 40)), kv_heads=2, group=1, kind="deltas", earlier=(4, *(2,) * 40), hidden_size=96,
+        key_group=96, key_bits=2, key_outliers=0,
     ),
     "chain of latents": Spec(
         seqs=((300, 2), (64, 64)), kv_heads=3, joint=True, kind="chain", earlier=(4, 16, 2), key_group=96, key_bits=2,
@@ -114,7 +158,7 @@ LARGE = {
 @pytest.mark.parametrize("name", LARGE)
 def test_large(isa: str, name: str) -> None:
     case = make_case(LARGE[name])
-    assert_close(case.run(cpu), case.run(twin()))
+    assert_close(case.run(cpu), run_reference(case))
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 30.0])
@@ -225,6 +269,25 @@ INVARIANT = {
     ),
     "window": Spec(seqs=((900, 1), (600, 100)), window=300, soft_cap=10.0, dtype=torch.bfloat16),
     "deltas": Spec(seqs=((600, 1), (270, 90)), kind="deltas", earlier=(4, 2), hidden_size=72, key_group=24),
+    "X in bytes": Spec(
+        seqs=((600, 1), (570, 90), (40, 33)),
+        kind="x",
+        kv_heads=3,
+        key_outliers=0,
+        window=300,
+        norm=True,
+    ),
+    # 150 query tokens have tasks of single kv heads, fewer share latents.
+    "X, too many rows to share": Spec(
+        seqs=((300, 1), (270, 150)),
+        kind="x",
+        kv_heads=9,
+        group=1,
+        hidden_size=576,
+        key_group=96,
+        key_outliers=0,
+    ),
+    "sum in bytes": Spec(seqs=((600, 1), (270, 90)), kind="deltas", earlier=(4, 2), key_bits=2, key_outliers=0),
     "absorbed chain": Spec(seqs=((600, 1), (270, 90)), kind="chain", earlier=(4, 2), joint=True, rope="none"),
     "runs": Spec(seqs=((600, 1), (270, 90)), allocated=1.0, window=300, seed=7),
 }

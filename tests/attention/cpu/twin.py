@@ -17,7 +17,7 @@ def _rounded_keys(*arguments: object) -> torch.Tensor:
 
 
 class BfloatScores:
-    """The reference with keys, after RoPE, and queries rounded to BF16; not where keys are absorbed."""
+    """The reference with keys, after RoPE, and queries rounded to BF16; not where keys are absorbed or kv heads share latents."""
 
     @staticmethod
     def paged_attention(
@@ -31,7 +31,8 @@ class BfloatScores:
         """See :func:`xquant_vllm.attention.reference.paged_attention`."""
         from xquant_vllm.attention.cpu.plan import CpuPlan
 
-        if CpuPlan(plan).struct.key_absorbed:
+        struct = CpuPlan(plan, with_integers=True).struct
+        if struct.key_absorbed or struct.shares_latents:
             reference.paged_attention(query, pages, plan, batch, output, inputs)
             return
         query = query.bfloat16().to(query.dtype)

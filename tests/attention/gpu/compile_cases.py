@@ -8,7 +8,11 @@ import torch
 from tests.attention.attention_cases import Spec, make_plan
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu import launch
+from xquant_vllm.attention.gpu.hot.buffers import BufferSizes, HotBuffers
+from xquant_vllm.attention.gpu.hot.rows import HotRowTensors
+from xquant_vllm.attention.gpu.hot.write import write_tokens
 from xquant_vllm.attention.gpu.store.store import store
+from xquant_vllm.attention.hot.tokens import HotTokens
 from xquant_vllm.attention.plan import AttentionLayerPlan
 
 _LLAMA = Spec(
@@ -54,6 +58,29 @@ def _store(spec: Spec, tokens: int) -> None:
     store(pages, plan, torch.zeros(tokens, dtype=torch.int64), _inputs(spec, plan, tokens))
 
 
+def _hot(spec: Spec, tokens: int) -> None:
+    """What a step writes to a pool; of a chain once by all pages and once after the layer before."""
+    plan = make_plan(spec)
+    pages = [torch.zeros(1, layout.page_bytes, dtype=torch.uint8) for layout in plan.layouts]
+    of_tokens = HotTokens(*(torch.zeros(tokens, dtype=torch.int64) for _ in range(3)))
+    buffers = HotBuffers(BufferSizes.of([plan]), tokens, spec.dtype, plan.device)
+    pool = [torch.zeros(1, spec.block_size, spec.kv_heads, spec.head_size, dtype=spec.dtype) for _ in range(2)]
+    for before in (None, "layer"):
+        write_tokens(pages, plan, of_tokens, buffers, *pool, layer="layer", before=before)
+
+
+def _locate(rows: int) -> None:
+    """Which rows are hot."""
+    batch = AttentionBatch(
+        torch.arange(rows + 1, dtype=torch.int32),
+        torch.full((rows,), 1000, dtype=torch.int32),
+        torch.zeros(rows, 64, dtype=torch.int32),
+        1,
+    )
+    tensors = HotRowTensors(rows, 64, rows, torch.device("cpu"))
+    tensors.locate(batch, torch.zeros(rows, dtype=torch.int64), torch.zeros(9, dtype=torch.int32), 16, 100, None)
+
+
 def _case(function: Callable[..., None], *arguments: object) -> Callable[[], None]:
     return lambda: function(*arguments)
 
@@ -68,3 +95,7 @@ for _name, _spec in SPECS.items():
     if _name in ("uniform", "x"):
         CASES[f"prefill exact {_name}"] = _case(_attention, replace(_spec, exact_from=2), [256])
     CASES[f"store many {_name}"] = _case(_store, _spec, 256)
+    CASES[f"hot {_name}"] = _case(_hot, _spec, 4)
+    if _name in ("allocated", "x", "deltas"):
+        CASES[f"hot many {_name}"] = _case(_hot, _spec, 256)
+CASES["hot rows"] = _case(_locate, 4)

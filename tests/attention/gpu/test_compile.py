@@ -6,7 +6,7 @@ from tests.attention.gpu import compile_cases
 from tests.attention.gpu.compiled import SHARED, compiled
 
 # Compiling takes seconds a kernel: every case for 9.0, for the others those that differ most.
-_SOME = ["decode allocated", "prefill uniform", "store many x"]
+_SOME = ["decode allocated", "prefill uniform", "store many x", "hot many x"]
 NAMES = {80: _SOME, 90: list(compile_cases.CASES), 100: _SOME}
 
 
@@ -14,3 +14,4 @@ NAMES = {80: _SOME, 90: list(compile_cases.CASES), 100: _SOME}
 def test_compiles(capability: int) -> None:
     kernels = compiled(compile_cases, capability, NAMES[capability])
     assert max(of["shared"] for of in kernels) <= SHARED[capability]
+    assert all(of["stack"] == 0 for of in kernels if of["case"].startswith("hot")), "spilled registers"

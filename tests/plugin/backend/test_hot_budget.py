@@ -3,17 +3,20 @@
 import logging
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from xquant_vllm.attention.hot.policy import HotMap
 from xquant_vllm.errors import SettingsError
 from xquant_vllm.plugin.backend import hot_budget
+from xquant_vllm.plugin.backend.hot_budget import PageNeeds
 from xquant_vllm.plugin.registration import BACKEND_NAME
 from xquant_vllm.scheme.formats import LayerShape, layer_formats
 from xquant_vllm.scheme.hot_share import DEFAULT_SHARE
 from xquant_vllm.scheme.settings import parse_settings
 
-LAYERS, HEADS, SIZE, TOTAL = 4, 3, 64, 64 << 20
+LAYERS, HEADS, SIZE, TOTAL, BLOCK = 4, 3, 64, 64 << 20, 32
 PER_TOKEN = LAYERS * 2 * HEADS * SIZE * 2
 
 
@@ -39,7 +42,14 @@ class Config:
         ]
         layers = {str(index): Layer(impl) for index, impl in enumerate(impls)}
         self.compilation_config = SimpleNamespace(static_forward_context=layers)
-        self.model_config = SimpleNamespace(dtype=dtype, max_model_len=max_model_len)
+        self.model_config = SimpleNamespace(dtype=dtype, original_max_model_len=max_model_len)
+        self.cache_config = SimpleNamespace(block_size=BLOCK)
+        block_bytes = BLOCK * sum(form.bytes_per_token for form in formats)
+        self.needs = PageNeeds(block_bytes, max_model_len // BLOCK, max_model_len)
+
+
+def take_pool(config, total=TOTAL):
+    return hot_budget.take_pool(config, total, lambda: config.needs)
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +60,7 @@ def _layers(monkeypatch):
 def test_a_share_is_taken_in_whole_tokens(caplog):
     config = Config({"cache": "x", "hot": "25%"})
     with caplog.at_level(logging.INFO, "vllm.xquant_vllm"):
-        taken = hot_budget.take_pool(config, TOTAL)
+        taken = take_pool(config)
     tokens = TOTAL // 4 // PER_TOKEN
     assert taken == tokens * PER_TOKEN
     assert hot_budget.hot_memory(config).tokens == tokens
@@ -60,20 +70,78 @@ def test_a_share_is_taken_in_whole_tokens(caplog):
 
 def test_too_small_for_a_sequence_is_warned_of(caplog):
     config = Config({"cache": "x", "hot": 100 * PER_TOKEN})
-    assert hot_budget.take_pool(config, TOTAL) == 100 * PER_TOKEN
+    assert take_pool(config) == 100 * PER_TOKEN
     assert "holds 100 tokens, fewer than one sequence of --max-model-len 512" in caplog.text
     assert "attended from their pages" in caplog.text
 
 
+def test_the_default_leaves_pages_for_one_sequence(caplog):
+    """A server that starts without a pool starts with the default one; shorter sequences still gain."""
+    config = Config({"cache": "x"}, max_model_len=8192)
+    total = config.needs.least + 100 * PER_TOKEN
+    assert total * DEFAULT_SHARE > 100 * PER_TOKEN
+    assert take_pool(config, total) == 100 * PER_TOKEN
+    assert "holds 100 tokens, fewer than one sequence of --max-model-len 8,192" in caplog.text
+
+
+def test_the_default_gives_way_to_pages(caplog):
+    config = Config({"cache": "x"})
+    assert take_pool(config, config.needs.least + PER_TOKEN) == 0
+    assert hot_budget.hot_memory(config).tokens == 0
+    assert (
+        f"{PER_TOKEN:,} bytes, less than a block, so that pages hold one sequence of --max-model-len 512;"
+        in caplog.text
+    )
+
+
+def test_what_is_asked_for_is_given(caplog):
+    config = Config({"cache": "x", "hot": "50%"})
+    total = config.needs.least + 100 * PER_TOKEN
+    assert take_pool(config, total) == total // 2 // PER_TOKEN * PER_TOKEN
+
+
+def test_vllm_fits_the_length_to_what_the_default_leaves():
+    config = Config({"cache": "x"}, max_model_len=8192)
+    config.model_config.original_max_model_len = -1
+    assert take_pool(config, config.needs.least) == int(config.needs.least * DEFAULT_SHARE) // PER_TOKEN * PER_TOKEN
+
+
+def test_less_than_a_block_is_no_pool(caplog):
+    assert take_pool(Config({"cache": "x", "hot": PER_TOKEN * BLOCK})) == 0
+    assert f"hot blocks are off: of 0.06 GiB of cache the pool would be {PER_TOKEN * BLOCK:,} bytes" in caplog.text
+
+
+def test_the_log_has_both_tiers_and_the_capacity(caplog):
+    """Times 16 bit with the pool counted; a layer that keeps keys and values counts with them."""
+    config = Config({"method": "xquant-cl", "cache": "x", "bits": 2})
+    layers = config.compilation_config.static_forward_context
+    formats = [layer.impl.scheme.format for layer in layers.values()]
+    with caplog.at_level(logging.INFO, "vllm.xquant_vllm"):
+        taken = take_pool(config)
+    left = (TOTAL - taken) // config.needs.block_bytes * BLOCK
+    plain = sum(form.plain_bytes_per_token for form in formats)
+    ours = sum(form.bytes_per_token for form in formats)
+    assert f"pages hold {left:,} tokens, {0.8 * plain / ours:.2f}x of what 16 bit would hold" in caplog.text
+
+    caplog.clear()
+    kept = Layer(SimpleNamespace(num_kv_heads=HEADS, head_size=SIZE))
+    kept.attn_backend = SimpleNamespace(get_name=lambda: "CPU_ATTN")
+    layers["kept"] = kept
+    with caplog.at_level(logging.INFO, "vllm.xquant_vllm"):
+        take_pool(config)
+    one = plain // LAYERS
+    assert f"tokens, {0.8 * (plain + one) / (ours + one):.2f}x of what" in caplog.text
+
+
 def test_no_memory_left_for_pages():
     with pytest.raises(SettingsError, match="none would be left for pages; set less"):
-        hot_budget.take_pool(Config({"cache": "x", "hot": TOTAL}), TOTAL)
+        take_pool(Config({"cache": "x", "hot": TOTAL}))
 
 
 def test_heads_that_vllm_does_not_know_are_not_hot(caplog):
     config = Config({"cache": "x", "hot": "25%"}, head_size=72)
     with caplog.at_level(logging.INFO, "vllm.xquant_vllm"):
-        assert hot_budget.take_pool(config, TOTAL) == 0
+        assert take_pool(config) == 0
     assert "hot blocks are off: vLLM's CPU_ATTN does not support heads of 72 channels" in caplog.text
 
 
@@ -81,6 +149,8 @@ def test_heads_that_vllm_does_not_know_are_not_hot(caplog):
     ("raw", "share"),
     [
         ({"cache": "latent"}, 0),
+        ({"cache": "latent", "basis": "joint"}, DEFAULT_SHARE),
+        ({"method": "xquant-cl", "cache": "latent"}, DEFAULT_SHARE),
         ({"cache": "x"}, DEFAULT_SHARE),
         ({"method": "xquant-cl"}, DEFAULT_SHARE),
         ({"cache": "latent", "hot": 0.5}, 0.5),
@@ -91,3 +161,56 @@ def test_default(raw, share):
     config = Config(raw)
     impls = [layer.impl for layer in config.compilation_config.static_forward_context.values()]
     assert hot_budget.hot_setting(impls[0].settings, [impl.scheme.format for impl in impls]) == share
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    """vLLM's class of CPU workers, with nothing behind it."""
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    monkeypatch.setattr(CPUWorker, "determine_available_memory", lambda self: TOTAL)
+    monkeypatch.setattr(CPUWorker, "execute_model", lambda self, output: output)
+    monkeypatch.setattr(CPUWorker, "shutdown", lambda self: "ended")
+    monkeypatch.setattr(hot_budget, "_page_needs", lambda of: of.vllm_config.needs)
+    return CPUWorker
+
+
+def test_a_worker_gives_the_pool_up_and_says_at_its_end_what_it_was_good_for(worker, caplog):
+    hot_budget.keep_pool_back()
+    hot_budget.keep_pool_back()
+    config = Config({"cache": "x"})
+    one = SimpleNamespace(vllm_config=config)
+    taken = int(TOTAL * DEFAULT_SHARE) // PER_TOKEN * PER_TOKEN
+    assert worker.determine_available_memory(one) == TOTAL - taken
+    hot_map = HotMap(8, BLOCK, 48)
+    hot_map.plan(np.array([[1]]), np.array([20]), np.array([20]))
+    hot_budget.hot_memory(config).maps[0] = (hot_map, None, None)
+    with caplog.at_level(logging.INFO, "vllm.xquant_vllm"):
+        assert worker.shutdown(one) == "ended"
+    assert (
+        "in all 1 rows of batches were attended from the pool and 0 from pages; 20 new and 0 promoted tokens were "
+        "written to the pool (layers with windows of 48 tokens)" in caplog.text
+    )
+
+
+def test_pages_that_vllm_copies_are_not_hot(worker):
+    """The block may still have the hot block of its former owner."""
+    hot_budget.keep_pool_back()
+    config = Config({"cache": "x"})
+    one = SimpleNamespace(vllm_config=config)
+    hot_map = HotMap(8, BLOCK)
+    hot_map.plan(np.array([[1, 2]]), np.array([40]), np.array([40]))
+    hot_budget.hot_memory(config).maps[0] = (hot_map, None, None)
+    for copies, hot in (([], 2), (None, 2), ([(1, 3)], 0)):
+        output = SimpleNamespace(kv_cache_block_copies=copies)
+        assert worker.execute_model(one, output) is output
+        assert np.count_nonzero(hot_map.hot_of(np.arange(8))) == hot
+
+
+def test_nothing_is_taken_on_a_gpu(worker, monkeypatch):
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    before = worker.determine_available_memory
+    hot_budget.keep_pool_back()
+    assert worker.determine_available_memory is before

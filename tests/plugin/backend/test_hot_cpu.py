@@ -34,13 +34,14 @@ def builder_of(case: Case, spec: Spec, tokens: int) -> tuple[HotBuilder, SimpleN
         num_kv_heads=spec.kv_heads,
         head_size=spec.head_size,
         sliding_window=spec.window,
+        earlier_layers=len(spec.earlier),
         _exact_from=spec.exact_from,
     )
     impl.set_pool = partial(setattr, impl, "hot_pool")
     kv_spec = FullAttentionSpec(
         block_size=spec.block_size, num_kv_heads=spec.kv_heads, head_size=spec.head_size, dtype=spec.dtype
     )
-    config = SimpleNamespace(model_config=SimpleNamespace(dtype=spec.dtype))
+    config = SimpleNamespace(model_config=SimpleNamespace(dtype=spec.dtype, max_model_len=4096))
     return HotBuilder(kv_spec, [impl], config, HotMemory(tokens, {})), impl
 
 
@@ -123,3 +124,19 @@ def test_exact_prompts_are_attended_from_pages(seed: int) -> None:
     assert batch.cold is not None
     assert batch.cold[0].seq_lens.tolist() == [90]
     assert_near(actual, prompts.run(reference)[: actual.shape[0]], spec.dtype)
+
+
+@pytest.mark.parametrize(("earlier", "written"), [((), 2048), ((4,), 4000)])
+def test_a_chain_is_promoted_in_one_step(earlier: tuple[int, ...], written: int) -> None:
+    """Attending it from pages meanwhile would take longer."""
+    spec = Spec(block_size=16, earlier=earlier)
+    builder, _ = builder_of(make_case(spec), spec, 4096)
+    common = SimpleNamespace(
+        query_start_loc=torch.tensor([0, 1], dtype=torch.int32),
+        seq_lens=torch.tensor([4001], dtype=torch.int32),
+        block_table_tensor=torch.arange(1, 252, dtype=torch.int32)[None],
+        max_query_len=1,
+    )
+    batch = builder.build(common)
+    assert batch.written.count == written + (1 if earlier else 0)
+    assert (batch.hot is not None) == bool(earlier)

@@ -52,7 +52,7 @@ def test_sinks_are_read_once_the_weights_are_loaded(config, scheme, dtype):
     loaded = torch.tensor([0.5, -1.25, 3.0, 0.1])
     sinks.data.copy_(loaded)
     impl.set_scheme(scheme, [])
-    planned = impl._plan(16).sinks
+    planned = impl.plan(16).sinks
     assert planned.dtype == torch.float32
     assert not planned.requires_grad
     assert torch.equal(planned, loaded.to(dtype).float())
@@ -62,4 +62,4 @@ def test_layers_without_sinks_have_none(config, scheme):
     with set_current_vllm_config(config):
         impl = XQuantImpl(4, 32, 1.0, 2, sinks=None)
     impl.set_scheme(scheme, [])
-    assert impl._plan(16).sinks is None
+    assert impl.plan(16).sinks is None

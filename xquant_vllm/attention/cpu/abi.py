@@ -90,6 +90,10 @@ class Plan(ctypes.Structure):
         ("key_scale_groups", _int64),
         ("key_tiles", _pointer),
         ("key_first_tiles", _pointer),
+        ("shares_latents", _int64),
+        ("key_bytes", _pointer),
+        ("key_byte_offsets", _pointer),
+        ("key_byte_units", _pointer),
         ("up_value", _pointer),
         ("key_bias", _pointer),
         ("value_bias", _pointer),
@@ -188,6 +192,43 @@ class FinishCall(ctypes.Structure):
     ]
 
 
+class HotPlaces(ctypes.Structure):
+    """``xquant_hot_places``."""
+
+    _fields_ = [("data", _pointer), ("tokens", _pointer), ("channels", _pointer), ("contiguous", _int64)]
+
+
+class HotLayer(ctypes.Structure):
+    """``xquant_hot_layer``."""
+
+    _fields_ = [
+        ("dtype", _int64),
+        ("shared", _int64),
+        ("up_key", _pointer),
+        ("up_value", _pointer),
+        ("keys", HotPlaces),
+        ("values", HotPlaces),
+        ("block_stride", _int64),
+        ("head_stride", _int64),
+        ("num_hot_blocks", _int64),
+    ]
+
+
+class HotCall(ctypes.Structure):
+    """``xquant_hot_call``."""
+
+    _fields_ = [
+        ("pages", ctypes.POINTER(Pages)),
+        ("num_blocks", _int64),
+        ("slots", _pointer),
+        ("positions", _pointer),
+        ("hot_slots", _pointer),
+        ("num_tokens", _int64),
+        ("latents", _pointer),
+        ("first_term", _int64),
+    ]
+
+
 STRUCTS = {
     "xquant_run": Run,
     "xquant_band": Band,
@@ -202,5 +243,8 @@ STRUCTS = {
     "xquant_attention_call": AttentionCall,
     "xquant_read_call": ReadCall,
     "xquant_finish_call": FinishCall,
+    "xquant_hot_places": HotPlaces,
+    "xquant_hot_layer": HotLayer,
+    "xquant_hot_call": HotCall,
 }
 """By their C names."""

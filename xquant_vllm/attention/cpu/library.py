@@ -70,7 +70,16 @@ def _load() -> ctypes.CDLL:
     _share_openmp_runtime()
     library = ctypes.CDLL(str(LIBRARY_PATH))
     check_library(library, STRUCTS)
-    for name in ("store", "attention", "read_tokens", "finish_tokens", "kivi_store", "kivi_attention", "isa"):
+    for name in (
+        "store",
+        "attention",
+        "read_tokens",
+        "finish_tokens",
+        "write_hot",
+        "kivi_store",
+        "kivi_attention",
+        "isa",
+    ):
         getattr(library, f"xquant_cpu_{name}").restype = ctypes.c_char_p
     library.xquant_cpu_tiles_refused.restype = ctypes.c_char_p
     library.xquant_cpu_why_no_tiles.restype = ctypes.c_char_p

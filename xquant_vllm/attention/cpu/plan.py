@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from xquant_vllm.attention.cpu.abi import Latent, Plan, Stream, Term
+from xquant_vllm.attention.cpu.byte_keys import ByteKeys, byte_keys, has_byte_keys, shares_latents
 from xquant_vllm.attention.cpu.integers import IntegerKeys, integer_keys
 from xquant_vllm.attention.cpu.streams import LANES, CpuStream, cpu_stream
 from xquant_vllm.attention.cpu.tensors import page_structs
@@ -27,6 +28,7 @@ class CpuPlan:
         input_elements: channels of all heads, for every stream of the own pages.
         heads: query heads and their size.
         integer_keys: the key up-projection in integers, or None.
+        byte_keys: likewise in 8 bits, for latents that kv heads share, or None.
     """
 
     def __init__(self, plan: AttentionLayerPlan, with_integers: bool = False) -> None:
@@ -47,6 +49,7 @@ class CpuPlan:
         rotates = rope is not None and rope.rotary_size > 0
 
         self.integer_keys: IntegerKeys | None = None
+        self.byte_keys: ByteKeys | None = None
         self._kept: list[object] = []
         self._pages: tuple[Any, tuple[Any, int]] = (None, (None, 0))
         self._streams: dict[tuple[int, int], CpuStream] = {}
@@ -71,7 +74,8 @@ class CpuPlan:
         if projection.up_value is not None:
             up_value = fp32("up_value", projection.up_value, (kv_heads, value_width, head_size))
             struct.up_value = self._tensor(_padded(up_value))
-        if with_integers and not absorbed:
+        self._share_latents(struct, plan, up_key, with_integers and not absorbed)
+        if with_integers and not absorbed and not struct.shares_latents:
             self._add_integers(struct, up_key)
         if projection.key_bias is not None and not absorbed:
             struct.key_bias = self._tensor(fp32("key_bias", projection.key_bias, (kv_heads, head_size)))
@@ -99,6 +103,16 @@ class CpuPlan:
                 return structs
             self._pages = (pages, structs)
         return self._pages[1]
+
+    def _share_latents(self, struct: Plan, plan: AttentionLayerPlan, up_key: torch.Tensor, with_integers: bool) -> None:
+        """Let kv heads share what is unpacked, unless integer.h multiplies the codes of one term as they are."""
+        if with_integers and has_byte_keys(plan):
+            keys = self.byte_keys = byte_keys(up_key)
+            struct.key_bytes = self._tensor(keys.integers)
+            struct.key_byte_offsets = self._tensor(keys.offsets)
+            struct.key_byte_units = self._tensor(keys.units)
+        codes = with_integers and not any(term.adds for term in plan.key_terms)
+        struct.shares_latents = int(shares_latents(plan) and (self.byte_keys is not None or not codes))
 
     def _add_integers(self, struct: Plan, up_key: torch.Tensor) -> None:
         keys = self.integer_keys = integer_keys(up_key, struct.key)

@@ -14,7 +14,10 @@ from xquant_vllm.attention.gpu.store.store_tables import prepare_store
 from xquant_vllm.attention.gpu.tiling import largest_decodes
 from xquant_vllm.attention.plan import AttentionLayerPlan
 
-__all__ = ["fix", "paged_attention", "reserve", "store"]
+__all__ = ["HOT_ROWS_ON_DEVICE", "fix", "paged_attention", "reserve", "store"]
+
+HOT_ROWS_ON_DEVICE = True
+"""Kernels find out which rows are attended from a pool of hot blocks, see gpu/hot/rows.py; read by the plugin."""
 
 
 def reserve(plan: AttentionLayerPlan, tokens: int, sequences: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -9,8 +9,10 @@ A sequence is attended from the pool if all blocks that it sees are hot, else fr
 * A block that gets its first token in this step needs no reading: it takes a hot block that is free, that belongs to a
   sequence which is attended from pages anyway, or else the least recently attended one outside of this step.
 * Blocks that have tokens from before must be *promoted*: read from pages and rematerialized. For this only hot blocks
-  are taken that are free or that nobody has attended for :data:`IDLE_STEPS` steps. So no more than one pool is promoted
-  in so many steps, however the load changes, and two working sets that take turns do not push each other out.
+  are taken that are free or that nobody has attended for some steps, at first :data:`LEAST_IDLE_STEPS`. A promoted
+  block that is pushed out before it was attended in :data:`PAYS_AFTER` steps was promoted in vain. Then that number is
+  doubled, up to :data:`IDLE_STEPS`; :data:`CALM_STEPS` without such a loss halve it again. So requests that come one
+  after the other find room at once, and two working sets that take turns soon stop pushing each other out.
 * A sequence that finds no room is attended from pages, and its hot blocks become the first to be taken.
 """
 
@@ -20,8 +22,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+LEAST_IDLE_STEPS = 2
+"""Steps without attention after which a hot block may be taken for a promotion, if promotions pay."""
+
 IDLE_STEPS = 64
-"""Steps without attention after which a hot block may be taken for a promotion."""
+"""Likewise, where promotion after promotion was in vain."""
+
+PAYS_AFTER = 5
+"""Steps that a promoted block must be attended in: to promote takes as long as to attend from pages about four times."""
+
+CALM_STEPS = 256
+"""Steps without a promotion in vain after which hot blocks may be taken sooner again."""
 
 PROMOTED_TOKENS = 2048
 """Tokens that are promoted in a step at most; a row that needs more takes several steps."""
@@ -50,7 +61,7 @@ class HotStep:
     promoted: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class HotCounts:
     """Sums over steps.
 
@@ -66,6 +77,15 @@ class HotCounts:
     promoted_tokens: int = 0
     new_tokens: int = 0
 
+    def plus(self, more: "HotCounts", sign: int = 1) -> "HotCounts":
+        """Both together, or with a ``sign`` of -1 what is left without ``more``."""
+        return HotCounts(
+            self.hot_rows + sign * more.hot_rows,
+            self.cold_rows + sign * more.cold_rows,
+            self.promoted_tokens + sign * more.promoted_tokens,
+            self.new_tokens + sign * more.new_tokens,
+        )
+
 
 class HotMap:
     """The map of one KV cache group, whose layers share a block table."""
@@ -76,7 +96,7 @@ class HotMap:
         block_size: int,
         window: int | None = None,
         *,
-        idle_steps: int = IDLE_STEPS,
+        idle_steps: tuple[int, int] = (LEAST_IDLE_STEPS, IDLE_STEPS),
         promoted_tokens: int = PROMOTED_TOKENS,
     ) -> None:
         """Start with an empty pool.
@@ -85,20 +105,24 @@ class HotMap:
             num_hot_blocks: hot blocks of the pool; number 0 is never written and stands for vLLM's null block.
             block_size: tokens per block.
             window: keys that a query sees, itself included, or None for all.
-            idle_steps: see :data:`IDLE_STEPS`.
+            idle_steps: see :data:`LEAST_IDLE_STEPS` and :data:`IDLE_STEPS`.
             promoted_tokens: see :data:`PROMOTED_TOKENS`.
         """
         self.block_size, self.window = block_size, window
+        # Since the start.
         self.counts = HotCounts()
-        self._idle_steps, self._promoted_tokens = idle_steps, promoted_tokens
+        self._idle_limits, self._promoted_tokens = idle_steps, promoted_tokens
         self._step = 0
+        self._idle, self._calm_from = idle_steps[0], 0
         self._hot_of = np.zeros(1024, np.int32)  # by block; 0: none
         self._block_of = np.zeros(max(1, num_hot_blocks), np.int64)  # by hot block; 0: free
         # By hot block: the step in which it was last attended or filled, and a mark of the row that did so.
-        self._used = np.full(max(1, num_hot_blocks), -idle_steps, np.int64)
+        self._used = np.full(max(1, num_hot_blocks), -idle_steps[1], np.int64)
         self._row = np.zeros(max(1, num_hot_blocks), np.int64)
         # Of rows that are attended from pages: the first to be taken for new tokens.
         self._left = np.zeros(max(1, num_hot_blocks), bool)
+        # In how many steps a promotion must still be attended to have paid; 0 where nothing was promoted.
+        self._owes = np.zeros(max(1, num_hot_blocks), np.int64)
 
     @property
     def num_hot_blocks(self) -> int:
@@ -112,17 +136,13 @@ class HotMap:
             self._hot_of = np.concatenate((self._hot_of, np.zeros(largest + 1, np.int32)))
         return self._hot_of[blocks]
 
-    def take_counts(self) -> HotCounts:
-        """What was counted since the last call."""
-        counts, self.counts = self.counts, HotCounts()
-        return counts
-
     def clear(self) -> None:
         """Forget all: pages were written by something else than the store."""
         self._hot_of[:] = 0
         self._block_of[:] = 0
         self._left[:] = False
-        self._used[:] = self._step - self._idle_steps
+        self._owes[:] = 0
+        self._used[:] = self._step - self._idle_limits[1]
 
     def plan(self, block_table: Ints, seq_lens: Ints, query_lens: Ints, from_pages: Ints | None = None) -> HotStep:
         """Decide on a step and change the map.
@@ -137,6 +157,8 @@ class HotMap:
             from_pages: ``[num_rows]`` bool, rows that must be attended from pages although they may be hot.
         """
         self._step += 1
+        if self._step >= self._calm_from + CALM_STEPS:
+            self._idle, self._calm_from = max(self._idle // 2, self._idle_limits[0]), self._step
         size = self.block_size
         computed = seq_lens - query_lens
         seen = -(-seq_lens // size)
@@ -157,15 +179,16 @@ class HotMap:
             hot = self._make_room(rows, lacking, promotions)
             table = self.hot_of(blocks)
         self._touch(table[hot], np.flatnonzero(hot)[:, None])
+        self._owes -= (self._used == self._step) & (self._owes > 0)
         hot &= taking_part
         if from_pages is not None:
             hot &= ~from_pages
-        self._count(hot, taking_part)
         promoted = self._tokens_of(promotions)
         new = self._new_tokens(blocks, computed, query_lens)
         slots, positions, hot_slots = (np.concatenate(pair) for pair in zip(promoted, new, strict=True))
-        self.counts.promoted_tokens += len(promoted[0])
-        self.counts.new_tokens += len(new[0])
+        num_hot = int(hot.sum())
+        num_cold = int(taking_part.sum()) - num_hot
+        self.counts = self.counts.plus(HotCounts(num_hot, num_cold, len(promoted[0]), len(new[0])))
         shown = np.where(hot[:, None], table, 0).astype(np.int32, copy=False)
         return HotStep(hot, shown, slots, positions, hot_slots, len(promoted[0]))
 
@@ -214,6 +237,7 @@ class HotMap:
             budget -= tokens
             self._give(np.array([block]), room[done : done + 1], row)
             if tokens:
+                self._owes[room[done]] = PAYS_AFTER
                 promotions.append((block, column, tokens))
         hot[row] = True
         return budget
@@ -238,7 +262,7 @@ class HotMap:
 
     def _for_promotion(self, kept: Ints) -> Ints:
         """Hot blocks that a promotion may take, the best first."""
-        may = (self._block_of == 0) | (self._step - self._used >= self._idle_steps)
+        may = (self._block_of == 0) | (self._step - self._used >= self._idle)
         may[0] = False
         may[self.hot_of(kept.ravel())] = False
         candidates = np.flatnonzero(may)
@@ -248,9 +272,18 @@ class HotMap:
         """Map blocks to hot blocks, which lose what they had."""
         before = self._block_of[hot]
         self._hot_of[before[before != 0]] = 0
+        if self._owes[hot].any():
+            self._lose()
+        self._owes[hot] = 0
         self._block_of[hot] = blocks
         self._hot_of[blocks] = hot
         self._touch(hot, row)
+
+    def _lose(self) -> None:
+        """A promotion was in vain: be more patient from the next step on."""
+        if self._calm_from <= self._step:
+            self._idle = min(2 * self._idle, self._idle_limits[1])
+        self._calm_from = self._step + 1
 
     def _touch(self, hot: Ints, row: Ints | int) -> None:
         """Note that hot blocks are attended by rows of this step."""
@@ -262,10 +295,6 @@ class HotMap:
         """A row is attended from pages: its hot blocks may go, but for those that hot rows share."""
         self._left[self.hot_of(blocks)] = True
         self._left[self.hot_of(kept.ravel())] = False
-
-    def _count(self, hot: NDArray[np.bool_], taking_part: NDArray[np.bool_]) -> None:
-        self.counts.hot_rows += int(hot.sum())
-        self.counts.cold_rows += int(taking_part.sum()) - int(hot.sum())
 
     def _tokens_of(self, promotions: Sequence[tuple[int, int, int]]) -> tuple[Ints, Ints, Ints]:
         """Slots, positions and hot slots of promoted blocks (block, its index in the row, tokens)."""

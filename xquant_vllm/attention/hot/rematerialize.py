@@ -65,7 +65,7 @@ def rematerialize(
         Keys after bias, norm and RoPE, and values, or value latents where these are the values, both
         ``[n, num_kv_heads, head_size]`` in ``dtype``; heads are contiguous.
     """
-    ups = _ups(plan, dtype)
+    ups = up_projections(plan, dtype)
     projection = plan.projection
     shape = (tokens.count, 2, projection.num_kv_heads, projection.head_size)
     both = torch.empty(shape, dtype=dtype, device=tokens.slots.device)
@@ -99,6 +99,24 @@ def _chained(
     before: Hashable,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A latent that keys and values share, in FP32 and in ``dtype``."""
+    latents, first = started_latents(plan, tokens, before)
+    rounded = latents if dtype == torch.float32 else torch.empty_like(latents, dtype=dtype)
+    output = None if rounded is latents else rounded
+    kernels.read_tokens(pages, plan, tokens.slots, latents, values=False, first_term=first, output=output)
+    return latents, rounded
+
+
+def started_latents(plan: AttentionLayerPlan, tokens: HotTokens, before: Hashable) -> tuple[torch.Tensor, int]:
+    """Room for a latent that keys and values share, with what the layer before has left, and the first term to read.
+
+    Args:
+        plan: the layer's plan.
+        tokens: the tokens; what they carry is taken.
+        before: under what name the layer before has left its latents, or None.
+
+    Returns:
+        ``[n, latent heads, width]`` FP32, which belongs to the caller, and the first term that it has not.
+    """
     terms = plan.key_terms
     carried = tokens.take_carried(before) if before is not None and len(terms) > 1 else None
     if carried is not None and terms[-1].adds:
@@ -108,10 +126,7 @@ def _chained(
         if carried is not None:
             latents[:, :, : carried.shape[2]] = carried
             first = len(terms) - 1
-    rounded = latents if dtype == torch.float32 else torch.empty_like(latents, dtype=dtype)
-    output = None if rounded is latents else rounded
-    kernels.read_tokens(pages, plan, tokens.slots, latents, values=False, first_term=first, output=output)
-    return latents, rounded
+    return latents, first
 
 
 def _empty(plan: AttentionLayerPlan, tokens: HotTokens, terms: Sequence[LatentTerm]) -> torch.Tensor:
@@ -130,7 +145,7 @@ def _multiply(latents: torch.Tensor, up: torch.Tensor | None, heads: torch.Tenso
     heads.copy_(torch.bmm(rows, up).transpose(0, 1))
 
 
-class _Ups:
+class UpProjections:
     """Up-projections in the model's dtype.
 
     Attributes:
@@ -154,5 +169,6 @@ class _Ups:
 
 
 @per_object
-def _ups(plan: AttentionLayerPlan, dtype: torch.dtype) -> _Ups:
-    return _Ups(plan, dtype)
+def up_projections(plan: AttentionLayerPlan, dtype: torch.dtype) -> UpProjections:
+    """Those of a layer, made on first use and forgotten together with the plan."""
+    return UpProjections(plan, dtype)

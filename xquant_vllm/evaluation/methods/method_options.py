@@ -99,4 +99,9 @@ class MethodOptions:
                 f"xquant: --settings has 'prompt': {given['prompt']!r}, with which a prompt does not read its own "
                 'tokens from the cache, so the result would tell nothing of the cache; set "cached" or leave it out'
             )
+        if given.get("hot"):
+            raise RefusedError(
+                f"xquant: --settings has 'hot': {given['hot']!r}, but evaluations read every token from its page: a "
+                "pool of hot blocks holds the same; set 0 or leave it out"
+            )
         return given

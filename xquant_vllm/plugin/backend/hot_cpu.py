@@ -1,7 +1,5 @@
 """Hot blocks on CPUs: attended by vLLM's own kernels for 16-bit caches (CPU_ATTN)."""
 
-import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +16,14 @@ from xquant_vllm.attention import dispatch
 from xquant_vllm.attention import reference as slow
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.hot import reference
-from xquant_vllm.attention.hot.policy import HotMap
+from xquant_vllm.attention.hot.policy import PROMOTED_TOKENS, HotMap
+from xquant_vllm.attention.hot.pool import Pool
 from xquant_vllm.attention.hot.rematerialize import TokenKernels, rematerialize
 from xquant_vllm.attention.hot.tokens import HotTokens
 from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.plugin.backend.hot_budget import HotMemory, hot_memory
-
-logger = logging.getLogger("vllm.xquant_vllm")
-
-# Seconds between two lines of the log that say what was hot.
-_LOG_EVERY = 60
+from xquant_vllm.plugin.backend.hot_layout import pool_layout
+from xquant_vllm.plugin.backend.hot_log import HotLog
 
 
 @dataclass
@@ -69,6 +65,9 @@ class HotPool:
         self._dtype = dtype
         memory = torch.zeros(num_hot_blocks, num_kv_heads, 2 * block_size, head_size, dtype=dtype)
         self.keys, self.values = memory.chunk(2, 2)
+        layout = pool_layout(dtype, block_size, head_size, self._isa)
+        # What the C++ kernels write to.
+        self._pool = None if layout is None else Pool(self.keys.flatten(2), self.values.flatten(2), layout)
 
     def write(
         self,
@@ -81,7 +80,13 @@ class HotPool:
         """Rematerialize a step's tokens; see :func:`rematerialize`."""
         if not tokens.count:
             return
-        keys, values = rematerialize(_token_kernels(), pages, plan, tokens, self._dtype, layer, before)
+        kernels = _token_kernels()
+        if kernels is not reference and self._pool is not None:
+            from xquant_vllm.attention.cpu import hot_write
+
+            hot_write.write(pages, plan, tokens, self._pool, layer, before)
+            return
+        keys, values = rematerialize(kernels, pages, plan, tokens, self._dtype, layer, before)
         ops.cpu_attn_reshape_and_cache(keys, values, self.keys, self.values, tokens.hot_slots, self._isa)
 
     def attend(
@@ -147,7 +152,11 @@ def _token_kernels() -> TokenKernels:
 
 
 class HotBuilder:
-    """Makes :class:`HotBatch` for the layers of one metadata builder."""
+    """Makes :class:`HotBatch` for the layers of one metadata builder.
+
+    Attributes:
+        hot_map: of the KV cache group, from the first step on.
+    """
 
     def __init__(self, spec: KVCacheSpec, impls: Sequence[Any], vllm_config: Any, memory: HotMemory) -> None:
         """Give every layer its pool."""
@@ -158,7 +167,8 @@ class HotBuilder:
         windows = {impl.sliding_window for impl in impls}
         window = windows.pop() if len(windows) == 1 else None
         self._exact_from = first._exact_from
-        self._logged = time.monotonic()
+        self.hot_map: HotMap | None = None
+        self._log = HotLog()
         dtype = vllm_config.model_config.dtype
         self._schedule = {
             "num_heads": first.num_heads,
@@ -170,6 +180,9 @@ class HotBuilder:
             "isa": _get_attn_isa(dtype, spec.block_size, first.head_size),
             "enable_kv_split": envs.VLLM_CPU_ATTN_SPLIT_KV,
         }
+        # A chain takes longer to attend from pages than to promote: then what waits only costs more.
+        chained = any(impl.earlier_layers for impl in impls)
+        self._promoted_tokens = max(PROMOTED_TOKENS, vllm_config.model_config.max_model_len if chained else 0)
         for impl in impls:
             impl.set_pool(HotPool(self._num_hot_blocks, spec.block_size, impl.num_kv_heads, impl.head_size, dtype))
 
@@ -190,12 +203,12 @@ class HotBuilder:
         address = common.block_table_tensor.data_ptr()
         known = self._memory.maps.get(address)
         if known is None or known[1] is not common:
-            hot_map = HotMap(self._num_hot_blocks, self._block_size, self._map_window) if known is None else known[0]
+            hot_map = self._new_map() if known is None else known[0]
             exact = None if self._exact_from is None else counts >= self._exact_from
             step = hot_map.plan(common.block_table_tensor.numpy(), lengths, counts, exact)
             known = self._memory.maps[address] = (hot_map, common, (step, HotTokens.of(step)))
-            self._log(hot_map)
-        step, written = known[2]
+            self._log.say(hot_map)
+        self.hot_map, (step, written) = known[0], known[2]
         table = torch.from_numpy(step.block_table)
         if step.hot.sum() == np.count_nonzero(counts):
             batch = AttentionBatch(starts, common.seq_lens, table, common.max_query_len)
@@ -208,21 +221,6 @@ class HotBuilder:
         )
         return HotBatch(written, self._rows(hot, hot_tokens), cold)
 
-    def _log(self, hot_map: HotMap) -> None:
-        now = time.monotonic()
-        if now - self._logged < _LOG_EVERY:
-            return
-        self._logged = now
-        counts = hot_map.take_counts()
-        logger.info(
-            "xquant: hot blocks: since the last such line %d rows were attended from the pool and %d from pages; %d "
-            "new and %d promoted tokens were written to the pool",
-            counts.hot_rows,
-            counts.cold_rows,
-            counts.new_tokens,
-            counts.promoted_tokens,
-        )
-
     def _rows(self, batch: AttentionBatch, tokens: torch.Tensor | None) -> HotRows:
         scheduler = ops.cpu_attn_get_scheduler_metadata(
             num_reqs=batch.seq_lens.shape[0],
@@ -231,6 +229,9 @@ class HotBuilder:
             **self._schedule,
         )
         return HotRows(batch, scheduler, tokens)
+
+    def _new_map(self) -> HotMap:
+        return HotMap(self._num_hot_blocks, self._block_size, self._map_window, promoted_tokens=self._promoted_tokens)
 
 
 def _some_rows(

@@ -7,9 +7,10 @@ import torch
 from vllm.v1.attention.backend import AttentionLayer
 
 from xquant_vllm.attention import dispatch, reference
+from xquant_vllm.attention.hot.tokens import HotTokens
 from xquant_vllm.attention.plan import AttentionLayerPlan
-from xquant_vllm.plugin.backend.hot_budget import keep_pool_back
-from xquant_vllm.plugin.backend.hot_cpu import HotPool
+from xquant_vllm.plugin.backend.hot_budget import rows_on_device
+from xquant_vllm.plugin.backend.hot_worker import keep_pool_back
 from xquant_vllm.plugin.backend.metadata import PagedMetadata
 from xquant_vllm.plugin.backend.paged_impl import PagedImpl, pages_of, refuse_output_scales
 from xquant_vllm.plugin.checks import unsupported_model
@@ -53,9 +54,13 @@ class XQuantImpl(PagedImpl):
         self._earlier: tuple[Any, ...] = ()
         self._plans: dict[int, AttentionLayerPlan] = {}
         self._known_pages: tuple[list[torch.Tensor], tuple[torch.Tensor, ...]] = ([], ())
-        self.hot_pool: HotPool | None = None
+        self.hot_pool: Any = None
         install_loader_hook()
         keep_pool_back()
+        if rows_on_device():
+            from xquant_vllm.plugin.backend.hot_steps import follow_scheduler
+
+            follow_scheduler()
 
     def set_scheme(self, scheme: LayerScheme, earlier: Sequence[Any]) -> None:
         """Take what surgery made of this layer. The weights are loaded by now, its sinks among them.
@@ -71,11 +76,33 @@ class XQuantImpl(PagedImpl):
             self._sinks = self._sinks.detach().to(device, torch.float32).contiguous()
         self._plans.clear()
 
-    def set_pool(self, pool: HotPool) -> None:
-        """Take the layer's pool of hot blocks."""
+    @property
+    def earlier_layers(self) -> int:
+        """Of how many layers the pages are read too."""
+        return len(self._earlier)
+
+    @property
+    def has_sinks(self) -> bool:
+        """Whether the layer has attention sinks."""
+        return self._sinks is not None
+
+    def set_pool(self, pool: Any) -> None:
+        """Take the layer's pool of hot blocks, a ``HotPool`` (hot_cpu.py) or ``HotGpuPool`` (hot_gpu.py)."""
         self.hot_pool = pool
 
-    def _plan(self, block_size: int) -> AttentionLayerPlan:
+    def write_hot(self, kv_cache: torch.Tensor, tokens: HotTokens) -> None:
+        """Read tokens from the layer's pages and write them to its pool.
+
+        Args:
+            kv_cache: ``[num_blocks, 1, block_size, bytes_per_token]`` uint8.
+            tokens: the tokens; shared by the layers of a KV cache group, which are called in their order.
+        """
+        chained = self.settings.method == "xquant-cl"
+        before = self._earlier[-1].impl if self._earlier else None
+        plan = self.plan(kv_cache.shape[2])
+        self.hot_pool.write(self._pages(kv_cache), plan, tokens, self if chained else None, before)
+
+    def plan(self, block_size: int) -> AttentionLayerPlan:
         """The layer's plan for pages of a block size; vLLM decides on it after the weights are loaded."""
         plan = self._plans.get(block_size)
         if plan is None:
@@ -110,7 +137,7 @@ class XQuantImpl(PagedImpl):
         scheduler = self.vllm_config.scheduler_config
         dtype = self.vllm_config.model_config.dtype
         tokens = scheduler.max_num_batched_tokens
-        dispatch.reserve(self._plan(block_size), tokens, scheduler.max_num_seqs, dtype, device)
+        dispatch.reserve(self.plan(block_size), tokens, scheduler.max_num_seqs, dtype, device)
 
     def _pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The layer's own pages and those that it reads too; all go by one block table.
@@ -157,7 +184,7 @@ class XQuantImpl(PagedImpl):
             return output.zero_()
         tokens = attn_metadata.num_actual_tokens
         kernels = dispatch.select(query.device.type)
-        plan = self._plan(kv_cache.shape[2])
+        plan = self.plan(kv_cache.shape[2])
         inputs = None
         if plan.exact_from is not None:
             assert self.scheme is not None
@@ -166,9 +193,7 @@ class XQuantImpl(PagedImpl):
         query, rows = query[:tokens], output[:tokens]
         hot = attn_metadata.hot
         if hot is not None and self.hot_pool is not None:
-            chained = self.settings.method == "xquant-cl"
-            before = self._earlier[-1].impl if self._earlier else None
-            self.hot_pool.write(pages, plan, hot.written, self if chained else None, before)
+            self.write_hot(kv_cache, hot.written)
             if hot.hot is not None:
                 self.hot_pool.attend(query, pages, plan, hot, rows, inputs)
                 return output
@@ -194,5 +219,5 @@ class XQuantImpl(PagedImpl):
         """
         kernels = dispatch.select(key.device.type)
         assert self.scheme is not None
-        plan = self._plan(kv_cache.shape[2])
+        plan = self.plan(kv_cache.shape[2])
         kernels.store(self._pages(kv_cache), plan, slot_mapping, self.scheme.inputs(key, value))

@@ -16,7 +16,8 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from xquant_vllm.attention import dispatch
 from xquant_vllm.attention.batch import AttentionBatch
-from xquant_vllm.plugin.backend.hot_cpu import HotBatch, HotBuilder
+from xquant_vllm.plugin.backend.hot_budget import rows_on_device
+from xquant_vllm.plugin.backend.hot_cpu import HotBuilder
 
 
 @dataclass
@@ -26,12 +27,13 @@ class PagedMetadata(AttentionMetadata):
     Attributes:
         num_actual_tokens: query tokens without padding.
         batch: the sequences.
-        hot: what is done with hot blocks, or None without a pool.
+        hot: what is done with hot blocks, a ``HotBatch`` (hot_cpu.py) or ``HotGpuBatch`` (hot_gpu.py); None without a
+            pool.
     """
 
     num_actual_tokens: int
     batch: AttentionBatch
-    hot: HotBatch | None = None
+    hot: Any = None
 
 
 class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
@@ -90,7 +92,14 @@ class XQuantMetadataBuilder(PagedMetadataBuilder):
         for layer in layers.values():
             layer.impl.reserve(kv_cache_spec.block_size, device)
         impls = [layer.impl for layer in layers.values()]
-        self._hot = HotBuilder.make(kv_cache_spec, impls, vllm_config) if device.type == "cpu" else None
+        self._hot: HotBuilder | None = None
+        self._hot_gpu: Any = None
+        if rows_on_device():
+            from xquant_vllm.plugin.backend.hot_gpu import HotGpuBuilder
+
+            self._hot_gpu = HotGpuBuilder.make(kv_cache_spec, list(layers), impls, vllm_config, device)
+        elif device.type == "cpu":
+            self._hot = HotBuilder.make(kv_cache_spec, impls, vllm_config)
 
     def build(
         self,
@@ -102,6 +111,8 @@ class XQuantMetadataBuilder(PagedMetadataBuilder):
         # All layers have reserved what they need, and a graph may be captured with this batch.
         dispatch.fix(self.device)
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        if self._hot_gpu is not None:
+            return replace(metadata, hot=self._hot_gpu.build(common_attn_metadata, metadata.batch))
         return metadata if self._hot is None else replace(metadata, hot=self._hot.build(common_attn_metadata))
 
 

@@ -1,0 +1,81 @@
+"""What vLLM's worker does for hot blocks: it keeps their memory back, and says at its end what they were good for."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from xquant_vllm.attention.hot.policy import HotMap
+from xquant_vllm.plugin.backend.hot_budget import PageNeeds, hot_memory, rows_on_device, take_pool
+from xquant_vllm.plugin.backend.hot_log import say_counts
+
+
+@functools.cache
+def keep_pool_back() -> None:
+    """Let vLLM's worker keep the pool's bytes out of the cache's memory, once per process.
+
+    It also says at its end what the pool was good for, and on CPUs empties the maps where it copies pages; on a GPU
+    hot_steps.py does that.
+    """
+    from vllm.platforms import current_platform
+
+    worker: Any
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        worker = CPUWorker
+    else:
+        from vllm.v1.worker.gpu_worker import Worker
+
+        worker = Worker
+    original, end = worker.determine_available_memory, worker.shutdown
+
+    @functools.wraps(original)
+    def determine_available_memory(self: Any) -> int:
+        total = original(self)
+        return total - take_pool(self.vllm_config, total, lambda: _page_needs(self))
+
+    @functools.wraps(end)
+    def shutdown(self: Any) -> Any:
+        for hot_map in _maps(self.vllm_config):
+            say_counts(hot_map, hot_map.counts, "in all")
+        return end(self)
+
+    worker.determine_available_memory = determine_available_memory
+    worker.shutdown = shutdown
+    if not rows_on_device():
+        _empty_where_pages_are_copied(worker)
+
+
+def _empty_where_pages_are_copied(worker: Any) -> None:
+    original = worker.execute_model
+
+    @functools.wraps(original)
+    def execute_model(self: Any, scheduler_output: Any) -> Any:
+        if scheduler_output.kv_cache_block_copies:
+            # A prefix ends within a block, which vLLM copies: the one page that the store does not write.
+            for hot_map in _maps(self.vllm_config):
+                hot_map.clear()
+        return original(self, scheduler_output)
+
+    worker.execute_model = execute_model
+
+
+def _maps(vllm_config: Any) -> Sequence[HotMap]:
+    """Of an engine."""
+    if not rows_on_device():
+        return [hot_map for hot_map, *_ in hot_memory(vllm_config).maps.values()]
+    from xquant_vllm.plugin.backend.hot_gpu import hot_engine
+
+    return [group.hot_map for group in hot_engine(vllm_config).groups.values()]
+
+
+def _page_needs(worker: Any) -> PageNeeds:
+    """As vLLM will find when it makes pages."""
+    from vllm.v1.core import kv_cache_utils
+
+    config = worker.vllm_config
+    # A copy, because specs may be unified in place.
+    groups = kv_cache_utils.get_kv_cache_groups(config, dict(worker.get_kv_cache_spec()))
+    block = kv_cache_utils._pool_bytes_per_block(config, groups)
+    longest = kv_cache_utils._max_memory_usage_bytes_from_groups(config, groups)
+    return PageNeeds(block, longest // block, config.model_config.max_model_len)
