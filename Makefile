@@ -15,6 +15,9 @@ DEMO_ARGS ?=
 ACCURACY_ARGS ?=
 # More options for benchmarks/bench_cpu.py, e.g. make bench-cpu BENCH_ARGS="--only hot" (20 minutes)
 BENCH_ARGS ?=
+# Of `make soak`, for each cache, and more options for benchmarks/soak
+REQUESTS ?= 200
+SOAK_ARGS ?=
 # More options for pytest, e.g. make test TEST_ARGS="-m 'not e2e'"
 TEST_ARGS ?=
 
@@ -29,7 +32,7 @@ DOCKERFILES := docker/Dockerfile docker/Dockerfile.cpu
 LINTED := xquant_vllm tests tools examples benchmarks docker setup.py
 
 .PHONY: help venv kernels cuda-check model demo serve test test-models test-gpu test-docs accuracy pictures bench-cpu \
-	families families-write dist lint clean
+	families families-write soak sanitize dist lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,6 +91,14 @@ families: venv ## check that docs/families.md says what the last run of all test
 
 families-write: venv ## write the table of docs/families.md from the last run of all tests
 	$(VENV)/bin/python tools/family_table.py --write
+
+# For every cache, so 10000 take hours.
+soak: venv ## serve REQUESTS (default 200) mixed requests with every cache, with faults; the last line is JSON
+	$(VENV)/bin/python tools/prepare_model.py --model smollm2
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.soak --requests $(REQUESTS) $(SOAK_ARGS)
+
+sanitize: venv ## test the C++ kernels for CPUs under AddressSanitizer and UndefinedBehaviorSanitizer (3 minutes)
+	$(VENV)/bin/python tools/sanitize_kernels.py
 
 dist: venv ## build the source distribution and, from it, the wheel (kernels inside if they compile) into dist/
 	$(VENV)/bin/python -m build --no-isolation

@@ -8,6 +8,7 @@ beside a torch without CUDA, it does without the CUDA kernels.
     XQUANT_BUILD_KERNELS=0   build no CPU kernels
     XQUANT_BUILD_KERNELS=1   a failed build fails the installation (else: one warning line)
     CXX                      the compiler, g++ if unset
+    CXXFLAGS                 more options for it, behind ours
     XQUANT_BUILD_CUDA=0, 1   likewise; 1 also builds them beside a torch without CUDA
     NVCC, CUDA_HOME          where nvcc is, if it is not on the path
 """
@@ -102,6 +103,10 @@ def _has_optional_isa() -> bool:
     return done.returncode == 0
 
 
+def _more_flags() -> list[str]:
+    return shlex.split(os.environ.get("CXXFLAGS", ""))
+
+
 def _call(command: list[str], what: str) -> None:
     """Run the compiler; raise with what it said if it fails."""
     try:
@@ -148,7 +153,7 @@ def compile_kernels(target: Path) -> None:
         def compile_one(source: Path, output: Path) -> None:
             name = source.relative_to(ROOT)
             print(f"xquant: compiling {name}", flush=True)
-            flags = [*common, *ISA_FLAGS.get(_isa_of(source), [])]
+            flags = [*common, *ISA_FLAGS.get(_isa_of(source), []), *_more_flags()]
             _call([*_compiler(), *flags, "-c", str(name), "-o", str(output)], str(name))
 
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:

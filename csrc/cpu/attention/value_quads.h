@@ -57,11 +57,12 @@ inline RowOfIntegers integer_weights(const float* weights, const float* scales, 
         top = maximum(x > 0.0f ? x : -x, top);
     }
     const float largest = reduce_max(top), unit = largest * (1.0f / kLargestWeight);
-    const vf inverse = broadcast(largest > 0.0f ? kLargestWeight / largest : 0.0f);
+    // Weights that all have underflowed count as none: the inverse would be infinite.
+    const vf inverse = broadcast(largest > 1e-33f ? kLargestWeight / largest : 0.0f);
     vi total = {};
     for (int64_t j = 0; j < columns; j += kLanes) {
         const vi x = (vi)_mm512_maskz_cvtps_epi32(0xffff, (__m512)(load(weights + j) * load(scales + j) * inverse));
-        total += x;
+        total = (vi)_mm512_add_epi32((__m512i)total, (__m512i)x);  // wraps around: NaN is INT_MIN
         _mm_storeu_si128((__m128i*)(to + j), _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)((x + 128) >> 8)));
         _mm_storeu_si128((__m128i*)(to + kTile + j), _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)x));
     }

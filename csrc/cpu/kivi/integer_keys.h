@@ -39,7 +39,7 @@ inline void fold_integers(const float* query, int64_t row, int64_t head_size, fl
     vi total = {};
     for (int64_t i = 0; i < head_size; i += kLanes) {
         const vi x = (vi)_mm512_maskz_cvtps_epi32(0xffff, (__m512)(load(folded + i) * inverse));
-        total += x;
+        total = (vi)_mm512_add_epi32((__m512i)total, (__m512i)x);  // wraps around: NaN is INT_MIN
         // The low part is signed, too, so the high one is of the next multiple of 256.
         _mm_storeu_si128((__m128i*)(high + i), _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)((x + 128) >> 8)));
         _mm_storeu_si128((__m128i*)(high + head_size + i), _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)x));
