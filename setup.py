@@ -57,8 +57,10 @@ X86_ONLY = {"_avx2", "_avx512", "_vnni", "_amx_emulated", "_amx"}
 # What a compiler may lack (GCC before 11, an old assembler): the library is then built without it.
 OPTIONAL_ISA = "_amx"
 OPTIONAL_CODE = 'int main() { asm volatile("ldtilecfg (%%rax); tdpbsud %%tmm2, %%tmm1, %%tmm0; tilerelease" ::: "memory"); }'
-# Tells isa.cpp that it is there.
-OPTIONAL_FLAG = "-DXQUANT_WITH_AMX"
+# Only for tests, so only in a source tree: no wheel has it.
+TEST_ISA = "_amx_emulated"
+# These tell isa.cpp that they are there.
+PRESENT_FLAGS = {OPTIONAL_ISA: "-DXQUANT_WITH_AMX", TEST_ISA: "-DXQUANT_WITH_EMULATED_AMX"}
 
 CUDA_SOURCES = Path("csrc") / "cuda"
 CUDA_LIBRARY = Path("xquant_vllm") / "attention" / "gpu" / "cuda" / "_cuda_kernels.so"
@@ -134,20 +136,23 @@ def _check_openmp_runtime(library: Path) -> None:
         )
 
 
-def compile_kernels(target: Path) -> None:
-    """Compile and link the kernels to `target`, which is replaced in one step: a process may be using it."""
-    sources = kernel_sources()
+def compile_kernels(target: Path, for_tests: bool = False) -> None:
+    """Compile and link the kernels to `target`, which is replaced in one step: a process may be using it.
+
+    Args:
+        target: the library.
+        for_tests: also the instruction set that only tests use.
+    """
+    sources = [source for source in kernel_sources() if for_tests or _isa_of(source) != TEST_ISA]
     if not sources:
         raise KernelBuildError(f"no sources in {ROOT / SOURCES}; is this a complete source tree?")
     (ROOT / OBJECTS).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / OBJECTS) as folder:
-        common = [*COMMON_FLAGS, f"-I{SOURCES}"]
-        if any(_isa_of(source) == OPTIONAL_ISA for source in sources):
-            if _has_optional_isa():
-                common.append(OPTIONAL_FLAG)
-            else:
-                print(f"xquant: {_compiler()[0]} does not know AMX, building without it", flush=True)
-                sources = [source for source in sources if _isa_of(source) != OPTIONAL_ISA]
+        if any(_isa_of(source) == OPTIONAL_ISA for source in sources) and not _has_optional_isa():
+            print(f"xquant: {_compiler()[0]} does not know AMX, building without it", flush=True)
+            sources = [source for source in sources if _isa_of(source) != OPTIONAL_ISA]
+        present = {PRESENT_FLAGS[_isa_of(source)] for source in sources if _isa_of(source) in PRESENT_FLAGS}
+        common = [*COMMON_FLAGS, *sorted(present), f"-I{SOURCES}"]
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
 
         def compile_one(source: Path, output: Path) -> None:
@@ -289,7 +294,7 @@ class build_kernels(KernelCommand):
     what, instead = "the CPU kernels", "the slower PyTorch path"
 
     def compile(self, target: Path) -> None:
-        compile_kernels(target)
+        compile_kernels(target, for_tests=bool(self.inplace))
 
 
 class build_cuda(KernelCommand):

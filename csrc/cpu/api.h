@@ -108,7 +108,7 @@ typedef struct {
     const float* key_units;      // [num_kv_heads, key_scale_groups, head_size]
     const float* key_sums;       // [num_kv_heads, key_scale_groups, head_size]
     int64_t key_scale_groups;
-    // The same for tiles (common/tiles.h), of scale groups whose channels all have INT8: their integers, transposed.
+    // The same for tiles (tiles/registers.h), of scale groups whose channels all have INT8: their integers, transposed.
     const int8_t* key_tiles;        // [chunks of 64 channels of a scale group][head_size rounded up to 16][64], the rest zero
     const int64_t* key_first_tiles; // [num_kv_heads, key_scale_groups]: the first chunk; -1: there are no tiles
     // All kv heads read the same latents, which are unpacked once for them: shared_latents.h.

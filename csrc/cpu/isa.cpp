@@ -5,9 +5,9 @@
 #include <omp.h>
 
 #include "api.h"
-#include "common/processor.h"
 #include "isa.h"
 #include "kernels.h"
+#include "tiles/processor.h"
 
 namespace xquant {
 namespace {
@@ -31,7 +31,10 @@ bool supported(const Kernels& kernels) {
 #if defined(XQUANT_WITH_AMX)
     if (&kernels == &kAmxKernels) return vnni && !tiles_refused();
 #endif
-    if (&kernels == &kVnniKernels || &kernels == &kEmulatedAmxKernels) return vnni;
+#if defined(XQUANT_WITH_EMULATED_AMX)
+    if (&kernels == &kEmulatedAmxKernels) return vnni;
+#endif
+    if (&kernels == &kVnniKernels) return vnni;
     if (&kernels == &kAvx512Kernels) return avx512;
     // F16C is not asked for: no CPU has FMA3 without it.
     if (&kernels == &kAvx2Kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -51,8 +54,8 @@ const Kernels* find(const char* name) {
         &kAvx2Kernels,
 #endif
         &kPortableKernels,
-#if defined(__x86_64__)
-        &kEmulatedAmxKernels,  // last: for tests
+#if defined(XQUANT_WITH_EMULATED_AMX)
+        &kEmulatedAmxKernels,  // last, so never the first that is
 #endif
     };
     for (const Kernels* kernels : all) {

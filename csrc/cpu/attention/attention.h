@@ -24,13 +24,13 @@
 #include "attention/shared_latents.h"
 #include "attention/softmax.h"
 #include "attention/tile.h"
-#include "attention/tile_scores.h"
 #include "common/convert.h"
 #include "common/gemm.h"
 #include "common/layout.h"
 #include "common/simd.h"
-#include "common/tiles.h"
 #include "kernels.h"
+#include "tiles/registers.h"
+#include "tiles/scores.h"
 
 namespace xquant {
 namespace {

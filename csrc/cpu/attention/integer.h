@@ -12,9 +12,9 @@
 #include "common/bfloat.h"
 #include "common/layout.h"
 #include "common/simd.h"
-#include "common/tiles.h"
 #include "common/transpose.h"
 #include "kernels.h"
+#include "tiles/registers.h"
 
 namespace xquant {
 namespace {
@@ -27,7 +27,7 @@ struct ScaleGroup {
     int64_t pairs;            // of channels with integers of 16 bits, which come first
     int64_t quads;            // four channels with integers of 8 bits
     const int32_t* up;        // [pairs + quads][head_size]
-    const int8_t* tiles;      // the same for tile_keys.h, or NULL
+    const int8_t* tiles;      // the same for tiles/keys.h, or NULL
     const int32_t* codes;     // [pairs + quads][kTile]
     const float* scales;      // [tokens]
     const float* zeros;       // [tokens]

@@ -7,11 +7,11 @@
 #include "attention/integer.h"
 #include "attention/rematerialize.h"
 #include "attention/tile.h"
-#include "attention/tile_keys.h"
 #include "common/gemm.h"
 #include "common/layout.h"
 #include "common/simd.h"
 #include "kernels.h"
+#include "tiles/keys.h"
 #include "unpack/unpack.h"
 #include "unpack/unpack_allocated.h"
 

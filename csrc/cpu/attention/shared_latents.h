@@ -22,8 +22,8 @@
 #include "attention/tile.h"
 #include "common/gemm.h"
 #include "common/layout.h"
-#include "common/tiles.h"
 #include "kernels.h"
+#include "tiles/registers.h"
 
 namespace xquant {
 namespace {

@@ -5,8 +5,8 @@
 
 #include "api.h"
 #include "common/layout.h"
-#include "common/tiles.h"
 #include "kernels.h"
+#include "tiles/registers.h"
 #include "unpack/unpack_allocated.h"
 
 namespace xquant {

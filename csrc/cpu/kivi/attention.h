@@ -10,13 +10,13 @@
 #include "attention/tile.h"
 #include "common/gemm.h"
 #include "common/layout.h"
-#include "common/tiles.h"
 #include "kernels.h"
 #include "kivi/exact.h"
 #include "kivi/keys.h"
 #include "kivi/kivi_api.h"
 #include "kivi/pages.h"
 #include "kivi/scratch.h"
+#include "tiles/registers.h"
 
 namespace xquant {
 namespace {

@@ -105,7 +105,7 @@ def test_keys_have_the_bits_of_vnni(amx: str, name: str) -> None:
 
 EMULATION = """
 #include "common/bfloat.h"
-#include "common/tiles.h"
+#include "tiles/registers.h"
 using namespace xquant;
 extern "C" void multiply(int bfloats, int rows, const void* a, const void* b, void* c) {
     configure_tiles_for(rows);

@@ -23,7 +23,7 @@ from xquant_vllm.projection.integer_up import BYTE_BITS, LARGEST_BYTE, byte_unit
 _LARGEST_WORD = LARGEST_BYTE * 256
 _LARGEST_SUM = 2**31 - 1
 _WORD_STEPS = 256
-# A tile register: csrc/cpu/common/tiles.h.
+# A tile register: csrc/cpu/tiles/registers.h.
 _TILE_ROWS, _TILE_CHANNELS = 16, 64
 
 

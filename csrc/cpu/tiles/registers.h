@@ -11,7 +11,7 @@
 #define XQUANT_TILES
 #elif defined(XQUANT_EMULATE_TILES)
 #define XQUANT_TILES
-#include "common/emulated_tiles.h"
+#include "tiles/emulated.h"
 #endif
 
 namespace xquant {

@@ -11,8 +11,8 @@
 #include "common/convert.h"
 #include "common/layout.h"
 #include "common/simd.h"
-#include "common/tiles.h"
 #include "kernels.h"
+#include "tiles/registers.h"
 
 namespace xquant {
 namespace {

@@ -7,8 +7,8 @@
 
 #include "attention/integer.h"
 #include "common/simd.h"
-#include "common/tiles.h"
 #include "kernels.h"
+#include "tiles/registers.h"
 
 namespace xquant {
 namespace {

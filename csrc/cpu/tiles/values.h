@@ -6,8 +6,8 @@
 
 #include "attention/value_quads.h"
 #include "common/simd.h"
-#include "common/tiles.h"
 #include "kernels.h"
+#include "tiles/registers.h"
 
 namespace xquant {
 namespace {
