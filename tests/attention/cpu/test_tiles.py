@@ -54,7 +54,7 @@ EXACT_KEYS = {
     "groups of 8": Spec(seqs=((130, 2),), head_size=16, key_group=8, value_group=8),
     "heads of 72": Spec(seqs=((300, 3),), head_size=72, key_group=72, value_group=72, bias=False),
     "heads of 128": Spec(seqs=((300, 3),), head_size=128, key_group=128, value_group=128),
-    "joint, 160 channels": Spec(seqs=((300, 3),), kv_heads=2, head_size=80, joint=True, key_group=160, value_group=160),
+    "heads of 160": Spec(seqs=((300, 3),), kv_heads=1, head_size=160, key_group=160, value_group=160),
     "partly turned": Spec(seqs=((300, 3),), rotary_size=32),
 }
 
