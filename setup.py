@@ -56,7 +56,9 @@ ISA_FLAGS = {
 X86_ONLY = {"_avx2", "_avx512", "_vnni", "_amx_emulated", "_amx"}
 # What a compiler may lack (GCC before 11, an old assembler): the library is then built without it.
 OPTIONAL_ISA = "_amx"
-OPTIONAL_CODE = 'int main() { asm volatile("ldtilecfg (%%rax); tdpbsud %%tmm2, %%tmm1, %%tmm0; tilerelease" ::: "memory"); }'
+OPTIONAL_CODE = (
+    'void f() { asm volatile("ldtilecfg (%rax); tdpbsud %tmm2, %tmm1, %tmm0; tdpbf16ps %tmm2, %tmm1, %tmm0"); }'
+)
 # Only for tests, so only in a source tree: no wheel has it.
 TEST_ISA = "_amx_emulated"
 # These tell isa.cpp that they are there.

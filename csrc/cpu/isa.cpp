@@ -42,8 +42,19 @@ bool supported(const Kernels& kernels) {
     return &kernels == &kPortableKernels;
 }
 
+#if defined(XQUANT_WITH_AMX) && defined(XQUANT_WITH_EMULATED_AMX)
+// The code for AMX on a processor that lacks nothing else, for tests that catch and do its instructions.
+const Kernels* find_trapped() {
+    const bool rest = supported(kVnniKernels) && __builtin_cpu_supports("avx512bf16");
+    return rest ? &kAmxKernels : nullptr;
+}
+#else
+const Kernels* find_trapped() { return nullptr; }
+#endif
+
 // NULL where it is not available. Without a name the first that is.
 const Kernels* find(const char* name) {
+    if (name && !std::strcmp(name, "amx-trapped")) return find_trapped();
     const Kernels* const all[] = {
 #if defined(XQUANT_WITH_AMX)
         &kAmxKernels,

@@ -120,7 +120,7 @@ inline bool load_integer_keys(const xquant_plan& plan, const Pages& pages, int64
         scale_group.pairs = words[i] / 2;
         scale_group.quads = (channels_of(i) - words[i]) / 4;
         scale_group.up = plan.key_integers + row / 2 * head_size;
-        const int64_t tile = plan.key_first_tiles[index], tile_bytes = round_up(head_size, 16) * 64;
+        const int64_t tile = kTiles ? plan.key_first_tiles[index] : -1, tile_bytes = round_up(head_size, 16) * 64;
         scale_group.tiles = tile < 0 ? nullptr : plan.key_tiles + tile * tile_bytes;
         scale_group.codes = codes + channel / 2 * kTile;
         scale_group.scales = scratch.scales;

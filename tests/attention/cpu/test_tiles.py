@@ -1,38 +1,30 @@
-"""AMX: what is integer has the bits of VNNI, and what the emulated tiles do is what Intel's manual says."""
+"""AMX: what is integer has the bits of VNNI."""
 
-import ctypes
-import shutil
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.attention.attention_cases import Case, Spec, make_case, random_spec
-from tests.cpu_kernels import bits, has_kernels
+from tests.cpu_kernels import bits, has_kernels, using
 from xquant_vllm.attention import reference
 
 if not has_kernels():
     pytest.skip("no kernels", allow_module_level=True)
 
 from xquant_vllm.attention.cpu import kernels as cpu
-from xquant_vllm.attention.cpu import library
 from xquant_vllm.attention.cpu.plan import CpuPlan
 
-SOURCES = Path(__file__).resolve().parents[3] / "csrc" / "cpu"
 AMX_SETS = ("amx", "amx-emulated")
 
 
 def assert_bits_of_vnni(case: Case, amx: str) -> None:
     outputs = []
-    try:
-        for isa in ("vnni", amx):
-            if not library.set_isa(isa):
+    for isa in ("vnni", amx):
+        with using(isa) as there:
+            if not there:
                 pytest.skip(f"this machine has no {isa}")
             outputs.append(case.run(cpu))
-    finally:
-        library.set_isa(None)
     assert torch.equal(bits(outputs[0]), bits(outputs[1]))
 
 
@@ -96,151 +88,34 @@ def exact_keys(spec: Spec) -> Case:
 @pytest.mark.parametrize("name", EXACT_KEYS)
 def test_keys_have_the_bits_of_vnni(amx: str, name: str) -> None:
     case = exact_keys(EXACT_KEYS[name])
-    integers = CpuPlan(case.plan, with_integers=True).integer_keys
-    assert integers is not None and (integers.first_tiles >= 0).all()
+    integers = CpuPlan(case.plan, with_integers=True, with_tiles=True).integer_keys
+    assert integers is not None
+    assert (integers.first_tiles >= 0).all()
     assert_bits_of_vnni(case, amx)
 
 
-# --- The emulated instructions ---
-
-EMULATION = """
-#include "common/bfloat.h"
-#include "tiles/registers.h"
-using namespace xquant;
-extern "C" void multiply(int bfloats, int rows, const void* a, const void* b, void* c) {
-    configure_tiles_for(rows);
-    load_tile<kLastSumTile>(c, 64);
-    load_tile<kLastLeftTile>(a, 64);
-    load_tile<kRightTile>(b, 64);
-    if (bfloats) {
-        multiply_bfloats<kLastSumTile, kLastLeftTile, kRightTile>();
-    } else {
-        multiply_bytes<kLastSumTile, kLastLeftTile, kRightTile>();
-    }
-    store_tile<kLastSumTile>(c, 64);
-    release_tiles();
-}
-extern "C" void round_pairs(const float* first, const float* second, int32_t* to) {
-    const vi pairs = bfloat_pairs(load(first), load(second));
-    memcpy(to, &pairs, sizeof pairs);
-}
-extern "C" void round_single(const float* from, uint16_t* to) {
-    for (int i = 0; i < 16; ++i) to[i] = to_bfloat(from[i]);
-}
-"""
-FLAGS = ["-std=c++17", "-O2", "-shared", "-fPIC", f"-I{SOURCES}", "-mavx2", "-mfma", "-mf16c"]
-FLAGS += [f"-mavx512{name}" for name in ("f", "bw", "dq", "vl", "vnni", "vbmi")]
+@pytest.mark.parametrize("amx", AMX_SETS)
+@pytest.mark.parametrize("head_size", [24, 64])
+@pytest.mark.parametrize("kind", ["x", "deltas"])
+def test_keys_in_bytes_have_the_bits_of_vnni(amx: str, kind: str, head_size: int) -> None:
+    """Their scores are FP32 in both."""
+    spec = Spec(
+        seqs=((300, 3), (64, 40), (1, 1)), kv_heads=3, head_size=head_size, kind=kind, earlier=(4, 2), hidden_size=328,
+        key_group=8, key_outliers=0, norm=True,
+    )  # fmt: skip
+    case = make_case(spec)
+    assert CpuPlan(case.plan, with_integers=True).byte_keys is not None
+    assert_bits_of_vnni(case, amx)
 
 
-def has(flag: str) -> bool:
-    """Whether the processor does."""
-    path = Path("/proc/cpuinfo")
-    return path.is_file() and flag in path.read_text().split()
-
-
-def build(folder: Path, *flags: str) -> ctypes.CDLL:
-    target = folder / f"tiles{len(flags)}.so"
-    command = ["g++", *FLAGS, "-DXQUANT_EMULATE_TILES", *flags, "-x", "c++", "-", "-o", str(target)]
-    subprocess.run(command, input=EMULATION, text=True, check=True)
-    return ctypes.CDLL(str(target))
-
-
-@pytest.fixture(scope="module")
-def emulation(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    if shutil.which("g++") is None or not has("avx512_vnni"):
-        pytest.skip("g++ or AVX-512 is missing")
-    return build(tmp_path_factory.mktemp("tiles"))
-
-
-def pointer(x: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.data_ptr())
-
-
-@pytest.mark.parametrize("rows", [1, 3, 15, 16])
-def test_products_of_bytes(emulation: ctypes.CDLL, rows: int) -> None:
-    a = torch.randint(-128, 128, (rows, 64), dtype=torch.int8)
-    b = torch.randint(256, (16, 16, 4), dtype=torch.uint8)  # [k / 4, columns, 4]
-    c = torch.randint(-(10**6), 10**6, (rows, 16), dtype=torch.int32)
-    expected = c + a.int() @ b.transpose(1, 2).reshape(64, 16).int()
-    emulation.multiply(0, rows, pointer(a), pointer(b), pointer(c))
-    assert torch.equal(c, expected)
-
-
-def flushed(x: torch.Tensor) -> torch.Tensor:
-    """Subnormal FP32 numbers as 0."""
-    return torch.where(x.abs() < 2.0**-126, torch.zeros_like(x), x)
-
-
-@pytest.mark.parametrize("exponent", [0, -70, 60])
-@pytest.mark.parametrize("rows", [1, 3, 16])
-def test_products_of_bfloats(emulation: ctypes.CDLL, rows: int, exponent: int) -> None:
-    """By FP64, in which a product of BF16 and its sum with an FP32 number are rounded once to FP32, but for rare ties."""
-    a = (torch.randn(rows, 16, 2) * 2.0**exponent).bfloat16()  # [rows, k / 2, 2]
-    b = (torch.randn(16, 16, 2) * 2.0**exponent).bfloat16()  # [k / 2, columns, 2]
-    a[0, 0, 0], b[1, 1, 1] = 2.0**-130, -(2.0**-128)
-    c = torch.randn(rows, 16) * 2.0 ** max(-120, 2 * exponent)
-    # Even numbers for themselves and odd ones, in ascending order, then their sum, then C.
-    halves = torch.zeros(rows, 16, 2)
-    left, right = flushed(a.float()).double(), flushed(b.float()).double()
-    for k in range(16):
-        halves = flushed((halves.double() + left[:, k, None] * right[None, k]).float())
-    expected = flushed(c + flushed(halves[..., 0] + halves[..., 1]))
-    emulation.multiply(1, rows, pointer(a), pointer(b), pointer(c))
-    torch.testing.assert_close(c, expected, rtol=0, atol=0)
-
-
-def test_rounding_to_bfloats(emulation: ctypes.CDLL, tmp_path: Path) -> None:
-    """As torch, with subnormal numbers as 0; the processor's own instruction, where there is one, agrees."""
-    torch.manual_seed(0)
-    x = torch.randint(-(2**31), 2**31, (2, 4096, 16), dtype=torch.int64).int().view(torch.float32)
-    x[0, 0] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 2.0**-126, -(2.0**-127), 1e-45] * 2)
-    ways = [emulation] + ([build(tmp_path, "-mavx512bf16")] if has("avx512_bf16") else [])
-    expected = flushed(x).bfloat16()
-    for way in ways:
-        pairs, single = torch.empty(4096, 16, 2, dtype=torch.bfloat16), torch.empty(4096, 16, dtype=torch.bfloat16)
-        for i in range(len(pairs)):
-            way.round_pairs(pointer(x[0, i]), pointer(x[1, i]), pointer(pairs[i]))
-            way.round_single(pointer(x[0, i]), pointer(single[i]))
-        torch.testing.assert_close(pairs, expected.permute(1, 2, 0), rtol=0, atol=0, equal_nan=True)
-        torch.testing.assert_close(single, expected[0], rtol=0, atol=0, equal_nan=True)
-
-
-# --- What is compiled, and what is chosen ---
-
-
-@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is missing")
-def test_the_library_has_the_instructions() -> None:
-    if library.tiles_refused() == "this build was made by a compiler without AMX":
-        pytest.skip("the compiler lacks AMX")
-    command = ["objdump", "-d", "--no-show-raw-insn", str(library.LIBRARY_PATH)]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for instruction in ("ldtilecfg", "tilerelease", "tileloadd", "tilestored", "tdpbsud", "tdpbf16ps", "vcvtne2ps2bf16"):
-        assert instruction in listed, instruction
-
-
-TILE, INT8, BFLOAT, VECTOR_BFLOAT, STATE = 1 << 24, 1 << 25, 1 << 22, 1 << 5, 3 << 17
-REFUSALS = {
-    "": (TILE | INT8 | BFLOAT, VECTOR_BFLOAT, STATE | 7, True),
-    "the processor has no AMX": (INT8 | BFLOAT, VECTOR_BFLOAT, STATE, True),
-    "the processor's AMX lacks INT8 or BF16": (TILE | INT8, VECTOR_BFLOAT, STATE, True),
-    "the operating system does not save AMX's state": (TILE | INT8 | BFLOAT, VECTOR_BFLOAT, 1 << 17, True),
-    "the kernel does not let this process use AMX": (TILE | INT8 | BFLOAT, VECTOR_BFLOAT, STATE, False),
-}
-
-
-@pytest.mark.parametrize("reason", REFUSALS)
-def test_who_may_use_tiles(reason: str) -> None:
-    said = library.library.xquant_cpu_why_no_tiles(*REFUSALS[reason])
-    assert (said or b"").decode() == reason
-
-
-def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    library.set_isa(None)
-    assert library.isa() != "amx-emulated"
-    assert (library.isa() == "amx") == (library.tiles_refused() is None)
-    assert library.set_isa("amx") == (library.tiles_refused() is None)
-    library.set_isa(None)
-    monkeypatch.setattr(library, "tiles_refused", lambda: library.NO_TILES)
-    assert library.describe() == library.isa()
-    monkeypatch.setattr(library, "tiles_refused", lambda: "the kernel does not let this process use AMX")
-    assert library.describe().endswith(" (not AMX: the kernel does not let this process use AMX)")
+@pytest.mark.parametrize("seed", range(300, 330))
+def test_object_code_does_what_its_source_says(seed: int) -> None:
+    """What is compiled for AMX, against the same source with its AMX instructions in plain C++."""
+    case = make_case(random_spec(seed))
+    outputs = []
+    for isa in AMX_SETS:
+        with using(isa) as there:
+            if not there:
+                pytest.skip(f"this machine has no {isa}")
+            outputs.append(case.run(cpu))
+    assert torch.equal(bits(outputs[0]), bits(outputs[1]))

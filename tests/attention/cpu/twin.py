@@ -1,4 +1,4 @@
-"""What the C++ kernels are compared with: the reference, for AMX with keys and queries rounded as its tiles take them."""
+"""What the C++ kernels are compared with: the reference, for AMX with keys and queries rounded as tiles take them."""
 
 from collections.abc import Sequence
 from types import ModuleType
@@ -17,7 +17,10 @@ def _rounded_keys(*arguments: object) -> torch.Tensor:
 
 
 class BfloatScores:
-    """The reference with keys, after RoPE, and queries rounded to BF16; not where keys are absorbed or kv heads share latents."""
+    """The reference with keys, after RoPE, and queries rounded to BF16.
+
+    Not where keys are absorbed or kv heads share latents.
+    """
 
     @staticmethod
     def paged_attention(

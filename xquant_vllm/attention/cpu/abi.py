@@ -92,6 +92,7 @@ class Plan(ctypes.Structure):
         ("key_first_tiles", _pointer),
         ("shares_latents", _int64),
         ("key_bytes", _pointer),
+        ("key_byte_tiles", _pointer),
         ("key_byte_offsets", _pointer),
         ("key_byte_units", _pointer),
         ("up_value", _pointer),

@@ -89,7 +89,7 @@ def integer_keys(up_key: torch.Tensor, latent: Latent) -> IntegerKeys:
             integers[kv_head, scale_group.first // 2 : scale_group.first // 2 + len(packed)] = packed
             first_tiles.append(-1 if num_words else num_tiles)
             if not num_words:
-                tiles.append(_tiles(rounded))
+                tiles.append(in_tiles(rounded))
                 num_tiles += len(tiles[-1])
             words.append(num_words)
             units.append(unit)
@@ -140,8 +140,11 @@ def _rows(integers: torch.Tensor, num_words: int) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def _tiles(integers: torch.Tensor) -> torch.Tensor:
-    """Integers of 8 bits ``[channels, head_size]`` as ``[chunks, rows, channels of a chunk]``."""
+def in_tiles(integers: torch.Tensor) -> torch.Tensor:
+    """Whole numbers of 8 bits ``[channels, head_size]`` as INT8 ``[chunks, head_size rounded up to 16, 64]``.
+
+    A chunk has 64 channels; the rest is zero.
+    """
     channels, head_size = integers.shape
     padded = F.pad(integers.to(torch.int8), (0, -head_size % _TILE_ROWS, 0, -channels % _TILE_CHANNELS))
     return padded.unflatten(0, (-1, _TILE_CHANNELS)).transpose(1, 2).contiguous()

@@ -18,8 +18,10 @@ from xquant_vllm.attention.struct_sizes import check_structs
 
 LIBRARY_PATH = Path(__file__).with_name("_cpu_kernels.so")
 
-# The instruction sets that multiply integers. "amx-emulated" is for tests: "amx" with its instructions in plain C++.
-INTEGER_ISAS = ("amx", "amx-emulated", "vnni")
+# The instruction sets that multiply integers in tiles, and all that multiply integers. "amx-emulated" is for tests:
+# "amx" with its instructions in plain C++.
+TILE_ISAS = ("amx", "amx-emulated")
+INTEGER_ISAS = (*TILE_ISAS, "vnni")
 
 NO_TILES = "the processor has no AMX"
 """What :func:`tiles_refused` says where there is nothing to use."""
@@ -92,7 +94,7 @@ library = _load()
 
 
 def isa() -> str:
-    """The instruction set in use: ``amx``, ``vnni``, ``avx512``, ``avx2`` or ``portable``; in tests ``amx-emulated``."""
+    """The instruction set in use: ``amx``, ``vnni``, ``avx512``, ``avx2``, ``portable``; in tests ``amx-emulated``."""
     return str(library.xquant_cpu_isa().decode())
 
 
@@ -110,14 +112,19 @@ def describe() -> str:
 
 def set_isa(name: str | None) -> bool:
     """Use another instruction set, or the best one for None; False where this machine or this build lacks it."""
-    multiplies_integers.cache_clear()
+    products.cache_clear()
     return bool(library.xquant_cpu_set_isa(None if name is None else name.encode()))
 
 
 @functools.cache
+def products() -> tuple[bool, bool]:
+    """Whether the instruction set in use multiplies integers, and whether in tiles: what a plan is prepared for."""
+    return isa() in INTEGER_ISAS, isa() in TILE_ISAS
+
+
 def multiplies_integers() -> bool:
     """Whether the instruction set in use multiplies integers."""
-    return isa() in INTEGER_ISAS
+    return products()[0]
 
 
 def num_threads() -> int:
