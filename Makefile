@@ -70,7 +70,7 @@ test: test-models ## run the tests
 
 # In a process of its own: Triton decides when it is imported whether it interprets.
 test-gpu: venv ## run the tests of the Triton kernels, without a GPU in Triton's interpreter
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/attention/gpu tests/kivi/gpu tests/plugin/backend/gpu -n 2
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/attention/gpu tests/kivi/gpu tests/plugin/hot/gpu -n 2
 
 test-docs: venv ## run the tests of the documentation: its commands, its Python, its paths, and what it says of vLLM
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/docs

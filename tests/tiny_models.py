@@ -211,3 +211,31 @@ def quantize_tiny_model(folder: Path) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def save_paligemma(folder: Path) -> Path:
+    """Write a PaliGemma: text behind an image, whose tokens see each other in both directions.
+
+    Args:
+        folder: where to write.
+
+    Returns:
+        ``folder``.
+    """
+    text = {**_COMMON, "model_type": "gemma", "head_dim": 32, "num_image_tokens": 4}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+        "projection_dim": 128,
+        "model_type": "siglip_vision_model",
+    }
+    torch.manual_seed(0)
+    config = transformers.PaliGemmaConfig(
+        text_config=text, vision_config=vision, image_token_index=300, projection_dim=128, hidden_size=128
+    )
+    transformers.PaliGemmaForConditionalGeneration(config).float().save_pretrained(folder)
+    return folder

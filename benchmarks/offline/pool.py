@@ -5,7 +5,7 @@ from typing import Any
 
 def pool_tokens(engine: Any) -> int:
     """Of every layer, that fit the pool."""
-    from xquant_vllm.plugin.backend.hot_budget import hot_memory
+    from xquant_vllm.plugin.hot.budget import hot_memory
 
     return hot_memory(engine.vllm_config).tokens
 
@@ -19,7 +19,7 @@ def idle_steps() -> int:
 
 def counts(engine: Any) -> dict[str, int]:
     """``hot_rows``, ``cold_rows`` and ``promoted_tokens`` by now."""
-    from xquant_vllm.plugin.backend.hot_budget import hot_memory
+    from xquant_vllm.plugin.hot.budget import hot_memory
 
     names = ("promoted_tokens", "hot_rows", "cold_rows")
     counted = [found[0].counts for found in hot_memory(engine.vllm_config).maps.values()]

@@ -19,7 +19,14 @@ from tests.docs.pages import ROOT
 PAGE = ROOT / "docs" / "design" / "seams.md"
 ROOMS = (ROOT / "xquant_vllm" / "plugin", ROOT / "xquant_vllm" / "kivi" / "plugin")
 # Attributes that are assigned on objects of Python and of this package.
-_OWN = {"__code__", "_xquant_wrapped", "_xquant_hooked", "_kivi_hooked"}
+_OWN = {
+    "__code__",
+    "_xquant_wrapped",
+    "_xquant_hooked",
+    "_kivi_hooked",
+    "_xquant_unwraps",
+    "_xquant_guards",
+}
 _WORDS = re.compile(r"`([\w.]+)`")
 
 

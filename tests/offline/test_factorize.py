@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.factorizing import FakeTokenizer
 from tests.tiny_models import save_tiny_model
@@ -77,3 +78,23 @@ def test_options_are_frozen(model, tmp_path):
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.bits = 3
     assert dataclasses.replace(options, bits=3).bits == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "remedy"), [(float("nan"), "bfloat16", "anew"), (1e5, "float16", "bfloat16")]
+)
+@pytest.mark.parametrize("calibration", [None, "python-docs"])
+def test_weights_that_are_no_numbers_are_refused_by_layer_and_tensor(
+    tmp_path, monkeypatch, value, dtype, remedy, calibration
+):
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: FakeTokenizer())
+    model = save_tiny_model(tmp_path / "model", "llama")
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.self_attn.v_proj.weight"][2, 3] = value
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    named = rf"layer 1 cannot be factorized: model\.layers\.1\.self_attn\.v_proj\.weight has 1 .* \[2, 3\]; .*{remedy}"
+    tokens = None if calibration is None else 64
+    options = FactorizeOptions(model, tmp_path / "out", calibration, tokens, dtype=dtype)
+    with pytest.raises(RefusedError, match=named):
+        factorize(options)
+    assert not (tmp_path / "out").exists()

@@ -1,6 +1,9 @@
 """Start-up refusals, raised by vLLM's own configuration of a real engine."""
 
+import json
+import os
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,9 +11,11 @@ import transformers
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 
-from tests.tiny_models import save_tiny_model
+from tests.tiny_models import quantize_tiny_model, save_paligemma, save_tiny_model
 from xquant_vllm import __version__
-from xquant_vllm.errors import UnsupportedError
+from xquant_vllm.errors import SettingsError, UnsupportedError
+from xquant_vllm.offline.factorize import factorize
+from xquant_vllm.offline.factorize_options import FactorizeOptions
 from xquant_vllm.plugin.checks import unsupported_model
 
 
@@ -56,6 +61,7 @@ def test_cache_dtypes_that_change_nothing_are_accepted(tiny, dtype):
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             ["KV connectors", "leave them out"],
         ),
+        ({"kv_offloading_size": 0.1}, ["--kv-offloading-size 0.1", "leave it out"]),
         ({"load_format": "ipc_cache"}, ["ipc_cache", "use auto"]),
     ],
 )
@@ -99,6 +105,10 @@ _REFUSED = {
     "MiMo-V2, sliding layers: value heads of another size": (
         "MiMoV2FlashForCausalLM",
         transformers.MiMoV2FlashConfig(**_SHAPE, **_MIMO | {"v_head_dim": 32, "swa_v_head_dim": 16}),
+    ),
+    "Llama 4: attention within chunks of the sequence": (
+        "Llama4ForCausalLM",
+        transformers.Llama4TextConfig(**_SHAPE, head_dim=32, attention_chunk_size=64, no_rope_layers=[1, 0]),
     ),
     "openPangu: learned sink tokens": (
         "PanguProMoEV2ForCausalLM",
@@ -167,3 +177,63 @@ def test_the_compile_cache_key_covers_the_version_and_the_settings(tiny):
     plain = configure(tiny, attention_backend="CPU_ATTN")
     assert "xquant_version" not in plain.additional_config
     assert len({config.compute_hash() for config in (default, four, plain)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("chunk", "ropes", "refused"), [(64, [1, 0], True), (64, [0, 0], False), (None, [1, 1], False)]
+)
+def test_llama_4_without_chunks_is_not_refused_for_them(tmp_path, chunk, ropes, refused):
+    """vLLM gives chunks to layers with RoPE alone."""
+    config = transformers.Llama4TextConfig(**_SHAPE, head_dim=32, attention_chunk_size=chunk, no_rope_layers=ropes)
+    config.architectures, config.dtype = ["Llama4ForCausalLM"], "float32"
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="attention_chunk_size") if refused else nullcontext():
+        configure(str(tmp_path), max_model_len=256)
+
+
+def test_an_error_is_said_in_the_log_and_not_wrapped(tiny, caplog):
+    """Pydantic, which runs the check, would put lines of its own behind it."""
+    with pytest.raises(SettingsError) as error:
+        configure(tiny, additional_config={"xquant": {"bits": 6}})
+    assert type(error.value) is SettingsError
+    assert error.value.__cause__ is None
+    assert error.value.__suppress_context__
+    said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert said == [str(error.value)]
+
+
+@pytest.mark.parametrize("backend", ["xquant", "kivi"])
+def test_a_checkpoint_that_asks_for_a_cache_of_its_own_is_told_how_to_be_served(tmp_path, backend):
+    quantize_tiny_model(save_tiny_model(tmp_path, "llama"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+    config["quantization_config"]["kv_cache_scheme"] = scheme
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    named = r"asks for a cache in a format of its own \(kv_cache_scheme .*; set --kv-cache-dtype bfloat16$"
+    for arguments in ({}, {"kv_cache_dtype": "fp8"}):
+        with pytest.raises(UnsupportedError, match=named):
+            configure(str(tmp_path), attention_backend=backend, **arguments)
+    configure(str(tmp_path), attention_backend=backend, kv_cache_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("backend", ["xquant", "kivi"])
+def test_models_whose_images_see_themselves_are_served_without_images(tmp_path, backend):
+    save_paligemma(tmp_path)
+    named = r"PaliGemmaForConditionalGeneration .* serve its text part with --language-model-only, or choose another"
+    with pytest.raises(UnsupportedError, match=named):
+        configure(str(tmp_path), attention_backend=backend, dtype="float32", max_model_len=256)
+    configure(str(tmp_path), attention_backend=backend, dtype="float32", max_model_len=256, language_model_only=True)
+
+
+@pytest.mark.parametrize("fault", [lambda path: path.write_bytes(b""), lambda path: (path.unlink(), os.mkfifo(path))])
+@pytest.mark.parametrize("named", [{}, {"attention_backend": None, "attention_config": {"backend": "XQUANT"}}])
+def test_factors_are_looked_at_before_vllm_reads_the_folder(tmp_path, fault, named):
+    """To find the model's dtype it reads all safetensors files: it fails at an empty one, and waits for a pipe."""
+    factorize(FactorizeOptions(save_tiny_model(tmp_path / "model", "llama"), tmp_path / "out", dtype="bfloat16"))
+    fault(tmp_path / "out" / "xquant_factors.safetensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config.pop("dtype")
+    (tmp_path / "out" / "config.json").unlink()  # a link to the other folder's
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SettingsError, match=r"xquant_factors\.safetensors is .*make it anew with"):
+        configure(str(tmp_path / "out"), **named)

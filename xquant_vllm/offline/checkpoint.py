@@ -10,6 +10,7 @@ import torch
 
 from xquant_vllm.errors import RefusedError, cause_of, counted
 from xquant_vllm.offline.locate import locate_checkpoint
+from xquant_vllm.scheme.layer_weights import refuse_non_finite
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PROJECTION = re.compile(r"(?P<stem>.*\blayers)\.(?P<layer>\d+)\.self_attn\.(?P<part>[kv]_proj|qkv_proj)\.weight")
@@ -94,6 +95,18 @@ class Checkpoint:
             fused = self._read(key_name, queries + 2 * rows)
             return fused[queries : queries + rows], fused[queries + rows :]
         return self._read(key_name, rows), self._read(value_name, rows)
+
+    def served_key_value(self, layer: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, rounded as they are served.
+
+        Raises:
+            RefusedError: as above, or they are no numbers in this dtype.
+        """
+        key, value = (weight.to(dtype) for weight in self.key_value(layer))
+        names = self.projections[layer]
+        what = ("key rows of ", "value rows of ") if names[0] == names[1] else ("", "")
+        refuse_non_finite(layer, {what[0] + names[0]: key, what[1] + names[1]: value})
+        return key, value
 
     def _read(self, name: str, rows: int) -> torch.Tensor:
         from safetensors import SafetensorError, safe_open

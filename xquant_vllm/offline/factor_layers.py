@@ -101,7 +101,7 @@ def calibrated_layers(
 
 
 def _fingerprints(checkpoint: Checkpoint, layer: int, dtype: torch.dtype) -> list[str]:
-    key, value = (weight.to(dtype) for weight in checkpoint.key_value(layer))
+    key, value = checkpoint.served_key_value(layer, dtype)
     return head_fingerprints(key, value, checkpoint.kv_heads)
 
 

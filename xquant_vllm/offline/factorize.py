@@ -14,7 +14,14 @@ from xquant_vllm.offline.output_folder import check_output, link_checkpoint, rep
 from xquant_vllm.offline.texts import text_name
 from xquant_vllm.projection.calibration import GRADIENT_RIDGE, INPUT_RIDGE
 from xquant_vllm.projection.factor_file import FACTORS_FILE, FORMAT_VERSION, HEADER_FILE, dtype_name, write_json
-from xquant_vllm.scheme.factor_header import Calibration, ChainSettings, FactorHeader, FactorSettings, Source
+from xquant_vllm.scheme.factor_header import (
+    Calibration,
+    ChainSettings,
+    FactorHeader,
+    FactorSettings,
+    Source,
+    header_checksum,
+)
 from xquant_vllm.scheme.formats import LayerShape, layer_formats
 from xquant_vllm.scheme.layer_weights import spec_of
 from xquant_vllm.scheme.settings import XQuantSettings
@@ -52,6 +59,9 @@ def factorize(options: FactorizeOptions) -> FactorHeader:
         if options.calibration is None:
             factors = data_free_layers(checkpoint, spec_of(settings, dtype), device)
         else:
+            for layer in range(checkpoint.layers):
+                # Looked at now, since the model runs over the text before a layer is fitted.
+                checkpoint.served_key_value(layer, dtype)
             plan = plan_calibration(checkpoint, settings)
             batch = tokenize(checkpoint, options.calibration, calibration_tokens(options.calibration_tokens))
             factors = calibrated_layers(checkpoint, plan, batch, dtype, device)
@@ -72,6 +82,7 @@ def factorize(options: FactorizeOptions) -> FactorHeader:
             calibration=None if batch is None else _calibration(options, batch),
             checksums=written.checksums,
         )
+        header = header.model_copy(update={"checksum": header_checksum(header.model_dump(mode="json"))})
         write_json(folder / HEADER_FILE, header.model_dump())
         link_checkpoint(checkpoint.folder, folder, checkpoint.files)
     return header

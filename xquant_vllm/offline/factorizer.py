@@ -22,8 +22,7 @@ class Factorizer:
 
     def weights(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value weights, rounded as they are served: with or without a file, a server has the same latents."""
-        key, value = (weight.to(self._spec.dtype) for weight in self._checkpoint.key_value(layer))
-        return key, value
+        return self._checkpoint.served_key_value(layer, self._spec.dtype)
 
     def bases(self, layer: int) -> Bases:
         """Key basis and value basis."""

@@ -1,10 +1,11 @@
 """What is refused at start-up, by name, before a weight is loaded."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from xquant_vllm.codec.layout import BLOCK_SIZE_MULTIPLE
 from xquant_vllm.errors import SettingsError, UnsupportedError
+from xquant_vllm.plugin.attention_kinds import REFUSED_LAYERS
 from xquant_vllm.plugin.engine_factors import check_factors
 from xquant_vllm.plugin.engine_settings import settings_of
 from xquant_vllm.plugin.registration import BACKEND_NAME
@@ -110,13 +111,19 @@ def unsupported_features(vllm_config: Any) -> Iterator[str]:
             "--attention-backend"
         )
     yield from _unsupported_model(vllm_config.model_config)
-    if getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False):
-        yield "--kv-sharing-fast-prefill needs layers that share keys and values, which is not supported; leave it out"
-    if vllm_config.kv_transfer_config is not None:
+    if getattr(vllm_config.cache_config, "kv_offloading_size", None) is not None:
+        yield (
+            f"--kv-offloading-size {vllm_config.cache_config.kv_offloading_size} is not supported: it moves keys and "
+            "values, not quantized pages; leave it out"
+        )
+    elif vllm_config.kv_transfer_config is not None:
         yield (
             "KV connectors (--kv-transfer-config, KV offloading) are not supported: they move keys and values, not "
             "quantized pages; leave them out"
         )
+    yield from _checkpoint_cache(vllm_config)
+    if getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False):
+        yield "--kv-sharing-fast-prefill needs layers that share keys and values, which is not supported; leave it out"
     parallel = vllm_config.parallel_config
     for option, size in (
         ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
@@ -132,10 +139,31 @@ def unsupported_features(vllm_config: Any) -> Iterator[str]:
         )
 
 
+def scheme_of_checkpoint(model: Any) -> str | None:
+    """Name of the setting by which a checkpoint asks for keys and values in a format of its own; None without one."""
+    quantization = getattr(getattr(model, "hf_config", None), "quantization_config", None)
+    tables = [quantization, quantization.get("quantization")] if isinstance(quantization, Mapping) else []
+    for table in tables:
+        for name in ("kv_cache_scheme", "kv_cache_quant_algo"):
+            if isinstance(table, Mapping) and table.get(name):
+                return name
+    return None
+
+
+def _checkpoint_cache(vllm_config: Any) -> Iterator[str]:
+    """A checkpoint that says how keys and values are cached, where the user has not said otherwise."""
+    name, dtype = scheme_of_checkpoint(vllm_config.model_config), vllm_config.cache_config.cache_dtype
+    if name is not None and (dtype == "auto" or dtype not in SUPPORTED_CACHE_DTYPES):
+        yield (
+            f"{vllm_config.model_config.model} asks for a cache in a format of its own ({name} in its configuration), "
+            "which this backend replaces; set --kv-cache-dtype bfloat16"
+        )
+
+
 def _unsupported(vllm_config: Any) -> Iterator[str]:
     yield from unsupported_features(vllm_config)
     cache = vllm_config.cache_config
-    if cache.cache_dtype not in SUPPORTED_CACHE_DTYPES:
+    if cache.cache_dtype not in SUPPORTED_CACHE_DTYPES and not scheme_of_checkpoint(vllm_config.model_config):
         yield (
             f"--kv-cache-dtype {cache.cache_dtype} names the format of cached keys and values, which this backend "
             'replaces; leave it out and set bits in --additional-config \'{"xquant": {"bits": 4}}\''
@@ -154,9 +182,15 @@ def _unsupported(vllm_config: Any) -> Iterator[str]:
 def _unsupported_model(model: Any) -> Iterator[str]:
     if model is None:
         return
+    if _images_see_themselves(model):
+        yield (
+            f"{model.architecture} ({model.model}) lets the tokens of an image see each other in both directions: not "
+            f"supported; serve its text part with --language-model-only, or {OTHER_BACKEND}"
+        )
     text = model.hf_text_config
     # What no configuration tells (caches that layers share, sinks with KIVI) is refused where the layer is built.
-    # Models of the last two kinds choose a backend for their layers themselves: one of this package is never asked.
+    # So are all kinds of layers but the plain one, and those of a model that chooses their backends itself (see
+    # load/weight_hook.py). What a configuration tells is named here, because a model may take long to load.
     for present, feature in (
         (model.use_mla, "multi-head latent attention (MLA), which already caches latents of its own"),
         (model.is_encoder_decoder, "cross attention between an encoder and a decoder"),
@@ -167,10 +201,23 @@ def _unsupported_model(model: Any) -> Iterator[str]:
             not model.use_mla and _value_heads_differ(text, model.get_head_size()),
             "value heads of another size than keys",
         ),
-        (bool(getattr(text, "param_sink_number", 0)), "learned sink tokens, keys that no token has"),
+        (bool(getattr(text, "param_sink_number", 0)), REFUSED_LAYERS["StaticSinkAttention"]),
+        (_attends_in_chunks(text), REFUSED_LAYERS["ChunkedLocalAttention"]),
     ):
         if present:
             yield f"{model.architecture} ({model.model}) uses {feature}: not supported; {OTHER_BACKEND}"
+
+
+def _images_see_themselves(model: Any) -> bool:
+    """Whether the tokens of an image attend to each other in both directions; not if only text is served."""
+    return bool(getattr(model, "is_mm_prefix_lm", False))
+
+
+def _attends_in_chunks(text: Any) -> bool:
+    """Whether some layers of a model attend within chunks; those without RoPE never do."""
+    kinds, ropes = getattr(text, "layer_types", None) or (), getattr(text, "no_rope_layers", None) or ()
+    chunked = any(ropes) if ropes else "chunked_attention" in kinds
+    return chunked and bool(getattr(text, "attention_chunk_size", None))
 
 
 def _value_heads_differ(text: Any, head_size: int) -> bool:

@@ -4,14 +4,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from xquant_vllm.projection.factor_file import HEADER_FILE, dtype_name
+from xquant_vllm.projection.factor_file import FACTORS_FILE, HEADER_FILE, dtype_name
 from xquant_vllm.projection.predicted import layers_of_groups
-from xquant_vllm.scheme.factor_conflicts import factors_in, refuse_factors
+from xquant_vllm.scheme.factor_conflicts import factors_in, over_factors, refuse_factors
 from xquant_vllm.scheme.factor_header import FactorHeader
 from xquant_vllm.scheme.factor_provider import FactorProvider
 from xquant_vllm.scheme.factor_reader import read_layer, read_link
 from xquant_vllm.scheme.layer_weights import HeadShard
 from xquant_vllm.scheme.settings import XQuantSettings
+
+# Which of the folder's files have the model's weights; vLLM reads all of them in a folder without one.
+_INDEX = "model.safetensors.index.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt")
 
 
 def factors_of(vllm_config: Any) -> tuple[Path | None, FactorHeader | None]:
@@ -58,6 +62,15 @@ def check_factors(vllm_config: Any, settings: XQuantSettings) -> None:
         return
     for problem, remedy in _problems(vllm_config, header):
         raise refuse_factors(folder / HEADER_FILE, problem, header, remedy)
+    _check_files(folder, header, settings)
+
+
+def _check_files(folder: Path, header: FactorHeader, settings: XQuantSettings) -> None:
+    """Refuse a folder whose factors are not whole, or that lets vLLM take them for weights of the model.
+
+    Raises:
+        SettingsError: with the file, what is wrong and the command to run.
+    """
     # Its last layer is the first to be missing if the file is truncated.
     last = header.source.layers - 1
     if not header.joint_kv:
@@ -66,6 +79,28 @@ def check_factors(vllm_config: Any, settings: XQuantSettings) -> None:
         chained = header.settings.chain is not None
         groups = layers_of_groups([not chained or settings.is_anchor(index) for index in range(last + 1)])
         read_link(folder, last, groups[last], header)
+    weights = [path for path in folder.iterdir() if path.suffix in _WEIGHTS and path.name != FACTORS_FILE]
+    if weights and not (folder / _INDEX).is_file():
+        raise refuse_factors(
+            folder / _INDEX,
+            f"is missing, without which vLLM takes {FACTORS_FILE} for weights of the model",
+            header,
+        )
+
+
+def check_folder(model: Any) -> None:
+    """Refuse a model folder's factors, as far as can be told without a configuration: vLLM may not get as far as one.
+
+    Args:
+        model: the name that the user gave.
+
+    Raises:
+        SettingsError: with the file, what is wrong and the command to run.
+    """
+    folder = Path(model) if isinstance(model, str) else None
+    header = None if folder is None or not folder.is_dir() else factors_in(folder)
+    if folder is not None and header is not None:
+        _check_files(folder, header, over_factors(XQuantSettings(), folder, header))
 
 
 def _problems(vllm_config: Any, header: FactorHeader) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ def register() -> None:
     """Make ``--attention-backend xquant`` and ``kivi`` known to vLLM. Idempotent; changes nothing for other backends.
 
     Everything heavy waits until a backend is selected: the platform checks act only on configurations that ask for
-    it, and the loader hook is installed when the first layer is built with it.
+    it, and the loader hook is installed when the first layer is built for it.
     """
     import vllm
 
@@ -21,8 +21,10 @@ def register() -> None:
         return
 
     from xquant_vllm.plugin.platform import wrap_platform
+    from xquant_vllm.plugin.refusals import unwrap_from_validation
     from xquant_vllm.plugin.registration import BACKENDS, get_member
 
     for name in BACKENDS:
         get_member(name)
     wrap_platform()
+    unwrap_from_validation()

@@ -1,9 +1,12 @@
-"""Two seams of vLLM's platform class: the check of a finished configuration, and backend selection on the CPU."""
+"""Seams of vLLM's platform class: the check of a finished configuration, the first layer of a model, and backend
+selection on the CPU.
+"""
 
 from pkgutil import resolve_name
 from typing import Any
 
 from xquant_vllm import __version__
+from xquant_vllm.plugin.refusals import announced
 from xquant_vllm.plugin.registration import BACKENDS, selected_backends
 
 _WRAPPED = "_xquant_wrapped"
@@ -18,6 +21,7 @@ def wrap_platform() -> None:
         return
     setattr(platform, _WRAPPED, True)
     _wrap_config_check(platform)
+    _wrap_layer_construction(platform)
     if current_platform.is_cpu():
         _wrap_cpu_selection(platform)
 
@@ -29,10 +33,30 @@ def _wrap_config_check(platform: Any) -> None:
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
         original(vllm_config)
         for name in selected_backends(vllm_config.attention_config):
-            resolve_name(BACKENDS[name].check)(vllm_config)
+            with announced():
+                resolve_name(BACKENDS[name].check)(vllm_config)
             _mark_compile_cache(vllm_config)
 
     platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _wrap_layer_construction(platform: Any) -> None:
+    """Watch the weights of models whose configuration asks for a backend of this package, whoever serves their layers.
+
+    Every attention layer asks its platform this question while it is built, in every process. A model may choose the
+    backends of all of its layers itself: then nothing else of this package would be called.
+    """
+    original = platform.opaque_attention_op
+
+    def opaque_attention_op(cls: Any) -> bool:
+        from vllm.config import get_current_vllm_config_or_none
+
+        config = get_current_vllm_config_or_none()
+        for name in () if config is None else selected_backends(config.attention_config):
+            resolve_name(BACKENDS[name].hook)()
+        return original()
+
+    platform.opaque_attention_op = classmethod(opaque_attention_op)
 
 
 def _mark_compile_cache(vllm_config: Any) -> None:
@@ -66,11 +90,12 @@ def _wrap_cpu_selection(platform: Any) -> None:
             from xquant_vllm.plugin.checks import unsupported_model
 
             model = get_current_vllm_config().model_config
-            raise unsupported_model(
-                f"{model.architecture} ({model.model}) has an attention layer that cannot be served: "
-                f"{'; '.join(reasons)} ({attn_selector_config})",
-                selected_backend.name,
-            )
+            with announced():
+                raise unsupported_model(
+                    f"{model.architecture} ({model.model}) has an attention layer that cannot be served: "
+                    f"{'; '.join(reasons)} ({attn_selector_config})",
+                    selected_backend.name,
+                )
         return selected_backend.get_path()
 
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)

@@ -18,16 +18,24 @@ class Backend(NamedTuple):
     Attributes:
         path: of its class.
         check: of the function that refuses configurations, called with vLLM's.
+        hook: of the function that has loaded weights handed over, called without arguments.
     """
 
     path: str
     check: str
+    hook: str
 
 
 BACKENDS = {
-    BACKEND_NAME: Backend("xquant_vllm.plugin.backend.backend.XQuantBackend", "xquant_vllm.plugin.checks.check_config"),
+    BACKEND_NAME: Backend(
+        "xquant_vllm.plugin.backend.backend.XQuantBackend",
+        "xquant_vllm.plugin.checks.check_config",
+        "xquant_vllm.plugin.load.loader.install_loader_hook",
+    ),
     KIVI_BACKEND_NAME: Backend(
-        "xquant_vllm.kivi.plugin.backend.KiviBackend", "xquant_vllm.kivi.plugin.checks.check_config"
+        "xquant_vllm.kivi.plugin.backend.KiviBackend",
+        "xquant_vllm.kivi.plugin.checks.check_config",
+        "xquant_vllm.kivi.plugin.loader.install_loader_hook",
     ),
 }
 

@@ -7,6 +7,7 @@ A folder's factors are two files, ``xquant_factors.safetensors`` (``layers.N.key
 import hashlib
 import json
 import os
+import stat
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from xquant_vllm.errors import FactorFileError
+from xquant_vllm.errors import FactorFileError, cause_of
 from xquant_vllm.projection.basis import BasisKind, LatentBasis, latent_shape
 
 FACTORS_FILE = "xquant_factors.safetensors"
@@ -144,9 +145,10 @@ def read_tensors(
     Raises:
         FactorFileError: the file is missing, unreadable, truncated, lacks a tensor or was changed.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     tensors = {}
+    refuse_other_than_files(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             present = set(file.keys())
@@ -162,11 +164,40 @@ def read_tensors(
                 if hashlib.sha256(tensor_bytes(tensor)).hexdigest() != checksums.get(name):
                     raise FactorFileError(f"is corrupt: the checksum of {name} does not match")
                 tensors[name] = tensor
-    except FileNotFoundError:
-        raise FactorFileError("is missing") from None
-    except (SafetensorError, OSError) as error:
-        raise FactorFileError(f"is truncated or no safetensors file ({error})") from None
+    except FactorFileError:
+        raise
+    except Exception as error:  # a header may claim anything, and the library answers with errors of several kinds
+        raise FactorFileError(f"is truncated or no safetensors file ({cause_of(error)})") from None
     return tensors
+
+
+def refuse_other_than_files(path: Path) -> None:
+    """Refuse what cannot be read like a file: a pipe would never end.
+
+    Raises:
+        FactorFileError: it is missing, cannot be reached, or is no file.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise FactorFileError("is a link to nothing" if path.is_symlink() else "is missing") from None
+    except OSError as error:
+        raise FactorFileError(f"cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(mode):
+        raise FactorFileError("is a folder" if stat.S_ISDIR(mode) else "is no regular file")
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise FactorFileError(f"has {twice!r} twice")
+    return content
+
+
+def _no_number(name: str) -> None:
+    raise FactorFileError(f"has {name} where a number should be")
 
 
 def bases_from(layer: int, tensors: Mapping[str, torch.Tensor]) -> tuple[LatentBasis, LatentBasis]:
@@ -191,14 +222,18 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        FactorFileError: it is missing, unreadable, or no object.
+        FactorFileError: it is missing, unreadable, no object, or ambiguous: a name twice, or a number that is none.
     """
+    refuse_other_than_files(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FactorFileError("is missing") from None
-    except (OSError, ValueError) as error:
-        raise FactorFileError(f"is no JSON file ({error})") from None
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=_without_repetition, parse_constant=_no_number)
+    except FactorFileError:
+        raise
+    except OSError as error:
+        raise FactorFileError(f"cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise FactorFileError(f"is no JSON file ({cause_of(error)})") from None
     if not isinstance(content, dict):
         raise FactorFileError("is no JSON object")
     return content

@@ -11,36 +11,49 @@ from pathlib import Path
 
 import torch
 
-from xquant_vllm.errors import FactorFileError
-from xquant_vllm.projection.factor_file import FORMAT_VERSION, TensorWriter, read_tensors, tensor_bytes
+from xquant_vllm.errors import FactorFileError, cause_of
+from xquant_vllm.projection.factor_file import (
+    FORMAT_VERSION,
+    TensorWriter,
+    read_tensors,
+    refuse_other_than_files,
+    tensor_bytes,
+)
 
 logger = logging.getLogger("vllm.xquant_vllm")
 
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/xquant_vllm``, or ``~/.cache/xquant_vllm``."""
+def cache_folder() -> Path | None:
+    """``$XDG_CACHE_HOME/xquant_vllm``, or ``~/.cache/xquant_vllm``; None for a user without a home."""
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "xquant_vllm"
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "xquant_vllm"
+    except RuntimeError:  # no HOME, and no entry in the list of users
+        return None
 
 
 class FactorCache:
     """Files named after the SHA-256 of what they were computed from; nothing that happens to them is an error."""
 
-    def __init__(self, folder: Path) -> None:
-        """Keep files in ``folder``, made on first use."""
+    def __init__(self, folder: Path | None) -> None:
+        """Keep files in ``folder``, made on first use; None keeps nothing, which is said once."""
         self.folder = folder
         self._complained = False
+        if folder is None:
+            self._complain("a home folder", "there is none: HOME is not set")
 
-    def path(self, recipe: str, key_weight: torch.Tensor, value_weight: torch.Tensor) -> Path:
-        """Where the factors of these weights are kept.
+    def path(self, recipe: str, key_weight: torch.Tensor, value_weight: torch.Tensor) -> Path | None:
+        """Where the factors of these weights are kept; None without a folder.
 
         Args:
             recipe: what is made of them.
             key_weight: ``[num_kv_heads * head_size, hidden_size]``, this rank's rows.
             value_weight: likewise.
         """
+        if self.folder is None:
+            return None
         digest = hashlib.sha256(f"{FORMAT_VERSION} {recipe} {tuple(key_weight.shape)} {key_weight.dtype}".encode())
         digest.update(tensor_bytes(key_weight))
         digest.update(tensor_bytes(value_weight))
@@ -56,9 +69,9 @@ class FactorCache:
         Returns:
             The tensors on the CPU, or None.
         """
-        if not path.exists():
-            return None
         try:
+            if not os.path.lexists(path):
+                return None
             return read_tensors(path, shapes, _read_checksums(path))
         except FactorFileError as error:
             logger.warning("xquant: the cached factors %s are computed anew, because the file %s", path, error)
@@ -70,6 +83,7 @@ class FactorCache:
         """Write an entry under another name and rename it: ranks may do this at the same time."""
         shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         temporary = None
+        assert self.folder is not None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=self.folder)
@@ -82,22 +96,28 @@ class FactorCache:
             temporary.replace(path)
         except OSError as error:
             if temporary is not None:
-                temporary.unlink(missing_ok=True)
-            if not self._complained:
-                self._complained = True
-                logger.warning(
-                    "xquant: factors cannot be kept in %s (%s), so they are computed at every start; make it "
-                    'writable, set XDG_CACHE_HOME, or set "factor_cache": false',
-                    self.folder,
-                    error,
-                )
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+            self._complain(self.folder, error)
+
+    def _complain(self, folder: object, why: object) -> None:
+        """Say once that nothing is kept."""
+        if not self._complained:
+            self._complained = True
+            logger.warning(
+                "xquant: factors cannot be kept in %s (%s), so they are computed at every start; make it "
+                'writable, set XDG_CACHE_HOME, or set "factor_cache": false',
+                folder,
+                why,
+            )
 
 
 def _read_checksums(path: Path) -> dict[str, str]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
+    refuse_other_than_files(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return dict(json.loads((file.metadata() or {}).get("sha256", "{}")))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FactorFileError(f"is truncated or no safetensors file ({error})") from None
+    except Exception as error:  # a header may claim anything, and the library answers with errors of several kinds
+        raise FactorFileError(f"is truncated or no safetensors file ({cause_of(error)})") from None

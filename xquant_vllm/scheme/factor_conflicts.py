@@ -1,6 +1,7 @@
 """A model folder's factors and the user's settings: which wins, and when they contradict each other."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def factors_in(folder: Path) -> FactorHeader | None:
     """
     try:
         header = read_header(folder)
-        if header is None and (folder / FACTORS_FILE).exists():
+        if header is None and os.path.lexists(folder / FACTORS_FILE):
             raise FactorFileError("is missing")
         return header
     except FactorFileError as error:

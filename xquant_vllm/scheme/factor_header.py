@@ -1,8 +1,13 @@
 """The JSON header of a folder's factors: what they are made from, how, and which settings they are for."""
 
 import functools
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -10,10 +15,12 @@ from xquant_vllm.codec.allocated import AllocatedFormat
 from xquant_vllm.codec.allocation import LayerAllocation
 from xquant_vllm.errors import FactorFileError
 from xquant_vllm.projection.basis import BasisKind
-from xquant_vllm.projection.factor_file import DTYPES, FORMAT_VERSION, HEADER_FILE, read_json
+from xquant_vllm.projection.factor_file import DTYPES, FORMAT_VERSION, HEADER_FILE, read_json, refuse_other_than_files
 from xquant_vllm.projection.layer import BasisSpec
 from xquant_vllm.projection.predicted import joint_kv_width
 from xquant_vllm.scheme.settings import PerStream
+
+logger = logging.getLogger("vllm.xquant_vllm")
 
 
 class _Model(BaseModel):
@@ -98,6 +105,7 @@ class FactorHeader(_Model):
         dtype: dtype of the down-projections, which is the one to serve in.
         calibration: None for data-free bases.
         checksums: SHA-256 of every tensor.
+        checksum: SHA-256 of all else in this header, see :func:`header_checksum`; None in files of 0.1.0 and before.
     """
 
     format: int
@@ -107,6 +115,7 @@ class FactorHeader(_Model):
     dtype: str
     calibration: Calibration | None
     checksums: dict[str, str]
+    checksum: str | None = None
 
     @property
     def spec(self) -> BasisSpec:
@@ -137,10 +146,10 @@ def read_header(folder: Path) -> FactorHeader | None:
         FactorFileError: it has one that cannot be used.
     """
     path = folder / HEADER_FILE
-    try:
-        state = path.stat()
-    except OSError:
+    if not os.path.lexists(path):
         return None
+    refuse_other_than_files(path)
+    state = path.stat()
     return _read(path, state.st_mtime_ns, state.st_size)
 
 
@@ -152,14 +161,41 @@ def _read(path: Path, _modified: int, _size: int) -> FactorHeader:
             f"has format version {content.get('format')!r}, this version of xquant-vllm reads {FORMAT_VERSION}"
         )
     try:
-        header = FactorHeader.model_validate(content)
+        header = _checked(FactorHeader.model_validate(content))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise FactorFileError(f"is no header of factors ({where}: {first['msg']})") from None
+    if content.get("checksum") is not None:
+        if content["checksum"] != header_checksum(content):
+            raise FactorFileError(
+                "was changed: its checksum does not match, and what it says is built into the factors"
+            )
+    else:
+        logger.warning("xquant: %s has no checksum of its settings, since an older release wrote it", path)
+    return header
+
+
+def header_checksum(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a header but its own checksum, written as JSON with sorted names and without spaces."""
+    rest = {name: value for name, value in content.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _checked(header: FactorHeader) -> FactorHeader:
+    """What the types alone do not say.
+
+    Raises:
+        FactorFileError: it is not said in one piece.
+    """
+    source = header.source
+    if min(source.layers, source.hidden_size, source.kv_heads, source.head_size) < 1:
+        raise FactorFileError("is no header of factors (source: sizes are at least 1)")
     if header.dtype not in DTYPES:
         raise FactorFileError(f"is no header of factors (dtype: {header.dtype!r})")
-    if [len(heads) for heads in header.source.fingerprints] != [header.source.kv_heads] * header.source.layers:
+    of_layers = header.source.fingerprints
+    # Not compared with a list of that many: a number in a file may be any.
+    if len(of_layers) != source.layers or any(len(heads) != source.kv_heads for heads in of_layers):
         raise FactorFileError("is no header of factors (source.fingerprints: not one per layer and kv head)")
     allocation = header.settings.allocation
     if allocation is not None:

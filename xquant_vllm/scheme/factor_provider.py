@@ -170,7 +170,7 @@ class FactorProvider:
         path = None
         if self._cache is not None:
             path = self._cache.path(recipe, layer.key, layer.value)
-            cached = self._cache.load(path, shapes)
+            cached = None if path is None else self._cache.load(path, shapes)
             if cached is not None:
                 self._origins["cached"] += 1
                 return cached

@@ -1,9 +1,11 @@
 """A layer's key and value weights on one rank, and how bases are made of them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
+from xquant_vllm.errors import RefusedError, counted
 from xquant_vllm.projection.layer import BasisSpec
 from xquant_vllm.scheme.settings import XQuantSettings
 
@@ -43,6 +45,34 @@ class HeadShard:
     def of_rank(rank: int, ranks: int, total: int) -> "HeadShard":
         """The shard of a tensor parallel rank, as vLLM cuts a fused ``qkv_proj``."""
         return HeadShard(rank * (total // ranks) if total >= ranks else rank // (ranks // total), total)
+
+
+def refuse_non_finite(layer: int, tensors: Mapping[str, torch.Tensor | None]) -> None:
+    """Refuse weights that are no numbers: nothing can be factorized, and the model itself would answer nonsense.
+
+    Args:
+        layer: the layer, counted from the model's first.
+        tensors: what makes its keys and values, by the names to be told, in the serving dtype; None is passed over.
+
+    Raises:
+        RefusedError: a tensor has NaN or infinity in it; the message names it, and what to do.
+    """
+    for name, tensor in tensors.items():
+        if tensor is None or bool(torch.isfinite(tensor).all()):
+            continue
+        bad = ~torch.isfinite(tensor)
+        first = ", ".join(map(str, bad.nonzero()[0].tolist()))
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        remedy = (
+            "serve it with --dtype bfloat16, since numbers beyond 65504 are infinite in float16; if that says the "
+            "same, fetch the checkpoint anew"
+            if tensor.dtype == torch.float16
+            else "fetch the checkpoint anew: it is damaged, or was saved from a training that had diverged"
+        )
+        raise RefusedError(
+            f"xquant: layer {layer} cannot be factorized: {name} has {counted(int(bad.sum()), 'element')} that "
+            f"{'is' if bad.sum() == 1 else 'are'} NaN or infinite in {dtype}, the first at [{first}]; {remedy}"
+        )
 
 
 def spec_of(settings: XQuantSettings, dtype: torch.dtype) -> BasisSpec:

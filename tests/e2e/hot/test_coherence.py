@@ -2,9 +2,9 @@
 
 Prompts in chunks, prefix hits (also of a prefix that is computed in the same step), preemption, freed and reused
 blocks, aborts and rejected drafts. Every fourth step every written token of every hot block is compared in every layer
-with what one function, the reference, makes of its page. The two may differ by the order of additions in one product,
-which is a few units in the last place of the largest number. What comes from a wrong slot, position or layer, or from
-an old token, is off by 10^5 of them.
+with what one function, the reference, makes of its page. The two may differ by the order of additions: of one product,
+which is a few units in the last place of the largest number, and of calibrated latents also of the sums before it.
+What comes from a wrong slot, position or layer, or from an old token, is off by 10^5 units and more.
 
 Pages hold 16-bit numbers and models are in FP32, so that the answers can be compared too: see test_hot_blocks.py.
 """
@@ -19,11 +19,13 @@ from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.e2e
 
-# Of the largest number's last place; measured: 2.1 in FP32.
+# Units in the last place of the largest number. The worst seen with VNNI was 2.7 and 1.5; other processors add in
+# another order. A wrong slot is off by 10^5 or more.
 ULPS = {"float32": 16, "bfloat16": 4}
-TOLERANCE = 0.02
-# Of 8 bits: a last bit now and then makes another code.
-CALIBRATED_TOLERANCE = 0.2
+# Of a logit; the worst of two seeds was 5e-4.
+TOLERANCE = 0.005
+# Of 8 bits, where a last bit now and then makes another code; the worst of two seeds was 0.06.
+CALIBRATED_TOLERANCE = 0.12
 STEPS = int(os.environ.get("HOT_TRACE_STEPS", "24"))
 SEEDS = range(int(os.environ.get("HOT_TRACE_SEEDS", "1")))
 ENGINE = {
@@ -58,6 +60,8 @@ CASES = {
     "X, windows and sinks": ("gpt-oss", X),
     "chain of X, norms": ("qwen3", CHAIN),
 }
+CALIBRATED_ULPS = {"joint latents, calibrated": 24, "predicted chain": 64}
+"""Twice the worst of two seeds, 5.8 and 23: latents are sums as well."""
 
 
 def pool_bytes(model, dtype):
@@ -98,14 +102,14 @@ def trace(engines, tmp_path_factory):
     return trace
 
 
-def assert_coherent(hot, seed, dtype="float32"):
+def assert_coherent(hot, seed, limit=ULPS["float32"]):
     """All that is hot; and the first trace has done what traces are for."""
     shown = ("steps", "aborted", "cached", "preemptions", "drafted", "accepted", "hot_rows", "cold_rows")
     print({name: hot[name] for name in (*shown, "promoted_tokens", "new_tokens")})
     equal = hot["exact"] / hot["checked"]
     print(f"{equal:.4f} of {hot['checked']:,} numbers are equal, the worst is {hot['worst']:.2g} units off")
     assert hot["checked"] > 0
-    assert hot["worst"] <= ULPS[dtype]
+    assert hot["worst"] <= limit
     if seed == 0:
         names = ("aborted", "cached", "hot_rows", "cold_rows", "promoted_tokens", "new_tokens")
         assert min(hot[name] for name in names) > 0
@@ -134,9 +138,9 @@ def test_what_is_hot_is_what_pages_say(trace, name, seed):
     # Groups of layers have blocks of their own.
     blocks = {"num_gpu_blocks_override": 42} if "windows" in name else {}
     hot, cold = trace(*CASES[name], seed, **blocks)
-    assert_coherent(hot, seed)
-    assert hot["preemptions"] > 0 or seed or "windows" in name
-    assert_same_answers(hot, cold, TOLERANCE if isinstance(CASES[name][1], dict) else CALIBRATED_TOLERANCE)
+    assert_coherent(hot, seed, CALIBRATED_ULPS.get(name, ULPS["float32"]))
+    assert hot["preemptions"] > 0 or seed
+    assert_same_answers(hot, cold, CALIBRATED_TOLERANCE if name in CALIBRATED_ULPS else TOLERANCE)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -150,4 +154,4 @@ def test_rejected_drafts(trace, seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_in_bfloat16(trace, seed):
     (hot,) = trace("mha", CHAIN, seed, "bfloat16", cold=False)
-    assert_coherent(hot, seed, "bfloat16")
+    assert_coherent(hot, seed, ULPS["bfloat16"])

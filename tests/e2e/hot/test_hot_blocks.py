@@ -1,4 +1,6 @@
-"""A pool of hot blocks changes no answer, whatever vLLM does with the blocks.
+"""A pool of hot blocks changes no answer of a trained model.
+
+What vLLM does with blocks (chunks, preemption, drafts, pools that are too small) is in the traces of test_coherence.py.
 
 Pages hold 16-bit numbers here: at 4 bits a difference in the last bit of a product now and then makes another code, and
 every such code makes more of them. In FP32 with 16-bit pages the largest difference of a log-probability was seen to be
@@ -65,43 +67,6 @@ def test_hot_equals_cold(run, smollm2_mha, tasks, xquant):
 
 def test_chain_of_latents(run, smollm2, tasks):
     cold, hot = (run(smollm2, tasks, CHAIN_OF_LATENTS, hot) for hot in (0, "50%"))
-    assert_same(hot, cold)
-
-
-def test_prompts_in_chunks(run, smollm2_mha, tasks):
-    cold = run(smollm2_mha, tasks, CHAIN_OF_X, 0)
-    hot = run(smollm2_mha, tasks, CHAIN_OF_X, "50%", max_num_batched_tokens=64, max_num_seqs=8)
-    assert_same(hot, cold)
-
-
-def test_a_pool_too_small_for_all(run, smollm2_mha, documentation):
-    """Eight sequences of up to 140 tokens, a pool of about 500: some rows are hot, the others are not."""
-    prompts = [documentation[start : start + 100] for start in range(0, 800, 100)]
-    tasks = [{"kind": "greedy", "prompts": prompts, "max_tokens": 40}]
-    settings = {"block_size": 32, "max_num_batched_tokens": 256, "max_num_seqs": 8}
-    cold = run(smollm2_mha, tasks, CHAIN_OF_X, 0, **settings)
-    hot = run(smollm2_mha, tasks, CHAIN_OF_X, 500 * 30 * 2 * 9 * 64 * 4, **settings)
-    assert_same(hot, cold)
-
-
-def test_preempted_and_resumed(run, smollm2_mha, documentation):
-    """Eight requests of 164 tokens in blocks of 16 need 88 blocks; they get 56."""
-    prompts = [documentation[start : start + 100] for start in range(0, 800, 100)]
-    tasks = [{"kind": "greedy", "prompts": prompts, "max_tokens": 64}, {"kind": "preemptions"}]
-    settings = {"block_size": 16, "disable_log_stats": False, "max_model_len": 256}
-    cold = run(smollm2_mha, tasks, X, 0, **settings)
-    hot = run(smollm2_mha, tasks, X, "50%", num_gpu_blocks_override=56, **settings)
-    assert hot.tasks[1]["count"] > 0
-    same = sum(a == b for a, b in zip(hot.tasks[0]["tokens"], cold.tasks[0]["tokens"], strict=True))
-    assert same >= len(prompts) - 1  # a near-tie may be decided by the last bit
-
-
-def test_drafted_tokens(run, smollm2_mha, documentation):
-    prompt = documentation[:120] * 2  # repeats itself: some drafts are accepted, others are not
-    tasks = [{"kind": "greedy", "prompts": [prompt, documentation[400:500]], "max_tokens": 60}]
-    cold = run(smollm2_mha, tasks, X, 0)
-    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
-    hot = run(smollm2_mha, tasks, X, "50%", speculative_config=drafts)
     assert_same(hot, cold)
 
 

@@ -43,6 +43,10 @@ class Watch:
                     if block:
                         # A block that several rows have is full; one that was given away begins anew.
                         found[block] = max(found.get(block, (0, 0)), (count, column))
+            # Groups of layers share their memory: a block that this one writes has nothing of another any more.
+            for other in self.written.values():
+                for block in found:
+                    other.pop(block, None)
             self.written.setdefault(id(hot_map), {}).update(found)
             return step
 

@@ -29,7 +29,7 @@ IDLE_STEPS = 64
 """Likewise, where promotion after promotion was in vain."""
 
 PAYS_AFTER = 5
-"""Steps that a promoted block must be attended in: to promote takes as long as to attend from pages about four times."""
+"""Steps that a promoted block must be attended in: promoting takes as long as attending from pages four times or so."""
 
 CALM_STEPS = 256
 """Steps without a promotion in vain after which hot blocks may be taken sooner again."""

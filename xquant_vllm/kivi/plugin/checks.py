@@ -5,7 +5,7 @@ from typing import Any
 
 from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.kivi.plugin.settings import layouts_of, settings_of
-from xquant_vllm.plugin.checks import SUPPORTED_CACHE_DTYPES, unsupported_features
+from xquant_vllm.plugin.checks import SUPPORTED_CACHE_DTYPES, scheme_of_checkpoint, unsupported_features
 
 
 def check_config(vllm_config: Any) -> None:
@@ -28,7 +28,7 @@ def check_config(vllm_config: Any) -> None:
 def _unsupported(vllm_config: Any, pre_rope: bool) -> Iterator[str]:
     yield from unsupported_features(vllm_config)
     cache = vllm_config.cache_config
-    if cache.cache_dtype not in SUPPORTED_CACHE_DTYPES:
+    if cache.cache_dtype not in SUPPORTED_CACHE_DTYPES and not scheme_of_checkpoint(vllm_config.model_config):
         yield (
             f"--kv-cache-dtype {cache.cache_dtype} names the format of cached keys and values, which this backend "
             'replaces; leave it out and set bits in --additional-config \'{"kivi": {"bits": 4}}\''

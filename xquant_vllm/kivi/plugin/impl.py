@@ -13,6 +13,7 @@ from xquant_vllm.kivi.plugin.loader import install_loader_hook
 from xquant_vllm.kivi.plugin.settings import layouts_of, settings_of
 from xquant_vllm.plugin.backend.metadata import PagedMetadata
 from xquant_vllm.plugin.backend.paged_impl import PagedImpl, pages_of, refuse_output_scales
+from xquant_vllm.plugin.refusals import announced
 from xquant_vllm.plugin.registration import KIVI_BACKEND_NAME
 from xquant_vllm.projection.rope import RotaryTable
 
@@ -25,6 +26,7 @@ class KiviImpl(PagedImpl):
 
     backend_name = KIVI_BACKEND_NAME
 
+    @announced()
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Keep the layer's shape; refuse what the kernels do not do."""
         super().__init__(*args, **kwargs)

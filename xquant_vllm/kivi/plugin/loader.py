@@ -25,8 +25,8 @@ def install_loader_hook() -> None:
 
 
 def _process(original: Callable[[], None], model: nn.Module) -> None:
-    original()
     layers = backend_layers(model, KIVI_BACKEND_NAME)
+    original()
     for name, owner, attention in layers:
         _prepare(name, owner, attention)
     if layers:

@@ -51,7 +51,7 @@ def _fitted(
     heads = checkpoint.kv_heads
     for layer, sample in enumerate(samples):
         # Rounded first, because that is what a server has.
-        key, value = (weight.to(dtype).to(device) for weight in checkpoint.key_value(layer))
+        key, value = (weight.to(device) for weight in checkpoint.served_key_value(layer, dtype))
         with torch.no_grad():
             if plan.joint_kv:
                 link, runs = chain.add(sample, key, value, heads, plan.budget, plan.anchors[layer])

@@ -1,6 +1,6 @@
 """The attention backends as vLLM's selector sees them."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from vllm.config.cache import CacheDType
@@ -10,16 +10,31 @@ from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec
 from xquant_vllm.codec.layout import BLOCK_SIZE_MULTIPLE
 from xquant_vllm.plugin.backend.impl import XQuantImpl
 from xquant_vllm.plugin.backend.metadata import XQuantMetadataBuilder
+from xquant_vllm.plugin.backend.wrappers import PACKAGE, raise_for_wrapper
 from xquant_vllm.plugin.registration import BACKEND_NAME
 
 
 class PagedBackend(AttentionBackend):
-    """Pages whose bytes only this package reads."""
+    """Pages whose bytes only this package reads.
+
+    vLLM builds layers of other kinds by deriving a backend whose metadata they change. Those are refused here, which is
+    before a weight is loaded; the layers themselves are checked again once the model is there.
+    """
 
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     # The page format comes from the backend's settings; these name the model's own dtype and change nothing.
     supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "float16", "bfloat16"]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse backends that others derive.
+
+        Raises:
+            UnsupportedError: the class is none of this package.
+        """
+        super().__init_subclass__(**kwargs)
+        if not cls.__module__.startswith(f"{PACKAGE}."):
+            raise_for_wrapper(cls)
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:

@@ -9,13 +9,14 @@ from vllm.v1.attention.backend import AttentionLayer
 from xquant_vllm.attention import dispatch, reference
 from xquant_vllm.attention.hot.tokens import HotTokens
 from xquant_vllm.attention.plan import AttentionLayerPlan
-from xquant_vllm.plugin.backend.hot_budget import rows_on_device
-from xquant_vllm.plugin.backend.hot_worker import keep_pool_back
 from xquant_vllm.plugin.backend.metadata import PagedMetadata
 from xquant_vllm.plugin.backend.paged_impl import PagedImpl, pages_of, refuse_output_scales
 from xquant_vllm.plugin.checks import unsupported_model
 from xquant_vllm.plugin.engine_settings import settings_of
+from xquant_vllm.plugin.hot.budget import rows_on_device
+from xquant_vllm.plugin.hot.worker import keep_pool_back
 from xquant_vllm.plugin.load.loader import install_loader_hook
+from xquant_vllm.plugin.refusals import announced
 from xquant_vllm.plugin.registration import BACKEND_NAME
 from xquant_vllm.scheme.layer_scheme import LayerScheme
 
@@ -28,6 +29,7 @@ class XQuantImpl(PagedImpl):
 
     backend_name = BACKEND_NAME
 
+    @announced()
     def __init__(self, *args: Any, sinks: torch.Tensor | None = None, **kwargs: Any) -> None:
         """Keep the layer's shape; refuse what the kernels do not do.
 
@@ -58,7 +60,7 @@ class XQuantImpl(PagedImpl):
         install_loader_hook()
         keep_pool_back()
         if rows_on_device():
-            from xquant_vllm.plugin.backend.hot_steps import follow_scheduler
+            from xquant_vllm.plugin.hot.gpu_steps import follow_scheduler
 
             follow_scheduler()
 
@@ -87,7 +89,7 @@ class XQuantImpl(PagedImpl):
         return self._sinks is not None
 
     def set_pool(self, pool: Any) -> None:
-        """Take the layer's pool of hot blocks, a ``HotPool`` (hot_cpu.py) or ``HotGpuPool`` (hot_gpu.py)."""
+        """Take the layer's pool of hot blocks, a ``HotPool`` (hot/cpu.py) or ``HotGpuPool`` (hot/gpu.py)."""
         self.hot_pool = pool
 
     def write_hot(self, kv_cache: torch.Tensor, tokens: HotTokens) -> None:

@@ -16,8 +16,11 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from xquant_vllm.attention import dispatch
 from xquant_vllm.attention.batch import AttentionBatch
-from xquant_vllm.plugin.backend.hot_budget import rows_on_device
-from xquant_vllm.plugin.backend.hot_cpu import HotBuilder
+from xquant_vllm.errors import UnsupportedError
+from xquant_vllm.plugin.backend.wrappers import PACKAGE, raise_for_wrapper
+from xquant_vllm.plugin.hot.budget import rows_on_device
+from xquant_vllm.plugin.hot.cpu import HotBuilder
+from xquant_vllm.plugin.refusals import announced
 
 
 @dataclass
@@ -27,7 +30,7 @@ class PagedMetadata(AttentionMetadata):
     Attributes:
         num_actual_tokens: query tokens without padding.
         batch: the sequences.
-        hot: what is done with hot blocks, a ``HotBatch`` (hot_cpu.py) or ``HotGpuBatch`` (hot_gpu.py); None without a
+        hot: what is done with hot blocks, a ``HotBatch`` (hot/cpu.py) or ``HotGpuBatch`` (hot/gpu.py); None without a
             pool.
     """
 
@@ -42,7 +45,13 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
-        """Nothing but what vLLM keeps; its own is abstract."""
+        """Keep what vLLM keeps; refuse a builder that others derive, which may tell other positions than tokens have.
+
+        Raises:
+            UnsupportedError: the class is none of this package.
+        """
+        if not type(self).__module__.startswith(f"{PACKAGE}."):
+            raise_for_wrapper(type(self))
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(
@@ -51,8 +60,14 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> PagedMetadata:
-        """Pick what the attention call needs from vLLM's metadata."""
+        """Pick what the attention call needs from vLLM's metadata.
+
+        Raises:
+            UnsupportedError: tokens shall see what comes after them.
+        """
         common = common_attn_metadata
+        if common.causal is not True:
+            raise UnsupportedError("xquant: a batch that is not causal was asked for, which no backend here supports")
         return PagedMetadata(
             num_actual_tokens=common.num_actual_tokens,
             batch=AttentionBatch(
@@ -73,6 +88,7 @@ class XQuantMetadataBuilder(PagedMetadataBuilder):
         """Batches whose sequences have the same few query tokens: their launches depend on nothing else."""
         return AttentionCGSupport.UNIFORM_BATCH
 
+    @announced()
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
@@ -84,7 +100,7 @@ class XQuantMetadataBuilder(PagedMetadataBuilder):
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         missed = [name for name, layer in layers.items() if layer.impl.scheme is None]
         if missed:
-            raise RuntimeError(
+            raise UnsupportedError(
                 f"xquant: the weights of {missed[0]} (and {len(missed) - 1} more layers) were never factorized: "
                 f"--load-format {vllm_config.load_config.load_format} loads without vLLM's post-processing of weights; "
                 "use --load-format auto"
@@ -95,7 +111,7 @@ class XQuantMetadataBuilder(PagedMetadataBuilder):
         self._hot: HotBuilder | None = None
         self._hot_gpu: Any = None
         if rows_on_device():
-            from xquant_vllm.plugin.backend.hot_gpu import HotGpuBuilder
+            from xquant_vllm.plugin.hot.gpu import HotGpuBuilder
 
             self._hot_gpu = HotGpuBuilder.make(kv_cache_spec, list(layers), impls, vllm_config, device)
         elif device.type == "cpu":

@@ -30,7 +30,11 @@ class PagedImpl(AttentionImpl[PagedMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         **unsupported: Any,
     ) -> None:
-        """Keep the layer's shape; refuse what the kernels do not do."""
+        """Keep the layer's shape; refuse what the kernels do not do.
+
+        Raises:
+            UnsupportedError: the model by name, and what of it is not supported.
+        """
         self.vllm_config = get_current_vllm_config()
         who = self.vllm_config.model_config.architecture
         if alibi_slopes is not None:
@@ -40,6 +44,8 @@ class PagedImpl(AttentionImpl[PagedMetadata]):
                 f"{who} has a layer that shares the cache of {kv_sharing_target_layer_name}, which is not supported",
                 self.backend_name,
             )
+        if attn_type != AttentionType.DECODER:
+            raise unsupported_model(f"{who} has {attn_type} layers, which are not supported", self.backend_name)
         for name, value in unsupported.items():
             if value is not None:
                 raise unsupported_model(

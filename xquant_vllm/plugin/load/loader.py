@@ -19,10 +19,12 @@ from xquant_vllm.plugin.load.recognize import AttentionParts, recognize
 from xquant_vllm.plugin.load.report import report
 from xquant_vllm.plugin.load.surgery import Surgeon
 from xquant_vllm.plugin.load.weight_hook import backend_layers, wrap_weight_processing
+from xquant_vllm.plugin.new_weights import guard_weights
 from xquant_vllm.plugin.registration import BACKEND_NAME
 from xquant_vllm.scheme.builder import layer_weights
 from xquant_vllm.scheme.factor_provider import FactorProvider
 from xquant_vllm.scheme.formats import LayerShape, layer_formats
+from xquant_vllm.scheme.layer_weights import refuse_non_finite
 
 logger = logging.getLogger("vllm.xquant_vllm")
 
@@ -54,21 +56,28 @@ def _process(original: Callable[[], None], model: Any) -> None:
     seconds = time.perf_counter() - start
     if not quantized:
         original()
-    model.load_weights = _refuse_new_weights
+    guard_weights(model)
     report([attention.impl for _, _, attention in layers], quantized, factors.describe(seconds))
     logger.info("xquant: %s", describe_coverage(model))
 
 
-def _refuse_new_weights(*_: Any, **__: Any) -> None:
-    """Stands in for ``load_weights`` of a model whose weights are factorized."""
-    raise RuntimeError(
-        "xquant: new weights cannot be loaded into a running model, because the key and value projections are "
-        "factorized; start the server anew with them"
-    )
-
-
 def _is_plain(qkv_proj: Any) -> bool:
     return isinstance(getattr(qkv_proj, "quant_method", None), UnquantizedLinearMethod)
+
+
+def _check_numbers(index: int, part: AttentionParts, linear: Any) -> None:
+    """Refuse a layer whose keys or values are made with what is no number."""
+    key, value = key_value_rows(part, linear.weight.data)
+    bias = getattr(linear, "bias", None)
+    tensors = {
+        f"{part.name}.k_proj.weight (in vLLM the key rows of qkv_proj)": key,
+        f"{part.name}.v_proj.weight (in vLLM the value rows of qkv_proj)": value,
+        f"{part.name}.k_proj.bias or v_proj.bias (in vLLM rows of qkv_proj)": None
+        if bias is None
+        else bias.data[part.q_size :],
+        f"{part.name}.k_norm.weight": None if part.key_norm is None else part.key_norm.weight,
+    }
+    refuse_non_finite(index, tensors)
 
 
 def _operate(
@@ -91,6 +100,10 @@ def _operate(
     allocations = {shape.index: factors.allocation(shape.index, shape.num_kv_heads) for shape in shapes}
     known = {index: allocation for index, allocation in allocations.items() if allocation is not None}
     formats = layer_formats(settings, shapes, known if len(known) == len(shapes) else None)
+    if not processed:
+        # Before threads start with the first layers: LAPACK would have the last word.
+        for index, part in zip(indices, parts, strict=True):
+            _check_numbers(index, part, part.qkv_proj)
     surgeon = Surgeon(settings, formats, factors)
     with factors:
         if not processed:
@@ -104,6 +117,7 @@ def _operate(
         for position, (form, part, (name, _, attention)) in enumerate(zip(formats, parts, layers, strict=True)):
             if processed:
                 dense = effective_linear(f"{name}.qkv_proj", part.qkv_proj)
+                _check_numbers(form.shape.index, part, dense)
             else:
                 bias = getattr(part.qkv_proj, "bias", None)
                 dense = DenseLinear(part.qkv_proj.weight.data, None if bias is None else bias.data)

@@ -6,6 +6,7 @@ import torch
 
 from xquant_vllm.attention.latents import combine
 from xquant_vllm.codec.layout import Stream
+from xquant_vllm.errors import RefusedError
 from xquant_vllm.plugin.checks import unsupported_model
 from xquant_vllm.plugin.load.recognize import AttentionParts
 from xquant_vllm.projection.rematerialize import rematerialize_keys, rematerialize_values
@@ -51,6 +52,7 @@ def prove_keys_and_values(
     Raises:
         UnsupportedError: they differ by more than rounding.
     """
+    _refuse_overflow(parts, before)
     key_latents, value_latents = _exact_latents(scheme, earlier, after[1], after[2])
     rebuilt = (
         after[0].float(),
@@ -64,6 +66,18 @@ def prove_keys_and_values(
             f"({shape.num_kv_heads} kv heads of {shape.head_size}) differ from its own by {error:.1e} (relative, "
             f"tolerance {tolerance:.0e}), so it treats them in a way that is not supported"
         )
+
+
+def _refuse_overflow(parts: AttentionParts, before: Sequence[torch.Tensor]) -> None:
+    """Refuse a module that leaves the range of its dtype by itself: no cache makes up for that."""
+    for what, tensor in zip(("queries", "keys", "values"), before, strict=True):
+        if not bool(torch.isfinite(tensor).all()):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            remedy = "serve it with --dtype bfloat16" if tensor.dtype == torch.float16 else "fetch the checkpoint anew"
+            raise RefusedError(
+                f"xquant: the {what} of {parts.name} are NaN or infinite in {dtype} for an input of ordinary numbers; "
+                f"{remedy}"
+            )
 
 
 def _exact_latents(

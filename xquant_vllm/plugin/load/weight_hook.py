@@ -2,14 +2,21 @@
 
 import functools
 from collections.abc import Callable
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from torch import nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.model_loader import base_loader
 
+from xquant_vllm.plugin.attention_kinds import layer_problem, wrapper_problem
 from xquant_vllm.plugin.checks import unsupported_model
+from xquant_vllm.plugin.refusals import announced
+from xquant_vllm.plugin.registration import BACKENDS
 
 
 def wrap_weight_processing(marker: str, process: Callable[[Callable[[], None], Any], None]) -> None:
@@ -24,6 +31,7 @@ def wrap_weight_processing(marker: str, process: Callable[[Callable[[], None], A
         return
 
     @functools.wraps(original)  # which keeps the markers of others
+    @announced()
     def process_weights_after_loading(model: Any, model_config: Any, target_device: torch.device) -> None:
         process(lambda: original(model, model_config, target_device), model)
 
@@ -35,23 +43,44 @@ def backend_layers(model: nn.Module, backend_name: str) -> list[tuple[str, nn.Mo
     """All attention layers of this backend as (name of the owner, owner, attention).
 
     Raises:
-        UnsupportedError: other layers escaped the backend although it was asked for all.
+        UnsupportedError: one is of a kind that is not served, or layers escaped the backend although it was asked for
+            all.
     """
-    attentions = [(name, module) for name, module in model.named_modules() if isinstance(module, Attention)]
     layers, escaped = [], []
-    for name, attention in attentions:
-        if getattr(attention.impl, "backend_name", None) == backend_name:
+    for name, attention in model.named_modules():
+        if not isinstance(attention, AttentionLayerBase) or isinstance(attention, MambaBase):
+            continue
+        if getattr(getattr(attention, "impl", None), "backend_name", None) == backend_name:
+            _check_kind(name, attention, backend_name)
             owner_name = name.rpartition(".")[0]
             layers.append((owner_name, model.get_submodule(owner_name), attention))
         else:
             escaped.append((name, attention))
-    if layers and escaped:
-        impl = layers[0][2].impl
-        if not impl.vllm_config.attention_config.backend_per_kind:
-            name, attention = escaped[0]
-            raise unsupported_model(
-                f"{name} was given the backend {attention.attn_backend.get_name()} although {impl.backend_name} was "
-                "asked for",
-                impl.backend_name,
-            )
+    if escaped and _asked_for_all(backend_name):
+        name, attention = escaped[0]
+        raise unsupported_model(
+            f"{name} ({type(attention).__name__}) was given the backend {_backend_of(attention)} although "
+            f"{backend_name} was asked for",
+            backend_name,
+        )
     return layers
+
+
+def _check_kind(name: str, attention: Any, backend_name: str) -> None:
+    """Refuse what is built on vLLM's attention layer or on a backend of this package: it may rebase positions."""
+    if type(attention) is not Attention:
+        raise unsupported_model(f"{name} uses {layer_problem(type(attention))}, which is not supported", backend_name)
+    if attention.attn_backend is not resolve_name(BACKENDS[backend_name].path):
+        problem = wrapper_problem(attention.attn_backend.__name__)
+        raise unsupported_model(f"{name} uses {problem}, which is not supported", backend_name)
+
+
+def _asked_for_all(backend_name: str) -> bool:
+    """Whether the configuration of the model that is being loaded names a backend for all of its layers."""
+    asked = get_current_vllm_config().attention_config
+    return not asked.backend_per_kind and getattr(asked.backend, "name", None) == backend_name
+
+
+def _backend_of(attention: Any) -> str:
+    backend = getattr(attention, "attn_backend", None)
+    return "of its own" if backend is None else str(backend.get_name())

@@ -179,8 +179,8 @@ def _on_platform(vllm_config: Any, impls: Sequence[Any]) -> tuple[str | None, in
         return unsupported(dtype, sorted({impl.head_size for impl in impls})), 0
     if vllm_config.model_config.enable_sleep_mode:
         return "--enable-sleep-mode discards what the pool holds, and where it is", 0
-    from xquant_vllm.plugin.backend.flash import flash_unsupported
-    from xquant_vllm.plugin.backend.hot_gpu_memory import shared_bytes
+    from xquant_vllm.plugin.hot.flash import flash_unsupported
+    from xquant_vllm.plugin.hot.gpu_memory import shared_bytes
 
     reason = flash_unsupported(dtype, impls, vllm_config.cache_config.block_size)
     return reason, 0 if reason is not None else shared_bytes(vllm_config)

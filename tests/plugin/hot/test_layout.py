@@ -6,8 +6,8 @@ from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from xquant_vllm.attention.hot.pool import Pool, PoolLayout
-from xquant_vllm.plugin.backend import hot_layout
-from xquant_vllm.plugin.backend.hot_layout import pool_layout
+from xquant_vllm.plugin.hot import layout as hot_layout
+from xquant_vllm.plugin.hot.layout import pool_layout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

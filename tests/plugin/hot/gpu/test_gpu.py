@@ -18,8 +18,10 @@ from xquant_vllm.attention.gpu import kernels
 from xquant_vllm.attention.hot import reference as token_reference
 from xquant_vllm.attention.hot.rematerialize import rematerialize
 from xquant_vllm.attention.hot.tokens import HotTokens
-from xquant_vllm.plugin.backend import hot_gpu, hot_gpu_memory, hot_steps
-from xquant_vllm.plugin.backend.hot_budget import hot_memory
+from xquant_vllm.plugin.hot import gpu as hot_gpu
+from xquant_vllm.plugin.hot import gpu_memory as hot_gpu_memory
+from xquant_vllm.plugin.hot import gpu_steps
+from xquant_vllm.plugin.hot.budget import hot_memory
 
 BLOCK, BLOCKS, MAX_LEN, ROWS, STEP = 16, 24, 64, 3, 32
 HEADS, GROUP, SIZE = 1, 2, 16
@@ -81,7 +83,7 @@ class Engine:
             kind, arguments = SlidingWindowSpec, arguments | {"sliding_window": spec.window}
         self.builder = hot_gpu.HotGpuBuilder(kind(**arguments), ["layer"], [self.layer], self.config, CPU)
         self.group = hot_gpu.hot_engine(self.config).groups[("layer",)]
-        self.steps = hot_steps.HotSteps()
+        self.steps = gpu_steps.HotSteps()
         self.free = list(range(1, BLOCKS))
         self.running: list[Request] = []
         self.finished: set[str] = set()
@@ -342,7 +344,7 @@ def test_a_step_allocates_nothing_and_reads_nothing_back(monkeypatch) -> None:
 
 
 def test_the_blocks_of_requests() -> None:
-    requests = hot_steps.RequestBlocks()
+    requests = gpu_steps.RequestBlocks()
     nothing = SimpleNamespace(req_ids=[], resumed_req_ids=set(), new_block_ids=[], num_computed_tokens=[])
     a = SimpleNamespace(req_id="a", block_ids=([1, 2], [7]), num_computed_tokens=0)
     b = SimpleNamespace(req_id="b", block_ids=([3], [8]), num_computed_tokens=16)
@@ -394,6 +396,6 @@ def test_a_chain_is_promoted_layer_by_layer() -> None:
     second.write_hot = lambda cache, tokens: second.pool.write([cache, garbage], plans[1], tokens, "second", "first")
     group = SimpleNamespace(hot_of=torch.zeros(1), layer_names=("first", "second"))
     step = SimpleNamespace(promoted=24, slots=slots.numpy(), positions=np.arange(24), hot_slots=hot_slots)
-    hot_steps._promote(group, step, {"first": first, "second": second})
+    gpu_steps._promote(group, step, {"first": first, "second": second})
     for pool, expected in zip((second.pool.keys, second.pool.values), wanted, strict=True):
         torch.testing.assert_close(pool.flatten(0, 1)[16:40], expected, rtol=1e-4, atol=1e-4)

@@ -3,14 +3,12 @@
 import logging
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
-from xquant_vllm.attention.hot.policy import HotMap
 from xquant_vllm.errors import SettingsError
-from xquant_vllm.plugin.backend import hot_budget
-from xquant_vllm.plugin.backend.hot_budget import PageNeeds
+from xquant_vllm.plugin.hot import budget as hot_budget
+from xquant_vllm.plugin.hot.budget import PageNeeds
 from xquant_vllm.plugin.registration import BACKEND_NAME
 from xquant_vllm.scheme.formats import LayerShape, layer_formats
 from xquant_vllm.scheme.hot_share import DEFAULT_SHARE
@@ -163,54 +161,10 @@ def test_default(raw, share):
     assert hot_budget.hot_setting(impls[0].settings, [impl.scheme.format for impl in impls]) == share
 
 
-@pytest.fixture
-def worker(monkeypatch):
-    """vLLM's class of CPU workers, with nothing behind it."""
-    from vllm.v1.worker.cpu_worker import CPUWorker
-
-    monkeypatch.setattr(CPUWorker, "determine_available_memory", lambda self: TOTAL)
-    monkeypatch.setattr(CPUWorker, "execute_model", lambda self, output: output)
-    monkeypatch.setattr(CPUWorker, "shutdown", lambda self: "ended")
-    monkeypatch.setattr(hot_budget, "_page_needs", lambda of: of.vllm_config.needs)
-    return CPUWorker
-
-
-def test_a_worker_gives_the_pool_up_and_says_at_its_end_what_it_was_good_for(worker, caplog):
-    hot_budget.keep_pool_back()
-    hot_budget.keep_pool_back()
-    config = Config({"cache": "x"})
-    one = SimpleNamespace(vllm_config=config)
-    taken = int(TOTAL * DEFAULT_SHARE) // PER_TOKEN * PER_TOKEN
-    assert worker.determine_available_memory(one) == TOTAL - taken
-    hot_map = HotMap(8, BLOCK, 48)
-    hot_map.plan(np.array([[1]]), np.array([20]), np.array([20]))
-    hot_budget.hot_memory(config).maps[0] = (hot_map, None, None)
+def test_there_is_no_default_on_a_gpu(monkeypatch, caplog):
+    """Whatever kernels run there: nothing was measured."""
+    monkeypatch.setattr(hot_budget, "_on_cpu", lambda: False)
+    monkeypatch.setattr(hot_budget, "rows_on_device", lambda: False)
     with caplog.at_level(logging.INFO, "vllm.xquant_vllm"):
-        assert worker.shutdown(one) == "ended"
-    assert (
-        "in all 1 rows of batches were attended from the pool and 0 from pages; 20 new and 0 promoted tokens were "
-        "written to the pool (layers with windows of 48 tokens)" in caplog.text
-    )
-
-
-def test_pages_that_vllm_copies_are_not_hot(worker):
-    """The block may still have the hot block of its former owner."""
-    hot_budget.keep_pool_back()
-    config = Config({"cache": "x"})
-    one = SimpleNamespace(vllm_config=config)
-    hot_map = HotMap(8, BLOCK)
-    hot_map.plan(np.array([[1, 2]]), np.array([40]), np.array([40]))
-    hot_budget.hot_memory(config).maps[0] = (hot_map, None, None)
-    for copies, hot in (([], 2), (None, 2), ([(1, 3)], 0)):
-        output = SimpleNamespace(kv_cache_block_copies=copies)
-        assert worker.execute_model(one, output) is output
-        assert np.count_nonzero(hot_map.hot_of(np.arange(8))) == hot
-
-
-def test_nothing_is_taken_on_a_gpu(worker, monkeypatch):
-    from vllm.platforms import current_platform
-
-    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    before = worker.determine_available_memory
-    hot_budget.keep_pool_back()
-    assert worker.determine_available_memory is before
+        assert take_pool(Config({"cache": "x"})) == 0
+    assert not caplog.text

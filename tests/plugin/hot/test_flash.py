@@ -8,8 +8,9 @@ import pytest
 import torch
 from vllm.platforms import current_platform
 
-from tests.plugin.backend.test_hot_budget import TOTAL, Config, Layer
-from xquant_vllm.plugin.backend import flash, hot_budget
+from tests.plugin.hot.test_budget import Config, Layer, take_pool
+from xquant_vllm.plugin.hot import budget as hot_budget
+from xquant_vllm.plugin.hot import flash
 
 
 def layer(**changes) -> SimpleNamespace:
@@ -65,7 +66,7 @@ def test_there_is_no_pool_that_may_be_discarded(caplog) -> None:
     config = Config({"cache": "x", "hot": "25%"})
     config.model_config.enable_sleep_mode = True
     with caplog.at_level(logging.INFO, "vllm.xquant_vllm"):
-        assert hot_budget.take_pool(config, TOTAL) == 0
+        assert take_pool(config) == 0
     assert "hot blocks are off: --enable-sleep-mode" in caplog.text
 
 
@@ -73,5 +74,5 @@ def test_there_is_no_pool_that_may_be_discarded(caplog) -> None:
 def test_there_is_no_pool_unless_it_is_asked_for(caplog) -> None:
     """Nothing was measured that a default could rest on."""
     with caplog.at_level(logging.INFO, "vllm.xquant_vllm"):
-        assert hot_budget.take_pool(Config({"cache": "x"}), TOTAL) == 0
+        assert take_pool(Config({"cache": "x"})) == 0
     assert not caplog.text

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.attention.attention_cases import Case, Spec, make_case, random_spec
+from tests.attention import attention_cases
+from tests.attention.attention_cases import Case, Spec, random_spec
+from tests.attention.byte_case import in_bytes, on_bytes, run_reference
 from tests.cpu_kernels import has_kernels
 from xquant_vllm.attention import reference
 
@@ -16,10 +18,16 @@ if not has_kernels():
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from xquant_vllm.plugin.backend.hot_budget import HotMemory
-from xquant_vllm.plugin.backend.hot_cpu import HotBuilder
+from xquant_vllm.plugin.hot.budget import HotMemory
+from xquant_vllm.plugin.hot.cpu import HotBuilder
 
 SUPPORTED = (64, 80, 128)
+
+
+def make_case(spec: Spec) -> Case:
+    """Of a key up-projection that is exact in bytes where pages are attended so."""
+    case = attention_cases.make_case(spec)
+    return on_bytes(case) if in_bytes(case) else case
 
 
 def without_null_block(case: Case) -> Case:
@@ -110,7 +118,11 @@ def test_some_rows_hot(seed: int) -> None:
     actual, batch = step(case, builder, impl)
     assert batch.hot is not None
     assert batch.cold is not None
-    assert_near(actual, case.run(reference)[: actual.shape[0]], spec.dtype)
+    assert batch.hot.tokens is not None
+    hot, cold = batch.hot.tokens, batch.cold[1]
+    assert sorted([*hot.tolist(), *cold.tolist()]) == list(range(actual.shape[0]))
+    assert_near(actual[hot], case.run(reference)[hot], spec.dtype)
+    assert_near(actual[cold], run_reference(case)[cold], spec.dtype)
 
 
 @pytest.mark.parametrize("seed", range(60, 70))
@@ -123,7 +135,11 @@ def test_exact_prompts_are_attended_from_pages(seed: int) -> None:
     actual, batch = step(prompts, builder, impl)
     assert batch.cold is not None
     assert batch.cold[0].seq_lens.tolist() == [90]
-    assert_near(actual, prompts.run(reference)[: actual.shape[0]], spec.dtype)
+    assert batch.hot is not None
+    assert batch.hot.tokens is not None
+    hot, cold = batch.hot.tokens, batch.cold[1]
+    assert_near(actual[hot], prompts.run(reference)[hot], spec.dtype)
+    assert_near(actual[cold], run_reference(prompts)[cold], spec.dtype)
 
 
 @pytest.mark.parametrize(("earlier", "written"), [((), 2048), ((4,), 4000)])

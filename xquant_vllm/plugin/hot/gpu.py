@@ -1,4 +1,4 @@
-"""Hot blocks on GPUs: pools that FlashAttention attends to (flash.py), and what a step does (see hot_steps.py)."""
+"""Hot blocks on GPUs: pools that FlashAttention attends to (flash.py), and what a step does (see gpu_steps.py)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ from xquant_vllm.attention.hot.policy import PROMOTED_TOKENS, HotMap
 from xquant_vllm.attention.hot.tokens import HotTokens
 from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.attention.plan import AttentionLayerPlan
-from xquant_vllm.plugin.backend.flash import attend_hot, flash_version
-from xquant_vllm.plugin.backend.hot_budget import hot_memory
-from xquant_vllm.plugin.backend.hot_gpu_memory import HotGpuMemory, plans_of, step_tokens
-from xquant_vllm.plugin.backend.hot_log import HotLog
+from xquant_vllm.plugin.hot.budget import hot_memory
+from xquant_vllm.plugin.hot.flash import attend_hot, flash_version
+from xquant_vllm.plugin.hot.gpu_memory import HotGpuMemory, plans_of, step_tokens
+from xquant_vllm.plugin.hot.log import HotLog
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from xquant_vllm.attention.hot.policy import HotStep
 from xquant_vllm.attention.hot.tokens import HotTokens
 from xquant_vllm.attention.per_object import per_object
-from xquant_vllm.plugin.backend.hot_gpu import HotGroup, hot_engine, on_device
+from xquant_vllm.plugin.hot.gpu import HotGroup, hot_engine, on_device
 
 
 @functools.cache

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from xquant_vllm.attention.hot.policy import HotMap
-from xquant_vllm.plugin.backend.hot_budget import PageNeeds, hot_memory, rows_on_device, take_pool
-from xquant_vllm.plugin.backend.hot_log import say_counts
+from xquant_vllm.plugin.hot.budget import PageNeeds, hot_memory, rows_on_device, take_pool
+from xquant_vllm.plugin.hot.log import say_counts
 
 
 @functools.cache
@@ -14,7 +14,7 @@ def keep_pool_back() -> None:
     """Let vLLM's worker keep the pool's bytes out of the cache's memory, once per process.
 
     It also says at its end what the pool was good for, and on CPUs empties the maps where it copies pages; on a GPU
-    hot_steps.py does that.
+    gpu_steps.py does that.
     """
     from vllm.platforms import current_platform
 
@@ -64,7 +64,7 @@ def _maps(vllm_config: Any) -> Sequence[HotMap]:
     """Of an engine."""
     if not rows_on_device():
         return [hot_map for hot_map, *_ in hot_memory(vllm_config).maps.values()]
-    from xquant_vllm.plugin.backend.hot_gpu import hot_engine
+    from xquant_vllm.plugin.hot.gpu import hot_engine
 
     return [group.hot_map for group in hot_engine(vllm_config).groups.values()]
 

@@ -21,9 +21,9 @@ from xquant_vllm.attention.hot.pool import Pool
 from xquant_vllm.attention.hot.rematerialize import TokenKernels, rematerialize
 from xquant_vllm.attention.hot.tokens import HotTokens
 from xquant_vllm.attention.plan import AttentionLayerPlan
-from xquant_vllm.plugin.backend.hot_budget import HotMemory, hot_memory
-from xquant_vllm.plugin.backend.hot_layout import pool_layout
-from xquant_vllm.plugin.backend.hot_log import HotLog
+from xquant_vllm.plugin.hot.budget import HotMemory, hot_memory
+from xquant_vllm.plugin.hot.layout import pool_layout
+from xquant_vllm.plugin.hot.log import HotLog
 
 
 @dataclass
