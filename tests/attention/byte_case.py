@@ -31,7 +31,7 @@ def in_bytes(case: Case) -> bool:
 
 
 def run_reference(case: Case) -> torch.Tensor:
-    """What the reference makes of a case, with what the kernels round rounded: key latents, for AMX keys and queries.
+    """What the reference makes of a case, with what the kernels round rounded: key latents, for AMX keys.
 
     Tokens that come exactly are not rounded: they come as keys.
     """

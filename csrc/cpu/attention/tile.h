@@ -25,12 +25,12 @@ struct Scratch {
     float* sums;         // [rows]
     float* values;       // [kTile][value_stride]
     StripScratch strip;  // for a band of keys or of values
-    float* head;         // [head_size], of a query to be absorbed
+    float* head;         // [head_size], of a query to be absorbed or rounded
     // With tiles only.
-    float* products;        // [head_size rounded up to 16][kTile] INT32
-    uint16_t* tile_query;   // [rows][tile_depth] BF16, without the scale
-    uint32_t* tile_keys;    // [tile_depth / 2][kTile], two channels' BF16
-    int64_t tile_depth;     // head_size rounded up to 32
+    float* products = nullptr;        // [head_size rounded up to 16][kTile] INT32
+    uint16_t* tile_query = nullptr;   // [rows][tile_depth] BF16, without the scale
+    uint32_t* tile_keys = nullptr;    // [tile_depth / 2][kTile], two channels' BF16
+    int64_t tile_depth;               // head_size rounded up to 32
     int64_t query_width;
     int64_t value_stride;
     int64_t floats;  // size of all of it

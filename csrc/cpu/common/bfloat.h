@@ -3,16 +3,10 @@
 
 #include <stdint.h>
 
-#include "common/convert.h"
 #include "common/simd.h"
 
 namespace xquant {
 namespace {
-
-inline uint16_t to_bfloat(float x) {
-    const uint32_t bits = float_bits(x);
-    return bits & 0x7f800000u ? float_to_bfloat(x) : uint16_t(bits >> 16 & 0x8000u);
-}
 
 #if defined(__AVX512F__)
 // The BF16 of two numbers in a lane, the first in the lower half.
@@ -33,6 +27,11 @@ inline vi bfloat_pairs(vf first, vf second) {
     };
     return (rounded(second) & (vi{} + (int32_t)0xffff0000)) | (rounded(first) >> 16 & 0xffff);
 #endif
+}
+
+// kLanes numbers.
+inline void store_bfloats(uint16_t* to, vf x) {
+    _mm256_storeu_si256((__m256i*)to, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bfloat_pairs(x, vf{})));
 }
 #endif
 

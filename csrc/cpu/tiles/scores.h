@@ -1,5 +1,5 @@
-// Scores by tiles: queries and keys rounded to BF16, as a 16-bit cache has them, summed in FP32. Queries are the left tile,
-// [rows][32 channels], keys the right one, [16 pairs of channels][16 tokens]; the scale follows.
+// Scores by tiles, for BF16 models: queries are BF16, keys are rounded to it as in a 16-bit cache, sums are FP32. Queries
+// are the left tile, [rows][32 channels], keys the right one, [16 pairs of channels][16 tokens]; the scale follows.
 #pragma once
 
 #include <stdint.h>
@@ -17,6 +17,11 @@
 namespace xquant {
 namespace {
 
+// Whether scores are made here. FP32 and FP16 have bits that BF16 would lose.
+inline bool scores_in_tiles(const xquant_plan& plan, const xquant_attention_call& call) {
+    return kTiles && !plan.key_absorbed && call.dtype == XQUANT_BF16;
+}
+
 #if defined(XQUANT_TILES)
 // The queries of a task. Also clears what no key is written to, so that nothing in it is NaN.
 inline void load_tile_queries(const xquant_plan& plan, const xquant_attention_call& call, const Task& task, int64_t rows,
@@ -27,7 +32,10 @@ inline void load_tile_queries(const xquant_plan& plan, const xquant_attention_ca
         load_row(call.dtype, call.query,
                  row_element(plan, task, row, call.query_token_stride, call.query_head_stride), plan.head_size,
                  scratch.head);
-        for (int64_t i = 0; i < plan.head_size; ++i) scratch.tile_query[row * depth + i] = to_bfloat(scratch.head[i]);
+        for (int64_t i = plan.head_size; i % kLanes; ++i) scratch.head[i] = 0.0f;
+        for (int64_t i = 0; i < plan.head_size; i += kLanes) {
+            store_bfloats(scratch.tile_query + row * depth + i, load(scratch.head + i));
+        }
     }
     const int64_t written = plan.head_size / 2 * kTile;
     memset(scratch.tile_keys + written, 0, (depth / 2 * kTile - written) * sizeof(uint32_t));
@@ -84,6 +92,10 @@ inline void tile_scores(const xquant_plan& plan, int64_t rows, int64_t first, in
         for (int64_t j = first; j < last; j += kLanes) store(scores + j, load(scores + j) * plan.scale);
     }
 }
+#else
+inline void load_tile_queries(const xquant_plan&, const xquant_attention_call&, const Task&, int64_t, const Scratch&) {}
+inline void round_keys(const Scratch&, int64_t, int64_t, int64_t) {}
+inline void tile_scores(const xquant_plan&, int64_t, int64_t, int64_t, const Scratch&) {}
 #endif
 
 }  // namespace

@@ -32,7 +32,7 @@ extern "C" void round_pairs(const float* first, const float* second, int32_t* to
     memcpy(to, &pairs, sizeof pairs);
 }
 extern "C" void round_single(const float* from, uint16_t* to) {
-    for (int i = 0; i < 16; ++i) to[i] = to_bfloat(from[i]);
+    store_bfloats(to, load(from));
 }
 """
 FLAGS = ["-std=c++17", "-O2", "-shared", "-fPIC", f"-I{SOURCES}", "-mavx2", "-mfma", "-mf16c"]

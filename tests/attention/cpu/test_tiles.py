@@ -1,4 +1,4 @@
-"""AMX: what is integer has the bits of VNNI."""
+"""AMX: everything but scores of BF16 queries has the bits of VNNI, and these are what the twin says."""
 
 from dataclasses import replace
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.attention.attention_cases import Case, Spec, make_case, random_spec
-from tests.cpu_kernels import bits, has_kernels, using
+from tests.attention.cpu.twin import twin
+from tests.cpu_kernels import assert_close, bits, has_kernels, using
 from xquant_vllm.attention import reference
 
 if not has_kernels():
@@ -29,10 +30,12 @@ def assert_bits_of_vnni(case: Case, amx: str) -> None:
 
 
 @pytest.mark.parametrize("amx", AMX_SETS)
-@pytest.mark.parametrize("seed", range(200, 230))
-def test_values_have_the_bits_of_vnni(amx: str, seed: int) -> None:
-    """Scores of absorbed keys are FP32 in both."""
-    spec = replace(random_spec(seed), rope="none", norm=False, bias=False, exact_from=None)
+@pytest.mark.parametrize("seed", range(200, 240))
+def test_all_has_the_bits_of_vnni(amx: str, seed: int) -> None:
+    """But scores of BF16 queries."""
+    spec = random_spec(seed)
+    if spec.dtype == torch.bfloat16:
+        spec = replace(spec, dtype=torch.float32)
     assert_bits_of_vnni(make_case(spec), amx)
 
 
@@ -86,8 +89,8 @@ def exact_keys(spec: Spec) -> Case:
 
 @pytest.mark.parametrize("amx", AMX_SETS)
 @pytest.mark.parametrize("name", EXACT_KEYS)
-def test_keys_have_the_bits_of_vnni(amx: str, name: str) -> None:
-    case = exact_keys(EXACT_KEYS[name])
+def test_bfloats_that_are_exact_have_the_bits_of_vnni(amx: str, name: str) -> None:
+    case = exact_keys(replace(EXACT_KEYS[name], dtype=torch.bfloat16))
     integers = CpuPlan(case.plan, with_integers=True, with_tiles=True).integer_keys
     assert integers is not None
     assert (integers.first_tiles >= 0).all()
@@ -106,6 +109,16 @@ def test_keys_in_bytes_have_the_bits_of_vnni(amx: str, kind: str, head_size: int
     case = make_case(spec)
     assert CpuPlan(case.plan, with_integers=True).byte_keys is not None
     assert_bits_of_vnni(case, amx)
+
+
+@pytest.mark.parametrize("amx", AMX_SETS)
+@pytest.mark.parametrize("name", EXACT_KEYS)
+def test_scores_of_rounded_keys(amx: str, name: str) -> None:
+    case = make_case(replace(EXACT_KEYS[name], dtype=torch.bfloat16))
+    with using(amx) as there:
+        if not there:
+            pytest.skip(f"this machine has no {amx}")
+        assert_close(case.run(cpu), case.run(twin()))
 
 
 @pytest.mark.parametrize("seed", range(300, 330))

@@ -1,4 +1,4 @@
-"""What the C++ kernels are compared with: the reference, for AMX with keys and queries rounded as tiles take them."""
+"""What the C++ kernels are compared with: the reference, for AMX with keys rounded as tiles take them."""
 
 from collections.abc import Sequence
 from types import ModuleType
@@ -17,7 +17,7 @@ def _rounded_keys(*arguments: object) -> torch.Tensor:
 
 
 class BfloatScores:
-    """The reference with keys, after RoPE, and queries rounded to BF16.
+    """The reference with keys, after RoPE, rounded to BF16 for BF16 queries.
 
     Not where keys are absorbed or kv heads share latents.
     """
@@ -35,10 +35,9 @@ class BfloatScores:
         from xquant_vllm.attention.cpu.plan import CpuPlan
 
         struct = CpuPlan(plan, with_integers=True).struct
-        if struct.key_absorbed or struct.shares_latents:
+        if struct.key_absorbed or struct.shares_latents or query.dtype != torch.bfloat16:
             reference.paged_attention(query, pages, plan, batch, output, inputs)
             return
-        query = query.bfloat16().to(query.dtype)
         with mock.patch.object(reference, "rematerialize_keys", _rounded_keys):
             reference.paged_attention(query, pages, plan, batch, output, inputs)
 
