@@ -55,7 +55,8 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _trap() -> ctypes.CDLL:
+def trap() -> ctypes.CDLL:
+    """That of tools/amx_trap.py."""
     import amx_trap
 
     with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +76,7 @@ def using(isa: str) -> Iterator[bool]:
     with ExitStack() as stack:
         there = cpu.set_isa(isa)
         if not there and isa == "amx" and shutil.which("g++") is not None and cpu.set_isa("amx-trapped"):
-            stack.enter_context(amx_trap.trapped(_trap()))
+            stack.enter_context(amx_trap.trapped(trap()))
             there = True
         stack.callback(cpu.set_isa, None)
         yield there

@@ -12,6 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import amx_trap
+
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
@@ -19,7 +21,6 @@ if str(ROOT) not in sys.path:
 import torch  # noqa: E402
 
 from benchmarks.cpu.layers import BLOCK_SIZE, MODELS, decode_batch, filled_pages, make_plan  # noqa: E402
-from tools import amx_trap  # noqa: E402
 from xquant_vllm.attention.cpu import kernels, library  # noqa: E402
 
 _TILE, _TILES = 64, (4, 12)  # whole stretches, whose start is shared out to their tiles
@@ -34,7 +35,7 @@ def per_tile(trap: ctypes.CDLL, bits: int) -> dict[str, float]:
         batch = decode_batch(1, tiles * _TILE)
         plan = make_plan(model, "latents", bits, tiles * _TILE)
         pages = filled_pages(plan, tiles * _TILE // BLOCK_SIZE, 1)
-        query = torch.randn(1, model.heads, model.head_size).bfloat16()
+        query = torch.randn(1, model.heads, model.head_size, generator=torch.Generator().manual_seed(0)).bfloat16()
         output = torch.empty_like(query)
         kernels.paged_attention(query, pages, plan, batch, output)  # prepares the plan
         with amx_trap.counted(trap, library.LIBRARY_PATH) as counts:
