@@ -16,9 +16,10 @@ except OSError as error:
 SMALL = Model("small", 2, 64, 6, 2, 32)
 
 
-@pytest.mark.parametrize("holds", ["latents", "x"])
-def test_layers_attend(holds: str) -> None:
-    plan = make_plan(SMALL, holds, 4, 300)
+# With VNNI, keys of X in 4 bits are rounded to bytes, which the reference does not do.
+@pytest.mark.parametrize(("holds", "bits", "tolerance"), [("latents", 4, 2e-3), ("x", 8, 2e-3), ("x", 4, 2e-2)])
+def test_layers_attend(holds: str, bits: int, tolerance: float) -> None:
+    plan = make_plan(SMALL, holds, bits, 300)
     batch = decode_batch(2, 300)
     pages = filled_pages(plan, 2 * 3, 2)
     assert pages[0].data_ptr() != pages[1].data_ptr()
@@ -27,7 +28,7 @@ def test_layers_attend(holds: str) -> None:
     for kernels, of_layer, output in zip((cpu, cpu, reference), (pages[0], pages[1], pages[1]), outputs, strict=True):
         kernels.paged_attention(query, (of_layer,), plan, batch, output)
     assert torch.equal(outputs[0], outputs[1])
-    torch.testing.assert_close(outputs[1], outputs[2], atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(outputs[1], outputs[2], atol=tolerance, rtol=tolerance)
 
 
 def test_work_of_a_decode_step() -> None:
