@@ -29,7 +29,7 @@ SETS = {"VNNI": "vnni", "AMX": "amx-trapped"}
 
 def per_tile(trap: ctypes.CDLL, bits: int) -> dict[str, float]:
     """Instructions of the set in use, by kinds, per tile and kv head."""
-    model = MODELS["smollm2"]
+    model = MODELS["smollm2-135m"]
     totals = []
     for tiles in _TILES:
         batch = decode_batch(1, tiles * _TILE)

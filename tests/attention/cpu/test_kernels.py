@@ -195,7 +195,10 @@ def test_nan_key(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounds_output_once(isa: str, dtype: torch.dtype) -> None:
-    case = make_case(Spec(seqs=((100, 40), (300, 1)), dtype=dtype, head_size=72, key_group=24, value_group=24))
+    # Of keys that are turned AMX has other scores for FP32 queries.
+    rope = "none" if isa.startswith("amx") else "neox"
+    spec = Spec(seqs=((100, 40), (300, 1)), dtype=dtype, head_size=72, key_group=24, value_group=24, rope=rope)
+    case = make_case(spec)
     case.query[5] = torch.nan
     rounded = case.run(cpu)[:41]
     exact = replace(case, query=case.query.float()).run(cpu)[:41]

@@ -7,6 +7,7 @@ import torch
 
 from tests.attention.attention_cases import Case, Spec, make_case, random_spec
 from tests.attention.cpu.twin import twin
+from tests.attention.integer_case import on_integers
 from tests.cpu_kernels import assert_close, bits, has_kernels, using
 from xquant_vllm.attention import reference
 
@@ -114,7 +115,7 @@ def test_keys_in_bytes_have_the_bits_of_vnni(amx: str, kind: str, head_size: int
 @pytest.mark.parametrize("amx", AMX_SETS)
 @pytest.mark.parametrize("name", EXACT_KEYS)
 def test_scores_of_rounded_keys(amx: str, name: str) -> None:
-    case = make_case(replace(EXACT_KEYS[name], dtype=torch.bfloat16))
+    case = on_integers(make_case(replace(EXACT_KEYS[name], dtype=torch.bfloat16)))
     with using(amx) as there:
         if not there:
             pytest.skip(f"this machine has no {amx}")
