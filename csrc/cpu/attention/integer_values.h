@@ -119,9 +119,8 @@ inline void accumulate_integer_values(const xquant_plan& plan, const Pages& page
             load_factors(view, page, pages.slot(start + strip), runs.begin + i, scratch.scales + strip,
                          scratch.zeros + strip);
         }
-        for (int64_t j = begin; j < end; ++j) {
-            if (j < first || j >= last) scratch.scales[j] = scratch.zeros[j] = 0.0f;
-        }
+        for (int64_t j = begin; j < first; ++j) scratch.scales[j] = scratch.zeros[j] = 0.0f;
+        for (int64_t j = last; j < end; ++j) scratch.scales[j] = scratch.zeros[j] = 0.0f;
         // What was rounded off a weight is to be multiplied by a code's distance from the middle, not by the code.
         const float middle = allocated ? 0.0f : float((1 << view.head.runs[runs.begin + i].bits) - 1) / 2;
         // So zeros become what the middle stands for.
