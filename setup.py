@@ -41,12 +41,28 @@ COMMON_FLAGS = [
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2_FLAGS]
 VNNI_FLAGS = ["-mavx512vnni", "-mavx512vbmi", *AVX512_FLAGS]
+AMX_FLAGS = ["-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mavx512bf16", *VNNI_FLAGS]
 # Ending of a source file's stem -> what its instructions need. The order is also the order of linking, after the
 # files without such an ending: of an inline function that several files define, the linker keeps the first, and that
 # one must run on every processor.
-ISA_FLAGS = {"_portable": [], "_avx2": AVX2_FLAGS, "_avx512": AVX512_FLAGS, "_vnni": VNNI_FLAGS}
-X86_ONLY = {"_avx2", "_avx512", "_vnni"}
-
+ISA_FLAGS = {
+    "_portable": [],
+    "_avx2": AVX2_FLAGS,
+    "_avx512": AVX512_FLAGS,
+    "_vnni": VNNI_FLAGS,
+    "_amx_emulated": VNNI_FLAGS,
+    "_amx": AMX_FLAGS,
+}
+X86_ONLY = {"_avx2", "_avx512", "_vnni", "_amx_emulated", "_amx"}
+# What a compiler may lack (GCC before 11, an old assembler): the library is then built without it.
+OPTIONAL_ISA = "_amx"
+OPTIONAL_CODE = (
+    'void f() { asm volatile("ldtilecfg (%rax); tdpbsud %tmm2, %tmm1, %tmm0; tdpbf16ps %tmm2, %tmm1, %tmm0"); }'
+)
+# Only for tests, so only in a source tree: no wheel has it.
+TEST_ISA = "_amx_emulated"
+# These tell isa.cpp that they are there.
+PRESENT_FLAGS = {OPTIONAL_ISA: "-DXQUANT_WITH_AMX", TEST_ISA: "-DXQUANT_WITH_EMULATED_AMX"}
 
 CUDA_SOURCES = Path("csrc") / "cuda"
 CUDA_LIBRARY = Path("xquant_vllm") / "attention" / "gpu" / "cuda" / "_cuda_kernels.so"
@@ -80,6 +96,17 @@ def _compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "")) or ["g++"]
 
 
+def _has_optional_isa() -> bool:
+    """Whether the compiler knows the flags and its assembler the instructions of the optional instruction set."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*_compiler(), *ISA_FLAGS[OPTIONAL_ISA], "-x", "c++", "-c", "-", "-o", str(Path(folder) / "probe.o")]
+        try:
+            done = subprocess.run(command, input=OPTIONAL_CODE, capture_output=True, text=True, check=False)
+        except OSError:
+            return True  # _call tells what is wrong
+    return done.returncode == 0
+
+
 def _more_flags() -> list[str]:
     return shlex.split(os.environ.get("CXXFLAGS", ""))
 
@@ -111,19 +138,29 @@ def _check_openmp_runtime(library: Path) -> None:
         )
 
 
-def compile_kernels(target: Path) -> None:
-    """Compile and link the kernels to `target`, which is replaced in one step: a process may be using it."""
-    sources = kernel_sources()
+def compile_kernels(target: Path, for_tests: bool = False) -> None:
+    """Compile and link the kernels to `target`, which is replaced in one step: a process may be using it.
+
+    Args:
+        target: the library.
+        for_tests: also the instruction set that only tests use.
+    """
+    sources = [source for source in kernel_sources() if for_tests or _isa_of(source) != TEST_ISA]
     if not sources:
         raise KernelBuildError(f"no sources in {ROOT / SOURCES}; is this a complete source tree?")
     (ROOT / OBJECTS).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / OBJECTS) as folder:
+        if any(_isa_of(source) == OPTIONAL_ISA for source in sources) and not _has_optional_isa():
+            print(f"xquant: {_compiler()[0]} does not know AMX, building without it", flush=True)
+            sources = [source for source in sources if _isa_of(source) != OPTIONAL_ISA]
+        present = {PRESENT_FLAGS[_isa_of(source)] for source in sources if _isa_of(source) in PRESENT_FLAGS}
+        common = [*COMMON_FLAGS, *sorted(present), f"-I{SOURCES}"]
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
 
         def compile_one(source: Path, output: Path) -> None:
             name = source.relative_to(ROOT)
             print(f"xquant: compiling {name}", flush=True)
-            flags = [*COMMON_FLAGS, *ISA_FLAGS.get(_isa_of(source), []), *_more_flags(), f"-I{SOURCES}"]
+            flags = [*common, *ISA_FLAGS.get(_isa_of(source), []), *_more_flags()]
             _call([*_compiler(), *flags, "-c", str(name), "-o", str(output)], str(name))
 
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
@@ -259,7 +296,7 @@ class build_kernels(KernelCommand):
     what, instead = "the CPU kernels", "the slower PyTorch path"
 
     def compile(self, target: Path) -> None:
-        compile_kernels(target)
+        compile_kernels(target, for_tests=bool(self.inplace))
 
 
 class build_cuda(KernelCommand):

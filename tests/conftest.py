@@ -61,17 +61,18 @@ def documentation(tokenizer) -> list[int]:
     return tokenizer.encode(text)
 
 
-@pytest.fixture(params=("portable", "avx2", "avx512", "vnni"))
+@pytest.fixture(params=("portable", "avx2", "avx512", "vnni", "amx", "amx-emulated"))
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """The C++ kernels use this instruction set; afterwards the best one, and as many threads as before."""
     import torch
 
+    from tests.cpu_kernels import using
     from xquant_vllm.attention.cpu import library as cpu
 
     threads = torch.get_num_threads()
-    if not cpu.set_isa(request.param):
-        pytest.skip(f"this machine has no {request.param}")
-    assert cpu.isa() == request.param
-    yield request.param
-    cpu.set_isa(None)
+    with using(request.param) as there:
+        if not there:
+            pytest.skip(f"this machine has no {request.param}")
+        assert cpu.isa() == request.param
+        yield request.param
     torch.set_num_threads(threads)

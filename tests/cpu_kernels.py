@@ -1,12 +1,20 @@
 """What tests of the C++ kernels share: whether there are any, and how near they come to the reference."""
 
+import ctypes
+import functools
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
 
 # The portable kernels have no fused multiply-add; the largest relative error seen is 4e-6. Of "vnni" it is 2e-4: it
 # rounds weights to 16 bits, and what many tokens' values average to is small.
-TOLERANCES = dict.fromkeys(("portable", "avx2", "avx512"), 1e-5) | {"vnni": 5e-4}
+TOLERANCES = {"portable": 1e-5, "avx2": 1e-5, "avx512": 1e-5, "vnni": 5e-4, "amx": 5e-4, "amx-emulated": 5e-4}
+# For BF16 queries AMX and the twin round keys to BF16, too; one that lies halfway falls to the other side now and then.
+BFLOAT_TOLERANCES = TOLERANCES | {"amx": 2e-3, "amx-emulated": 2e-3}
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
@@ -31,8 +39,9 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 
     assert actual.dtype == expected.dtype
     rounding = ROUNDING[expected.dtype]
+    if tolerance is None:
+        tolerance = (BFLOAT_TOLERANCES if expected.dtype == torch.bfloat16 else TOLERANCES)[cpu.isa()]
     actual, expected = actual.float(), expected.float()
-    tolerance = TOLERANCES[cpu.isa()] if tolerance is None else tolerance
     allowed = tolerance * expected.abs().amax(-1, keepdim=True) + rounding * expected.abs()
     assert expected.isfinite().all()
     assert actual.isfinite().all()
@@ -43,3 +52,31 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 def bits(x: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor."""
     return x.contiguous().view(torch.uint8)
+
+
+@functools.cache
+def trap() -> ctypes.CDLL:
+    """That of tools/amx_trap.py."""
+    import amx_trap
+
+    with tempfile.TemporaryDirectory() as folder:
+        return amx_trap.build(Path(folder))
+
+
+@contextmanager
+def using(isa: str) -> Iterator[bool]:
+    """The kernels use an instruction set; False: this machine lacks it.
+
+    Without AMX the code for it is run all the same, its AMX instructions caught (tools/amx_trap.py).
+    """
+    import amx_trap
+
+    from xquant_vllm.attention.cpu import library as cpu
+
+    with ExitStack() as stack:
+        there = cpu.set_isa(isa)
+        if not there and isa == "amx" and shutil.which("g++") is not None and cpu.set_isa("amx-trapped"):
+            stack.enter_context(amx_trap.trapped(trap()))
+            there = True
+        stack.callback(cpu.set_isa, None)
+        yield there

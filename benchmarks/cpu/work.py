@@ -36,13 +36,14 @@ def decode_work(plan: AttentionLayerPlan, sequences: int, context: int) -> Work:
 
     Counted for every cached token and kv head: keys from codes (in integers where the kernels do so), scale, zero and
     outliers of a key, RoPE (two multiply-adds a channel), scores and the softmax of the group's queries, and values
-    weighed as latents. What is done once per sequence, such as the value up-projection, is left out.
+    weighed as latents. Scores count as FP32, also with AMX, which has them in BF16. What is done once per sequence,
+    such as the value up-projection, is left out.
     """
     projection = plan.projection
     kv_heads, size = projection.num_kv_heads, projection.head_size
     group = plan.num_heads // kv_heads
     width, value_width = projection.up_key.shape[1], projection.value_width
-    integers = cpu.isa() == cpu.INTEGER_ISA
+    integers = cpu.multiplies_integers()
     fp32 = kv_heads * (2.0 * size + group * size + group * _EXPONENTIAL)
     int16 = int8 = 0.0
     if integers:
@@ -50,7 +51,7 @@ def decode_work(plan: AttentionLayerPlan, sequences: int, context: int) -> Work:
         int16 += words * size
         int8 += (kv_heads * width - words) * size
         fp32 += (2 * scale_groups + kv_heads * plan.layout.streams[0].outlier_channels) * size
-        int16 += kv_heads * group * value_width
+        int8 += 2 * kv_heads * group * value_width  # weights are of two integers
     else:
         fp32 += kv_heads * (width * size + group * value_width)
     tokens = sequences * context
@@ -59,7 +60,7 @@ def decode_work(plan: AttentionLayerPlan, sequences: int, context: int) -> Work:
 
 def _key_words(plan: AttentionLayerPlan) -> tuple[int, int]:
     """Channels of all kv heads' keys that have integers of 16 bits, and scale groups of all kv heads."""
-    prepared = prepare(plan, True)
+    prepared = prepare(plan, *cpu.products())
     if prepared.byte_keys is not None:  # one product of all channels
         return 0, plan.projection.num_kv_heads
     keys = prepared.integer_keys

@@ -108,10 +108,16 @@ typedef struct {
     const float* key_units;      // [num_kv_heads, key_scale_groups, head_size]
     const float* key_sums;       // [num_kv_heads, key_scale_groups, head_size]
     int64_t key_scale_groups;
+    // The same for tiles (tiles/registers.h), of scale groups whose channels all have INT8: their integers, transposed.
+    // NULL without tiles.
+    const int8_t* key_tiles;        // [chunks of 64 channels of a scale group][head_size rounded up to 16][64], the rest zero
+    const int64_t* key_first_tiles; // [num_kv_heads, key_scale_groups]: the first chunk; -1: there are no tiles
     // All kv heads read the same latents, which are unpacked once for them: shared_latents.h.
     int64_t shares_latents;
-    // With shares_latents: up_key in INT8, for byte_keys.h; NULL: not. See xquant_vllm/attention/cpu/byte_keys.py.
+    // With shares_latents: up_key in INT8, for byte_keys.h, in one of two orders; both NULL: not. See
+    // xquant_vllm/attention/cpu/byte_keys.py.
     const int32_t* key_bytes;         // [num_kv_heads, head_size / 8, key.width rounded up to 16, / 4, 8] of four channels
+    const int8_t* key_byte_tiles;     // [num_kv_heads, chunks of 64 channels][head_size rounded up to 16][64], the rest zero
     const int32_t* key_byte_offsets;  // [num_kv_heads, head_size]
     const float* key_byte_units;      // [num_kv_heads, head_size]
     const float* up_value;       // [num_kv_heads, value.width, head_size rounded up to 16], the rest of a row zero; NULL:
@@ -248,10 +254,15 @@ XQUANT_EXPORT const char* xquant_cpu_finish_tokens(const xquant_plan* plan, cons
 XQUANT_EXPORT const char* xquant_cpu_write_hot(const xquant_plan* plan, const xquant_hot_layer* layer,
                                                const xquant_hot_call* call);
 
-// The instruction set in use: "vnni" (AVX-512 with it), "avx512", "avx2" or "portable".
+// The instruction set in use: "amx", "vnni" (AVX-512 with it), "avx512", "avx2" or "portable"; for tests "amx-emulated".
+// Those of a source tree also have "amx-trapped", which is "amx" where the processor lacks it: see tools/amx_trap.py.
 XQUANT_EXPORT const char* xquant_cpu_isa(void);
 // Use another one, or NULL for the best; 0 where this machine or this build lacks it. Not for use during a call.
 XQUANT_EXPORT int xquant_cpu_set_isa(const char* name);
+// Why "amx" is not there, as a static text; NULL: it is.
+XQUANT_EXPORT const char* xquant_cpu_tiles_refused(void);
+// The same of any processor, by what CPUID and XGETBV say of it and whether the kernel permits tiles.
+XQUANT_EXPORT const char* xquant_cpu_why_no_tiles(uint64_t leaf7_edx, uint64_t leaf7_1_eax, uint64_t xcr0, int permitted);
 // Threads that the next call of this thread would use, as the OpenMP runtime says.
 XQUANT_EXPORT int xquant_cpu_threads(void);
 

@@ -98,6 +98,8 @@ extern const Kernels kPortableKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kVnniKernels;
+extern const Kernels kAmxKernels;          // only where XQUANT_WITH_AMX is defined
+extern const Kernels kEmulatedAmxKernels;  // only where XQUANT_WITH_EMULATED_AMX is
 #endif
 
 }  // namespace xquant

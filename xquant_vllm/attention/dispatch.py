@@ -13,10 +13,10 @@ from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.plan import AttentionLayerPlan
 
 # For tests: "reference", "triton" (also on the CPU, under TRITON_INTERPRET=1), or an instruction set of the C++ kernels
-# ("portable", "avx2", "avx512", "vnni"). Read once per process.
+# ("portable", "avx2", "avx512", "vnni", "amx", "amx-emulated"). Read once per process.
 OVERRIDE_VARIABLE = "XQUANT_ATTENTION_KERNELS"
 
-_CHOICES = ("reference", "triton", "portable", "avx2", "avx512", "vnni")
+_CHOICES = ("reference", "triton", "portable", "avx2", "avx512", "vnni", "amx", "amx-emulated")
 
 # Measured: decode of 8 sequences with 512 and 4096 cached tokens, 9 heads, 3 kv heads of 64 channels, 4 bits, AVX-512,
 # on 1 and 2 cores.
@@ -95,7 +95,7 @@ def choose(
         )
     if override and not cpu.set_isa(override):
         raise RuntimeError(f"{OVERRIDE_VARIABLE}={override} cannot be met: this processor or this build lacks it")
-    return Choice(kernels, f"attention runs on the C++ kernels for {cpu.isa()}")
+    return Choice(kernels, f"attention runs on the C++ kernels for {cpu.describe()}")
 
 
 def _triton(slow: _Kernels, load: Callable[[], _Kernels], override: str | None) -> Choice[_Kernels]:

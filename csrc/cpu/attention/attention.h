@@ -29,13 +29,16 @@
 #include "common/layout.h"
 #include "common/simd.h"
 #include "kernels.h"
+#include "tiles/registers.h"
+#include "tiles/scores.h"
 
 namespace xquant {
 namespace {
 
-// Scores of tokens start + [first, last) for all rows, by their keys or, absorbed, by their latents.
+// Scores of tokens start + [first, last) for all rows, by their keys or, absorbed, by their latents; `in_tiles` as
+// scores_in_tiles says.
 inline void score(const xquant_plan& plan, const Pages& pages, const ExactTokens& exact, int64_t kv_head, int64_t rows,
-                  int64_t start, int64_t first, int64_t last, const Scratch& scratch) {
+                  int64_t start, int64_t first, int64_t last, bool in_tiles, const Scratch& scratch) {
     Product product;
     product.lda = scratch.query_width;
     product.ldb = kTile;
@@ -53,8 +56,15 @@ inline void score(const xquant_plan& plan, const Pages& pages, const ExactTokens
         return;
     }
     const int64_t from = exact.first_of(start, first, last);
-    if (from > first) load_keys(plan, pages, kv_head, start, first, round_up(from, kStrip), scratch);
+    uint32_t* bfloats = in_tiles && from == last ? scratch.tile_keys : nullptr;
+    const bool rounded =
+        from > first && load_keys(plan, pages, kv_head, start, first, round_up(from, kStrip), scratch, bfloats);
     if (from < last) exact.load_keys(kv_head, start, from, last, scratch.keys);
+    if (in_tiles) {
+        if (!rounded) round_keys(scratch, plan.head_size, first, last);
+        tile_scores(plan, rows, first, last, scratch);
+        return;
+    }
     product.depth = plan.head_size;
     product.a = scratch.query;
     product.b = scratch.keys + first;
@@ -102,19 +112,22 @@ inline bool attend_stretch(const xquant_plan& plan, const xquant_attention_call&
     const Pages pages{plan, call, call.block_table + task.sequence * call.block_table_stride};
     const Context context(task, stretch);
     const ExactTokens exact(plan, call, task);
-    load_queries(plan, call, task, rows, scratch);
+    const bool in_tiles = scores_in_tiles(plan, call);
+    (in_tiles ? load_tile_queries : load_queries)(plan, call, task, rows, scratch);
     clear(plan, rows, state);
     if (!pages.have(context.begin, context.end)) return false;
+    configure_tiles_for(rows);
     context.for_tiles([&](int64_t start, int64_t first, int64_t last) {
         const int64_t next = start + kTile, after = next + kTile;
         pages.prefetch_tile(task.kv_head, next, after < task.end ? after : task.end);
         const int64_t first_column = first / kStrip * kStrip, last_column = round_up(last, kStrip);
-        score(plan, pages, exact, task.kv_head, rows, start, first_column, last_column, scratch);
+        score(plan, pages, exact, task.kv_head, rows, start, first_column, last_column, in_tiles, scratch);
         weigh(plan, task, rows, start, first_column, last_column, state, scratch);
         const int64_t from = exact.first_of(start, first, last);
         if (from > first) accumulate_values(plan, pages, task.kv_head, rows, start, first, from, state, scratch);
         if (from < last) exact.accumulate_values(task.kv_head, rows, start, from, last, state, scratch);
     });
+    release_tiles();
     return true;
 }
 

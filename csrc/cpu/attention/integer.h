@@ -7,11 +7,14 @@
 #pragma once
 
 #include <stdint.h>
+#include <string.h>
 
+#include "common/bfloat.h"
 #include "common/layout.h"
 #include "common/simd.h"
 #include "common/transpose.h"
 #include "kernels.h"
+#include "tiles/registers.h"
 
 namespace xquant {
 namespace {
@@ -24,6 +27,7 @@ struct ScaleGroup {
     int64_t pairs;            // of channels with integers of 16 bits, which come first
     int64_t quads;            // four channels with integers of 8 bits
     const int32_t* up;        // [pairs + quads][head_size]
+    const int8_t* tiles;      // the same for tiles/keys.h, or NULL
     const int32_t* codes;     // [pairs + quads][kTile]
     const float* scales;      // [tokens]
     const float* zeros;       // [tokens]
@@ -40,6 +44,7 @@ struct Finish {
     const float* bias;  // [head_size] or NULL
     const float* rope;  // of the tile's first strip, [pairs of channels][2][16], or NULL: keys are not turned
     int64_t half;       // pairs of channels
+    uint32_t* bfloats;  // [head_size / 2][kTile], where keys go as BF16 in place of FP32, or NULL
 };
 
 // Codes times integers, two of 16 bits or four of 8. GCC 12 copies the accumulators of the intrinsics from register to
@@ -71,10 +76,77 @@ inline void multiply_rows(int64_t depth, int64_t head_size, const int32_t* low, 
     }
 }
 
+// Whether RoPE turns rows, as a type.
+template <bool kTurn>
+struct Turned {
+    static constexpr bool value = kTurn;
+};
+
 // Which kRows rows a block computes: neighbours, or half of them, and as many `apart`, with which they are turned.
 struct Rows {
     int64_t first, apart;
 };
+
+// Keys from their sums: kRows rows of vectors from `column` on, of which sum(i, j) has integers.
+template <int kRows, int kVectors, bool kTurn, typename Sum>
+inline void finish_block(const ScaleGroup& scale_group, const Finish& finish, int64_t head_size, const Rows& rows,
+                         int64_t pair, int64_t column, const Sum& sum, float* keys) {
+    constexpr int kHalf = kRows / 2;
+    const auto row = [&](int i) { return kTurn && i >= kHalf ? rows.first + rows.apart + i - kHalf : rows.first + i; };
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+        const int64_t at = column + j * kLanes;
+        const vf scale = load(scale_group.scales + at), zero = load(scale_group.zeros + at);
+        vf key[kRows];
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+            key[i] = to_float(sum(i, j)) * scale * scale_group.units[row(i)] + zero * scale_group.sums[row(i)];
+        }
+        for (int64_t k = 0; k < scale_group.outlier_channels; ++k) {
+            const vf outlier = load(scale_group.outliers + k * kTile + at);
+#pragma GCC unroll 8
+            for (int i = 0; i < kRows; ++i) key[i] += outlier * scale_group.up_outliers[k * head_size + row(i)];
+        }
+        if (scale_group.accumulate) {
+#pragma GCC unroll 8
+            for (int i = 0; i < kRows; ++i) key[i] += load(keys + row(i) * kTile + at);
+        }
+        if (finish.bias) {
+#pragma GCC unroll 8
+            for (int i = 0; i < kRows; ++i) key[i] += finish.bias[row(i)];
+        }
+        if constexpr (kTurn) {
+            const float* table = finish.rope + (at / kStrip * finish.half + pair) * 2 * kStrip;
+#pragma GCC unroll 8
+            for (int i = 0; i < kHalf; ++i, table += 2 * kStrip) {
+                const vf cosine = load(table), sine = load(table + kStrip), x = key[i], y = key[i + kHalf];
+                key[i] = x * cosine - y * sine;
+                key[i + kHalf] = y * cosine + x * sine;
+            }
+        }
+        if (kTiles && finish.bfloats) {
+#pragma GCC unroll 4
+            for (int i = 0; i < kRows; i += 2) {
+                const vi two = bfloat_pairs(key[i], key[i + 1]);
+                memcpy(finish.bfloats + row(i) / 2 * kTile + at, &two, sizeof two);
+            }
+            continue;
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) store(keys + row(i) * kTile + at, key[i]);
+    }
+}
+
+// Call block(rows, pair, turned), turned as a constant, for all rows of keys.
+template <typename Block>
+inline void for_rows(const Finish& finish, int64_t head_size, const Block& block) {
+    int64_t row = 0;
+    if (finish.rope) {
+        for (int64_t pair = 0; pair < finish.half; pair += 4) block(Rows{pair, finish.half}, pair, Turned<true>{});
+        row = 2 * finish.half;
+    }
+    for (; row < head_size; row += 8) block(Rows{row, 0}, int64_t(0), Turned<false>{});
+}
 
 template <int kRows, int kVectors, bool kTurn>
 inline void integer_block(const ScaleGroup& scale_group, const Finish& finish, int64_t head_size, const Rows& rows,
@@ -102,55 +174,16 @@ inline void integer_block(const ScaleGroup& scale_group, const Finish& finish, i
         }
         multiply_rows<false>(scale_group.pairs, head_size, low, high, codes, sums);
     }
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) {
-        const int64_t at = column + j * kLanes;
-        const vf scale = load(scale_group.scales + at), zero = load(scale_group.zeros + at);
-        vf key[kRows];
-#pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i) {
-            key[i] = to_float((vi)sums[i][j]) * scale * scale_group.units[row(i)] + zero * scale_group.sums[row(i)];
-        }
-        for (int64_t k = 0; k < scale_group.outlier_channels; ++k) {
-            const vf outlier = load(scale_group.outliers + k * kTile + at);
-#pragma GCC unroll 8
-            for (int i = 0; i < kRows; ++i) key[i] += outlier * scale_group.up_outliers[k * head_size + row(i)];
-        }
-        if (scale_group.accumulate) {
-#pragma GCC unroll 8
-            for (int i = 0; i < kRows; ++i) key[i] += load(keys + row(i) * kTile + at);
-        }
-        if (finish.bias) {
-#pragma GCC unroll 8
-            for (int i = 0; i < kRows; ++i) key[i] += finish.bias[row(i)];
-        }
-        if constexpr (kTurn) {
-            const float* table = finish.rope + (at / kStrip * finish.half + pair) * 2 * kStrip;
-#pragma GCC unroll 8
-            for (int i = 0; i < kHalf; ++i, table += 2 * kStrip) {
-                const vf cosine = load(table), sine = load(table + kStrip), x = key[i], y = key[i + kHalf];
-                key[i] = x * cosine - y * sine;
-                key[i + kHalf] = y * cosine + x * sine;
-            }
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i) store(keys + row(i) * kTile + at, key[i]);
-    }
+    finish_block<kRows, kVectors, kTurn>(scale_group, finish, head_size, rows, pair, column,
+                                         [&](int i, int j) { return (vi)sums[i][j]; }, keys);
 }
 
 template <int kVectors>
 inline void integer_columns(const ScaleGroup& scale_group, const Finish& finish, int64_t head_size, int64_t column,
                             float* keys) {
-    int64_t row = 0;
-    if (finish.rope) {
-        for (int64_t pair = 0; pair < finish.half; pair += 4) {
-            integer_block<8, kVectors, true>(scale_group, finish, head_size, {pair, finish.half}, pair, column, keys);
-        }
-        row = 2 * finish.half;
-    }
-    for (; row < head_size; row += 8) {
-        integer_block<8, kVectors, false>(scale_group, finish, head_size, {row, 0}, 0, column, keys);
-    }
+    for_rows(finish, head_size, [&](const Rows& rows, int64_t pair, auto turned) {
+        integer_block<8, kVectors, turned.value>(scale_group, finish, head_size, rows, pair, column, keys);
+    });
 }
 
 // keys [head_size][kTile], columns [first, last), which are multiples of 16.

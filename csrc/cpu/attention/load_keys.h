@@ -11,6 +11,7 @@
 #include "common/layout.h"
 #include "common/simd.h"
 #include "kernels.h"
+#include "tiles/keys.h"
 #include "unpack/unpack.h"
 #include "unpack/unpack_allocated.h"
 
@@ -72,9 +73,9 @@ inline bool straight(const HeadView& view, const xquant_band& runs, const int64_
 }
 
 // Keys of a band of tokens start + [first, last), added to scratch.keys or the first there. True if bias and RoPE are
-// done, too.
+// done, too; then keys go to `bfloats`, if that is not NULL.
 inline bool load_integer_keys(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t start, int64_t first,
-                              int64_t last, const Band& band, const Scratch& scratch) {
+                              int64_t last, const Band& band, const Scratch& scratch, uint32_t* bfloats) {
     const int64_t head_size = plan.head_size;
     const xquant_term& term = plan.key.terms[band.first];
     const HeadView view = head_view(plan, term, kv_head);
@@ -92,6 +93,7 @@ inline bool load_integer_keys(const xquant_plan& plan, const Pages& pages, int64
     Finish finish;
     finish.bias = plan.key_bias ? plan.key_bias + kv_head * head_size : nullptr;
     finish.half = plan.rotary_size / 2;
+    finish.bfloats = bfloats;
     finish.rope = plan.rope ? plan.rope + start / kStrip * finish.half * 2 * kStrip : nullptr;
     for (int64_t strip = first; strip < last; strip += kStrip) {
         const uint8_t* page = pages.page(term, start + strip);
@@ -118,6 +120,8 @@ inline bool load_integer_keys(const xquant_plan& plan, const Pages& pages, int64
         scale_group.pairs = words[i] / 2;
         scale_group.quads = (channels_of(i) - words[i]) / 4;
         scale_group.up = plan.key_integers + row / 2 * head_size;
+        const int64_t tile = kTiles ? plan.key_first_tiles[index] : -1, tile_bytes = round_up(head_size, 16) * 64;
+        scale_group.tiles = tile < 0 ? nullptr : plan.key_tiles + tile * tile_bytes;
         scale_group.codes = codes + channel / 2 * kTile;
         scale_group.scales = scratch.scales;
         scale_group.zeros = scratch.zeros;
@@ -136,13 +140,20 @@ inline bool load_integer_keys(const xquant_plan& plan, const Pages& pages, int64
             }
         }
         const bool ends = finishes && index + 1 == (kv_head + 1) * plan.key_scale_groups;
+#if defined(XQUANT_TILES)
+        if (scale_group.tiles) {
+            tile_keys(scale_group, ends ? finish : Finish{}, head_size, first, last, scratch.keys,
+                      (int32_t*)scratch.products);
+            continue;
+        }
+#endif
         integer_keys(scale_group, ends ? finish : Finish{}, head_size, first, last, scratch.keys);
     }
     return finishes && band.scale_group + count == plan.key_scale_groups;
 }
 #else
 inline bool load_integer_keys(const xquant_plan&, const Pages&, int64_t, int64_t, int64_t, int64_t, const Band&,
-                              const Scratch&) {
+                              const Scratch&, uint32_t*) {
     return false;
 }
 #endif
@@ -159,15 +170,16 @@ inline void finish_keys(const xquant_plan& plan, int64_t kv_head, int64_t start,
     }
 }
 
-// Keys of tokens start + [first, last), channel-major; both bounds are multiples of 16.
-inline void load_keys(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t start, int64_t first,
-                      int64_t last, const Scratch& scratch) {
+// Keys of tokens start + [first, last), channel-major; both bounds are multiples of 16. True if they are in `bfloats`,
+// see Finish, and not in scratch.keys.
+inline bool load_keys(const xquant_plan& plan, const Pages& pages, int64_t kv_head, int64_t start, int64_t first,
+                      int64_t last, const Scratch& scratch, uint32_t* bfloats) {
     const float* up = plan.up_key + kv_head * plan.key.width * plan.head_size;
     float* keys = scratch.keys + first;
     bool finished = false;
     for_bands(plan.key, kv_head, [&](const Band& band) {
         if (in_integers(plan, kv_head, band)) {
-            finished = load_integer_keys(plan, pages, kv_head, start, first, last, band, scratch);
+            finished = load_integer_keys(plan, pages, kv_head, start, first, last, band, scratch, bfloats);
             return;
         }
         load_key_latents(plan, pages, kv_head, start, first, last, band, scratch);
@@ -182,7 +194,9 @@ inline void load_keys(const xquant_plan& plan, const Pages& pages, int64_t kv_he
         product.accumulate = band.row > 0;
         gemm<Order::kTransposed>(plan.head_size, last - first, product);
     });
-    if (!finished) finish_keys(plan, kv_head, start, first, last, scratch);
+    if (finished) return bfloats != nullptr;
+    finish_keys(plan, kv_head, start, first, last, scratch);
+    return false;
 }
 
 }  // namespace

@@ -23,9 +23,13 @@
 #include "common/gemm.h"
 #include "common/layout.h"
 #include "kernels.h"
+#include "tiles/keys.h"
+#include "tiles/registers.h"
 
 namespace xquant {
 namespace {
+
+inline bool keys_in_bytes(const xquant_plan& plan) { return plan.key_bytes || plan.key_byte_tiles; }
 
 struct SharedScratch {
     Scratch all;          // its rows are those of all kv heads
@@ -48,9 +52,11 @@ struct SharedScratch {
         // unpack_rows writes past its last run.
         stride = (key_width > value_width ? key_width : value_width) + kPad;
         latents = take(kTile * stride);
-        channels = take(plan.key_bytes ? 0 : key_width * kTile);
-        bytes = (uint8_t*)take(plan.key_bytes ? kStrip * key_width / 4 : 0);
-        quads = (int32_t*)take(plan.key_bytes ? key_width / 4 * kTile : 0);
+        const bool in_bytes = keys_in_bytes(plan);
+        channels = take(in_bytes ? 0 : key_width * kTile);
+        bytes = (uint8_t*)take(in_bytes ? kStrip * key_width / 4 : 0);
+        // A tile is loaded of 16 rows, whatever channels there are.
+        quads = (int32_t*)take(in_bytes ? (key_width / 4 + (kTiles ? 16 : 0)) * kTile : 0);
         scales = take(kTile);
     }
 
@@ -102,7 +108,7 @@ inline void load_shared_quads(const xquant_plan& plan, int64_t strip, int64_t fi
 // stay in scratch.latents; else those of a strip take the place of the strip's before, which is in cache.
 inline void load_for_keys(const xquant_plan& plan, const Pages& pages, int64_t start, int64_t first, int64_t last,
                           bool keep, const SharedScratch& scratch) {
-    if (!plan.key_bytes) {
+    if (!keys_in_bytes(plan)) {
         for_bands(plan.key, 0, [&](const Band& band) {
             Scratch of_band = scratch.all;
             of_band.latents = scratch.channels + band.row * kTile;
@@ -125,8 +131,13 @@ inline void load_for_keys(const xquant_plan& plan, const Pages& pages, int64_t s
 inline void make_keys(const xquant_plan& plan, int64_t kv_head, int64_t start, int64_t first, int64_t last,
                       const SharedScratch& scratch) {
     float* keys = scratch.all.keys + first;
-    if (plan.key_bytes) {
+    if (keys_in_bytes(plan)) {
+#if defined(XQUANT_TILES)
+        tile_byte_keys(plan, kv_head, scratch.quads, scratch.scales, first, last, scratch.all.keys,
+                       (int32_t*)scratch.all.products);
+#else
         byte_keys(plan, kv_head, scratch.quads, scratch.scales, first, last, scratch.all.keys);
+#endif
     } else {
         for_bands(plan.key, 0, [&](const Band& band) {
             Product product;
@@ -206,12 +217,13 @@ inline bool attend_shared_stretch(const xquant_plan& plan, const xquant_attentio
     const Context context(task, stretch);
     const ExactTokens exact(plan, call, task);
     // Only sums are weighed in FP32, see accumulate_shared; what has one term is not kept for this.
-    const bool keep = plan.key_bytes && plan.key.num_terms > 1 && same_latents(plan.key, plan.value);
+    const bool keep = keys_in_bytes(plan) && plan.key.num_terms > 1 && same_latents(plan.key, plan.value);
     for (int64_t i = 0; i < heads; ++i) {
         load_queries(plan, call, task_of_head(task, i), rows, scratch.of_head(i, rows));
     }
     clear(plan, rows * heads, state);
     if (!pages.have(context.begin, context.end)) return false;
+    configure_tiles_for(rows * heads);  // whose values they weigh
     context.for_tiles([&](int64_t start, int64_t first, int64_t last) {
         const int64_t next = start + kTile, after = next + kTile;
         pages.prefetch_tile(task.kv_head, next, after < task.end ? after : task.end);
@@ -231,6 +243,7 @@ inline bool attend_shared_stretch(const xquant_plan& plan, const xquant_attentio
                                     scratch.of_head(i, rows));
         }
     });
+    release_tiles();
     return true;
 }
 

@@ -6,6 +6,7 @@
 #include "api.h"
 #include "common/layout.h"
 #include "kernels.h"
+#include "tiles/registers.h"
 #include "unpack/unpack_allocated.h"
 
 namespace xquant {
@@ -19,12 +20,17 @@ struct Scratch {
     float* outliers;     // [outlier channels][kTile]
     float* keys;         // [head_size][kTile]
     float* weights;      // [rows][kTile]
-    int32_t* integers;   // [rows][kTile / 2], weights
+    int8_t* integers;    // [rows][2][kTile], weights: high parts, low parts
     float* units;        // [rows], what 1 of these integers stands for
     float* sums;         // [rows]
     float* values;       // [kTile][value_stride]
     StripScratch strip;  // for a band of keys or of values
-    float* head;         // [head_size], of a query to be absorbed
+    float* head;         // [head_size], of a query to be absorbed or rounded
+    // With tiles only.
+    float* products = nullptr;        // [head_size rounded up to 16][kTile] INT32
+    uint16_t* tile_query = nullptr;   // [rows][tile_depth] BF16, without the scale
+    uint32_t* tile_keys = nullptr;    // [tile_depth / 2][kTile], two channels' BF16
+    int64_t tile_depth;               // head_size rounded up to 32
     int64_t query_width;
     int64_t value_stride;
     int64_t floats;  // size of all of it
@@ -42,13 +48,14 @@ struct Scratch {
         value_stride = round_up(values_at_once.channels, kPad) + kPad;
         query_width = round_up(plan.key_absorbed ? plan.key.width : plan.head_size, kPad);
         query = take(rows * query_width);
-        latents = take(keys_at_once.channels * kTile);
+        // A tile is loaded of 16 rows, whatever channels there are.
+        latents = take((keys_at_once.channels + (kTiles ? 16 : 0)) * kTile);
         scales = take(kTile);
         zeros = take(kTile);
         outliers = take(most_outliers(plan.key) * kTile);
         keys = take(plan.head_size * kTile);
         weights = take(rows * kTile);
-        integers = (int32_t*)take(rows * (kTile / 2));
+        integers = (int8_t*)take(rows * (2 * kTile / 4));
         units = take(rows);
         sums = take(rows);
         values = take(kTile * value_stride);
@@ -56,6 +63,11 @@ struct Scratch {
         strip.bytes = (uint8_t*)take(round_up(larger(keys_at_once.bytes, values_at_once.bytes), 16) * 4 + kPad);
         strip.codes = (uint8_t*)take(round_up(larger(keys_at_once.channels, values_at_once.channels), 16) * 4 + kPad);
         head = take(plan.head_size);
+        tile_depth = round_up(plan.head_size, 32);
+        if (!kTiles) return;
+        products = take(round_up(plan.head_size, 16) * kTile);
+        tile_query = (uint16_t*)take(rows * tile_depth / 2);
+        tile_keys = (uint32_t*)take(tile_depth / 2 * kTile);
     }
 };
 

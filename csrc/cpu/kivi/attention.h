@@ -16,6 +16,7 @@
 #include "kivi/kivi_api.h"
 #include "kivi/pages.h"
 #include "kivi/scratch.h"
+#include "tiles/registers.h"
 
 namespace xquant {
 namespace {
@@ -145,6 +146,7 @@ inline bool kivi_attend_stretch(const xquant_kivi_plan& plan, const xquant_kivi_
     clear(plan.layer, rows, state);
     const int64_t exact = clamp(tile.first_exact(0).value, context.begin, context.end);
     if (!pages.have(context.begin, context.end) || !residual.have(exact, context.end)) return false;
+    configure_tiles_for(rows);
     context.for_tiles([&](int64_t start, int64_t first, int64_t last) {
         const int64_t first_column = first / kStrip * kStrip, last_column = round_up(last, kStrip);
         prefetch_tile(tile, start + kTile, task.end);
@@ -152,6 +154,7 @@ inline bool kivi_attend_stretch(const xquant_kivi_plan& plan, const xquant_kivi_
         weigh(plan.layer, task, rows, start, first_column, last_column, state, base);
         kivi_accumulate(tile, start, first, last, state);
     });
+    release_tiles();
     return true;
 }
 

@@ -15,7 +15,13 @@ HEADERS = sorted(path for path in SOURCES.rglob("*.h") if path != TABLE)
 FLAGS = ["-std=c++17", "-fopenmp", "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}"]
 # What is compiled differs by these: no vector instructions but the compiler's own, and all of them.
 EXTENSIONS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx512vbmi")
-ISAS = {"portable": [], "vnni": [f"-m{name}" for name in EXTENSIONS]}
+AMX = ("amx-tile", "amx-int8", "amx-bf16", "avx512bf16")
+ISAS = {
+    "portable": [],
+    "vnni": [f"-m{name}" for name in EXTENSIONS],
+    "amx": [f"-m{name}" for name in (*EXTENSIONS, *AMX)],
+    "amx-emulated": ["-DXQUANT_EMULATE_TILES", *(f"-m{name}" for name in EXTENSIONS)],
+}
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is missing")
 
@@ -30,10 +36,11 @@ def compiles(header: Path, isa: str) -> str:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_header_compiles_alone(isa: str) -> None:
-    if isa == "vnni" and platform.machine() != "x86_64":
+    if isa != "portable" and platform.machine() != "x86_64":
         pytest.skip("only x86-64 has these instructions")
     # Elsewhere the instruction set changes nothing: a header says what it needs of it by these macros.
-    headers = [header for header in HEADERS if isa == "portable" or "__AVX512" in header.read_text()]
+    macros = {"portable": "", "vnni": "__AVX512"}.get(isa, "TILES")
+    headers = [header for header in HEADERS if macros in header.read_text()]
     assert len(headers) > 5
     with ThreadPoolExecutor(2) as pool:
         said = list(pool.map(lambda header: compiles(header, isa), headers))

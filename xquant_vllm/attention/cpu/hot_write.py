@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from xquant_vllm.attention.cpu.abi import HotCall, HotLayer, HotPlaces
-from xquant_vllm.attention.cpu.library import library, multiplies_integers, raise_error
+from xquant_vllm.attention.cpu.library import library, products, raise_error
 from xquant_vllm.attention.cpu.plan import prepare
 from xquant_vllm.attention.cpu.tensors import dtype_code, index_address
 from xquant_vllm.attention.hot.pool import Pool
@@ -46,7 +46,7 @@ def write(
     Raises:
         ValueError: a tensor has the wrong type, shape or strides, or a slot or position is out of range.
     """
-    prepared = prepare(plan, multiplies_integers())
+    prepared = prepare(plan, *products())
     structs, num_blocks = prepared.structs_of(pages)
     call = HotCall.from_buffer_copy(_call_of(tokens))
     call.pages, call.num_blocks = structs, num_blocks

@@ -13,6 +13,7 @@ fewer, else 16. In a scale group with both kinds those of 16 bits come first and
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from xquant_vllm.attention.cpu.abi import Head, Latent, Stream
 from xquant_vllm.codec.allocation import STEP
@@ -22,6 +23,8 @@ from xquant_vllm.projection.integer_up import BYTE_BITS, LARGEST_BYTE, byte_unit
 _LARGEST_WORD = LARGEST_BYTE * 256
 _LARGEST_SUM = 2**31 - 1
 _WORD_STEPS = 256
+# A tile register: csrc/cpu/tiles/registers.h.
+_TILE_ROWS, _TILE_CHANNELS = 16, 64
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,17 @@ class IntegerKeys:
         units: ``[num_kv_heads, scale_groups, head_size]`` FP32, of what is summed up in INT32.
         sums: ``[num_kv_heads, scale_groups, head_size]`` FP32: of the *rounded* up-projection, so that its rounding
             errors are multiplied by latents, which are small, and not by codes, which are not.
+        tiles: ``[chunks, head_size rounded up to 16, 64]`` INT8, the integers of scale groups that have 8 bits only,
+            transposed: a chunk for 64 channels, the rest zero.
+        first_tiles: ``[num_kv_heads, scale_groups]`` INT64, the first chunk of a scale group; -1: it has none.
     """
 
     integers: torch.Tensor
     words: torch.Tensor
     units: torch.Tensor
     sums: torch.Tensor
+    tiles: torch.Tensor
+    first_tiles: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,9 @@ def integer_keys(up_key: torch.Tensor, latent: Latent) -> IntegerKeys:
     """
     kv_heads, width, head_size = up_key.shape
     integers = torch.zeros(kv_heads, width // 2, head_size, dtype=torch.int32)
-    words, units, sums = [], [], []
+    words, units, sums, first_tiles = [], [], [], []
+    tiles = [torch.zeros(0, -(-head_size // _TILE_ROWS) * _TILE_ROWS, _TILE_CHANNELS, dtype=torch.int8)]
+    num_tiles = 0
     for kv_head in range(kv_heads):
         for scale_group in scale_groups(latent, kv_head):
             count = len(scale_group.step)
@@ -77,6 +87,10 @@ def integer_keys(up_key: torch.Tensor, latent: Latent) -> IntegerKeys:
             rounded = (weighted / (unit * steps)).round()
             packed = _rows(rounded, num_words)
             integers[kv_head, scale_group.first // 2 : scale_group.first // 2 + len(packed)] = packed
+            first_tiles.append(-1 if num_words else num_tiles)
+            if not num_words:
+                tiles.append(in_tiles(rounded))
+                num_tiles += len(tiles[-1])
             words.append(num_words)
             units.append(unit)
             sums.append((rounded * steps * unit * scale_group.zero.unsqueeze(-1)).sum(0))
@@ -85,6 +99,8 @@ def integer_keys(up_key: torch.Tensor, latent: Latent) -> IntegerKeys:
         torch.tensor(words).unflatten(0, (kv_heads, -1)),
         torch.stack(units).float().unflatten(0, (kv_heads, -1)),
         torch.stack(sums).float().unflatten(0, (kv_heads, -1)),
+        torch.cat(tiles),
+        torch.tensor(first_tiles).unflatten(0, (kv_heads, -1)),
     )
 
 
@@ -122,6 +138,16 @@ def _rows(integers: torch.Tensor, num_words: int) -> torch.Tensor:
             grouped = part.to(dtype).unflatten(0, (-1, together)).transpose(1, 2).contiguous()
             rows.append(grouped.view(torch.int32).squeeze(-1))
     return torch.cat(rows)
+
+
+def in_tiles(integers: torch.Tensor) -> torch.Tensor:
+    """Whole numbers of 8 bits ``[channels, head_size]`` as INT8 ``[chunks, head_size rounded up to 16, 64]``.
+
+    A chunk has 64 channels; the rest is zero.
+    """
+    channels, head_size = integers.shape
+    padded = F.pad(integers.to(torch.int8), (0, -head_size % _TILE_ROWS, 0, -channels % _TILE_CHANNELS))
+    return padded.unflatten(0, (-1, _TILE_CHANNELS)).transpose(1, 2).contiguous()
 
 
 def scale_groups(latent: Latent, kv_head: int) -> list[ScaleGroup]:

@@ -17,7 +17,7 @@ import torch
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.cpu.abi import Input, StoreCall
 from xquant_vllm.attention.cpu.exact_tokens import exact_tokens
-from xquant_vllm.attention.cpu.library import library, multiplies_integers, raise_error
+from xquant_vllm.attention.cpu.library import library, products, raise_error
 from xquant_vllm.attention.cpu.plan import prepare
 from xquant_vllm.attention.cpu.tensors import batch_call, index_address, input_struct, set_heads
 from xquant_vllm.attention.plan import AttentionLayerPlan
@@ -36,7 +36,7 @@ def store(
     Raises:
         ValueError: a tensor has the wrong type, shape or strides, or a slot is out of range.
     """
-    prepared = prepare(plan, multiplies_integers())
+    prepared = prepare(plan, *products())
     structs, num_blocks = prepared.structs_of(pages)
     if len(inputs) != len(prepared.input_elements):
         raise ValueError(f"{len(inputs)} inputs were given, the pages have {len(prepared.input_elements)} streams")
@@ -72,7 +72,7 @@ def paged_attention(
     Raises:
         ValueError: a tensor has the wrong type, shape or strides, or the batch names tokens or blocks out of range.
     """
-    prepared = prepare(plan, multiplies_integers())
+    prepared = prepare(plan, *products())
     call = batch_call(*prepared.structs_of(pages), batch, query.shape[0])
     set_heads(call, prepared.heads, query, output)
     exact = exact_tokens(plan, batch, inputs, query.shape[0])

@@ -18,8 +18,13 @@ from xquant_vllm.attention.struct_sizes import check_structs
 
 LIBRARY_PATH = Path(__file__).with_name("_cpu_kernels.so")
 
-# The instruction set that multiplies integers.
-INTEGER_ISA = "vnni"
+# The instruction sets that multiply integers in tiles, and all that multiply integers. "amx-emulated" is for tests:
+# "amx" with its instructions in plain C++.
+TILE_ISAS = ("amx", "amx-emulated")
+INTEGER_ISAS = (*TILE_ISAS, "vnni")
+
+NO_TILES = "the processor has no AMX"
+"""What :func:`tiles_refused` says where there is nothing to use."""
 
 
 def _mapped_openmp_runtimes() -> list[str]:
@@ -78,6 +83,9 @@ def _load() -> ctypes.CDLL:
         "isa",
     ):
         getattr(library, f"xquant_cpu_{name}").restype = ctypes.c_char_p
+    library.xquant_cpu_tiles_refused.restype = ctypes.c_char_p
+    library.xquant_cpu_why_no_tiles.restype = ctypes.c_char_p
+    library.xquant_cpu_why_no_tiles.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int]
     library.xquant_cpu_set_isa.argtypes = [ctypes.c_char_p]
     return library
 
@@ -86,20 +94,37 @@ library = _load()
 
 
 def isa() -> str:
-    """The instruction set in use: ``vnni``, ``avx512``, ``avx2`` or ``portable``."""
+    """The instruction set in use: ``amx``, ``vnni``, ``avx512``, ``avx2``, ``portable``; in tests ``amx-emulated``."""
     return str(library.xquant_cpu_isa().decode())
+
+
+def tiles_refused() -> str | None:
+    """Why ``amx`` is not there; None if it is."""
+    reason = library.xquant_cpu_tiles_refused()
+    return None if reason is None else str(reason.decode())
+
+
+def describe() -> str:
+    """The instruction set in use, and why it is not AMX on a processor that has it."""
+    reason = tiles_refused()
+    return isa() if reason is None or reason == NO_TILES else f"{isa()} (not AMX: {reason})"
 
 
 def set_isa(name: str | None) -> bool:
     """Use another instruction set, or the best one for None; False where this machine or this build lacks it."""
-    multiplies_integers.cache_clear()
+    products.cache_clear()
     return bool(library.xquant_cpu_set_isa(None if name is None else name.encode()))
 
 
 @functools.cache
+def products() -> tuple[bool, bool]:
+    """Whether the instruction set in use multiplies integers, and whether in tiles: what a plan is prepared for."""
+    return isa() in INTEGER_ISAS, isa() in TILE_ISAS
+
+
 def multiplies_integers() -> bool:
     """Whether the instruction set in use multiplies integers."""
-    return isa() == INTEGER_ISA
+    return products()[0]
 
 
 def num_threads() -> int:

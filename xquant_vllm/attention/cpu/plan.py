@@ -31,12 +31,13 @@ class CpuPlan:
         byte_keys: likewise in 8 bits, for latents that kv heads share, or None.
     """
 
-    def __init__(self, plan: AttentionLayerPlan, with_integers: bool = False) -> None:
+    def __init__(self, plan: AttentionLayerPlan, with_integers: bool = False, with_tiles: bool = False) -> None:
         """Check the plan and rearrange what the kernels read in another order.
 
         Args:
             plan: the plan.
             with_integers: for kernels that multiply integers (csrc/cpu/attention/integer.h).
+            with_tiles: for kernels that multiply them in tiles (csrc/cpu/tiles).
         """
         layout, projection = plan.layout, plan.projection
         kv_heads, head_size = projection.num_kv_heads, projection.head_size
@@ -74,6 +75,7 @@ class CpuPlan:
         if projection.up_value is not None:
             up_value = fp32("up_value", projection.up_value, (kv_heads, value_width, head_size))
             struct.up_value = self._tensor(_padded(up_value))
+        self._with_tiles = with_tiles
         self._share_latents(struct, plan, up_key, with_integers and not absorbed)
         if with_integers and not absorbed and not struct.shares_latents:
             self._add_integers(struct, up_key)
@@ -107,8 +109,11 @@ class CpuPlan:
     def _share_latents(self, struct: Plan, plan: AttentionLayerPlan, up_key: torch.Tensor, with_integers: bool) -> None:
         """Let kv heads share what is unpacked, unless integer.h multiplies the codes of one term as they are."""
         if with_integers and has_byte_keys(plan):
-            keys = self.byte_keys = byte_keys(up_key)
-            struct.key_bytes = self._tensor(keys.integers)
+            keys = self.byte_keys = byte_keys(up_key, self._with_tiles)
+            if self._with_tiles:
+                struct.key_byte_tiles = self._tensor(keys.integers)
+            else:
+                struct.key_bytes = self._tensor(keys.integers)
             struct.key_byte_offsets = self._tensor(keys.offsets)
             struct.key_byte_units = self._tensor(keys.units)
         codes = with_integers and not any(term.adds for term in plan.key_terms)
@@ -121,6 +126,9 @@ class CpuPlan:
         struct.key_units = self._tensor(keys.units)
         struct.key_sums = self._tensor(keys.sums)
         struct.key_scale_groups = keys.units.shape[1]
+        if self._with_tiles:
+            struct.key_tiles = self._tensor(keys.tiles)
+            struct.key_first_tiles = self._tensor(keys.first_tiles)
 
     def _add_store(self, struct: Plan, plan: AttentionLayerPlan) -> None:
         """What happens to the first stream's input before it is quantized."""
@@ -210,6 +218,6 @@ def set_rope(struct: Plan, rope: RotaryTable) -> torch.Tensor:
 
 
 @per_object
-def prepare(plan: AttentionLayerPlan, with_integers: bool) -> CpuPlan:
+def prepare(plan: AttentionLayerPlan, with_integers: bool, with_tiles: bool) -> CpuPlan:
     """The plan for these kernels, made on first use and forgotten together with ``plan``."""
-    return CpuPlan(plan, with_integers)
+    return CpuPlan(plan, with_integers, with_tiles)
