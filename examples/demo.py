@@ -22,7 +22,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 CACHE_BYTES = 256 * 2**20
 MAX_MODEL_LEN = 2048
 STARTUP_SECONDS = 600
-QUESTION = "How many days are in a week?"
+QUESTION = "What is the opposite of hot?"
 STREAMED_QUESTION = "Explain in one sentence what a computer is."
 SIXTEEN_BIT_BACKEND = "CPU_ATTN"
 

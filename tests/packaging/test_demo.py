@@ -35,7 +35,7 @@ def test_demo_chats_and_compares_and_leaves_nothing(smollm2):
         *("reply", "streamed_reply", "bits", "cache_tokens", "cache_tokens_16bit", "capacity_ratio", "model"),
         "startup_seconds",
     }
-    assert "7" in result["reply"], "How many days are in a week?"
+    assert "cold" in result["reply"].lower(), "What is the opposite of hot?"
     assert "computer" in result["streamed_reply"].lower()
     assert result["bits"] == 4
     assert result["capacity_ratio"] == pytest.approx(result["cache_tokens"] / result["cache_tokens_16bit"], abs=1e-3)
