@@ -70,8 +70,9 @@ class LayerScheme:
         if self.format.holds == "latents":
             return key, value
         if self.format.holds == "x":
-            # Padded to whole heads on its way through the model's code.
-            return (key.flatten(1)[:, : self.format.shape.hidden_size],)
+            # Padded to whole heads on its way through the model's code, or begun in the key and continued in the value.
+            x, width = key.flatten(1), self.format.shape.hidden_size
+            return ((x if x.shape[1] >= width else torch.cat((x, value.flatten(1)), 1))[:, :width],)
         # As wide as keys and values together; a latent of no more channels than the layer input has may be narrower.
         return (torch.cat((key.flatten(1), value.flatten(1)), 1)[:, : self.format.streams[0].width],)
 

@@ -10,6 +10,7 @@ from xquant_vllm.plugin.load.modules import QueryOnlyRotary
 from xquant_vllm.plugin.load.probe import make_probe
 from xquant_vllm.plugin.load.proof import differences
 from xquant_vllm.plugin.load.recognize import recognize
+from xquant_vllm.plugin.load.trace.call import exchange
 from xquant_vllm.plugin.registration import KIVI_BACKEND_NAME
 from xquant_vllm.projection.rope import RotaryTable, apply_rope
 
@@ -29,15 +30,15 @@ def take_keys_before_rope(name: str, module: Any, attention: Any) -> RotaryTable
         UnsupportedError: the module is not built from known parts, or treats its keys otherwise.
     """
     parts = recognize(name, module, attention)
-    if parts.rope is None:
+    if parts.rope is None or parts.rope_child is None:
         return None
     dtype = attention.impl.vllm_config.model_config.dtype
     like = torch.empty(0, dtype=dtype, device=parts.rope.cos.device)
-    probe = make_probe(parts, parts.qkv_proj.input_size, like)
+    probe = make_probe(parts, parts.hidden_size, like)
     hidden, positions = probe.hidden, probe.positions
-    before = capture_qkv(name, module, hidden, positions)
-    module.rotary_emb = QueryOnlyRotary(module.rotary_emb)
-    after = capture_qkv(name, module, hidden, positions)
+    before = capture_qkv(name, module, parts.attention_child, hidden, positions)
+    exchange(module, parts.rope_child, QueryOnlyRotary(module.get_submodule(parts.rope_child)))
+    after = capture_qkv(name, module, parts.attention_child, hidden, positions)
     keys = after[1].float().unflatten(1, (-1, attention.head_size))
     rebuilt = after[0].float(), apply_rope(keys, positions, parts.rope).flatten(1), after[2].float()
     for what, error, tolerance in differences(before, rebuilt):

@@ -1,14 +1,15 @@
-"""Run attention modules with stand-ins for their ``attn``: the ground truth that surgery is checked against."""
+"""Run attention modules with stand-ins for their attention layer: the ground truth that surgery is checked against."""
 
-import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from xquant_vllm.plugin.checks import unsupported_model
+from xquant_vllm.plugin.load.trace.call import call_arguments, exchanged
+
+_NOTHING: Mapping[str, nn.Module] = {}
 
 
 class _Reached(Exception):
@@ -35,90 +36,77 @@ class _Answer(nn.Module):
         return self._attended.clone()
 
 
-@contextmanager
-def _exchanged(module: nn.Module, children: Mapping[str, nn.Module]) -> Iterator[None]:
-    saved = {name: module._modules[name] for name in children}
-    module._modules.update(children)
-    try:
-        yield
-    finally:
-        module._modules.update(saved)
-
-
-def _run(module: nn.Module, hidden_states: torch.Tensor, positions: torch.Tensor) -> Any:
-    parameters = inspect.signature(module.forward).parameters
-    known: dict[str, Any] = {"positions": positions, "hidden_states": hidden_states}
-    with torch.no_grad():
-        return module.forward(**{name: value for name, value in known.items() if name in parameters})
-
-
 def module_output(
     module: nn.Module,
+    attention_child: str,
     hidden_states: torch.Tensor,
     positions: torch.Tensor,
     attended: torch.Tensor,
     stand_ins: Mapping[str, nn.Module],
 ) -> torch.Tensor:
-    """Run an attention module whose ``attn`` answers with a given output.
+    """Run an attention module whose attention layer answers with a given output.
 
     Args:
         module: an attention module that :func:`capture_qkv` has run.
+        attention_child: name of its attention layer.
         hidden_states: ``[num_tokens, hidden_size]``.
         positions: ``[num_tokens]``.
-        attended: the output of its ``attn``, ``[num_tokens, num_heads * head_size]``.
-        stand_ins: take the places of children of these names.
+        attended: the output of the attention layer, ``[num_tokens, num_heads * head_size]``.
+        stand_ins: take the places of descendants at these paths.
 
     Returns:
-        What the module returns, ``[num_tokens, hidden_size]``.
+        What the module returns, ``[num_tokens, hidden_size]``; the first of a pair whose second is None, or a bias to
+        be added later.
 
     Raises:
-        TypeError: it returns something else than a tensor.
+        TypeError: it returns something else.
         Exception: whatever the module raises.
     """
-    with _exchanged(module, {"attn": _Answer(attended), **stand_ins}):
-        output = _run(module, hidden_states, positions)
+    who = type(module).__name__
+    with exchanged(module, {attention_child: _Answer(attended), **stand_ins}), torch.no_grad():
+        output = module.forward(**call_arguments(who, module, hidden_states, positions))
+    if isinstance(output, tuple) and len(output) == 2 and (output[1] is None or output[1].dim() == 1):
+        output = output[0]
     if not isinstance(output, torch.Tensor):
-        raise TypeError(f"{type(module).__name__} returns {type(output).__name__}, not a tensor")
+        raise TypeError(f"{who} returns {type(output).__name__}, not a tensor")
     return output
 
 
 def capture_qkv(
     name: str,
     module: nn.Module,
+    attention_child: str,
     hidden_states: torch.Tensor,
     positions: torch.Tensor,
-    stand_in: nn.Module | None = None,
+    stand_ins: Mapping[str, nn.Module] = _NOTHING,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run an attention module up to its ``attn`` call.
+    """Run an attention module up to the call of its attention layer.
 
     Args:
         name: the module's name, for errors.
-        module: an attention module with children ``attn`` and ``qkv_proj``.
+        module: an attention module.
+        attention_child: name of its attention layer.
         hidden_states: ``[num_tokens, hidden_size]``.
         positions: ``[num_tokens]``.
-        stand_in: takes the place of ``qkv_proj``, whose own forward may not work before its weights are post-processed.
+        stand_ins: take the places of descendants at these paths: linear layers whose own forward may not work before
+            their weights are post-processed.
 
     Returns:
         The query, key and value arguments, ``[num_tokens, heads * head_size]`` each.
 
     Raises:
-        UnsupportedError: the module's forward takes arguments not known here, fails, or never calls ``attn``.
+        UnsupportedError: the module's forward takes arguments not known here, fails, or never calls its attention.
     """
-    parameters = inspect.signature(module.forward).parameters
-    known = ("positions", "hidden_states")
-    unknown = [p.name for p in parameters.values() if p.name not in known and p.default is p.empty and p.kind < 2]
     who = f"{type(module).__name__} at {name}"
-    if unknown or "hidden_states" not in parameters:
-        raise unsupported_model(f"{who} is not recognized: its forward takes {', '.join(parameters)}")
-    children: dict[str, nn.Module] = {"attn": _Recorder()} | ({} if stand_in is None else {"qkv_proj": stand_in})
+    arguments = call_arguments(who, module, hidden_states, positions)
     try:
-        with _exchanged(module, children):
-            _run(module, hidden_states, positions)
+        with exchanged(module, {attention_child: _Recorder(), **stand_ins}), torch.no_grad():
+            module.forward(**arguments)
     except _Reached as reached:
         query, key, value = (x.flatten(1) for x in reached.qkv)
         return query, key, value
     except Exception as error:
         raise unsupported_model(
-            f"{who} is not recognized: it fails before its `attn` ({type(error).__name__}: {error})"
+            f"{who} is not recognized: it fails before its `{attention_child}` ({type(error).__name__}: {error})"
         ) from error
-    raise unsupported_model(f"{who} is not recognized: it never called its `attn`")
+    raise unsupported_model(f"{who} is not recognized: it never called its `{attention_child}`")

@@ -2,22 +2,21 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.models.utils import extract_layer_index
 
 from xquant_vllm.plugin.engine_factors import factor_provider
 from xquant_vllm.plugin.load.cache_spec import publish_page_size
 from xquant_vllm.plugin.load.coverage import describe_coverage
-from xquant_vllm.plugin.load.effective_weight import effective_linear
-from xquant_vllm.plugin.load.modules import DenseLinear
-from xquant_vllm.plugin.load.projections import key_value_rows
+from xquant_vllm.plugin.load.projections.effective_weight import effective_linear
+from xquant_vllm.plugin.load.projections.rows import dense_stand_ins, is_plain, key_value_rows
 from xquant_vllm.plugin.load.recognize import AttentionParts, recognize
 from xquant_vllm.plugin.load.report import report
 from xquant_vllm.plugin.load.surgery import Surgeon
+from xquant_vllm.plugin.load.trace.stand_ins import output_rows
 from xquant_vllm.plugin.load.weight_hook import backend_layers, wrap_weight_processing
 from xquant_vllm.plugin.new_weights import guard_weights
 from xquant_vllm.plugin.registration import BACKEND_NAME
@@ -48,36 +47,38 @@ def _process(original: Callable[[], None], model: Any) -> None:
     impl = layers[0][2].impl
     factors = factor_provider(impl.vllm_config, impl.settings)
     # Packed weights cannot be read before they are processed. Layers may build on each other, so all of them wait.
-    quantized = sum(not _is_plain(part.qkv_proj) for part in parts)
-    if quantized:
+    processed = not all(is_plain(linear) for part in parts for linear in part.linears.values())
+    if processed:
         original()
     start = time.perf_counter()
-    _operate(layers, parts, factors, processed=quantized > 0)
+    quantized = [child for part in parts for child, linear in part.sources.items() if not is_plain(linear)]
+    _operate(layers, parts, factors, processed=processed)
     seconds = time.perf_counter() - start
-    if not quantized:
+    if not processed:
         original()
     guard_weights(model)
     report([attention.impl for _, _, attention in layers], quantized, factors.describe(seconds))
     logger.info("xquant: %s", describe_coverage(model))
 
 
-def _is_plain(qkv_proj: Any) -> bool:
-    return isinstance(getattr(qkv_proj, "quant_method", None), UnquantizedLinearMethod)
-
-
-def _check_numbers(index: int, part: AttentionParts, linear: Any) -> None:
+def _check_numbers(index: int, part: AttentionParts, projections: Mapping[str, Any]) -> None:
     """Refuse a layer whose keys or values are made with what is no number."""
-    key, value = key_value_rows(part, linear.weight.data)
-    bias = getattr(linear, "bias", None)
-    tensors = {
-        f"{part.name}.k_proj.weight (in vLLM the key rows of qkv_proj)": key,
-        f"{part.name}.v_proj.weight (in vLLM the value rows of qkv_proj)": value,
-        f"{part.name}.k_proj.bias or v_proj.bias (in vLLM rows of qkv_proj)": None
-        if bias is None
-        else bias.data[part.q_size :],
-        f"{part.name}.k_norm.weight": None if part.key_norm is None else part.key_norm.weight,
-    }
-    refuse_non_finite(index, tensors)
+    key, value = key_value_rows(part, projections)
+    tensors = {_told(part, "k", "weight"): key, _told(part, "v", "weight"): value}
+    for letter, source in (("k", part.key), ("v", part.value)):
+        bias = projections[source.child].bias
+        tensors[_told(part, letter, "bias")] = None if bias is None else source.take(bias.data)
+    norm = None if part.key_norm is None else part.key_norm.weight
+    refuse_non_finite(index, {**tensors, f"{part.name}.{part.key_norm_child}.weight": norm})
+
+
+def _told(part: AttentionParts, letter: str, tensor: str) -> str:
+    """What a tensor is called in the checkpoint, where vLLM is known to have fused it, and in vLLM."""
+    source, rows = {"k": (part.key, "key rows"), "v": (part.value, "value rows")}[letter]
+    if source.child == "qkv_proj":
+        return f"{part.name}.{letter}_proj.{tensor} (in vLLM the {rows} of qkv_proj)"
+    whole = source.rows.numel() == output_rows(source.linear)
+    return f"{part.name}.{source.child}.{tensor}" + ("" if whole else f" (its {rows})")
 
 
 def _operate(
@@ -93,7 +94,7 @@ def _operate(
     """
     indices = [extract_layer_index(attention.layer_name) for _, _, attention in layers]
     shapes = [
-        LayerShape(index, part.qkv_proj.input_size, attention.num_kv_heads, attention.head_size)
+        LayerShape(index, part.key.linear.input_size, attention.num_kv_heads, attention.head_size)
         for index, part, (_, _, attention) in zip(indices, parts, layers, strict=True)
     ]
     settings = layers[0][2].impl.settings
@@ -103,24 +104,23 @@ def _operate(
     if not processed:
         # Before threads start with the first layers: LAPACK would have the last word.
         for index, part in zip(indices, parts, strict=True):
-            _check_numbers(index, part, part.qkv_proj)
+            _check_numbers(index, part, part.sources)
     surgeon = Surgeon(settings, formats, factors)
     with factors:
         if not processed:
             factors.announce(
                 [
-                    layer_weights(form, *key_value_rows(part, part.qkv_proj.weight.data))
+                    layer_weights(form, *key_value_rows(part, part.sources))
                     for form, part in zip(formats, parts, strict=True)
                     if form.holds != "x"
                 ]
             )
         for position, (form, part, (name, _, attention)) in enumerate(zip(formats, parts, layers, strict=True)):
             if processed:
-                dense = effective_linear(f"{name}.qkv_proj", part.qkv_proj)
+                dense = {path: effective_linear(f"{name}.{path}", linear) for path, linear in part.sources.items()}
                 _check_numbers(form.shape.index, part, dense)
             else:
-                bias = getattr(part.qkv_proj, "bias", None)
-                dense = DenseLinear(part.qkv_proj.weight.data, None if bias is None else bias.data)
+                dense = dense_stand_ins(part.sources)
             scheme = surgeon.operate(position, part, dense)
             attention.impl.set_scheme(scheme, [layers[index][2] for index in form.reads])
             publish_page_size(attention, form.bytes_per_token)

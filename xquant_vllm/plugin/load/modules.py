@@ -1,5 +1,7 @@
 """Modules put into the model in place of its own."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from vllm.model_executor.layers.rotary_embedding import Phi3LongRoPEScaledRotaryEmbedding
@@ -28,36 +30,103 @@ class QueryOnlyRotary(nn.Module):
 
 
 class DenseLinear(nn.Module):
-    """A plain linear layer with the calling convention of vLLM's, which also return a bias to add later (here None).
+    """A plain linear layer that is called and answers like one of vLLM's.
 
-    Replaces a quantized ``qkv_proj``, whose packed rows cannot be exchanged for down-projections.
+    Replaces a quantized linear layer, whose packed rows cannot be exchanged for down-projections, and stands in for one
+    that cannot run yet.
+
+    Attributes:
+        weight: ``[out, in]``.
+        bias: ``[out]``, or None.
+        return_bias: whether the answer is a pair of the output and a bias to be added later (None without one).
+        skip_bias_add: whether the bias is left to the caller.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Keep ``weight`` ``[out, in]`` and ``bias`` ``[out]``."""
+    tp_rank, tp_size = 0, 1
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, like: Any = None) -> None:
+        """Keep ``weight`` ``[out, in]`` and ``bias`` ``[out]``; answer as the linear layer ``like`` does."""
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.return_bias = True if like is None else like.return_bias
+        self.skip_bias_add = False if like is None else like.skip_bias_add
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+    @property
+    def input_size(self) -> int:
+        """Channels of the input."""
+        return self.weight.shape[1]
+
+    @property
+    def output_size(self) -> int:
+        """Channels of the output."""
+        return self.weight.shape[0]
+
+    @property
+    def params_dtype(self) -> torch.dtype:
+        """The dtype of inputs and weights."""
+        return self.weight.dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, nn.Parameter | None]:
         """Project ``x`` ``[..., in]``."""
-        return nn.functional.linear(x, self.weight, self.bias), None
+        output = nn.functional.linear(x, self.weight, None if self.skip_bias_add else self.bias)
+        if not self.return_bias:
+            return output
+        return output, self.bias if self.skip_bias_add else None
+
+
+def whole_output(linear: Any, x: torch.Tensor) -> torch.Tensor:
+    """What a linear layer of vLLM's makes of ``x`` ``[..., in]``, its bias added, whichever way it hands it out."""
+    answer = linear(x)
+    if isinstance(answer, torch.Tensor):
+        return answer
+    output, bias = answer
+    return output if bias is None else output + bias
 
 
 class QueryAndInput(nn.Module):
-    """In place of ``qkv_proj`` where pages hold the layer input: projects queries, passes the input on for the cache.
+    """In place of a fused projection where pages hold the layer input: projects queries, passes the input on.
 
     The input is padded to whole heads, because the model's code and vLLM's ``Attention`` see heads in it.
     """
 
-    def __init__(self, query_proj: nn.Module, padding: int) -> None:
+    def __init__(self, query_proj: Any, padding: int) -> None:
         """Wrap the projection of the queries; ``padding`` channels complete the last head."""
         super().__init__()
         self.query_proj = query_proj
         self.padding = padding
+        self.return_bias = query_proj.return_bias
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Queries and twice the input ``x`` ``[num_tokens, hidden_size]``, side by side."""
-        query, _ = self.query_proj(x)
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
+        """Queries and twice the input ``x`` ``[..., hidden_size]``, side by side."""
+        query = whole_output(self.query_proj, x)
         padded = nn.functional.pad(x, (0, self.padding)) if self.padding else x
-        return torch.cat((query, padded, padded), -1), None
+        output = torch.cat((query, padded, padded), -1)
+        return (output, None) if self.return_bias else output
+
+
+class InputInRows(nn.Module):
+    """In place of a projection of any layout where pages hold the layer input: it takes the places of keys and values.
+
+    All other rows are projected. Every output channel is one of these, or of the input, or zero.
+    """
+
+    def __init__(self, other_rows: Any, order: torch.Tensor, like: Any) -> None:
+        """Put channels in order.
+
+        Args:
+            other_rows: the projection of the rows that are neither keys nor values, or None without any.
+            order: ``[rows]``, int64: which channel of the other rows' output, then of the input, then of a zero.
+            like: the linear layer whose place it takes; it answers as that does.
+        """
+        super().__init__()
+        self.other_rows = other_rows
+        self.register_buffer("order", order, persistent=False)
+        self.return_bias = like.return_bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
+        """Arrange what is made of ``x`` ``[..., hidden_size]`` to ``[..., rows]``."""
+        others = [] if self.other_rows is None else [whole_output(self.other_rows, x)]
+        zero = torch.zeros_like(x[..., :1])
+        output = torch.cat((*others, x, zero), -1).index_select(-1, self.order)
+        return (output, None) if self.return_bias else output

@@ -1,5 +1,6 @@
 """Find out how a model's attention module makes its keys and values, by structure and not by name."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,6 +13,9 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
 from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.plugin.checks import unsupported_model
+from xquant_vllm.plugin.load.trace.source import Source
+from xquant_vllm.plugin.load.trace.stand_ins import Visit
+from xquant_vllm.plugin.load.trace.tracer import trace
 from xquant_vllm.projection.rematerialize import HeadNorm
 from xquant_vllm.projection.rope import RotaryTable
 
@@ -22,27 +26,44 @@ _tables: "WeakKeyDictionary[nn.Module, dict[int, RotaryTable]]" = WeakKeyDiction
 
 @dataclass(frozen=True)
 class AttentionParts:
-    """The parts of an attention module that surgery touches.
+    """The parts of an attention module that surgery touches. Paths of children are those in the module.
 
     Attributes:
         name: the module's name in the model.
         module: the module, parent of the others.
-        attention: its ``attn``, vLLM's ``Attention``.
-        qkv_proj: its fused projection.
-        q_size: output rows of the queries on this rank.
-        kv_size: output rows of the keys, and of the values.
+        attention: vLLM's ``Attention`` in it.
+        attention_child: its name in the module.
+        key: the linear layer and the rows of it that make keys.
+        value: the same for values; often of the same layer.
+        q_size: channels of the queries on this rank.
+        kv_size: channels of the keys, and of the values.
+        hidden_size: channels of the module's input.
         key_norm: norm of the key heads, or None.
-        rope: rotary table, or None.
+        key_norm_child: path of its module; None without.
+        rope: rotary table; None where keys are not rotated.
+        rope_child: path of its module; None without.
+        linears: all linear layers that run before attention, by path.
     """
 
     name: str
     module: Any
     attention: Any
-    qkv_proj: Any
+    attention_child: str
+    key: Source
+    value: Source
     q_size: int
     kv_size: int
+    hidden_size: int
     key_norm: HeadNorm | None
+    key_norm_child: str | None
     rope: RotaryTable | None
+    rope_child: str | None
+    linears: Mapping[str, Any]
+
+    @property
+    def sources(self) -> dict[str, Any]:
+        """The linear layers that make keys and values, by path: one or two."""
+        return {source.child: source.linear for source in (self.key, self.value)}
 
 
 def recognize(name: str, module: nn.Module, attention: Any) -> AttentionParts:
@@ -57,24 +78,44 @@ def recognize(name: str, module: nn.Module, attention: Any) -> AttentionParts:
         UnsupportedError: the module is not built from parts known here.
     """
     who = f"{type(module).__name__} at {name}"
-    qkv_proj = getattr(module, "qkv_proj", None)
-    if getattr(module, "attn", None) != attention or not isinstance(qkv_proj, nn.Module):
-        raise unsupported_model(f"{who} is not recognized: it needs a fused projection `qkv_proj` beside its `attn`")
-    head_size, kv_heads = attention.head_size, attention.num_kv_heads
+    head_size = attention.head_size
     if attention.head_size_v != head_size:
         raise unsupported_model(f"{who} has value heads of another size than its key heads, not supported")
-    rotary = getattr(module, "rotary_emb", None)
-    key_norm = getattr(module, "k_norm", None)
+    kv_size = attention.num_kv_heads * head_size
+    attention_child = next(child for child, part in module.named_children() if part is attention)
+    found = trace(name, module, attention_child, kv_size)
+    for visit in found.value_steps:
+        raise unsupported_model(f"{who} passes its values through {type(visit.module).__name__} at {visit.path}")
+    norm, rotary = _norm_and_rotary(who, found.key_steps)
+    max_model_len = attention.impl.vllm_config.model_config.max_model_len
     return AttentionParts(
         name=name,
         module=module,
         attention=attention,
-        qkv_proj=qkv_proj,
+        attention_child=attention_child,
+        key=found.key,
+        value=found.value,
         q_size=attention.num_heads * head_size,
-        kv_size=kv_heads * head_size,
-        key_norm=None if key_norm is None else _read_norm(who, key_norm, head_size),
-        rope=None if rotary is None else _read_rope(who, rotary, attention.impl.vllm_config.model_config.max_model_len),
+        kv_size=kv_size,
+        hidden_size=found.hidden_size,
+        key_norm=None if norm is None else _read_norm(who, norm.module, head_size),
+        key_norm_child=None if norm is None else norm.path,
+        rope=None if rotary is None else _read_rope(who, rotary.module, max_model_len),
+        rope_child=None if rotary is None else rotary.path,
+        linears=found.linears,
     )
+
+
+def _norm_and_rotary(who: str, steps: Sequence[Visit]) -> tuple[Visit | None, Visit | None]:
+    """Which of the modules that keys go through normalizes and which rotates them: told from positions or not."""
+    rotaries = [visit for visit in steps if visit.positional]
+    norms = [visit for visit in steps if not visit.positional]
+    if len(rotaries) > 1 or len(norms) > 1:
+        way = ", ".join(f"{visit.path} ({type(visit.module).__name__})" for visit in steps)
+        raise unsupported_model(f"{who} passes its keys through {way}; supported are one norm and then RoPE")
+    if rotaries and norms and steps[0] is rotaries[0]:
+        raise unsupported_model(f"{who} normalizes its keys after RoPE ({norms[0].path}), which is not supported")
+    return (norms[0] if norms else None), (rotaries[0] if rotaries else None)
 
 
 def _read_norm(who: str, norm: Any, head_size: int) -> HeadNorm:

@@ -19,12 +19,12 @@ _WHAT = {
 }
 
 
-def report(impls: Sequence[Any], quantized: int, factors: str) -> None:
+def report(impls: Sequence[Any], quantized: Sequence[str], factors: str) -> None:
     """Say what is cached, in how many bytes, and by which kernels it is read.
 
     Args:
         impls: implementations of the layers, in order.
-        quantized: how many of them had packed weights.
+        quantized: names of the linear layers that had packed weights, one for each.
         factors: where the bases came from.
     """
     settings = impls[0].settings
@@ -43,9 +43,10 @@ def report(impls: Sequence[Any], quantized: int, factors: str) -> None:
         logger.info("xquant: %s", line)
     if quantized:
         logger.info(
-            "xquant: %d quantized qkv_proj layers now hold their effective weight in the model's dtype, because packed "
+            "xquant: %d quantized %s layers now hold their effective weight in the model's dtype, because packed "
             "rows cannot be exchanged for down-projections; the other layers stay quantized",
-            quantized,
+            len(quantized),
+            " and ".join(dict.fromkeys(quantized)),
         )
     device = config.device_config.device_type
     fast = dispatch.select(device) is not reference

@@ -1,23 +1,31 @@
 """Replace the key and value projections of an attention module, and move what they did behind the cache.
 
-After surgery ``qkv_proj`` yields queries and latents (or the layer input itself), RoPE turns queries alone, the key
-norm is gone, and :class:`LayerScheme` holds what they did. The result is checked on every layer against what the
-untouched module computes: a model that treats its keys in a way not foreseen here is refused instead of served wrongly.
+After surgery a layer's projections yield queries and latents (or the layer input itself), RoPE turns queries alone,
+the key norm is gone, and :class:`LayerScheme` holds what they did. The result is checked on every layer against what
+the untouched module computes: a model that treats its keys in a way not foreseen here is refused instead of served
+wrongly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
+import torch
 from torch import nn
 
-from xquant_vllm.plugin.checks import unsupported_model
 from xquant_vllm.plugin.load.capture import capture_qkv
-from xquant_vllm.plugin.load.modules import DenseLinear, QueryOnlyRotary
-from xquant_vllm.plugin.load.probe import make_probe
-from xquant_vllm.plugin.load.projections import layer_parameters, let_input_through, replace_rows, shares_memory
+from xquant_vllm.plugin.load.modules import QueryOnlyRotary
+from xquant_vllm.plugin.load.probe import Probe, make_probe
+from xquant_vllm.plugin.load.projections.input_through import let_input_through
+from xquant_vllm.plugin.load.projections.rows import (
+    Projections,
+    dense_stand_ins,
+    layer_parameters,
+    replace_rows,
+    shares_memory,
+)
 from xquant_vllm.plugin.load.proof import prove_keys_and_values
 from xquant_vllm.plugin.load.recognize import AttentionParts
+from xquant_vllm.plugin.load.trace.call import exchange
 from xquant_vllm.plugin.load.value_fold import ValueFold
 from xquant_vllm.scheme.builder import Factors, SchemeBuilder
 from xquant_vllm.scheme.formats import LayerFormat
@@ -33,14 +41,14 @@ class Surgeon:
         self._formats, self._builder = formats, SchemeBuilder(settings, formats, factors)
         self._fold_values = settings.fold_values
 
-    def operate(self, position: int, parts: AttentionParts, dense: DenseLinear) -> LayerScheme:
+    def operate(self, position: int, parts: AttentionParts, projections: Projections) -> LayerScheme:
         """Replace the projections of one attention module.
 
         Args:
             position: of the layer, in the sequence of formats.
             parts: the module's parts, untouched yet.
-            dense: weight ``[q_size + 2 * kv_size, hidden_size]`` and bias of ``qkv_proj``; it shares memory with
-                ``qkv_proj`` or replaces it, and is overwritten.
+            projections: the linear layers that make keys and values, dense, by path; they share memory with the
+                module's or replace them, and are overwritten.
 
         Returns:
             How the layer's cache is written and read.
@@ -48,34 +56,31 @@ class Surgeon:
         Raises:
             UnsupportedError: the module's keys or values are not what they should be.
         """
-        weight = dense.weight.data
-        if weight.shape[0] != parts.q_size + 2 * parts.kv_size:
-            raise unsupported_model(
-                f"{parts.name}.qkv_proj has {weight.shape[0]} output rows, expected {parts.q_size} for queries and "
-                f"2 x {parts.kv_size} for keys and values"
-            )
-        probe = make_probe(parts, weight.shape[1], weight)
-        hidden, positions = probe.hidden, probe.positions
-        in_place = shares_memory(parts, dense)
-        # A plain layer cannot run before vLLM has dispatched its GEMM; a quantized one is itself the truth.
-        before = capture_qkv(parts.name, parts.module, hidden, positions, dense if in_place else None)
+        probe = make_probe(parts, parts.hidden_size, projections[parts.key.child].weight.data)
+        in_place = shares_memory(parts, projections)
+        # Plain layers cannot run before vLLM has dispatched their GEMMs; a quantized one is itself the truth.
+        stand_ins: dict[str, nn.Module] = dict(dense_stand_ins(parts.linears)) if in_place else {}
+        before = _capture(parts, probe, stand_ins)
         form = self._formats[position]
-        scheme, down = self._builder.build(position, layer_parameters(parts, form.shape, dense))
+        scheme, down = self._builder.build(position, layer_parameters(parts, form.shape, projections))
         # What vLLM has processed it may have packed. What was not is still the checkpoint's.
-        fold = ValueFold.prepare(parts, scheme.projection, probe, dense) if in_place and self._fold_values else None
+        fold = ValueFold.prepare(parts, scheme.projection, probe, stand_ins) if in_place and self._fold_values else None
         if down is None:
-            stand_in = let_input_through(parts, form.shape, dense)
+            stand_ins |= let_input_through(parts, form.shape, projections)
         else:
-            stand_in = replace_rows(parts, dense, down)
-        _wrap_child(parts.module, "rotary_emb", QueryOnlyRotary)
-        _wrap_child(parts.module, "k_norm", lambda _: nn.Identity())
-        after = capture_qkv(parts.name, parts.module, hidden, positions, stand_in)
+            stand_ins |= replace_rows(parts, projections, down)
+        _wrap_child(parts.module, parts.rope_child, QueryOnlyRotary)
+        _wrap_child(parts.module, parts.key_norm_child, lambda _: nn.Identity())
+        after = _capture(parts, probe, stand_ins)
         earlier = [self._formats[index].streams[0] for index in form.reads]
-        prove_keys_and_values(parts, scheme, earlier, positions, before, after)
-        return scheme if fold is None else replace(scheme, projection=fold.perform(probe, stand_in))
+        prove_keys_and_values(parts, scheme, earlier, probe.positions, before, after)
+        return scheme if fold is None else replace(scheme, projection=fold.perform(probe, stand_ins))
 
 
-def _wrap_child(module: nn.Module, child: str, wrap: Any) -> None:
-    original = getattr(module, child, None)
-    if original is not None:
-        setattr(module, child, wrap(original))
+def _capture(parts: AttentionParts, probe: Probe, stand_ins: Mapping[str, nn.Module]) -> tuple[torch.Tensor, ...]:
+    return capture_qkv(parts.name, parts.module, parts.attention_child, probe.hidden, probe.positions, stand_ins)
+
+
+def _wrap_child(module: nn.Module, path: str | None, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    if path is not None:
+        exchange(module, path, wrap(module.get_submodule(path)))

@@ -1,26 +1,29 @@
 """Fold the up-projection of values into the output projection of an attention module.
 
-Attention ends with one up-projection per query head, of the weighed latents, and ``o_proj`` multiplies what comes out
-of it. Where a layer has a square up-projection for every kv head, and nothing is added in between, both are one matrix:
-``W_o[:, h] U_h^T`` for query head h. Attention then returns the weighed latents themselves.
+Attention ends with one up-projection per query head, of the weighed latents, and the output projection, a linear layer,
+multiplies what comes out of it. Where a layer has a square up-projection for every kv head, and nothing is added in
+between, both are one matrix: ``W_o[:, h] U_h^T`` for query head h. Attention then returns the weighed latents themselves.
 
 As with keys and values nothing is trusted to be recognized: the untouched module and the folded one are run on the same
 attention output, the latter in latents, and a layer whose outputs differ is left as it is. The product is in FP64 and
-rounded once, to the dtype of ``o_proj``.
+rounded once, to the dtype of the output projection.
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
 
 from xquant_vllm.plugin.load.capture import module_output
 from xquant_vllm.plugin.load.modules import DenseLinear
 from xquant_vllm.plugin.load.probe import Probe
+from xquant_vllm.plugin.load.projections.rows import dense_stand_in, is_plain
 from xquant_vllm.plugin.load.recognize import AttentionParts
+from xquant_vllm.plugin.load.trace.stand_ins import Coded, descendants, is_linear, output_rows
 from xquant_vllm.projection.rematerialize import LayerProjection
 
 logger = logging.getLogger("vllm.xquant_vllm")
@@ -36,7 +39,7 @@ class ValueFold:
     Attributes:
         parts: the module's parts.
         projection: of the layer, with the up-projection to fold.
-        child: name of the output projection in the module.
+        child: path of the output projection in the module.
         latents: random weighed latents ``[num_tokens, num_heads * head_size]``.
         expected: the untouched module's output for the attention output that they stand for.
     """
@@ -49,7 +52,7 @@ class ValueFold:
 
     @classmethod
     def prepare(
-        cls, parts: AttentionParts, projection: LayerProjection, probe: Probe, qkv_proj: nn.Module
+        cls, parts: AttentionParts, projection: LayerProjection, probe: Probe, stand_ins: Mapping[str, nn.Module]
     ) -> "ValueFold | None":
         """Look whether a module's values can be folded.
 
@@ -57,18 +60,16 @@ class ValueFold:
             parts: the module's parts, untouched.
             projection: what its latents will be multiplied by.
             probe: what to run it on.
-            qkv_proj: takes the place of ``qkv_proj``, which cannot run yet.
+            stand_ins: take the places of linear layers before attention, by path, which cannot run yet.
 
         Returns:
             The fold, or None where the layer has to do without.
         """
-        up, child = projection.up_value, output_projection(parts)
-        if (
-            up is None
-            or projection.value_width != projection.head_size
-            or projection.value_bias is not None
-            or not child
-        ):
+        up = projection.up_value
+        if up is None or projection.value_width != projection.head_size or projection.value_bias is not None:
+            return None
+        child = output_projection(parts, probe, stand_ins)
+        if child is None:
             return None
         generator = torch.Generator(device="cpu").manual_seed(2)
         shape = (probe.hidden.shape[0], parts.attention.num_heads, projection.head_size)
@@ -76,24 +77,24 @@ class ValueFold:
         of_heads = up.repeat_interleave(shape[1] // projection.num_kv_heads, 0)
         attended = torch.einsum("thw,hws->ths", latents, of_heads).flatten(1).to(probe.hidden)
         latents = latents.flatten(1).to(probe.hidden)
-        o_proj = getattr(parts.module, child)
-        expected = _output(parts, probe, attended, {"qkv_proj": qkv_proj, child: _dense(o_proj, o_proj.weight.data)})
+        o_proj = parts.module.get_submodule(child)
+        expected = _output(parts, probe, attended, {**stand_ins, child: dense_stand_in(o_proj)})
         return None if expected is None else cls(parts, projection, child, latents, expected)
 
-    def perform(self, probe: Probe, qkv_proj: nn.Module) -> LayerProjection:
+    def perform(self, probe: Probe, stand_ins: Mapping[str, nn.Module]) -> LayerProjection:
         """Fold, if the module's output stays what it was.
 
         Args:
             probe: the same as before.
-            qkv_proj: takes the place of ``qkv_proj`` after surgery.
+            stand_ins: take the places of linear layers before attention, by path, after surgery.
 
         Returns:
             The projection without its value up-projection; with it where nothing was folded.
         """
-        o_proj = getattr(self.parts.module, self.child)
+        o_proj = self.parts.module.get_submodule(self.child)
         assert self.projection.up_value is not None
         folded = fold(o_proj.weight.data, self.projection.up_value)
-        children = {"qkv_proj": qkv_proj, self.child: _dense(o_proj, folded)}
+        children = {**stand_ins, self.child: DenseLinear(folded, dense_stand_in(o_proj).bias, like=o_proj)}
         actual = _output(self.parts, probe, self.latents, children)
         if actual is None or actual.shape != self.expected.shape:
             return self.projection
@@ -122,35 +123,60 @@ def fold(weight: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return torch.einsum("okgs,kws->okgw", of_heads, up.to(torch.float64)).flatten(1).to(weight.dtype)
 
 
-def output_projection(parts: AttentionParts) -> str | None:
-    """Name of the module's output projection; None without one whose weight can be exchanged."""
-    found = [name for name, child in parts.module.named_children() if isinstance(child, RowParallelLinear)]
-    if len(found) != 1:
+def output_projection(parts: AttentionParts, probe: Probe, stand_ins: Mapping[str, nn.Module]) -> str | None:
+    """Find the linear layer that is given what attention returns, as it is, by running the module.
+
+    Args:
+        parts: the module's parts.
+        probe: what to run it on.
+        stand_ins: take the places of linear layers before attention, by path, which cannot run yet.
+
+    Returns:
+        Its path; None without exactly one, or if its weight cannot be exchanged.
+    """
+    linears = {
+        path: child
+        for path, child in descendants(parts.module, parts.attention_child)
+        if is_linear(child) and path not in parts.linears
+    }
+    tokens = probe.hidden.shape[0]
+    coded = {
+        path: Coded(path, linear, torch.zeros(tokens, output_rows(linear), dtype=torch.float32, device="cpu"))
+        for path, linear in linears.items()
+    }
+    generator = torch.Generator(device="cpu").manual_seed(3)
+    attended = torch.randn(tokens, parts.q_size, generator=generator, dtype=torch.float32, device="cpu")
+    attended = attended.to(probe.hidden)
+    if _output(parts, probe, attended, {**stand_ins, **coded}) is None:
         return None
-    layer: Any = getattr(parts.module, found[0])
-    weight = getattr(layer, "weight", None)
-    plain = (
-        type(layer) is RowParallelLinear
-        and isinstance(layer.quant_method, UnquantizedLinearMethod)
-        and (layer.input_is_parallel or layer.tp_size == 1)
+    found = [path for path, stand_in in coded.items() if stand_in.given is not None and _same(stand_in.given, attended)]
+    return found[0] if len(found) == 1 and _is_exchangeable(linears[found[0]], parts.q_size) else None
+
+
+def _same(given: torch.Tensor, attended: torch.Tensor) -> bool:
+    return given.numel() == attended.numel() and torch.equal(given.reshape(attended.shape), attended)
+
+
+def _is_exchangeable(linear: Any, width: int) -> bool:
+    """Whether a linear layer is plain, and its weight ``[out, width]`` on this rank can be exchanged."""
+    weight = getattr(linear, "weight", None)
+    return (
+        type(linear) in (RowParallelLinear, ReplicatedLinear)
+        and is_plain(linear)
+        and (linear.tp_size == 1 or getattr(linear, "input_is_parallel", False))
         and isinstance(weight, torch.Tensor)
         and weight.dtype in _TOLERANCE
         and weight.dim() == 2
-        and weight.shape[1] == parts.q_size
+        and weight.shape[1] == width
     )
-    return found[0] if plain else None
-
-
-def _dense(o_proj: Any, weight: torch.Tensor) -> DenseLinear:
-    return DenseLinear(weight, None if o_proj.bias is None else o_proj.bias.data)
 
 
 def _output(
-    parts: AttentionParts, probe: Probe, attended: torch.Tensor, children: dict[str, nn.Module]
+    parts: AttentionParts, probe: Probe, attended: torch.Tensor, children: Mapping[str, nn.Module]
 ) -> torch.Tensor | None:
     """The module's output, or None if it cannot be had this way."""
     try:
-        return module_output(parts.module, probe.hidden, probe.positions, attended, children)
+        return module_output(parts.module, parts.attention_child, probe.hidden, probe.positions, attended, children)
     except Exception as error:  # whatever a model's code may raise; the layer is served without the fold
         logger.debug("xquant: values of %s are not folded: %s: %s", parts.name, type(error).__name__, error)
         return None

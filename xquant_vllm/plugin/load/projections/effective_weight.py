@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from xquant_vllm.plugin.load.modules import DenseLinear
+from xquant_vllm.plugin.load.modules import DenseLinear, whole_output
 
 logger = logging.getLogger("vllm.xquant_vllm")
 
@@ -28,12 +28,12 @@ def effective_linear(name: str, linear: Any) -> DenseLinear:
     size, dtype = linear.input_size, linear.params_dtype
     device = next((p.device for p in linear.parameters()), torch.device("cpu"))
     with torch.no_grad():
-        bias = linear(torch.zeros(1, size, dtype=dtype, device=device))[0][0].float()
+        bias = whole_output(linear, torch.zeros(1, size, dtype=dtype, device=device))[0].float()
         columns = []
         for start in range(0, size, _ROWS):
             rows = torch.zeros(min(_ROWS, size - start), size, dtype=dtype, device=device)
             rows[:, start:].fill_diagonal_(1)
-            columns.append(linear(rows)[0].float() - bias)
+            columns.append(whole_output(linear, rows).float() - bias)
     weight = torch.cat(columns).T.contiguous().to(dtype)
     logger.debug("xquant: %s is quantized and was replaced by its effective weight in %s", name, dtype)
-    return DenseLinear(weight, bias.to(dtype) if bias.any() else None)
+    return DenseLinear(weight, bias.to(dtype) if bias.any() else None, like=linear)

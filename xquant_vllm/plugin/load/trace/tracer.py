@@ -1,0 +1,146 @@
+"""Follow tensors through an attention module, from its linear layers to its attention layer.
+
+Linear layers are replaced by stand-ins that answer with codes of their rows (``codes.py``), whatever they are given.
+Norms, RoPE and the like run, but hand on what came in, and are noted down. What arrives at attention then names its
+rows, however a model's code splits, interleaves or transposes in between.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from xquant_vllm.errors import UnsupportedError
+from xquant_vllm.plugin.checks import unsupported_model
+from xquant_vllm.plugin.load.capture import capture_qkv
+from xquant_vllm.plugin.load.trace.codes import TOKENS, RowCodes
+from xquant_vllm.plugin.load.trace.source import Source
+from xquant_vllm.plugin.load.trace.stand_ins import Coded, Visit, descendants, is_linear, output_rows, watched
+
+
+@dataclass(frozen=True)
+class Trace:
+    """How an attention module makes its keys and values.
+
+    Attributes:
+        key: the rows that are its keys.
+        value: the rows that are its values.
+        key_steps: calls of other modules that keys go through on their way, in order.
+        value_steps: the same of values.
+        linears: all linear layers that run before attention, by path.
+        hidden_size: channels of the module's input.
+    """
+
+    key: Source
+    value: Source
+    key_steps: tuple[Visit, ...]
+    value_steps: tuple[Visit, ...]
+    linears: Mapping[str, Any]
+    hidden_size: int
+
+
+def trace(name: str, module: nn.Module, attention_child: str, kv_size: int) -> Trace:
+    """Find the linear layers that make the keys and values of an attention module.
+
+    Args:
+        name: the module's name, for errors.
+        module: the module.
+        attention_child: name of its attention layer.
+        kv_size: channels of the keys, and of the values, on this rank.
+
+    Raises:
+        UnsupportedError: the module cannot be run, or its keys or values are not rows of one linear layer each.
+    """
+    who = f"{type(module).__name__} at {name}"
+    parts = dict(descendants(module, attention_child))
+    linears: dict[str, Any] = {path: part for path, part in parts.items() if is_linear(part)}
+    if not linears:
+        raise unsupported_model(f"{who} is not recognized: it has no linear layer beside its `{attention_child}`")
+    rank = max(linear.tp_rank for linear in linears.values())
+    codes = RowCodes({path: output_rows(linear) for path, linear in linears.items()}, seed=rank)
+    others = {path: part for path, part in parts.items() if path not in linears}
+    first_error: UnsupportedError | None = None
+    # Mostly the first layer reads the module's input. A module of another width cannot run.
+    for hidden_size in dict.fromkeys(linear.input_size for linear in linears.values()):
+        coded = {path: Coded(path, linear, codes.of(path)) for path, linear in linears.items()}
+        try:
+            with watched(others) as visits:
+                arrived = _arrived(name, module, attention_child, hidden_size, coded)
+        except UnsupportedError as error:
+            first_error = first_error or error
+            continue
+        key, value = (
+            _source(who, what, linears, codes, codes.read(tensor), kv_size)
+            for what, tensor in zip(("keys", "values"), arrived[1:], strict=True)
+        )
+        _refuse_shared(who, key, value, coded)
+        key_steps, value_steps = (
+            tuple(visit for visit in visits if _meets(codes, visit, numbers))
+            for numbers in (codes.numbers(key.child, key.rows), codes.numbers(value.child, value.rows))
+        )
+        reached = {path: linears[path] for path, stand_in in coded.items() if stand_in.given is not None}
+        return Trace(key, value, key_steps, value_steps, reached, hidden_size)
+    assert first_error is not None
+    raise first_error
+
+
+def _arrived(
+    name: str, module: nn.Module, attention_child: str, hidden_size: int, coded: Mapping[str, Coded]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What reaches attention, ``[TOKENS, channels]`` each, for a random input in the model's dtype."""
+    linear: Any = module.get_submodule(next(iter(coded)))
+    device = next(parameter.device for parameter in linear.parameters())
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    hidden = torch.randn(TOKENS, hidden_size, generator=generator, dtype=torch.float32, device="cpu")
+    positions = torch.arange(TOKENS, device="cpu")
+    hidden, positions = hidden.to(device, linear.params_dtype), positions.to(device)
+    return capture_qkv(name, module, attention_child, hidden, positions, coded)
+
+
+def _source(
+    who: str, what: str, linears: Mapping[str, Any], codes: RowCodes, numbers: torch.Tensor, kv_size: int
+) -> Source:
+    """The linear layer and the rows that channels are."""
+    if numbers.numel() != kv_size:
+        raise unsupported_model(f"{who} is not recognized: it has {numbers.numel()} channels of {what}, not {kv_size}")
+    unknown = (numbers < 0).nonzero().flatten()
+    if unknown.numel():
+        raise unsupported_model(
+            f"{who} is not recognized: {unknown.numel()} of {kv_size} channels of its {what}, the first of them "
+            f"{int(unknown[0])}, are not just output rows of its linear layers ({', '.join(linears)}) on this rank: "
+            "they are clamped, scaled, added to, or come from elsewhere"
+        )
+    if numbers.unique().numel() != kv_size:
+        raise unsupported_model(f"{who} is not recognized: several channels of its {what} are one and the same row")
+    owners = codes.owners(numbers)
+    if len(owners) > 1:
+        raise unsupported_model(
+            f"{who} is not recognized: its {what} come from several linear layers ({', '.join(owners)})"
+        )
+    ((child, rows),) = owners.items()
+    return Source(child, linears[child], rows)
+
+
+def _refuse_shared(who: str, key: Source, value: Source, coded: Mapping[str, Coded]) -> None:
+    """Refuse keys and values that are the same rows, or are made of different inputs."""
+    if key.child == value.child:
+        if torch.isin(key.rows, value.rows).any():
+            raise unsupported_model(f"{who} is not recognized: rows of its {key.child} are keys and values at once")
+        return
+    inputs = [coded[source.child].given for source in (key, value)]
+    if inputs[0] is None or inputs[1] is None or not torch.equal(inputs[0], inputs[1]):
+        raise unsupported_model(
+            f"{who} is not recognized: its {key.child} and its {value.child} are given different inputs"
+        )
+
+
+def _meets(codes: RowCodes, visit: Visit, numbers: torch.Tensor) -> bool:
+    """Whether a module was given any of these rows. Tokens may be in any dimension."""
+    return any(
+        bool(torch.isin(codes.read(tensor.movedim(dimension, 0).flatten(1)), numbers).any())
+        for tensor in visit.given
+        for dimension, size in enumerate(tensor.shape)
+        if size == TOKENS
+    )
