@@ -1,7 +1,5 @@
 """Folding the up-projection of values into o_proj, on modules with vLLM's own output projection."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
@@ -11,11 +9,14 @@ from vllm.distributed import (
     ensure_model_parallel_initialized,
     init_distributed_environment,
 )
-from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
 
-from tests.plugin.load.test_surgery import HEAD_SIZE, HEADS, HIDDEN, KV_HEADS, Q_SIZE, Plain, operate, parts_of
+from tests.plugin.load.test_surgery import Plain, operate, parts_of
+from tests.plugin.load.trace.layouts import HEAD_SIZE, HEADS, HIDDEN, KV_HEADS, Q_SIZE, Grouped, linear
 from xquant_vllm.plugin.load.capture import module_output
 from xquant_vllm.plugin.load.modules import DenseLinear
+from xquant_vllm.plugin.load.probe import make_probe
+from xquant_vllm.plugin.load.projections.rows import dense_stand_in, dense_stand_ins
 from xquant_vllm.plugin.load.value_fold import fold, output_projection
 from xquant_vllm.projection.rematerialize import rematerialize_values
 from xquant_vllm.scheme.layer_scheme import LayerScheme
@@ -69,10 +70,52 @@ class AddsItsValues(WithOutput):
 
 
 class ReturnsTwo(WithOutput):
-    """Returns more than its output."""
+    """Returns nothing besides its output."""
 
     def forward(self, positions, hidden_states):
         return super().forward(positions, hidden_states), None
+
+
+class ReturnsItsBias(WithOutput):
+    """Leaves the bias of its output to others (Falcon)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.o_proj = RowParallelLinear(
+            Q_SIZE, HIDDEN, True, skip_bias_add=True, params_dtype=torch.float32, disable_tp=True
+        )
+        for parameter in self.o_proj.parameters():
+            parameter.data.normal_()
+
+    def forward(self, positions, hidden_states):
+        return self.o_proj(self.attn(*self.split(hidden_states)))
+
+
+class ReturnsItsValues(WithOutput):
+    """Returns values, too."""
+
+    def forward(self, positions, hidden_states):
+        return super().forward(positions, hidden_states), self.split(hidden_states)[2]
+
+
+class OtherOutput(Grouped):
+    """Other names, and groups of heads; a second output projection is not called, another is of something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer = linear(self.mixer.output_size)
+        self.mixer.bias = None
+        self.gate = RowParallelLinear(HIDDEN, HIDDEN, False, params_dtype=torch.float32, disable_tp=True)
+        self.dense = ReplicatedLinear(
+            Q_SIZE, HIDDEN, False, params_dtype=torch.float32, return_bias=False, disable_tp=True
+        )
+        self.unused = RowParallelLinear(Q_SIZE, HIDDEN, False, params_dtype=torch.float32, disable_tp=True)
+        for layer in (self.gate, self.dense, self.unused):
+            layer.weight.data.normal_()
+
+    def forward(self, positions, hidden_states):
+        output = self.dense(self.kernel(*self.split(hidden_states)))
+        return output + self.gate(output)[0]
 
 
 class WithTwo(WithOutput):
@@ -83,17 +126,16 @@ class WithTwo(WithOutput):
         self.o_proj_2 = RowParallelLinear(Q_SIZE, HIDDEN, False, params_dtype=torch.float32, disable_tp=True)
         self.o_proj_2.weight.data.normal_()
 
-
-def dense(module: WithOutput) -> DenseLinear:
-    """Its output projection as one that runs before vLLM has processed it."""
-    bias = module.o_proj.bias
-    return DenseLinear(module.o_proj.weight.data, None if bias is None else bias.data)
+    def forward(self, positions, hidden_states):
+        attended = self.attn(*self.split(hidden_states))
+        return self.o_proj(attended)[0] + self.o_proj_2(attended)[0]
 
 
 def answer(module: WithOutput, attended: torch.Tensor) -> torch.Tensor:
     """The module's output for an output of its attention."""
     hidden = torch.ones(attended.shape[0], HIDDEN).to(attended)
-    return module_output(module, hidden, torch.arange(len(hidden)), attended, {"o_proj": dense(module)})
+    stand_in = {"o_proj": dense_stand_in(module.o_proj)}  # which runs before vLLM has processed it
+    return module_output(module, "attn", hidden, torch.arange(len(hidden)), attended, stand_in)
 
 
 def folded(cache: LayerScheme) -> bool:
@@ -106,8 +148,8 @@ def test_a_folded_module_takes_latents_for_values(dtype, allowed, bias):
     module = WithOutput(dtype, bias=bias)
     plain, before = WithOutput(dtype, bias=bias), module.qkv_proj.weight.data.clone()
     plain.load_state_dict(module.state_dict())
-    unfolded = operate(parts_of(plain), SETTINGS | {"fold_values": False}, plain.qkv_proj).projection
-    cache = operate(parts_of(module), SETTINGS, module.qkv_proj)
+    unfolded = operate(parts_of(plain), SETTINGS | {"fold_values": False}).projection
+    cache = operate(parts_of(module), SETTINGS)
     assert folded(cache)
     assert unfolded.up_value is not None
     assert not torch.equal(module.qkv_proj.weight.data, before)
@@ -130,11 +172,22 @@ def test_the_fold_is_rounded_once():
         assert torch.equal(actual[:, columns], exact.bfloat16())
 
 
-@pytest.mark.parametrize("kind", [Gates, AddsItsValues, ReturnsTwo, WithTwo, Plain])
+@pytest.mark.parametrize("kind", [ReturnsTwo, ReturnsItsBias, OtherOutput])
+def test_the_output_projection_is_found_whatever_its_name(kind):
+    module = kind()
+    weights = {name: x.clone() for name, x in module.state_dict().items()}
+    assert folded(operate(parts_of(module), SETTINGS))
+    changed = {name for name, x in module.state_dict().items() if not torch.equal(x, weights[name])}
+    assert changed == (
+        {"mixer.weight", "dense.weight"} if kind is OtherOutput else {"qkv_proj.weight", "o_proj.weight"}
+    )
+
+
+@pytest.mark.parametrize("kind", [Gates, AddsItsValues, ReturnsItsValues, WithTwo, Plain])
 def test_a_module_that_does_more_with_its_values_is_not_folded(kind):
     module = kind()
     weights = {name: x.clone() for name, x in module.state_dict().items() if name.startswith("o_proj")}
-    assert not folded(operate(parts_of(module), SETTINGS, module.qkv_proj))
+    assert not folded(operate(parts_of(module), SETTINGS))
     for name, weight in weights.items():
         assert torch.equal(
             module.state_dict()[name],
@@ -146,30 +199,36 @@ def test_a_module_that_does_more_with_its_values_is_not_folded(kind):
 def test_only_square_up_projections_are_folded(settings):
     module = WithOutput()
     weight = module.o_proj.weight.data.clone()
-    assert not folded(operate(parts_of(module), SETTINGS | settings, module.qkv_proj))
+    assert not folded(operate(parts_of(module), SETTINGS | settings))
     assert torch.equal(module.o_proj.weight.data, weight)
 
 
 def test_values_with_a_bias_are_not_folded():
     module = WithOutput()
     module.qkv_proj.bias = nn.Parameter(torch.randn(module.qkv_proj.weight.shape[0]), requires_grad=False)
-    assert not folded(operate(parts_of(module), SETTINGS, module.qkv_proj))
+    assert not folded(operate(parts_of(module), SETTINGS))
 
 
 def test_output_projections_that_cannot_be_exchanged():
-    """Quantized, packed, of another width, gathering its input, or a subclass."""
+    """Quantized, packed, gathering its input, or a subclass."""
     module = WithOutput()
     parts, o_proj = parts_of(module), module.o_proj
-    assert output_projection(parts) == "o_proj"
-    assert output_projection(replace(parts, q_size=Q_SIZE // 2)) is None
+
+    def found():
+        probe = make_probe(parts, HIDDEN, torch.empty(0))
+        return output_projection(parts, probe, dense_stand_ins(parts.linears))
+
+    assert found() == "o_proj"
     o_proj.input_is_parallel, o_proj.tp_size = False, 2
-    assert output_projection(parts) is None
+    assert found() is None
     o_proj.input_is_parallel = True
     method, o_proj.quant_method = o_proj.quant_method, object()
-    assert output_projection(parts) is None
+    assert found() is None
     o_proj.quant_method = method
-    assert output_projection(parts) == "o_proj"
+    assert found() == "o_proj"
     o_proj.weight = nn.Parameter(torch.zeros(HIDDEN, Q_SIZE, dtype=torch.int8), requires_grad=False)
-    assert output_projection(parts) is None
+    assert found() is None
     del o_proj.weight
-    assert output_projection(parts) is None
+    assert found() is None
+    module.o_proj = type("Own", (RowParallelLinear,), {})(Q_SIZE, HIDDEN, params_dtype=torch.float32, disable_tp=True)
+    assert found() is None

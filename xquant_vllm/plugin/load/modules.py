@@ -84,7 +84,20 @@ def whole_output(linear: Any, x: torch.Tensor) -> torch.Tensor:
     return output if bias is None else output + bias
 
 
-class QueryAndInput(nn.Module):
+class _Passing(nn.Module):
+    """In place of a linear layer whose input passes through; answers as that layer does, with a bias of zeros if any."""
+
+    def __init__(self, like: Any, rows: int) -> None:
+        super().__init__()
+        self.return_bias = like.return_bias
+        zeros = torch.zeros(rows, dtype=like.weight.dtype, device=like.weight.device)
+        self.register_buffer("later", zeros if like.skip_bias_add and like.bias is not None else None, persistent=False)
+
+    def answer(self, output: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+        return (output, self.later) if self.return_bias else output
+
+
+class QueryAndInput(_Passing):
     """In place of a fused projection where pages hold the layer input: projects queries, passes the input on.
 
     The input is padded to whole heads, because the model's code and vLLM's ``Attention`` see heads in it.
@@ -92,20 +105,19 @@ class QueryAndInput(nn.Module):
 
     def __init__(self, query_proj: Any, padding: int) -> None:
         """Wrap the projection of the queries; ``padding`` channels complete the last head."""
-        super().__init__()
+        rows, channels = query_proj.weight.shape
+        super().__init__(query_proj, rows + 2 * (channels + padding))
         self.query_proj = query_proj
         self.padding = padding
-        self.return_bias = query_proj.return_bias
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """Queries and twice the input ``x`` ``[..., hidden_size]``, side by side."""
         query = whole_output(self.query_proj, x)
         padded = nn.functional.pad(x, (0, self.padding)) if self.padding else x
-        output = torch.cat((query, padded, padded), -1)
-        return (output, None) if self.return_bias else output
+        return self.answer(torch.cat((query, padded, padded), -1))
 
 
-class InputInRows(nn.Module):
+class InputInRows(_Passing):
     """In place of a projection of any layout where pages hold the layer input: it takes the places of keys and values.
 
     All other rows are projected. Every output channel is one of these, or of the input, or zero.
@@ -117,16 +129,15 @@ class InputInRows(nn.Module):
         Args:
             other_rows: the projection of the rows that are neither keys nor values, or None without any.
             order: ``[rows]``, int64: which channel of the other rows' output, then of the input, then of a zero.
-            like: the linear layer whose place it takes; it answers as that does.
+            like: the linear layer whose place it takes.
         """
-        super().__init__()
+        super().__init__(like, order.numel())
         self.other_rows = other_rows
+        self.order: torch.Tensor
         self.register_buffer("order", order, persistent=False)
-        self.return_bias = like.return_bias
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """Arrange what is made of ``x`` ``[..., hidden_size]`` to ``[..., rows]``."""
         others = [] if self.other_rows is None else [whole_output(self.other_rows, x)]
         zero = torch.zeros_like(x[..., :1])
-        output = torch.cat((*others, x, zero), -1).index_select(-1, self.order)
-        return (output, None) if self.return_bias else output
+        return self.answer(torch.cat((*others, x, zero), -1).index_select(-1, self.order))

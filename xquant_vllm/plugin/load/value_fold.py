@@ -2,7 +2,7 @@
 
 Attention ends with one up-projection per query head, of the weighed latents, and the output projection, a linear layer,
 multiplies what comes out of it. Where a layer has a square up-projection for every kv head, and nothing is added in
-between, both are one matrix: ``W_o[:, h] U_h^T`` for query head h. Attention then returns the weighed latents themselves.
+between, both are one matrix: ``W_o[:, h] U_h^T`` for query head h. Attention then returns the weighed latents.
 
 As with keys and values nothing is trusted to be recognized: the untouched module and the folded one are run on the same
 attention output, the latter in latents, and a layer whose outputs differ is left as it is. The product is in FP64 and

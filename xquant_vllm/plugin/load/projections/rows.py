@@ -67,7 +67,7 @@ def layer_parameters(parts: AttentionParts, shape: LayerShape, projections: Proj
 
 
 def shares_memory(parts: AttentionParts, projections: Projections) -> bool:
-    """Whether writing to dense projections is enough, since they are the module's weights, or they shall replace them."""
+    """Whether writing to dense projections is enough, as they are the module's weights, or they shall replace them."""
     return all(
         getattr(linear, "weight", None) is not None and linear.weight.data_ptr() == projections[path].weight.data_ptr()
         for path, linear in parts.sources.items()

@@ -2,7 +2,7 @@
 
 The numbers of the first tokens are digits of the row's number, so that it can be read off. The others are random, and
 tell that nothing was done to them on the way: signs and sizes from ``2^-6`` to ``2^15`` show any scale, sum, clamp or
-activation. All have 8 significant bits at most, which is what bfloat16 has.
+activation. All have 8 significant bits at most, which is what bfloat16 has. Every row has both signs.
 """
 
 from collections.abc import Mapping
@@ -41,6 +41,7 @@ class RowCodes:
         for digit in range(_DIGITS):
             sizes[digit] = numbers // _BASE**digit % _BASE + 1
         signs = torch.randint(0, 2, sizes.shape, generator=generator, device="cpu") * 2 - 1
+        signs[1] = -signs[0]
         self._table = (sizes * signs).float() * _UNITS
 
     def of(self, path: str) -> torch.Tensor:

@@ -93,7 +93,7 @@ def watched(modules: Mapping[str, nn.Module]) -> Iterator[list[Visit]]:
     """
     visits: list[Visit] = []
     with ExitStack() as hooks:
-        for path, module in modules.items():
+        for module, path in {module: path for path, module in modules.items()}.items():
             note, hand_on = _hooks(path, visits)
             for handle in (
                 module.register_forward_pre_hook(note, with_kwargs=True),
