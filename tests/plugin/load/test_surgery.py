@@ -174,12 +174,12 @@ class Wide(Separate):
 
     def __init__(self) -> None:
         super().__init__()
-        for letter, layer in self.to.items():
-            self.to[letter] = linear(layer.output_size, layer, width=5 * HEAD_SIZE)
+        for letter, layer in self.own.items():
+            self.own[letter] = linear(layer.output_size, layer, width=5 * HEAD_SIZE)
 
 
 def test_an_input_that_does_not_fit_in_the_places_of_keys_and_values_is_refused_by_name():
-    with pytest.raises(UnsupportedError, match="Wide at .* cannot cache its input of 80 channels .* passes 64"):
+    with pytest.raises(UnsupportedError, match=r"Wide at .* cannot cache its input of 80 channels .* passes 64"):
         operate(parts_of(Wide()), {"cache": "x"})
 
 

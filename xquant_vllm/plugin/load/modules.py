@@ -85,7 +85,7 @@ def whole_output(linear: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 class _Passing(nn.Module):
-    """In place of a linear layer whose input passes through; answers as that layer does, with a bias of zeros if any."""
+    """In place of a linear layer whose input passes through; answers as that does, with a bias of zeros if any."""
 
     def __init__(self, like: Any, rows: int) -> None:
         super().__init__()

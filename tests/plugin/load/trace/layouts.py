@@ -1,4 +1,4 @@
-"""Attention modules that arrange their queries, keys and values in all the ways that models do, and some that none does."""
+"""Attention modules that arrange their queries, keys and values in the ways that models do, and in others."""
 
 from types import SimpleNamespace
 
@@ -96,12 +96,11 @@ class Separate(Fused):
     def __init__(self) -> None:
         super().__init__()
         self.mixer = nn.Identity()
-        self.to = nn.ModuleDict(
-            {"q": linear(Q_SIZE, TENSOR), "k": linear(KV_SIZE, TENSOR), "v": linear(KV_SIZE, TENSOR)}
-        )
+        sizes = {"q": Q_SIZE, "k": KV_SIZE, "v": KV_SIZE}
+        self.own = nn.ModuleDict({letter: linear(size, TENSOR) for letter, size in sizes.items()})
 
     def split(self, hidden_states):
-        return [self.to[letter](hidden_states) for letter in "qkv"]
+        return [self.own[letter](hidden_states) for letter in "qkv"]
 
 
 class BiasLater(Fused):

@@ -147,9 +147,8 @@ class TwoInputs(Separate):
     """Keys of the input, values of something else."""
 
     def split(self, hidden_states):
-        return [
-            self.to[letter](x) for letter, x in zip("qkv", (hidden_states, hidden_states, -hidden_states), strict=True)
-        ]
+        query, key, _ = super().split(hidden_states)
+        return query, key, self.own["v"](-hidden_states)
 
 
 class TwoLayers(Separate):
@@ -171,8 +170,8 @@ class NoLinear(Fused):
 @pytest.mark.parametrize(
     ("kind", "problem"),
     [
-        (TwoInputs, "its to.k and its to.v are given different inputs"),
-        (TwoLayers, r"its keys come from several linear layers \(to.q, to.k\)"),
+        (TwoInputs, "its own.k and its own.v are given different inputs"),
+        (TwoLayers, r"its keys come from several linear layers \(own.q, own.k\)"),
         (NoLinear, "it has no linear layer beside its `kernel`"),
     ],
 )
