@@ -1,6 +1,7 @@
 """Tiny random checkpoints of real architectures, made by transformers and saved like any model."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,13 @@ def _llama_rope(
     lengths = {"max_position_embeddings": positions, "model_max_length": model_max_length or positions}
     return transformers.LlamaConfig, {"rope_parameters": rope, **lengths}
 
+
+def _dbrx(**attention: Any) -> dict[str, Any]:
+    experts = {"hidden_size": 128, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}
+    return {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, **attention}, "ffn_config": experts}
+
+
+_WINDOWS = ["sliding_attention", "sliding_attention", "full_attention"]
 
 # Models of one shape have the same weights. Scaled RoPE tables have 256 rows (or more) and are made for 64 positions.
 FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
@@ -127,6 +135,17 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     ),
     # Partial RoPE whose pairs lie side by side.
     "glm": (transformers.GlmConfig, {"head_dim": 32}),
+    # Other names and layouts of projections.
+    "gpt2": (transformers.GPT2Config, {"num_key_value_heads": 4}),
+    "gptj": (transformers.GPTJConfig, {"num_key_value_heads": 4, "rotary_dim": 16}),
+    "falcon": (transformers.FalconConfig, {"num_kv_heads": 2, "new_decoder_architecture": True}),
+    "falcon-mqa": (transformers.FalconConfig, {"num_kv_heads": 1, "multi_query": True, "bias": True}),
+    "falcon-mha": (transformers.FalconConfig, {"num_kv_heads": 4, "multi_query": False, "parallel_attn": False}),
+    "dbrx": (transformers.DbrxConfig, _dbrx(clip_qkv=None)),
+    "dbrx-clip": (transformers.DbrxConfig, _dbrx(clip_qkv=8.0)),
+    # RoPE in some layers only, although all own a module for it.
+    "cohere2": (transformers.Cohere2Config, {"sliding_window": 48, "layer_types": _WINDOWS, "logit_scale": 1.0}),
+    "exaone4": (transformers.Exaone4Config, {"sliding_window": 48, "layer_types": _WINDOWS}),
 }
 
 
@@ -178,17 +197,18 @@ def remove_sinks(folder: Path) -> Path:
     return folder
 
 
-def quantize_tiny_model(folder: Path) -> Path:
+def quantize_tiny_model(folder: Path, names: str = r"_proj\.weight$") -> Path:
     """Rewrite a tiny checkpoint's linear layers to INT8 weights in the compressed-tensors format (dynamic INT8 inputs).
 
     Args:
         folder: a checkpoint written by :func:`save_tiny_model`.
+        names: a regular expression for the names of their weights.
 
     Returns:
         ``folder``.
     """
     weights = load_file(folder / "model.safetensors")
-    for name in [name for name in weights if "_proj.weight" in name]:
+    for name in [name for name in weights if re.search(names, name)]:
         weight = weights[name].float()
         scale = weight.abs().amax(1, keepdim=True) / 127
         weights[name] = (weight / scale).round().clamp(-127, 127).to(torch.int8)

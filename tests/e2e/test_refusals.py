@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.e2e.engine import EngineFailed
-from tests.e2e.test_families import ENGINE, PROMPT, assert_close
+from tests.e2e.families.test_families import ENGINE, PROMPT, assert_close
 from tests.tiny_models import quantize_tiny_model, save_paligemma, save_tiny_model
 
 pytestmark = pytest.mark.e2e

@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from tests.e2e.test_families import ENGINE
+from tests.e2e.families.test_families import ENGINE
 from tests.factorizing import FakeTokenizer, factorize
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.cli.main import main

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.e2e.engine import EngineFailed
-from tests.e2e.test_families import ENGINE, TASKS
+from tests.e2e.families.test_families import ENGINE, TASKS
 from tests.factorizing import FakeTokenizer
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.cli.main import main
