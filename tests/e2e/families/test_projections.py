@@ -1,4 +1,4 @@
-"""Models whose projections have other names and layouts than Llama's, or that own a RoPE which some layers do not use."""
+"""Models whose projections have other names and layouts than Llama's, or that own a RoPE and do not always use it."""
 
 import os
 
@@ -138,7 +138,7 @@ def test_keys_that_are_clamped_are_refused_by_name(serve):
     with pytest.raises(EngineFailed) as error:
         serve("dbrx-clip", xquant=EIGHT)
     assert "DbrxAttention at transformer.blocks.0.norm_attn_norm.attn is not recognized" in error.value.log
-    assert "they are clamped, scaled, added to, or come from elsewhere" in error.value.log
+    assert "they are clamped, scaled one by one, added to, or come from elsewhere" in error.value.log
 
 
 @pytest.mark.parametrize("family", ["falcon", "cohere2"])

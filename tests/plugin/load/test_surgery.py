@@ -154,6 +154,29 @@ def test_the_layer_input_of_every_layout_reaches_the_cache(layout):
     assert torch.equal(x, hidden)
 
 
+class MultipliesItsKeys(Plain):
+    """Multiplies keys by one number (Falcon-H1)."""
+
+    def forward(self, positions, hidden_states):
+        query, key, value = self.split(hidden_states)
+        return self.attn(query, 0.3 * key, value)
+
+
+def test_one_factor_on_all_keys_does_no_harm_to_latents():
+    parts, hidden = parts_of(MultipliesItsKeys()), torch.randn(5, HIDDEN)
+    _, before, _ = capture(parts, hidden)
+    projection = operate(parts, LATENTS).projection
+    latents = capture(parts, hidden)[1].unflatten(1, (KV_HEADS, HEAD_SIZE))
+    keys = rematerialize_keys(latents, torch.arange(5), projection).flatten(1)
+    torch.testing.assert_close(keys, before, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{"cache": "x"}, {"method": "xquant-cl", "cache": "latent"}])
+def test_one_factor_on_all_keys_is_refused_where_keys_and_values_are_cached_as_one(settings):
+    with pytest.raises(UnsupportedError, match=r"MultipliesItsKeys at .* multiplies its keys by 0\.3"):
+        operate(parts_of(MultipliesItsKeys()), settings)
+
+
 @pytest.mark.parametrize("hidden_size", [HIDDEN, Q_SIZE])
 def test_a_module_whose_input_is_cached_projects_queries_alone(hidden_size):
     """Its input passes through, padded to whole heads; the model's code sees as many heads in it."""

@@ -1,6 +1,7 @@
 """Run attention modules with stand-ins for their attention layer: the ground truth that surgery is checked against."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +37,13 @@ class _Answer(nn.Module):
         return self._attended.clone()
 
 
+@contextmanager
+def _eagerly() -> Iterator[None]:
+    """Without compiling what a model has compiled when it is first called: not worth it for these inputs."""
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def module_output(
     module: nn.Module,
     attention_child: str,
@@ -63,8 +71,9 @@ def module_output(
         Exception: whatever the module raises.
     """
     who = type(module).__name__
-    with exchanged(module, {attention_child: _Answer(attended), **stand_ins}), torch.no_grad():
-        output = module.forward(**call_arguments(who, module, hidden_states, positions))
+    arguments = call_arguments(who, module, hidden_states, positions)
+    with exchanged(module, {attention_child: _Answer(attended), **stand_ins}), _eagerly():
+        output = module.forward(**arguments)
     if isinstance(output, tuple) and len(output) == 2 and (output[1] is None or output[1].dim() == 1):
         output = output[0]
     if not isinstance(output, torch.Tensor):
@@ -100,7 +109,7 @@ def capture_qkv(
     who = f"{type(module).__name__} at {name}"
     arguments = call_arguments(who, module, hidden_states, positions)
     try:
-        with exchanged(module, {attention_child: _Recorder(), **stand_ins}), torch.no_grad():
+        with exchanged(module, {attention_child: _Recorder(), **stand_ins}), _eagerly():
             module.forward(**arguments)
     except _Reached as reached:
         query, key, value = (x.flatten(1) for x in reached.qkv)

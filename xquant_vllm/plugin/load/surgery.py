@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from xquant_vllm.plugin.checks import unsupported_model
 from xquant_vllm.plugin.load.capture import capture_qkv
 from xquant_vllm.plugin.load.modules import QueryOnlyRotary
 from xquant_vllm.plugin.load.probe import Probe, make_probe
@@ -62,6 +63,8 @@ class Surgeon:
         stand_ins: dict[str, nn.Module] = dict(dense_stand_ins(parts.linears)) if in_place else {}
         before = _capture(parts, probe, stand_ins)
         form = self._formats[position]
+        if form.holds != "latents":
+            _refuse_factors(parts)
         scheme, down = self._builder.build(position, layer_parameters(parts, form.shape, projections))
         # What vLLM has processed it may have packed. What was not is still the checkpoint's.
         fold = ValueFold.prepare(parts, scheme.projection, probe, stand_ins) if in_place and self._fold_values else None
@@ -75,6 +78,16 @@ class Surgeon:
         earlier = [self._formats[index].streams[0] for index in form.reads]
         prove_keys_and_values(parts, scheme, earlier, probe.positions, before, after)
         return scheme if fold is None else replace(scheme, projection=fold.perform(probe, stand_ins))
+
+
+def _refuse_factors(parts: AttentionParts) -> None:
+    """Refuse factors on keys or values where one number is cached for both. A factor on latents alone does no harm."""
+    for what, source in (("keys", parts.key), ("values", parts.value)):
+        if source.factor != 1.0:
+            raise unsupported_model(
+                f"{type(parts.module).__name__} at {parts.name} multiplies its {what} by {source.factor:g}, which is "
+                "supported with the method xquant and the cache latent"
+            )
 
 
 def _capture(parts: AttentionParts, probe: Probe, stand_ins: Mapping[str, nn.Module]) -> tuple[torch.Tensor, ...]:

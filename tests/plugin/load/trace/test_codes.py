@@ -35,9 +35,7 @@ def test_rows_of_several_layers_are_told_apart(codes):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda x: -x,
-        lambda x: 2 * x,
-        lambda x: 1.01 * x,
+        lambda x: x * torch.linspace(0.5, 2, x.shape[1]),
         lambda x: x + 1e-3,
         lambda x: x + x.roll(1, 1),
         lambda x: x.roll(1, 0),
@@ -56,13 +54,29 @@ def test_what_is_no_row_is_not_read_as_one(codes, change):
     assert (codes.read(change(codes.of("qkv_proj"))) == -1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [-1.0, 0.0078125, 0.0712, 1.01, 1.9])
+def test_a_common_factor_is_told(codes, dtype, factor):
+    rows = torch.randperm(ROWS["qkv_proj"])
+    scaled = codes.of("qkv_proj")[:, rows].to(dtype) * factor
+    assert codes.factor(scaled) == pytest.approx(factor, rel=0.01)
+    assert torch.equal(codes.read(scaled, codes.factor(scaled)), rows)
+    assert (codes.read(scaled) == -1).all()
+
+
+def test_factors_of_single_channels_are_none(codes):
+    scaled = codes.of("gate").clone()
+    scaled[:, 7] *= 2
+    assert codes.factor(scaled) is None
+
+
 def test_another_ranks_rows_are_nobodys(codes):
     assert (RowCodes(ROWS, seed=1).read(codes.of("qkv_proj")) == -1).all()
 
 
 def test_more_rows_than_there_are_numbers():
     with pytest.raises(ValueError, match="cannot be numbered"):
-        RowCodes({"huge": 255**3 + 1}, seed=0)
+        RowCodes({"huge": 32**4 + 1}, seed=0)
 
 
 def test_tokens_are_as_many_as_said(codes):

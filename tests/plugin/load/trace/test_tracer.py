@@ -123,7 +123,7 @@ WHOLE = r"32 of 32 channels of its keys, the first of them 0, are not just outpu
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda q, k, v, x: 2 * k, WHOLE),
+        (lambda q, k, v, x: k * torch.arange(1, KV_SIZE + 1), "31 of 32 channels of its keys, the first of them 1"),
         (lambda q, k, v, x: k.clamp(-30, 30), WHOLE),
         (lambda q, k, v, x: k + v, WHOLE),
         (lambda q, k, v, x: k.relu(), WHOLE),
@@ -141,6 +141,16 @@ WHOLE = r"32 of 32 channels of its keys, the first of them 0, are not just outpu
 def test_what_is_not_just_rows_is_refused_by_name(change, problem):
     with pytest.raises(UnsupportedError, match=f"Changes at layers.0.mixer is not recognized: .*{problem}"):
         follow(made(change)())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_common_factor_is_told(dtype):
+    module = made(lambda q, k, v, x: 0.3 * k)()
+    module.mixer.to(dtype)
+    found = follow(module)
+    assert found.key.factor == pytest.approx(0.3, rel=0.01)
+    assert found.value.factor == 1.0
+    assert torch.equal(found.key.rows, torch.arange(Q_SIZE, Q_SIZE + KV_SIZE))
 
 
 class TwoInputs(Separate):

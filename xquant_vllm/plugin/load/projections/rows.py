@@ -53,7 +53,7 @@ def layer_parameters(parts: AttentionParts, shape: LayerShape, projections: Proj
         bias = projections[source.child].bias
         if bias is None:
             return None
-        return source.take(bias.data).float().view(shape.num_kv_heads, shape.head_size).clone()
+        return source.take(bias.data).float().view(shape.num_kv_heads, shape.head_size) * source.factor
 
     key, value = key_value_rows(parts, projections)
     return LayerParameters(

@@ -10,17 +10,20 @@ import torch
 class Source:
     """Where a layer's keys come from, or its values.
 
-    Channel c, as it arrives at attention, is output row ``rows[c]`` of a linear layer, but for norms and RoPE.
+    Channel c, as it arrives at attention, is output row ``rows[c]`` of a linear layer times ``factor``, but for norms
+    and RoPE.
 
     Attributes:
         child: path of the linear layer in the attention module, ``qkv_proj`` or ``query_key_value``.
         linear: the linear layer, vLLM's.
         rows: ``[num_kv_heads * head_size]``, int64 on the CPU, no row twice. Counted on this rank.
+        factor: what a model's code multiplies all channels by.
     """
 
     child: str
     linear: Any
     rows: torch.Tensor
+    factor: float = 1.0
 
     @staticmethod
     def of_range(child: str, linear: Any, start: int, size: int) -> "Source":

@@ -72,7 +72,7 @@ def trace(name: str, module: nn.Module, attention_child: str, kv_size: int) -> T
             first_error = first_error or error
             continue
         key, value = (
-            _source(who, what, linears, codes, codes.read(tensor), kv_size)
+            _source(who, what, linears, codes, tensor, kv_size)
             for what, tensor in zip(("keys", "values"), arrived[1:], strict=True)
         )
         _refuse_shared(who, key, value, coded)
@@ -100,17 +100,19 @@ def _arrived(
 
 
 def _source(
-    who: str, what: str, linears: Mapping[str, Any], codes: RowCodes, numbers: torch.Tensor, kv_size: int
+    who: str, what: str, linears: Mapping[str, Any], codes: RowCodes, tensor: torch.Tensor, kv_size: int
 ) -> Source:
-    """The linear layer and the rows that channels are."""
-    if numbers.numel() != kv_size:
-        raise unsupported_model(f"{who} is not recognized: it has {numbers.numel()} channels of {what}, not {kv_size}")
+    """The linear layer and the rows that channels ``[TOKENS, kv_size]`` are."""
+    if tensor.shape[1] != kv_size:
+        raise unsupported_model(f"{who} is not recognized: it has {tensor.shape[1]} channels of {what}, not {kv_size}")
+    factor = codes.factor(tensor) or 1.0
+    numbers = codes.read(tensor, factor)
     unknown = (numbers < 0).nonzero().flatten()
     if unknown.numel():
         raise unsupported_model(
             f"{who} is not recognized: {unknown.numel()} of {kv_size} channels of its {what}, the first of them "
             f"{int(unknown[0])}, are not just output rows of its linear layers ({', '.join(linears)}) on this rank: "
-            "they are clamped, scaled, added to, or come from elsewhere"
+            "they are clamped, scaled one by one, added to, or come from elsewhere"
         )
     if numbers.unique().numel() != kv_size:
         raise unsupported_model(f"{who} is not recognized: several channels of its {what} are one and the same row")
@@ -120,7 +122,7 @@ def _source(
             f"{who} is not recognized: its {what} come from several linear layers ({', '.join(owners)})"
         )
     ((child, rows),) = owners.items()
-    return Source(child, linears[child], rows)
+    return Source(child, linears[child], rows, factor)
 
 
 def _refuse_shared(who: str, key: Source, value: Source, coded: Mapping[str, Coded]) -> None:
