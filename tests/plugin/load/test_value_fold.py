@@ -118,6 +118,13 @@ class OtherOutput(Grouped):
         return output + self.gate(output)[0]
 
 
+class WholeLayer(WithOutput):
+    """Takes a residual, like a decoder layer that owns its attention."""
+
+    def forward(self, positions, hidden_states, residual):
+        return super().forward(positions, hidden_states)
+
+
 class WithTwo(WithOutput):
     """Has two output projections."""
 
@@ -183,7 +190,7 @@ def test_the_output_projection_is_found_whatever_its_name(kind):
     )
 
 
-@pytest.mark.parametrize("kind", [Gates, AddsItsValues, ReturnsItsValues, WithTwo, Plain])
+@pytest.mark.parametrize("kind", [Gates, AddsItsValues, ReturnsItsValues, WholeLayer, WithTwo, Plain])
 def test_a_module_that_does_more_with_its_values_is_not_folded(kind):
     module = kind()
     weights = {name: x.clone() for name, x in module.state_dict().items() if name.startswith("o_proj")}

@@ -23,6 +23,7 @@ from xquant_vllm.plugin.load.modules import DenseLinear
 from xquant_vllm.plugin.load.probe import Probe
 from xquant_vllm.plugin.load.projections.rows import dense_stand_in, is_plain
 from xquant_vllm.plugin.load.recognize import AttentionParts
+from xquant_vllm.plugin.load.trace.call import is_whole_layer
 from xquant_vllm.plugin.load.trace.stand_ins import Coded, descendants, is_linear, output_rows
 from xquant_vllm.projection.rematerialize import LayerProjection
 
@@ -134,6 +135,8 @@ def output_projection(parts: AttentionParts, probe: Probe, stand_ins: Mapping[st
     Returns:
         Its path; None without exactly one, or if its weight cannot be exchanged.
     """
+    if is_whole_layer(parts.module):
+        return None  # what follows, experts for instance, may not run before vLLM has processed its weights
     linears = {
         path: child
         for path, child in descendants(parts.module, parts.attention_child)

@@ -41,6 +41,11 @@ def call_arguments(who: str, module: nn.Module, hidden_states: torch.Tensor, pos
     return {**arguments, hidden: hidden_states}
 
 
+def is_whole_layer(module: nn.Module) -> bool:
+    """Whether an attention module is a decoder layer, with whatever follows attention in it."""
+    return "residual" in inspect.signature(module.forward).parameters
+
+
 def exchange(module: nn.Module, path: str, child: nn.Module) -> None:
     """Put ``child`` in the place of the descendant at ``path``."""
     parent, _, name = path.rpartition(".")

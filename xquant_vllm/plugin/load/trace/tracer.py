@@ -91,7 +91,7 @@ def _arrived(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What reaches attention, ``[TOKENS, channels]`` each, for a random input in the model's dtype."""
     linear: Any = module.get_submodule(next(iter(coded)))
-    device = next(parameter.device for parameter in linear.parameters())
+    device = next((parameter.device for parameter in linear.parameters()), torch.device("cpu"))
     generator = torch.Generator(device="cpu").manual_seed(0)
     hidden = torch.randn(TOKENS, hidden_size, generator=generator, dtype=torch.float32, device="cpu")
     positions = torch.arange(TOKENS, device="cpu")
