@@ -117,7 +117,7 @@ def _hooks(path: str, visits: list[Visit]) -> tuple[Callable[..., None], Callabl
         waiting = iter(given)
 
         def instead(answer: Any) -> Any:
-            if isinstance(answer, tuple | list):
+            if type(answer) in (tuple, list):
                 return type(answer)([instead(part) for part in answer])
             if not isinstance(answer, torch.Tensor) or not answer.is_floating_point():
                 return answer
