@@ -202,7 +202,7 @@ class Wide(Separate):
 
 
 def test_an_input_that_does_not_fit_in_the_places_of_keys_and_values_is_refused_by_name():
-    with pytest.raises(UnsupportedError, match=r"Wide at .* cannot cache its input of 80 channels .* passes 64"):
+    with pytest.raises(UnsupportedError, match=r"Wide at .* cannot cache its input of 80 channels, .* passes 64"):
         operate(parts_of(Wide()), {"cache": "x"})
 
 

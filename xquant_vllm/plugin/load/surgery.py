@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from xquant_vllm.plugin.checks import unsupported_model
+from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.plugin.load.capture import capture_qkv
 from xquant_vllm.plugin.load.modules import QueryOnlyRotary
 from xquant_vllm.plugin.load.probe import Probe, make_probe
@@ -84,9 +84,9 @@ def _refuse_factors(parts: AttentionParts) -> None:
     """Refuse factors on keys or values where one number is cached for both. A factor on latents alone does no harm."""
     for what, source in (("keys", parts.key), ("values", parts.value)):
         if source.factor != 1.0:
-            raise unsupported_model(
-                f"{type(parts.module).__name__} at {parts.name} multiplies its {what} by {source.factor:g}, which is "
-                "supported with the method xquant and the cache latent"
+            raise UnsupportedError(
+                f"xquant: {type(parts.module).__name__} at {parts.name} multiplies its {what} by {source.factor:g}; "
+                "set the cache to latent and the method to xquant"
             )
 
 

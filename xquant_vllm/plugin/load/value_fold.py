@@ -78,8 +78,7 @@ class ValueFold:
         of_heads = up.repeat_interleave(shape[1] // projection.num_kv_heads, 0)
         attended = torch.einsum("thw,hws->ths", latents, of_heads).flatten(1).to(probe.hidden)
         latents = latents.flatten(1).to(probe.hidden)
-        o_proj = parts.module.get_submodule(child)
-        expected = _output(parts, probe, attended, {**stand_ins, child: dense_stand_in(o_proj)})
+        expected = _output(parts, probe, attended, {**stand_ins, **_behind(parts)})
         return None if expected is None else cls(parts, projection, child, latents, expected)
 
     def perform(self, probe: Probe, stand_ins: Mapping[str, nn.Module]) -> LayerProjection:
@@ -95,7 +94,8 @@ class ValueFold:
         o_proj = self.parts.module.get_submodule(self.child)
         assert self.projection.up_value is not None
         folded = fold(o_proj.weight.data, self.projection.up_value)
-        children = {**stand_ins, self.child: DenseLinear(folded, dense_stand_in(o_proj).bias, like=o_proj)}
+        children = {**stand_ins, **_behind(self.parts)}
+        children[self.child] = DenseLinear(folded, dense_stand_in(o_proj).bias, like=o_proj)
         actual = _output(self.parts, probe, self.latents, children)
         if actual is None or actual.shape != self.expected.shape:
             return self.projection
@@ -137,11 +137,7 @@ def output_projection(parts: AttentionParts, probe: Probe, stand_ins: Mapping[st
     """
     if is_whole_layer(parts.module):
         return None  # what follows, experts for instance, may not run before vLLM has processed its weights
-    linears = {
-        path: child
-        for path, child in descendants(parts.module, parts.attention_child)
-        if is_linear(child) and path not in parts.linears
-    }
+    linears = _linears_behind(parts)
     tokens = probe.hidden.shape[0]
     coded = {
         path: Coded(path, linear, torch.zeros(tokens, output_rows(linear), dtype=torch.float32, device="cpu"))
@@ -154,6 +150,20 @@ def output_projection(parts: AttentionParts, probe: Probe, stand_ins: Mapping[st
         return None
     found = [path for path, stand_in in coded.items() if stand_in.given is not None and _same(stand_in.given, attended)]
     return found[0] if len(found) == 1 and _is_exchangeable(linears[found[0]], parts.q_size) else None
+
+
+def _linears_behind(parts: AttentionParts) -> dict[str, Any]:
+    """Linear layers that do not run before attention, by path."""
+    return {
+        path: child
+        for path, child in descendants(parts.module, parts.attention_child)
+        if is_linear(child) and path not in parts.linears
+    }
+
+
+def _behind(parts: AttentionParts) -> dict[str, nn.Module]:
+    """What stands in for them; those that are not plain have to run themselves."""
+    return {path: dense_stand_in(linear) for path, linear in _linears_behind(parts).items() if is_plain(linear)}
 
 
 def _same(given: torch.Tensor, attended: torch.Tensor) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xquant_vllm.plugin.checks import unsupported_model
+from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.plugin.load.modules import DenseLinear, InputInRows, QueryAndInput
 from xquant_vllm.plugin.load.projections.rows import Projections, shares_memory
 from xquant_vllm.plugin.load.recognize import AttentionParts
@@ -36,9 +36,10 @@ def let_input_through(parts: AttentionParts, shape: LayerShape, projections: Pro
     if _is_counted(parts, heads):
         return _behind_queries(parts, shape, projections, heads)
     if shape.hidden_size > 2 * parts.kv_size:
-        raise unsupported_model(
-            f"{type(parts.module).__name__} at {parts.name} cannot cache its input of {shape.hidden_size} channels, "
-            f"because its code passes {2 * parts.kv_size} to attention; leave cache out, or set it to latent"
+        raise UnsupportedError(
+            f"xquant: {type(parts.module).__name__} at {parts.name} cannot cache its input of {shape.hidden_size} "
+            f"channels, because its code passes {2 * parts.kv_size} to attention; leave cache out, or set it to "
+            "latent"
         )
     return _in_rows(parts, shape, projections)
 
