@@ -35,7 +35,7 @@ def test_rows_of_several_layers_are_told_apart(codes):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda x: x * torch.linspace(0.5, 2, x.shape[1]),
+        lambda x: x * torch.linspace(2, 3, x.shape[1]),
         lambda x: x + 1e-3,
         lambda x: x + x.roll(1, 1),
         lambda x: x.roll(1, 0),

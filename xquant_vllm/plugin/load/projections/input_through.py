@@ -58,7 +58,7 @@ def _behind_queries(
 ) -> dict[str, nn.Module]:
     child = parts.key.child
     padding = heads * shape.head_size - shape.hidden_size
-    own, stand_in = _keep_rows(parts, projections, child, torch.arange(parts.q_size, device="cpu"))
+    own, stand_in = _keep_rows(parts, projections, child, Source.of_range(child, None, 0, parts.q_size).rows)
     exchange(parts.module, child, QueryAndInput(own, padding))
     # The module's code and vLLM's split and shape what they take for keys and values by these.
     for owner, name, number in (

@@ -122,7 +122,7 @@ def _hooks(path: str, visits: list[Visit]) -> tuple[Callable[..., None], Callabl
             if not isinstance(answer, torch.Tensor) or not answer.is_floating_point():
                 return answer
             tensor = next(waiting, answer)
-            return tensor if tensor.shape == answer.shape else answer
+            return tensor.clone() if tensor.shape == answer.shape else answer
 
         return instead(output)
 
