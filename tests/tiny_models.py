@@ -34,11 +34,6 @@ def _llama_rope(
     return transformers.LlamaConfig, {"rope_parameters": rope, **lengths}
 
 
-def _dbrx(**attention: Any) -> dict[str, Any]:
-    experts = {"hidden_size": 128, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}
-    return {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, **attention}, "ffn_config": experts}
-
-
 _WINDOWS = ["sliding_attention", "sliding_attention", "full_attention"]
 
 # Models of one shape have the same weights. Scaled RoPE tables have 256 rows (or more) and are made for 64 positions.
@@ -141,8 +136,6 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "falcon": (transformers.FalconConfig, {"num_kv_heads": 2, "new_decoder_architecture": True}),
     "falcon-mqa": (transformers.FalconConfig, {"num_kv_heads": 1, "multi_query": True, "bias": True}),
     "falcon-mha": (transformers.FalconConfig, {"num_kv_heads": 4, "multi_query": False, "parallel_attn": False}),
-    "dbrx": (transformers.DbrxConfig, _dbrx(clip_qkv=None)),
-    "dbrx-clip": (transformers.DbrxConfig, _dbrx(clip_qkv=8.0)),
     # RoPE in some layers only, although all own a module for it.
     "cohere2": (transformers.Cohere2Config, {"sliding_window": 48, "layer_types": _WINDOWS, "logit_scale": 1.0}),
     "exaone4": (transformers.Exaone4Config, {"sliding_window": 48, "layer_types": _WINDOWS}),

@@ -55,7 +55,6 @@ SERVED = [
     covering("falcon-mha", "Falcon", "rope=default"),
     covering("internlm2", "InternLM2", "rope=default", "prefix caching", "chunked prefill"),
     covering("chatglm", "ChatGLM", "rope=partial", "bias", "prefix caching", "chunked prefill"),
-    covering("dbrx", "DBRX", "rope=default", "prefix caching", "chunked prefill"),
     covering("cohere2", "Cohere2", "rope=default", "rope=none", "sliding window", "prefix caching", "chunked prefill"),
     covering(
         "exaone4",
@@ -131,14 +130,6 @@ def test_rows_of_another_rank_are_refused_by_name(serve):
         serve("internlm2", xquant=EIGHT, **two_ranks())
     assert "InternLM2Attention at model.layers.0.attention is not recognized" in error.value.log
     assert "are not just output rows of its linear layers (wqkv) on this rank" in error.value.log
-
-
-@pytest.mark.covers("DBRX with `clip_qkv`", "refused")
-def test_keys_that_are_clamped_are_refused_by_name(serve):
-    with pytest.raises(EngineFailed) as error:
-        serve("dbrx-clip", xquant=EIGHT)
-    assert "DbrxAttention at transformer.blocks.0.norm_attn_norm.attn is not recognized" in error.value.log
-    assert "they are clamped, scaled one by one, added to, or come from elsewhere" in error.value.log
 
 
 @pytest.mark.parametrize("family", ["falcon", "cohere2"])

@@ -3,12 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import (
-    cleanup_dist_env_and_memory,
-    ensure_model_parallel_initialized,
-    init_distributed_environment,
-)
 from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
 
 from tests.plugin.load.test_surgery import Plain, operate, parts_of
@@ -24,15 +18,7 @@ from xquant_vllm.scheme.layer_scheme import LayerScheme
 SETTINGS = {"cache": "latent"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory):
-    """vLLM's linear layers ask which rank they are."""
-    with set_current_vllm_config(VllmConfig()):
-        store = f"file://{tmp_path_factory.mktemp('ranks') / 'store'}"
-        init_distributed_environment(1, 0, store, 0, "gloo")
-        ensure_model_parallel_initialized(1, 1)
-        yield
-        cleanup_dist_env_and_memory()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 class WithOutput(Plain):

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 
 from xquant_vllm.plugin.checks import unsupported_model
+from xquant_vllm.plugin.load.call import exchange
 from xquant_vllm.plugin.load.capture import capture_qkv
 from xquant_vllm.plugin.load.modules import QueryOnlyRotary
 from xquant_vllm.plugin.load.probe import make_probe
 from xquant_vllm.plugin.load.proof import differences
 from xquant_vllm.plugin.load.recognize import recognize
-from xquant_vllm.plugin.load.trace.call import exchange
 from xquant_vllm.plugin.registration import KIVI_BACKEND_NAME
 from xquant_vllm.projection.rope import RotaryTable, apply_rope
 

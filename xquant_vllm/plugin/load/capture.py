@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from xquant_vllm.plugin.checks import unsupported_model
-from xquant_vllm.plugin.load.trace.call import call_arguments, exchanged
+from xquant_vllm.plugin.load.call import call_arguments, exchanged
 
 _NOTHING: Mapping[str, nn.Module] = {}
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from vllm.model_executor.models.utils import extract_layer_index
 
@@ -64,7 +65,10 @@ def _process(original: Callable[[], None], model: Any) -> None:
 def _check_numbers(index: int, part: AttentionParts, projections: Mapping[str, Any]) -> None:
     """Refuse a layer whose keys or values are made with what is no number."""
     key, value = key_value_rows(part, projections)
-    tensors = {_told(part, "k", "weight"): key, _told(part, "v", "weight"): value}
+    tensors: dict[str, torch.Tensor | None] = {
+        _told(part, "k", "weight"): key,
+        _told(part, "v", "weight"): value,
+    }
     for letter, source in (("k", part.key), ("v", part.value)):
         bias = projections[source.child].bias
         tensors[_told(part, letter, "bias")] = None if bias is None else source.take(bias.data)

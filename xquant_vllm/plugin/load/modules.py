@@ -90,6 +90,7 @@ class _Passing(nn.Module):
     def __init__(self, like: Any, rows: int) -> None:
         super().__init__()
         self.return_bias = like.return_bias
+        self.later: torch.Tensor | None
         zeros = torch.zeros(rows, dtype=like.weight.dtype, device=like.weight.device)
         self.register_buffer("later", zeros if like.skip_bias_add and like.bias is not None else None, persistent=False)
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from xquant_vllm.errors import UnsupportedError
+from xquant_vllm.plugin.load.call import exchange
 from xquant_vllm.plugin.load.capture import capture_qkv
 from xquant_vllm.plugin.load.modules import QueryOnlyRotary
 from xquant_vllm.plugin.load.probe import Probe, make_probe
@@ -26,7 +27,6 @@ from xquant_vllm.plugin.load.projections.rows import (
 )
 from xquant_vllm.plugin.load.proof import prove_keys_and_values
 from xquant_vllm.plugin.load.recognize import AttentionParts
-from xquant_vllm.plugin.load.trace.call import exchange
 from xquant_vllm.plugin.load.value_fold import ValueFold
 from xquant_vllm.scheme.builder import Factors, SchemeBuilder
 from xquant_vllm.scheme.formats import LayerFormat

@@ -18,12 +18,12 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
 
+from xquant_vllm.plugin.load.call import is_whole_layer
 from xquant_vllm.plugin.load.capture import module_output
 from xquant_vllm.plugin.load.modules import DenseLinear
 from xquant_vllm.plugin.load.probe import Probe
 from xquant_vllm.plugin.load.projections.rows import dense_stand_in, is_plain
 from xquant_vllm.plugin.load.recognize import AttentionParts
-from xquant_vllm.plugin.load.trace.call import is_whole_layer
 from xquant_vllm.plugin.load.trace.stand_ins import Coded, descendants, is_linear, output_rows
 from xquant_vllm.projection.rematerialize import LayerProjection
 

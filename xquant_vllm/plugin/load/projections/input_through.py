@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from xquant_vllm.errors import UnsupportedError
+from xquant_vllm.plugin.load.call import exchange
 from xquant_vllm.plugin.load.modules import DenseLinear, InputInRows, QueryAndInput
 from xquant_vllm.plugin.load.projections.rows import Projections, shares_memory
 from xquant_vllm.plugin.load.recognize import AttentionParts
-from xquant_vllm.plugin.load.trace.call import exchange
 from xquant_vllm.plugin.load.trace.source import Source
 from xquant_vllm.scheme.formats import LayerShape
 

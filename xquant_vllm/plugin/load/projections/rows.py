@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
+from xquant_vllm.plugin.load.call import exchange
 from xquant_vllm.plugin.load.modules import DenseLinear
 from xquant_vllm.plugin.load.recognize import AttentionParts
-from xquant_vllm.plugin.load.trace.call import exchange
 from xquant_vllm.plugin.load.trace.source import Source
 from xquant_vllm.scheme.builder import LayerParameters
 from xquant_vllm.scheme.formats import LayerShape
