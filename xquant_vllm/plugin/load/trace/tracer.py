@@ -71,8 +71,9 @@ def trace(name: str, module: nn.Module, attention_child: str, kv_size: int) -> T
         except UnsupportedError as error:
             first_error = first_error or error
             continue
+        reached = {path: linears[path] for path, stand_in in coded.items() if stand_in.given is not None}
         key, value = (
-            _source(who, what, linears, codes, tensor, kv_size)
+            _source(who, what, reached, codes, tensor, kv_size)
             for what, tensor in zip(("keys", "values"), arrived[1:], strict=True)
         )
         _refuse_shared(who, key, value, coded)
@@ -80,7 +81,6 @@ def trace(name: str, module: nn.Module, attention_child: str, kv_size: int) -> T
             tuple(visit for visit in visits if _meets(codes, visit, numbers))
             for numbers in (codes.numbers(key.child, key.rows), codes.numbers(value.child, value.rows))
         )
-        reached = {path: linears[path] for path, stand_in in coded.items() if stand_in.given is not None}
         return Trace(key, value, key_steps, value_steps, reached, hidden_size)
     assert first_error is not None
     raise first_error
