@@ -135,7 +135,6 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "gptj": (transformers.GPTJConfig, {"num_key_value_heads": 4, "rotary_dim": 16}),
     "falcon": (transformers.FalconConfig, {"num_kv_heads": 2, "new_decoder_architecture": True}),
     "falcon-mqa": (transformers.FalconConfig, {"num_kv_heads": 1, "multi_query": True, "bias": True}),
-    "falcon-mha": (transformers.FalconConfig, {"num_kv_heads": 4, "multi_query": False, "parallel_attn": False}),
     # RoPE in some layers only, although all own a module for it.
     "cohere2": (transformers.Cohere2Config, {"sliding_window": 48, "layer_types": _WINDOWS, "logit_scale": 1.0}),
     "exaone4": (transformers.Exaone4Config, {"sliding_window": 48, "layer_types": _WINDOWS}),
