@@ -52,7 +52,7 @@ def logprobs(result):
 
 @pytest.fixture(scope="module")
 def expected(serve, model):
-    """Log-probabilities of the prompt: by transformers where it has the model, which takes no engine, else in 16 bit."""
+    """Log-probabilities of the prompt, by transformers if it has the model (no engine is needed), else in 16 bit."""
     known = {}
 
     def expected(family):
