@@ -29,6 +29,7 @@ class Trace:
         value: the rows that are its values.
         key_steps: calls of other modules that keys go through on their way, in order.
         value_steps: the same of values.
+        query_steps: calls that neither keys nor values go through.
         linears: all linear layers that run before attention, by path.
         hidden_size: channels of the module's input.
     """
@@ -37,6 +38,7 @@ class Trace:
     value: Source
     key_steps: tuple[Visit, ...]
     value_steps: tuple[Visit, ...]
+    query_steps: tuple[Visit, ...]
     linears: Mapping[str, Any]
     hidden_size: int
 
@@ -81,7 +83,9 @@ def trace(name: str, module: nn.Module, attention_child: str, kv_size: int) -> T
             tuple(visit for visit in visits if _meets(codes, visit, numbers))
             for numbers in (codes.numbers(key.child, key.rows), codes.numbers(value.child, value.rows))
         )
-        return Trace(key, value, key_steps, value_steps, reached, hidden_size)
+        met = set(map(id, (*key_steps, *value_steps)))
+        query_steps = tuple(visit for visit in visits if id(visit) not in met)
+        return Trace(key, value, key_steps, value_steps, query_steps, reached, hidden_size)
     assert first_error is not None
     raise first_error
 

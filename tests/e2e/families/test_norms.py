@@ -1,0 +1,150 @@
+"""Models that normalize their keys in unusual ways: over all heads together, by a LayerNorm, or behind RoPE."""
+
+import json
+import os
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.e2e.engine import EngineFailed
+from tests.e2e.families.test_families import EIGHT, ENGINE, TASKS, assert_close, difference
+from tests.factorizing import FakeTokenizer, factorize
+from tests.family_coverage import LATENTS
+from tests.tiny_models import save_tiny_model
+
+pytestmark = pytest.mark.e2e
+
+OLMOE, COMMAND_R, LLAMA4 = "OLMoE", "Command-R+", "Llama 4 without chunks"
+FEATURES = ("qk-norm", "rope=default", "bits=8")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folders = {}
+
+    def model(family):
+        if family not in folders:
+            folders[family] = save_tiny_model(tmp_path_factory.mktemp(family) / "model", family)
+        return folders[family]
+
+    return model
+
+
+@pytest.fixture(scope="module")
+def serve(engines, model):
+    def serve(family, backend="xquant", tasks=TASKS, **settings):
+        return engines.run(model(family), backend, tasks, **{**ENGINE, **settings})
+
+    return serve
+
+
+def logprobs(result):
+    return result.tasks[-1]["logprobs"][0]
+
+
+def without_norm(folder, target):
+    """The same checkpoint with the norm of its keys changed: no weights, or none at all."""
+    config = json.loads((folder / "config.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+    norms = [name for name in weights if name.endswith("k_norm.weight")]
+    for name in norms:
+        weights[name].fill_(1.0)
+    if not norms:
+        config["use_qk_norm"] = False
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps(config))
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def served(family, name, *features):
+    marks = pytest.mark.covers(name, *FEATURES, *LATENTS, "prefix caching", "chunked prefill", *features)
+    return pytest.param(family, id=family, marks=marks)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        served("olmoe", OLMOE),
+        served("olmoe-gqa", OLMOE),
+        served("command-r-plus", COMMAND_R),
+        served("llama4-whole", LLAMA4, "rope=none"),
+    ],
+)
+def test_eight_bits_match_the_16_bit_cache(engines, serve, model, tmp_path, family):
+    ours, expected = serve(family, xquant=EIGHT), logprobs(serve(family, "CPU_ATTN"))
+    assert_close(logprobs(ours), expected, 0.03)
+    cold, warm, _ = ours.tasks
+    assert warm["cached"] == [192]
+    (before,), (after,) = cold["logits"][0], warm["logits"][0]
+    assert max(abs(before[token] - after[token]) for token in before.keys() & after.keys()) <= 0.05
+    # A norm that is a little different is another model, which the bound must tell apart.
+    broken = engines.run(without_norm(model(family), tmp_path / "broken"), "CPU_ATTN", TASKS[-1:], **ENGINE)
+    distance = difference(expected, logprobs(broken))
+    print(f"mean absolute difference of log-probability to the model with another norm {distance:.4f}")
+    assert distance > 0.15
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        pytest.param("command-r-plus", {"cache": "x"}, marks=pytest.mark.covers(COMMAND_R, "cache=x")),
+        pytest.param(
+            "command-r-plus",
+            {"cache": "latent", "method": "xquant-cl", "first_layers": 1},
+            marks=pytest.mark.covers(COMMAND_R, "method=xquant-cl"),
+        ),
+        pytest.param("llama4-whole", {"cache": "x"}, marks=pytest.mark.covers(LLAMA4, "cache=x")),
+        pytest.param("olmoe-gqa", {"cache": "latent", "basis": "joint"}),
+        pytest.param("olmoe-gqa", {"cache": "latent", "prompt": "exact"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value.values())),
+)
+def test_other_caches_match_it_too(serve, family, settings):
+    ours = logprobs(serve(family, xquant={"bits": 8, **settings}))
+    assert_close(ours, logprobs(serve(family, "CPU_ATTN")), 0.06)
+
+
+def test_a_norm_over_all_heads_has_latents_cached_by_default(serve):
+    """Although the layer input has fewer channels, which decides for all other models."""
+    ours = serve("olmoe", xquant={"bits": 8})
+    assert 'cache "latent" at key 8 / value 8 bits' in ours.log
+    assert "3 layers normalize the keys of all heads together: their key latents are cached after it" in ours.log
+    assert_close(logprobs(ours), logprobs(serve("olmoe", "CPU_ATTN")), 0.03)
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused", "remedy"),
+    [
+        ({"cache": "x"}, "setting 'cache': 'x' cannot work", 'set "cache": "latent", or leave it out'),
+        ({"method": "xquant-cl"}, "setting 'method': 'xquant-cl' cannot work", 'set "method": "xquant"'),
+    ],
+)
+def test_what_keys_and_values_would_share_is_refused_by_name(serve, settings, refused, remedy):
+    with pytest.raises(EngineFailed) as error:
+        serve("olmoe", tasks=[], xquant=settings)
+    for part in (refused, "normalizes the keys of all heads together (layer 0)", remedy):
+        assert part in error.value.log
+
+
+@pytest.mark.covers(OLMOE, "tensor parallel", *LATENTS, "bits=8")
+def test_ranks_divide_by_the_norm_over_the_heads_of_all_of_them(engines, serve, model):
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
+    ours = engines.run(
+        model("olmoe"), "xquant", TASKS, xquant=EIGHT, environment=binding, tensor_parallel_size=2, **ENGINE
+    )
+    assert_close(logprobs(ours), logprobs(serve("olmoe", "CPU_ATTN")), 0.03)
+
+
+def test_calibrated_factors_of_normalized_keys_are_served(engines, serve, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: FakeTokenizer())
+    options = ("--bits", "4", "--calibration", "python-docs", "--calibration-tokens", "256", "--dtype", "float32")
+    assert factorize(model("olmoe-gqa"), tmp_path / "folder", *options) == 0
+    calibrated = engines.run(tmp_path / "folder", "xquant", TASKS, **ENGINE)
+    assert "(calibrated on 256 tokens)" in calibrated.log
+    expected = logprobs(serve("olmoe-gqa", "CPU_ATTN"))
+    data_free = difference(logprobs(serve("olmoe-gqa", xquant={"bits": 4, "cache": "latent"})), expected)
+    error = difference(logprobs(calibrated), expected)
+    print(f"mean absolute change of log-probability {error:.4f}, from the weights alone {data_free:.4f}")
+    assert error <= 1.5 * data_free
