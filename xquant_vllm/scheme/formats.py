@@ -105,8 +105,10 @@ def _needs_latents_apart(settings: XQuantSettings, shape: LayerShape) -> Setting
         return SettingsError(f"xquant: setting 'method': 'xquant-cl' {why}; set \"method\": \"xquant\"")
     if settings.cache == "x":
         return SettingsError(f"xquant: setting 'cache': 'x' {why}; set \"cache\": \"latent\", or leave it out")
-    return SettingsError(f"xquant: the calibrated factors in the model's folder, of joint latents, {why}; make them anew "
-                         "with xquant factorize --basis head, or leave them out")
+    return SettingsError(
+        f"xquant: the calibrated factors in the model's folder, of joint latents, {why}; make them "
+        "anew with xquant factorize --basis head, or leave them out"
+    )
 
 
 def _allocated(shape: LayerShape, allocation: LayerAllocation) -> LayerFormat:

@@ -6,7 +6,6 @@ from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.models import commandr
-from vllm.model_executor.models.muse_glimmer import MuseGlimmerRMSNorm
 
 from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.plugin.load.norms.modules import KeyPassesThrough, NormModule
@@ -26,6 +25,19 @@ class Weighted(nn.Module):
         self.weight = nn.Parameter(torch.ones(shape))
         if eps is not None:
             self.eps = eps
+
+
+class OfItsOwn(nn.Module):
+    """An RMS norm that a model brings along (Muse Glimmer), without weights or with such that are added to one."""
+
+    def __init__(self, size: int | None) -> None:
+        super().__init__()
+        self.register_parameter("weight", None if size is None else nn.Parameter(torch.ones(size)))
+        self.eps = EPS
+
+    def forward(self, x):
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return (normed if self.weight is None else normed * (1 + self.weight.float())).type_as(x)
 
 
 class UnitLength(Weighted):
@@ -78,13 +90,8 @@ SERVED = {
     "RMS": (lambda: vllm_norm(RMSNorm, HEAD_SIZE), False, False, OF_HEADS),
     "Gemma": (lambda: vllm_norm(GemmaRMSNorm, HEAD_SIZE), False, False, OF_HEADS),
     "without weights": (lambda: vllm_norm(RMSNorm, HEAD_SIZE, has_weight=False), False, False, OF_HEADS),
-    "Muse Glimmer": (lambda: MuseGlimmerRMSNorm(eps=EPS, with_scale=False), False, False, OF_HEADS),
-    "Muse Glimmer, weights": (
-        lambda: MuseGlimmerRMSNorm(HEAD_SIZE, EPS, weight_offset=1),
-        False,
-        False,
-        OF_HEADS,
-    ),
+    "a model's own, without weights": (lambda: OfItsOwn(None), False, False, OF_HEADS),
+    "a model's own": (lambda: OfItsOwn(HEAD_SIZE), False, False, OF_HEADS),
     "all heads": (lambda: vllm_norm(RMSNorm, HEADS * HEAD_SIZE), False, True, (-1, HEADS * HEAD_SIZE)),
     "Gemma, all heads": (lambda: vllm_norm(GemmaRMSNorm, HEADS * HEAD_SIZE), False, True, (-1, HEADS * HEAD_SIZE)),
     "Command-R": (lambda: commandr.LayerNorm((HEADS, HEAD_SIZE), EPS), True, False, (-1, HEADS, HEAD_SIZE)),

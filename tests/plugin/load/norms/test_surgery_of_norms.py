@@ -17,6 +17,7 @@ from xquant_vllm.scheme.factor_provider import FactorProvider
 from xquant_vllm.scheme.formats import LayerShape, layer_formats
 from xquant_vllm.scheme.settings import parse_settings
 
+
 def table(rotary_size: int = HEAD_SIZE, scale: float = 1.0, interleaved: bool = False) -> RotaryTable:
     angles = torch.arange(1024)[:, None] * 100.0 ** (-torch.arange(0, rotary_size, 2) / rotary_size)
     return RotaryTable(scale * angles.cos(), scale * angles.sin(), interleaved)

@@ -26,7 +26,7 @@ class LatentsAsValues(nn.Module):
         self.q_size = q_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
-        """Queries and twice the latents of ``x`` ``[..., hidden_size]``, side by side; a pair if the projection's is."""
+        """Queries and twice the latents of ``x`` ``[..., hidden_size]``, side by side, as the projection answers."""
         answer = self.projection(x)
         if isinstance(answer, torch.Tensor):
             return self._twice(answer)
@@ -49,8 +49,8 @@ def refuse_other_layouts(parts: AttentionParts) -> None:
     if not in_order or not hasattr(parts.module, "kv_size"):
         raise unsupported_model(
             f"{type(parts.module).__name__} at {parts.name} normalizes queries and keys by one module "
-            f"({parts.key_norm_child}), which is not supported unless its {key.child} makes queries, keys and values one "
-            "after the other"
+            f"({parts.key_norm_child}), which is not supported unless its {key.child} makes queries, keys and values "
+            "one after the other"
         )
 
 
