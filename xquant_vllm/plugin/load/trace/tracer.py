@@ -5,7 +5,7 @@ Norms, RoPE and the like run, but hand on what came in, and are noted down. What
 rows, however a model's code splits, interleaves or transposes in between.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,10 +143,16 @@ def _refuse_shared(who: str, key: Source, value: Source, coded: Mapping[str, Cod
 
 
 def _meets(codes: RowCodes, visit: Visit, numbers: torch.Tensor) -> bool:
-    """Whether a module was given any of these rows. Tokens may be in any dimension."""
+    """Whether a module was given any of these rows: tokens in any dimension, or tokens and heads in the first."""
     return any(
-        bool(torch.isin(codes.read(tensor.movedim(dimension, 0).flatten(1)), numbers).any())
-        for tensor in visit.given
-        for dimension, size in enumerate(tensor.shape)
-        if size == TOKENS
+        bool(torch.isin(codes.read(rows), numbers).any()) for tensor in visit.given for rows in _by_token(tensor)
     )
+
+
+def _by_token(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor as ``[TOKENS, channels]``, in all ways in which it may be meant."""
+    for dimension, size in enumerate(tensor.shape):
+        if size == TOKENS:
+            yield tensor.movedim(dimension, 0).flatten(1)
+    if tensor.dim() and tensor.shape[0] != TOKENS and tensor.shape[0] % TOKENS == 0:
+        yield tensor.reshape(TOKENS, -1)
