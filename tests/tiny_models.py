@@ -128,9 +128,9 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         },
     ),
-    # Keys of all heads normalized together.
-    "olmoe": (transformers.OlmoeConfig, {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}),
-    "olmoe-gqa": (transformers.OlmoeConfig, {"num_experts": 4, "num_experts_per_tok": 2}),
+    # Keys of all heads normalized together. All experts are asked: a last bit shall not choose others.
+    "olmoe": (transformers.OlmoeConfig, {"num_key_value_heads": 4, "num_experts": 2, "num_experts_per_tok": 2}),
+    "olmoe-gqa": (transformers.OlmoeConfig, {"num_experts": 2, "num_experts_per_tok": 2}),
     # A LayerNorm of every key head, with weights of its own, and RoPE whose pairs lie side by side.
     "command-r-plus": (
         transformers.CohereConfig,

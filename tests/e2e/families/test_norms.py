@@ -66,7 +66,6 @@ def served(family, name, *features):
     "family",
     [
         served("olmoe", OLMOE),
-        served("olmoe-gqa", OLMOE),
         served("command-r-plus", COMMAND_R),
         served("llama4-whole", LLAMA4, "rope=none"),
     ],
@@ -78,11 +77,11 @@ def test_eight_bits_match_the_16_bit_cache(engines, serve, model, tmp_path, fami
     assert warm["cached"] == [192]
     (before,), (after,) = cold["logits"][0], warm["logits"][0]
     assert max(abs(before[token] - after[token]) for token in before.keys() & after.keys()) <= 0.05
-    # A norm that is a little different is another model, which the bound must tell apart.
+    # A norm without its weights is another model, which the bound must tell apart.
     broken = engines.run(without_norm(model(family), tmp_path / "broken"), "CPU_ATTN", TASKS[-1:], **ENGINE)
     distance = difference(expected, logprobs(broken))
     print(f"mean absolute difference of log-probability to the model with another norm {distance:.4f}")
-    assert distance > 0.15
+    assert distance > 0.1
 
 
 @pytest.mark.parametrize(
@@ -95,8 +94,7 @@ def test_eight_bits_match_the_16_bit_cache(engines, serve, model, tmp_path, fami
             marks=pytest.mark.covers(COMMAND_R, "method=xquant-cl"),
         ),
         pytest.param("llama4-whole", {"cache": "x"}, marks=pytest.mark.covers(LLAMA4, "cache=x")),
-        pytest.param("olmoe-gqa", {"cache": "latent", "basis": "joint"}),
-        pytest.param("olmoe-gqa", {"cache": "latent", "prompt": "exact"}),
+        pytest.param("olmoe", {"basis": "joint", "prompt": "exact"}),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value.values())),
 )
@@ -113,18 +111,13 @@ def test_a_norm_over_all_heads_has_latents_cached_by_default(serve):
     assert_close(logprobs(ours), logprobs(serve("olmoe", "CPU_ATTN")), 0.03)
 
 
-@pytest.mark.parametrize(
-    ("settings", "refused", "remedy"),
-    [
-        ({"cache": "x"}, "setting 'cache': 'x' cannot work", 'set "cache": "latent", or leave it out'),
-        ({"method": "xquant-cl"}, "setting 'method': 'xquant-cl' cannot work", 'set "method": "xquant"'),
-    ],
-)
-def test_what_keys_and_values_would_share_is_refused_by_name(serve, settings, refused, remedy):
+def test_what_keys_and_values_would_share_is_refused_by_name(serve):
     with pytest.raises(EngineFailed) as error:
-        serve("olmoe", tasks=[], xquant=settings)
-    for part in (refused, "normalizes the keys of all heads together (layer 0)", remedy):
-        assert part in error.value.log
+        serve("olmoe", tasks=[], xquant={"method": "xquant-cl"})
+    *_, last = error.value.log.strip().splitlines()
+    assert "xquant: setting 'method': 'xquant-cl' cannot work on this model" in last
+    assert "normalizes the keys of all heads together (layer 0)" in last
+    assert last.endswith('set "method": "xquant"')
 
 
 @pytest.mark.covers(OLMOE, "tensor parallel", *LATENTS, "bits=8")
@@ -147,4 +140,4 @@ def test_calibrated_factors_of_normalized_keys_are_served(engines, serve, model,
     data_free = difference(logprobs(serve("olmoe-gqa", xquant={"bits": 4, "cache": "latent"})), expected)
     error = difference(logprobs(calibrated), expected)
     print(f"mean absolute change of log-probability {error:.4f}, from the weights alone {data_free:.4f}")
-    assert error <= 1.5 * data_free
+    assert error <= 1.2 * data_free
