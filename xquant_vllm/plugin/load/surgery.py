@@ -17,8 +17,8 @@ from xquant_vllm.plugin.load.call import exchange
 from xquant_vllm.plugin.load.capture import capture_qkv
 from xquant_vllm.plugin.load.modules import QueryOnlyRotary
 from xquant_vllm.plugin.load.norms.modules import KeyPassesThrough, NormModule
-from xquant_vllm.plugin.load.norms.shared import pass_as_values, refuse_other_layouts
 from xquant_vllm.plugin.load.probe import Probe, make_probe
+from xquant_vllm.plugin.load.projections.as_values import pass_as_values, refuse_other_layouts
 from xquant_vllm.plugin.load.projections.input_through import let_input_through
 from xquant_vllm.plugin.load.projections.rows import (
     Projections,
