@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from xquant_vllm.plugin.checks import unsupported_model
+from xquant_vllm.plugin.load.call import exchange
 from xquant_vllm.plugin.load.recognize import AttentionParts
-from xquant_vllm.plugin.load.trace.call import exchange
 from xquant_vllm.plugin.load.trace.source import Source
 
 
