@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.e2e.engine import EngineFailed
 from tests.e2e.families.test_families import EIGHT, ENGINE, TASKS, assert_close, difference
+from tests.e2e.families.test_projections import logprobs, transformers_logprobs
 from tests.factorizing import FakeTokenizer, factorize
 from tests.family_coverage import LATENTS
 from tests.tiny_models import save_tiny_model
@@ -38,8 +39,17 @@ def serve(engines, model):
     return serve
 
 
-def logprobs(result):
-    return result.tasks[-1]["logprobs"][0]
+@pytest.fixture(scope="module")
+def expected(model):
+    """Log-probabilities of the prompt by transformers, which takes no engine."""
+    known = {}
+
+    def expected(family):
+        if family not in known:
+            known[family] = transformers_logprobs(model(family))
+        return known[family]
+
+    return expected
 
 
 def without_norm(folder, target):
@@ -70,16 +80,15 @@ def served(family, name, *features):
         served("llama4-whole", LLAMA4, "rope=none"),
     ],
 )
-def test_eight_bits_match_the_16_bit_cache(engines, serve, model, tmp_path, family):
-    ours, expected = serve(family, xquant=EIGHT), logprobs(serve(family, "CPU_ATTN"))
-    assert_close(logprobs(ours), expected, 0.03)
+def test_eight_bits_match_the_model(serve, expected, model, tmp_path, family):
+    ours = serve(family, xquant=EIGHT)
+    assert_close(logprobs(ours), expected(family), 0.03)
     cold, warm, _ = ours.tasks
     assert warm["cached"] == [192]
     (before,), (after,) = cold["logits"][0], warm["logits"][0]
     assert max(abs(before[token] - after[token]) for token in before.keys() & after.keys()) <= 0.05
     # A norm without its weights is another model, which the bound must tell apart.
-    broken = engines.run(without_norm(model(family), tmp_path / "broken"), "CPU_ATTN", TASKS[-1:], **ENGINE)
-    distance = difference(expected, logprobs(broken))
+    distance = difference(expected(family), transformers_logprobs(without_norm(model(family), tmp_path / "broken")))
     print(f"mean absolute difference of log-probability to the model with another norm {distance:.4f}")
     assert distance > 0.1
 
@@ -98,17 +107,16 @@ def test_eight_bits_match_the_16_bit_cache(engines, serve, model, tmp_path, fami
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value.values())),
 )
-def test_other_caches_match_it_too(serve, family, settings):
-    ours = logprobs(serve(family, xquant={"bits": 8, **settings}))
-    assert_close(ours, logprobs(serve(family, "CPU_ATTN")), 0.06)
+def test_other_caches_match_it_too(serve, expected, family, settings):
+    assert_close(logprobs(serve(family, xquant={"bits": 8, **settings})), expected(family), 0.06)
 
 
-def test_a_norm_over_all_heads_has_latents_cached_by_default(serve):
+def test_a_norm_over_all_heads_has_latents_cached_by_default(serve, expected):
     """Although the layer input has fewer channels, which decides for all other models."""
     ours = serve("olmoe", xquant={"bits": 8})
     assert 'cache "latent" at key 8 / value 8 bits' in ours.log
     assert "3 layers normalize the keys of all heads together: their key latents are cached after it" in ours.log
-    assert_close(logprobs(ours), logprobs(serve("olmoe", "CPU_ATTN")), 0.03)
+    assert_close(logprobs(ours), expected("olmoe"), 0.03)
 
 
 def test_what_keys_and_values_would_share_is_refused_by_name(serve):
@@ -121,19 +129,19 @@ def test_what_keys_and_values_would_share_is_refused_by_name(serve):
 
 
 @pytest.mark.covers(OLMOE, "tensor parallel", *LATENTS, "bits=8")
-def test_ranks_divide_by_the_norm_over_the_heads_of_all_of_them(engines, serve, model):
+def test_ranks_divide_by_the_norm_over_the_heads_of_all_of_them(engines, expected, model):
     cores = sorted(os.sched_getaffinity(0))[:2]
     binding = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
     ours = engines.run(
         model("olmoe"), "xquant", TASKS, xquant=EIGHT, environment=binding, tensor_parallel_size=2, **ENGINE
     )
-    assert_close(logprobs(ours), logprobs(serve("olmoe", "CPU_ATTN")), 0.03)
+    assert_close(logprobs(ours), expected("olmoe"), 0.03)
 
 
-def test_calibrated_factors_of_normalized_keys_are_served(engines, serve, model, tmp_path, monkeypatch):
+def test_calibrated_factors_of_normalized_keys_are_served(engines, expected, model, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: FakeTokenizer())
     options = ("--bits", "8", "--calibration", "python-docs", "--calibration-tokens", "256", "--dtype", "float32")
     assert factorize(model("olmoe-gqa"), tmp_path / "folder", *options) == 0
     calibrated = engines.run(tmp_path / "folder", "xquant", TASKS, **ENGINE)
     assert "(calibrated on 256 tokens)" in calibrated.log
-    assert_close(logprobs(calibrated), logprobs(serve("olmoe-gqa", "CPU_ATTN")), 0.06)
+    assert_close(logprobs(calibrated), expected("olmoe-gqa"), 0.06)
