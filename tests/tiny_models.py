@@ -128,6 +128,27 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         },
     ),
+    # Keys of all heads normalized together. All experts are asked: a last bit shall not choose others.
+    "olmoe": (transformers.OlmoeConfig, {"num_key_value_heads": 4, "num_experts": 2, "num_experts_per_tok": 2}),
+    "olmoe-gqa": (transformers.OlmoeConfig, {"num_experts": 2, "num_experts_per_tok": 2}),
+    # A LayerNorm of every key head, with weights of its own, and RoPE whose pairs lie side by side.
+    "command-r-plus": (
+        transformers.CohereConfig,
+        {"use_qk_norm": True, "logit_scale": 1.0, "tie_word_embeddings": True},
+    ),
+    # One norm for queries and keys, behind RoPE; neither in the last layer. Its attention is not in chunks.
+    "llama4-whole": (
+        transformers.Llama4TextConfig,
+        {
+            "head_dim": 32,
+            "intermediate_size_mlp": 192,
+            "attention_chunk_size": None,
+            "layer_types": ["full_attention"] * 3,
+            "no_rope_layers": [1, 1, 0],
+            "moe_layers": [],
+            "interleave_moe_layer_step": 0,
+        },
+    ),
     # Partial RoPE whose pairs lie side by side.
     "glm": (transformers.GlmConfig, {"head_dim": 32}),
     # Other names and layouts of projections.

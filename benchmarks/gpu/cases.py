@@ -157,7 +157,7 @@ def make_plan(spec: Spec) -> AttentionLayerPlan:
         up_value=None if spec.folded and width == head_size else up_value,
         key_bias=normal(kv_heads, head_size) if spec.bias else None,
         value_bias=normal(kv_heads, head_size) if spec.bias else None,
-        key_norm=HeadNorm(1 + 0.3 * normal(head_size), 0.1) if spec.norm else None,
+        key_norm=HeadNorm(1 + 0.3 * normal(kv_heads, head_size), 0.1) if spec.norm else None,
         rope=rope,
     )
     heads = kv_heads * spec.group

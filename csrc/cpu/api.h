@@ -124,7 +124,7 @@ typedef struct {
                                  // the value latents are the values, and value.width is head_size
     const float* key_bias;       // [num_kv_heads, head_size] or NULL
     const float* value_bias;     // [num_kv_heads, head_size] or NULL
-    const float* key_norm;       // [head_size] weight of the RMS norm of every key head, or NULL
+    const float* key_norm;       // [num_kv_heads][head_size] weights of the RMS norm of a key head, or NULL
     const float* sinks;          // [num_heads]: scores of keys without values, or NULL
     const float* rope;           // [positions / 16, rotary_size / 2, 2, 16]: cosines, then sines, of 16 positions; NULL
     int64_t rotary_size;         // leading channels that rotate; 0 without RoPE

@@ -97,7 +97,7 @@ def _dense(spec: Spec, plan, query: torch.Tensor, exact: list[torch.Tensor]) -> 
             keys, values = keys + projection.key_bias[kv_head], values + projection.value_bias[kv_head]
         if spec.norm:
             norm = projection.key_norm
-            keys = keys / (keys.pow(2).mean(1, keepdim=True) + norm.eps).sqrt() * norm.weight
+            keys = keys / (keys.pow(2).mean(1, keepdim=True) + norm.eps).sqrt() * norm.weight[kv_head]
         keys = torch.stack([_rotated(key, position, spec) for position, key in enumerate(keys)])
         for index in range(query.shape[0]):
             position = past + index

@@ -108,15 +108,35 @@ class Checkpoint:
         refuse_non_finite(layer, {what[0] + names[0]: key, what[1] + names[1]: value})
         return key, value
 
+    def keys_normed_together(self, layer: int) -> bool:
+        """Whether a layer normalizes the keys of all heads together: told from the shape of the norm's weights.
+
+        Raises:
+            RefusedError: the file cannot be read.
+        """
+        name = self.projections[layer][0].rsplit(".", 2)[0] + ".k_norm.weight"
+        return name in self.files and self.kv_heads > 1 and self._shape(name) == [self.kv_heads * self.head_size]
+
+    def _shape(self, name: str) -> list[int]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.files[name], framework="pt", device="cpu") as file:
+                return list(file.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise self._unreadable(name, error) from None
+
+    def _unreadable(self, name: str, error: Exception) -> RefusedError:
+        return RefusedError(f"xquant: {self.files[name]} cannot be read ({error}); fetch the checkpoint anew")
+
     def _read(self, name: str, rows: int) -> torch.Tensor:
         from safetensors import SafetensorError, safe_open
 
-        path = self.files[name]
         try:
-            with safe_open(path, framework="pt", device="cpu") as file:
+            with safe_open(self.files[name], framework="pt", device="cpu") as file:
                 tensor: torch.Tensor = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise RefusedError(f"xquant: {path} cannot be read ({error}); fetch the checkpoint anew") from None
+            raise self._unreadable(name, error) from None
         if tensor.dtype not in _FLOATS:
             raise RefusedError(
                 f"xquant: {name} is quantized ({tensor.dtype}), which cannot be factorized offline; serve the "

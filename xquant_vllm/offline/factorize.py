@@ -91,7 +91,8 @@ def factorize(options: FactorizeOptions) -> FactorHeader:
 def _check_fit(options: FactorizeOptions, settings: XQuantSettings, checkpoint: Checkpoint) -> None:
     """Refuse what could not be served."""
     if options.calibration is None:
-        shape = LayerShape(0, checkpoint.hidden_size, checkpoint.kv_heads, checkpoint.head_size)
+        sizes = (checkpoint.hidden_size, checkpoint.kv_heads, checkpoint.head_size)
+        shape = LayerShape(0, *sizes, keys_normed_together=checkpoint.keys_normed_together(0))
         layer_formats(settings.model_copy(update={"cache": "latent"}), [shape])
     if (options.first_layers or 0) > checkpoint.layers:
         raise RefusedError(

@@ -67,13 +67,16 @@ def fit_heads(
         budget: bytes per token of the layer.
         dtype: of the down-projections.
     """
-    hidden = sample.hidden.to(torch.float64)
-    mean_square = hidden.square().mean().item()
+    of_values = sample.hidden.to(torch.float64)
+    of_keys = of_values if sample.key_factor is None else of_values * sample.key_factor.to(of_values).unsqueeze(1)
+    mean_squares = [hidden.square().mean().item() for hidden in (of_keys, of_values)]
     fits: tuple[list[_Fit], list[_Fit]] = ([], [])
     gradients = [part.unflatten(1, (num_kv_heads, -1)) for part in (sample.key_gradient, sample.value_gradient)]
     for head in range(num_kv_heads):
         pair = []
-        for weight, gradient in zip((key_weight, value_weight), gradients, strict=True):
+        for weight, gradient, hidden, mean_square in zip(
+            (key_weight, value_weight), gradients, (of_keys, of_values), mean_squares, strict=True
+        ):
             columns = weight.to(hidden).unflatten(0, (num_kv_heads, -1))[head].T
             projection = weigh(columns, [gradient[:, head]])
             weighted = hidden @ projection.into

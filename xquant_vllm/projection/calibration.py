@@ -31,11 +31,14 @@ class LayerSample:
         key_gradient: ``[num_tokens, num_kv_heads * head_size]``, of the log-probability of drawn tokens with respect to
             what the key projection yields (before bias, norm and RoPE).
         value_gradient: likewise of values.
+        key_factor: ``[num_tokens]``, what a norm over all key heads together multiplies a token's keys by, before its
+            weights. Latents of keys are cached after it, and ``key_gradient`` is of what it yields. None without one.
     """
 
     hidden: torch.Tensor
     key_gradient: torch.Tensor
     value_gradient: torch.Tensor
+    key_factor: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,20 @@ from xquant_vllm.projection.rope import RotaryTable, apply_rope
 
 @dataclass(frozen=True)
 class HeadNorm:
-    """RMS norm over the channels of every key head (Qwen3, Gemma 3).
+    """RMS norm over the channels of every key head (Qwen3, Gemma 3, Command-R+).
 
     Attributes:
-        weight: ``[head_size]``, FP32, the factor itself (Gemma's ``1 + w`` already added).
+        weight: ``[head_size]`` or ``[num_kv_heads, head_size]``, FP32, the factor itself (Gemma's ``1 + w`` already
+            added).
         eps: added to the mean square.
     """
 
     weight: torch.Tensor
     eps: float
+
+    def weights(self, num_kv_heads: int) -> torch.Tensor:
+        """The weights of every head, ``[num_kv_heads, head_size]``; a view where heads share them."""
+        return self.weight.expand(num_kv_heads, -1)
 
 
 @dataclass(frozen=True)

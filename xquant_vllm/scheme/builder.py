@@ -5,7 +5,7 @@ same function.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -15,8 +15,10 @@ from xquant_vllm.projection.basis import LatentBasis
 from xquant_vllm.projection.chain import chain_prediction, chain_up_projection, input_up_projection
 from xquant_vllm.projection.integer_up import with_integer_up
 from xquant_vllm.projection.joint_kv import JointKVBasis
+from xquant_vllm.projection.key_norm import KeyNorm
+from xquant_vllm.projection.key_scale import KeyScale
 from xquant_vllm.projection.predicted import PredictedLink
-from xquant_vllm.projection.rematerialize import HeadNorm, LayerProjection
+from xquant_vllm.projection.rematerialize import LayerProjection
 from xquant_vllm.projection.rope import RotaryTable
 from xquant_vllm.scheme.factor_reader import Bases
 from xquant_vllm.scheme.formats import LayerFormat
@@ -50,7 +52,7 @@ class LayerParameters:
         value: likewise.
         key_bias: ``[num_kv_heads, head_size]``, FP32, or None.
         value_bias: likewise.
-        key_norm: norm of the key heads, or None.
+        key_norm: norm of the keys, or None.
         rope: rotary table, or None.
     """
 
@@ -58,16 +60,28 @@ class LayerParameters:
     value: torch.Tensor
     key_bias: torch.Tensor | None = None
     value_bias: torch.Tensor | None = None
-    key_norm: HeadNorm | None = None
+    key_norm: KeyNorm | None = None
     rope: RotaryTable | None = None
 
     def weights(self, form: LayerFormat) -> LayerWeights:
         """The weights, as factors are asked for them."""
         return layer_weights(form, self.key, self.value)
 
+    def up_key(self, up: torch.Tensor) -> torch.Tensor:
+        """A key up-projection ``[num_kv_heads, width, head_size]`` with what of the norm goes into it."""
+        return up if self.key_norm is None else self.key_norm.into_up(up)
+
     def projection(self, up_key: torch.Tensor, up_value: torch.Tensor) -> LayerProjection:
-        """The up-projections with all else that the model does to its keys and values."""
-        return LayerProjection(up_key, up_value, self.key_bias, self.value_bias, self.key_norm, self.rope)
+        """The up-projections, that of keys from :meth:`up_key`, with all else that is left to do."""
+        norm = self.key_norm
+        key_bias = self.key_bias if norm is None else norm.into_bias(self.key_bias)
+        of_heads = None if norm is None else norm.of_heads
+        return LayerProjection(up_key, up_value, key_bias, self.value_bias, of_heads, self.rope)
+
+    @property
+    def query_weight(self) -> torch.Tensor | None:
+        """What queries are multiplied by, ``[num_kv_heads, head_size]`` FP32, or None."""
+        return None if self.key_norm is None else self.key_norm.query_weight
 
 
 def layer_weights(form: LayerFormat, key: torch.Tensor, value: torch.Tensor) -> LayerWeights:
@@ -98,21 +112,24 @@ class SchemeBuilder:
         """
         form = self._formats[position]
         if form.holds == "latents":
-            return self._latents(form, parameters)
-        if form.holds == "joint_kv":
-            return self._joint_kv(position, form, parameters)
-        return self._input(form, parameters), None
+            scheme, down = self._latents(form, parameters)
+        elif form.holds == "joint_kv":
+            scheme, down = self._joint_kv(position, form, parameters)
+        else:
+            scheme, down = self._input(form, parameters), None
+        return replace(scheme, query_weight=parameters.query_weight), down
 
-    def _latents(self, form: LayerFormat, parameters: LayerParameters) -> tuple[LayerScheme, torch.Tensor]:
+    def _latents(self, form: LayerFormat, parameters: LayerParameters) -> tuple[LayerScheme, torch.Tensor | None]:
         """Keys and values have bases of their own."""
         key, value = self._factors.layer_factors(parameters.weights(form))
-        key = with_integer_up(key, form.streams[0])
-        scheme = LayerScheme(form, parameters.projection(key.up, value.up))
+        key = with_integer_up(LatentBasis(key.down, parameters.up_key(key.up)), form.streams[0])
+        scale = KeyScale.of(parameters.key_norm, key.down, parameters.key)
+        scheme = LayerScheme(form, parameters.projection(key.up, value.up), key_scale=scale)
         return scheme, torch.cat([_rows_of(basis) for basis in (key, value)])
 
     def _joint_kv(
         self, position: int, form: LayerFormat, parameters: LayerParameters
-    ) -> tuple[LayerScheme, torch.Tensor]:
+    ) -> tuple[LayerScheme, torch.Tensor | None]:
         """One basis for keys and values; earlier layers of a chain predict it.
 
         Calibrated ones are taken if there are any, else those of the paper's chain, from the weights alone.
@@ -120,7 +137,7 @@ class SchemeBuilder:
         weights = parameters.weights(form)
         link = self._factors.layer_link(weights, len(form.reads) + 1)
         if link is not None:
-            projection = parameters.projection(link.up_key, link.up_value)
+            projection = parameters.projection(parameters.up_key(link.up_key), link.up_value)
             rows = 2 * form.shape.num_kv_heads * form.shape.head_size
             down = torch.nn.functional.pad(link.down, (0, rows - link.down.shape[1]))
             return LayerScheme(form, projection, prediction_matrix=link.prediction), down.T
@@ -129,13 +146,13 @@ class SchemeBuilder:
             self._lifts.clear()  # nothing later reads what was before an anchor
         earlier = [self._lifts[before] for before in form.reads]
         self._lifts[position] = basis.lift
-        ups = [
+        up_key, up_value = (
             chain_up_projection([*earlier, basis.lift], rows, form.shape.num_kv_heads)
             for rows in (parameters.key, parameters.value)
-        ]
+        )
         scheme = LayerScheme(
             form,
-            parameters.projection(*ups),
+            parameters.projection(parameters.up_key(up_key), up_value),
             prediction_matrix=chain_prediction(earlier, basis.down[0]) if earlier else None,
         )
         return scheme, basis.down[0].T
@@ -146,8 +163,10 @@ class SchemeBuilder:
         rotation = None
         if self._settings.rotate:
             rotation = hadamard_rotation(shape.hidden_size, _INPUT_SEED).to(parameters.key.device)
-        ups = [input_up_projection(rows, shape.num_kv_heads, rotation) for rows in (parameters.key, parameters.value)]
-        return LayerScheme(form, parameters.projection(*ups), rotation=rotation)
+        up_key, up_value = (
+            input_up_projection(rows, shape.num_kv_heads, rotation) for rows in (parameters.key, parameters.value)
+        )
+        return LayerScheme(form, parameters.projection(parameters.up_key(up_key), up_value), rotation=rotation)
 
 
 def _rows_of(basis: LatentBasis) -> torch.Tensor:

@@ -27,12 +27,14 @@ class LayerShape:
         hidden_size: channels of the layer input.
         num_kv_heads: kv heads on this rank.
         head_size: channels of a head.
+        keys_normed_together: whether keys are normalized over all kv heads together (OLMo).
     """
 
     index: int
     hidden_size: int
     num_kv_heads: int
     head_size: int
+    keys_normed_together: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,26 @@ def layer_formats(
         reads: tuple[int, ...] = ()
         if settings.method == "xquant-cl" and before is not None and before.holds == form.holds:
             reads = () if filled.is_anchor(shape.index) else (*before.reads, position - 1)
+        if shape.keys_normed_together and form.holds != "latents":
+            raise _needs_latents_apart(settings, shape)
         formats.append(LayerFormat(shape, form.holds, form.streams, reads))
     return tuple(formats)
+
+
+def _needs_latents_apart(settings: XQuantSettings, shape: LayerShape) -> SettingsError:
+    """The error for what keys and values share, of a layer whose norm can only be in what keys do not share."""
+    why = (
+        f"cannot work on this model, which normalizes the keys of all heads together (layer {shape.index}): key "
+        "latents are cached after that norm, so keys and values cannot share what is cached"
+    )
+    if settings.method == "xquant-cl":
+        return SettingsError(f"xquant: setting 'method': 'xquant-cl' {why}; set \"method\": \"xquant\"")
+    if settings.cache == "x":
+        return SettingsError(f"xquant: setting 'cache': 'x' {why}; set \"cache\": \"latent\", or leave it out")
+    return SettingsError(
+        f"xquant: the calibrated factors in the model's folder, of joint latents, {why}; make them "
+        "anew with xquant factorize --basis head, or leave them out"
+    )
 
 
 def _allocated(shape: LayerShape, allocation: LayerAllocation) -> LayerFormat:
@@ -117,6 +137,8 @@ def _holds(settings: XQuantSettings, shape: LayerShape) -> Holds:
     latents: Holds = "latents" if settings.method == "xquant" else "joint_kv"
     if settings.cache is not None:
         return "x" if settings.cache == "x" else latents
+    if shape.keys_normed_together:
+        return latents
     bits = settings.bits_of_layer(shape.index)
     if latents == "latents" and bits.key != bits.value:
         return latents

@@ -9,6 +9,7 @@ from xquant_vllm.attention.latents import LatentTerm, Prediction
 from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.layout import PageLayout
 from xquant_vllm.codec.rotation import HadamardRotation
+from xquant_vllm.projection.key_scale import KeyScale
 from xquant_vllm.projection.rematerialize import LayerProjection
 from xquant_vllm.scheme.formats import LayerFormat
 
@@ -24,6 +25,9 @@ class LayerScheme:
         prediction_matrix: ``[1, width of the earlier layers' streams, width of the own]``, FP32, for a chain of
             latents; None for a chain of X, whose earlier layers add up to the prediction.
         kernel_device: where the kernels run, if the up-projections were left on the host.
+        key_scale: divides key latents before they are cached; None where no norm is over all key heads together.
+        query_weight: ``[num_kv_heads, head_size]``, FP32, that query heads are multiplied by, or None.
+        in_values: whether all that is cached comes as values, because the model changes what it takes for keys.
     """
 
     format: LayerFormat
@@ -31,6 +35,9 @@ class LayerScheme:
     rotation: HadamardRotation | None = None
     prediction_matrix: torch.Tensor | None = None
     kernel_device: torch.device | None = None
+    key_scale: KeyScale | None = None
+    query_weight: torch.Tensor | None = None
+    in_values: bool = False
 
     def on_host(self) -> "LayerScheme":
         """The same with its up-projections on the host, for kernels that arrange them once and keep the result.
@@ -67,14 +74,25 @@ class LayerScheme:
 
     def inputs(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What vLLM passes as key and value ``[num_tokens, heads, head_size]``, one tensor for every stream."""
+        if self.in_values:
+            # X, or the latents of keys and of values side by side.
+            key, value = (value, value) if self.format.holds == "x" else value.chunk(2, 1)
         if self.format.holds == "latents":
-            return key, value
+            return (key if self.key_scale is None else self.key_scale.apply(key)), value
         if self.format.holds == "x":
             # Padded to whole heads on its way through the model's code, or begun in the key and continued in the value.
             x, width = key.flatten(1), self.format.shape.hidden_size
             return ((x if x.shape[1] >= width else torch.cat((x, value.flatten(1)), 1))[:, :width],)
         # As wide as keys and values together; a latent of no more channels than the layer input has may be narrower.
         return (torch.cat((key.flatten(1), value.flatten(1)), 1)[:, : self.format.streams[0].width],)
+
+    def queries(self, query: torch.Tensor) -> torch.Tensor:
+        """What attends for queries ``[num_tokens, num_heads, head_size]``, in their dtype."""
+        if self.query_weight is None:
+            return query
+        kv_heads = self.query_weight.shape[0]
+        weighted = query.unflatten(1, (kv_heads, -1)).float() * self.query_weight.unsqueeze(1)
+        return weighted.flatten(1, 2).to(query.dtype)
 
     def plan(
         self,

@@ -163,7 +163,10 @@ inline void finish_keys(const xquant_plan& plan, int64_t kv_head, int64_t start,
                         const Scratch& scratch) {
     float* keys = scratch.keys + first;
     if (plan.key_bias) add_bias(plan.key_bias + kv_head * plan.head_size, plan.head_size, keys, kTile, last - first);
-    if (plan.key_norm) normalize(plan.key_norm, plan.key_norm_eps, plan.head_size, keys, kTile, last - first);
+    if (plan.key_norm) {
+        const float* weight = plan.key_norm + kv_head * plan.head_size;
+        normalize(weight, plan.key_norm_eps, plan.head_size, keys, kTile, last - first);
+    }
     if (!plan.rope) return;
     for (int64_t strip = first; strip < last; strip += kStrip) {
         rotate(plan, (start + strip) / kStrip, scratch.keys + strip, kTile);

@@ -153,7 +153,9 @@ inline void add_row(const float* __restrict bias, int64_t count, float* __restri
 // Bias, norm and RoPE of one key; `turn` is not read without RoPE.
 inline void finish_key(const xquant_plan& plan, int64_t kv_head, const float* turn, float* key) {
     if (plan.key_bias) add_row(plan.key_bias + kv_head * plan.head_size, plan.head_size, key);
-    if (plan.key_norm) normalize_head(plan.key_norm, plan.key_norm_eps, plan.head_size, key);
+    if (plan.key_norm) {
+        normalize_head(plan.key_norm + kv_head * plan.head_size, plan.key_norm_eps, plan.head_size, key);
+    }
     if (plan.rope) rotate_head(plan, turn, key);
 }
 

@@ -7,6 +7,7 @@ from tests.tiny_models import save_tiny_model
 from xquant_vllm.codec.layout import StreamFormat
 from xquant_vllm.codec.quantizer import dequantize, quantize
 from xquant_vllm.codec.rotation import hadamard_rotation
+from xquant_vllm.errors import SettingsError
 from xquant_vllm.evaluation.methods.method_options import MethodOptions
 from xquant_vllm.evaluation.methods.methods import prepare_method
 from xquant_vllm.evaluation.model.cache_method import CacheMethod
@@ -37,7 +38,9 @@ def prepare(model: HookedModel, method: str, bits: int, **settings):
     return prepare_method(method, options, model.checkpoint, FP32, len(TOKENS))
 
 
-@pytest.mark.parametrize("family", ["llama-bias", "qwen3", "phi3-gqa", "gemma3", "mha", "opt", "mistral-window"])
+@pytest.mark.parametrize(
+    "family", ["llama-bias", "qwen3", "phi3-gqa", "gemma3", "mha", "opt", "mistral-window", "command-r-plus"]
+)
 @pytest.mark.parametrize("method", ["xquant", "xquant-cl"])
 @pytest.mark.parametrize("cache", ["x", "latent"])
 def test_nothing_is_lost_at_16_bits(models, family, method, cache):
@@ -48,6 +51,27 @@ def test_nothing_is_lost_at_16_bits(models, family, method, cache):
     prepared = prepare(model, method, 16, cache=cache)
     exact, read = model.logits(TOKENS, CacheMethod()), model.logits(TOKENS, prepared.build(model))
     assert (read - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+def test_keys_that_are_normalized_together_are_read_back_behind_the_norm(models):
+    model = models("olmoe-gqa")
+    exact = model.logits(TOKENS, CacheMethod())
+    cache = prepare(model, "xquant", 16, cache="latent").build(model)
+    assert (model.logits(TOKENS, cache) - exact).abs().max() < 0.02 * exact.abs().max()
+    hidden = torch.randn(70, 128, generator=torch.Generator().manual_seed(0))
+    cache.start(70)
+    keys, _ = cache.rematerialize(1, hidden)
+    expected = model.layers[1].module.k_norm(hidden @ model.layers[1].weights[0].T)
+    assert (keys - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "remedy"),
+    [("xquant", {"cache": "x"}, 'set "cache": "latent"'), ("xquant-cl", {}, 'set "method": "xquant"')],
+)
+def test_what_the_server_refuses_of_such_keys_is_refused(models, method, settings, remedy):
+    with pytest.raises(SettingsError, match=remedy):
+        prepare(models("olmoe-gqa"), method, 4, **settings)
 
 
 def test_latents_are_quantized_head_by_head(models):

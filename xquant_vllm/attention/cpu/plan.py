@@ -84,7 +84,7 @@ class CpuPlan:
         if projection.value_bias is not None:
             struct.value_bias = self._tensor(fp32("value_bias", projection.value_bias, (kv_heads, head_size)))
         if norm is not None:
-            struct.key_norm = self._tensor(fp32("key_norm.weight", norm.weight, (head_size,)))
+            struct.key_norm = self._tensor(fp32("key_norm.weight", norm.weights(kv_heads), (kv_heads, head_size)))
             struct.key_norm_eps = norm.eps
         if plan.sinks is not None:
             struct.sinks = self._tensor(fp32("sinks", plan.sinks, (plan.num_heads,)))

@@ -59,7 +59,8 @@ class GpuPlan:
         if head_size % 2 or head_size > 256:
             raise ValueError(f"head_size = {head_size} is not supported: it must be even and at most 256")
         rope = projection.rope if projection.rope is not None and projection.rope.rotary_size else None
-        self.absorb_key = rope is None and projection.key_norm is None and not plan.key_bias_matters
+        norm = projection.key_norm
+        self.absorb_key = rope is None and norm is None and not plan.key_bias_matters
         columns = pair_columns(head_size, rope)
         self.half = columns.numel() // 2
         value_columns = plain_columns(head_size, self.half)
@@ -86,14 +87,14 @@ class GpuPlan:
             self.value_factors = factors.to(device)
         self.tail = KeyTail(
             bias=nothing if projection.key_bias is None else arranged(projection.key_bias, columns).contiguous(),
-            norm=nothing if projection.key_norm is None else arranged(projection.key_norm.weight, columns).contiguous(),
-            eps=0.0 if projection.key_norm is None else projection.key_norm.eps,
+            norm=nothing if norm is None else arranged(norm.weights(projection.num_kv_heads), columns).contiguous(),
+            eps=0.0 if norm is None else norm.eps,
             cos=nothing if rope is None else rope.cos.contiguous(),
             sin=nothing if rope is None else rope.sin.contiguous(),
             rotating=0 if rope is None else rope.rotary_size // 2,
             head_size=head_size,
         )
-        self.rotates, self.norm = rope is not None, projection.key_norm is not None
+        self.rotates, self.norm = rope is not None, norm is not None
         self.has_key_bias = projection.key_bias is not None and not self.absorb_key
         self.has_value_bias = projection.value_bias is not None
         self.value_bias = (

@@ -6,6 +6,7 @@ import torch
 
 from xquant_vllm.attention.latents import read_blocks
 from xquant_vllm.attention.reference import store
+from xquant_vllm.errors import RefusedError
 from xquant_vllm.evaluation.model.cache_method import InputMethod
 from xquant_vllm.evaluation.model.hooked_model import HookedModel
 from xquant_vllm.offline.progress import counted_bar
@@ -19,6 +20,8 @@ _BLOCK_SIZE = 16
 
 class ServedCache(InputMethod):
     """Pages of one sequence, in every layer."""
+
+    keys_are_normed = True
 
     def __init__(
         self,
@@ -86,8 +89,20 @@ class ServedCache(InputMethod):
 
 
 def layer_parameters(model: HookedModel, layer: int, dtype: torch.dtype) -> LayerParameters:
-    """A layer's weights in the dtype to serve in, and biases. No norm and no RoPE: the model applies them itself."""
+    """A layer's weights in the dtype to serve in, and biases.
+
+    No RoPE, and no norm but the one that is over all key heads together: the model applies them itself.
+
+    Raises:
+        RefusedError: the server would refuse such a model.
+    """
     # As they are stored, not as the model runs: a folder's factors know the weights that they were made from.
     key, value = (weight.to(model.device, dtype) for weight in model.checkpoint.key_value(layer))
     key_bias, value_bias = model.layers[layer].biases
-    return LayerParameters(key, value, key_bias, value_bias)
+    norm = model.layers[layer].key_norm
+    if norm is not None and key_bias is not None:
+        raise RefusedError(
+            f"xquant: {model.checkpoint.name} normalizes the keys of all heads together after a bias was added, which "
+            "latents do not have: not supported"
+        )
+    return LayerParameters(key, value, key_bias, value_bias, norm)

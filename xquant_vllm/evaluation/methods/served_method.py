@@ -63,7 +63,10 @@ def prepare_served(
         of_layers = {layer: header.allocation_of(layer, slice(None)) for layer in range(checkpoint.layers)}
         allocations = {layer: allocation for layer, allocation in of_layers.items() if allocation is not None}
     sizes = (checkpoint.hidden_size, checkpoint.kv_heads, checkpoint.head_size)
-    shapes = [LayerShape(layer, *sizes) for layer in range(checkpoint.layers)]
+    shapes = [
+        LayerShape(layer, *sizes, keys_normed_together=checkpoint.keys_normed_together(layer))
+        for layer in range(checkpoint.layers)
+    ]
     formats = layer_formats(settings, shapes, allocations or None)
     if options.basis is not None and header is None and all(form.holds == "x" for form in formats):
         raise RefusedError(

@@ -5,6 +5,7 @@ A method sees one sequence at a time, from its first token, and all layers in th
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -17,7 +18,13 @@ class CacheMethod:
 
 
 class InputMethod(CacheMethod, ABC):
-    """Caches something made of the layer input, and keys and values are computed from that."""
+    """Caches something made of the layer input, and keys and values are computed from that.
+
+    Attributes:
+        keys_are_normed: whether a norm over all key heads together is in the keys already, if the model has one.
+    """
+
+    keys_are_normed: ClassVar[bool] = False
 
     @abstractmethod
     def rematerialize(self, layer: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,7 +35,8 @@ class InputMethod(CacheMethod, ABC):
             hidden: ``[num_tokens, hidden_size]``, what enters the projections.
 
         Returns:
-            Keys before norm and RoPE, and values, bias included, ``[num_tokens, num_kv_heads * head_size]``.
+            Keys before norm and RoPE (see ``keys_are_normed``), and values, bias included, ``[num_tokens,
+            num_kv_heads * head_size]``.
         """
 
 

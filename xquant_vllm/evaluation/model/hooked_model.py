@@ -76,7 +76,7 @@ class HookedModel:
         with ExitStack() as hooks:
             for layer in self.layers:
                 if isinstance(method, InputMethod):
-                    layer.hook_input(hooks, method.rematerialize)
+                    layer.hook_input(hooks, method.rematerialize, keys_are_normed=method.keys_are_normed)
                 elif isinstance(method, ProjectedMethod):
                     layer.hook_projected(hooks, method.keys, method.values)
                 elif isinstance(method, AttendedMethod):

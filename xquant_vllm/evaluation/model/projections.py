@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from xquant_vllm.errors import RefusedError
+from xquant_vllm.offline.calibration.attention_modules import norm_eps
 from xquant_vllm.offline.checkpoint import Checkpoint
+from xquant_vllm.projection.key_norm import KeyNorm
 
 Rematerialize = Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 ReadBack = Callable[[torch.Tensor], torch.Tensor]
@@ -29,6 +31,7 @@ class Projections:
         self._heads, self._head_size = checkpoint.kv_heads, checkpoint.head_size
         self._rows = checkpoint.kv_heads * checkpoint.head_size
         self._fused: Any = getattr(module, "qkv_proj", None)
+        self._joint_norm: Any = module.k_norm if checkpoint.keys_normed_together(layer) else None
 
     @property
     def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,13 +50,24 @@ class Projections:
         key, value = (None if bias is None else bias.data.float().view(self._heads, self._head_size) for bias in both)
         return key, value
 
-    def hook_input(self, hooks: ExitStack, rematerialize: Rematerialize) -> None:
+    @property
+    def key_norm(self) -> KeyNorm | None:
+        """The norm over all key heads together; None without one."""
+        norm = self._joint_norm
+        if norm is None:
+            return None
+        weight = norm.weight.data.float().view(self._heads, self._head_size)
+        return KeyNorm(weight, norm_eps(norm), channels=weight.numel())
+
+    def hook_input(self, hooks: ExitStack, rematerialize: Rematerialize, *, keys_are_normed: bool) -> None:
         """Replace what the projections yield by something made of what enters them.
 
         Args:
             hooks: removes the hooks.
             rematerialize: given the layer and its input, yields keys and values.
+            keys_are_normed: whether the keys are those behind a norm over all heads, if there is one.
         """
+        norm = self._joint_norm if keys_are_normed else None
         waiting: dict[str, torch.Tensor] = {}
 
         def yields(name: str) -> Any:
@@ -61,14 +75,23 @@ class Projections:
                 # Whichever projection runs first reads the cache for both.
                 if name not in waiting:
                     waiting["key"], waiting["value"] = rematerialize(self.layer, inputs[0][0])
+                if name == "key" and norm is not None:
+                    return output
                 return waiting.pop(name).to(output.dtype).reshape(output.shape)
 
             return hook
 
+        def normed(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+            return waiting.pop("key").to(output.dtype).reshape(output.shape)
+
         def fused(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             key, value = rematerialize(self.layer, inputs[0][0])
+            if norm is not None:
+                waiting["key"] = key
             return self._with_last(output, key, value)
 
+        if norm is not None:
+            hooks.enter_context(_hook(norm, normed))
         if self._fused is not None:
             hooks.enter_context(_hook(self._fused, fused))
         else:

@@ -32,6 +32,12 @@ def take_keys_before_rope(name: str, module: Any, attention: Any) -> RotaryTable
     parts = recognize(name, module, attention)
     if parts.rope is None or parts.rope_child is None:
         return None
+    if parts.key_norm is not None and parts.key_norm.query_weight is not None:
+        raise unsupported_model(
+            f"{type(module).__name__} at {name} normalizes its keys behind RoPE, so that they cannot be cached before "
+            "it (leave pre_rope out to cache them after RoPE)",
+            KIVI_BACKEND_NAME,
+        )
     dtype = attention.impl.vllm_config.model_config.dtype
     like = torch.empty(0, dtype=dtype, device=parts.rope.cos.device)
     probe = make_probe(parts, parts.hidden_size, like)

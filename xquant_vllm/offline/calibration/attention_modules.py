@@ -8,6 +8,11 @@ from xquant_vllm.errors import RefusedError, counted
 from xquant_vllm.offline.checkpoint import Checkpoint
 
 
+def norm_eps(norm: Any) -> float:
+    """What a norm of a transformers model adds to the mean square."""
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+
+
 def attention_modules(model: nn.Module, checkpoint: Checkpoint) -> list[Any]:
     """The attention modules by layer: they have ``k_proj`` and ``v_proj``, or a fused ``qkv_proj``.
 

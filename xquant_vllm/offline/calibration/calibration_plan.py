@@ -49,6 +49,15 @@ def plan_calibration(checkpoint: Checkpoint, settings: XQuantSettings) -> Calibr
     chained = settings.method == "xquant-cl"
     narrow = checkpoint.hidden_size < 2 * checkpoint.kv_heads * checkpoint.head_size
     joint_kv = chained or settings.basis == "joint" or ("basis" not in settings.model_fields_set and narrow)
+    if any(checkpoint.keys_normed_together(layer) for layer in range(checkpoint.layers)):
+        # Key latents are cached divided by what the norm divides keys by, and values are not.
+        if chained or settings.basis == "joint":
+            raise RefusedError(
+                f"xquant: {'--method xquant-cl' if chained else '--basis joint'} cannot work with --calibration on "
+                f"{checkpoint.name}, which normalizes the keys of all heads together, so that keys and values cannot "
+                "share what is cached: set --method xquant --basis head"
+            )
+        joint_kv = False
     sizes = (checkpoint.kv_heads, checkpoint.head_size, checkpoint.hidden_size)
     budget = layer_budget(*sizes, bits.key, joint_kv=joint_kv)
     filled = settings.for_chain("latent")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from xquant_vllm.errors import RefusedError, counted
-from xquant_vllm.offline.calibration.attention_modules import attention_modules
+from xquant_vllm.offline.calibration.attention_modules import attention_modules, norm_eps
 from xquant_vllm.offline.checkpoint import Checkpoint
 from xquant_vllm.offline.memory import warn_of_memory
 from xquant_vllm.offline.progress import counted_bar, say
@@ -69,7 +69,10 @@ def _collect(checkpoint: Checkpoint, batch: torch.Tensor, device: torch.device) 
         ) from None
     model = model.to(device).eval().requires_grad_(False)
     generator = torch.Generator(device=device).manual_seed(_SEED)
-    observers = [_Observer(module) for module in attention_modules(model, checkpoint)]
+    observers = [
+        _Observer(module, checkpoint.keys_normed_together(layer))
+        for layer, module in enumerate(attention_modules(model, checkpoint))
+    ]
     with ExitStack() as hooks:
         hooks.enter_context(model.get_input_embeddings().register_forward_hook(_require_gradient))
         for observer in observers:
@@ -81,10 +84,9 @@ def _collect(checkpoint: Checkpoint, batch: torch.Tensor, device: torch.device) 
                 drawn = torch.multinomial(log_probabilities.detach().exp(), 1, generator=generator)
                 loss = log_probabilities.gather(-1, drawn).sum()
                 outputs = [output for observer in observers for output in observer.outputs()]
-                gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
-            each = len(outputs) // len(observers)
-            for layer, observer in enumerate(observers):
-                observer.take(gradients[layer * each : (layer + 1) * each], checkpoint)
+                gradients = iter(torch.autograd.grad(loss, outputs, allow_unused=True))
+            for observer in observers:
+                observer.take([next(gradients) for _ in observer.outputs()], checkpoint)
     return [observer.sample() for observer in observers]
 
 
@@ -96,11 +98,14 @@ def _require_gradient(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tens
 class _Observer:
     """Sees what enters and leaves the key and value projections of one attention module."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, keys_normed_together: bool) -> None:
         fused = getattr(module, "qkv_proj", None)
         self._projections: list[nn.Module] = [module.k_proj, module.v_proj] if fused is None else [fused]
+        self._norm: Any = module.k_norm if keys_normed_together else None
         self._name = type(module).__name__
         self._outputs: list[torch.Tensor] = []
+        self._normed: list[torch.Tensor] = []
+        self._factors: list[torch.Tensor] = []
         self._hidden: list[torch.Tensor] = []
         self._gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -108,36 +113,51 @@ class _Observer:
         """Start to see; ``hooks`` ends it."""
         for projection in self._projections:
             hooks.enter_context(projection.register_forward_hook(self._see))  # type: ignore[arg-type]
+        if self._norm is not None:
+            hooks.enter_context(self._norm.register_forward_hook(self._see_norm))
 
     def outputs(self) -> list[torch.Tensor]:
-        """What the projections have yielded.
+        """What the projections have yielded, and behind that a norm over all key heads together.
 
         Raises:
             RefusedError: they were not called once each, or nothing could tell a gradient of theirs.
         """
-        known = [output for output in self._outputs if output.requires_grad]
-        if len(known) != len(self._projections):
+        outputs = [*self._outputs, *self._normed]
+        known = [output for output in outputs if output.requires_grad]
+        if len(known) != len(outputs) or len(self._outputs) != len(self._projections):
             raise self._refusal()
-        return self._outputs
+        if len(self._normed) != (self._norm is not None):
+            raise self._refusal()
+        return outputs
 
-    def take(self, gradients: tuple[torch.Tensor | None, ...], checkpoint: Checkpoint) -> None:
+    def take(self, gradients: list[torch.Tensor | None], checkpoint: Checkpoint) -> None:
         """The gradients of :meth:`outputs` for one sequence."""
-        if any(gradient is None for gradient in gradients):
+        known = [gradient.flatten(0, -2) for gradient in gradients if gradient is not None]
+        if len(known) != len(gradients):
             raise self._refusal()
-        flat = torch.cat([gradient.flatten(0, -2) for gradient in gradients if gradient is not None], -1)
+        flat = torch.cat(known[: len(self._projections)], -1)
         rows = checkpoint.kv_heads * checkpoint.head_size
-        self._gradients.append((flat[:, -2 * rows : -rows], flat[:, -rows:]))
-        self._outputs = []
+        keys, values = flat[:, -2 * rows : -rows], flat[:, -rows:]
+        if self._norm is not None:
+            keys = known[-1] * self._norm.weight
+        self._gradients.append((keys, values))
+        self._outputs, self._normed = [], []
 
     def sample(self) -> LayerSample:
         """All sequences."""
         keys, values = zip(*self._gradients, strict=True)
-        return LayerSample(torch.cat(self._hidden), torch.cat(keys), torch.cat(values))
+        factor = torch.cat(self._factors) if self._factors else None
+        return LayerSample(torch.cat(self._hidden), torch.cat(keys), torch.cat(values), factor)
 
     def _see(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         if module is self._projections[0]:
             self._hidden.append(inputs[0].detach().flatten(0, -2))
         self._outputs.append(output)
+
+    def _see_norm(self, _: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        keys = inputs[0].detach().flatten(0, -2).float()
+        self._factors.append(torch.rsqrt(keys.square().mean(-1) + norm_eps(self._norm)))
+        self._normed.append(output)
 
     def _refusal(self) -> RefusedError:
         return RefusedError(

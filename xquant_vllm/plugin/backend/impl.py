@@ -188,11 +188,11 @@ class XQuantImpl(PagedImpl):
         kernels = dispatch.select(query.device.type)
         plan = self.plan(kv_cache.shape[2])
         inputs = None
+        assert self.scheme is not None
         if plan.exact_from is not None:
-            assert self.scheme is not None
             inputs = self.scheme.inputs(key[:tokens], value[:tokens])
         pages = self._pages(kv_cache)
-        query, rows = query[:tokens], output[:tokens]
+        query, rows = self.scheme.queries(query[:tokens]), output[:tokens]
         hot = attn_metadata.hot
         if hot is not None and self.hot_pool is not None:
             self.write_hot(kv_cache, hot.written)

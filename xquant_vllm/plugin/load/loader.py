@@ -72,7 +72,7 @@ def _check_numbers(index: int, part: AttentionParts, projections: Mapping[str, A
     for letter, source in (("k", part.key), ("v", part.value)):
         bias = projections[source.child].bias
         tensors[_told(part, letter, "bias")] = None if bias is None else source.take(bias.data)
-    norm = None if part.key_norm is None else part.key_norm.weight
+    norm = None if part.key_norm is None else part.key_norm.all_weights
     refuse_non_finite(index, {**tensors, f"{part.name}.{part.key_norm_child}.weight": norm})
 
 
@@ -98,7 +98,13 @@ def _operate(
     """
     indices = [extract_layer_index(attention.layer_name) for _, _, attention in layers]
     shapes = [
-        LayerShape(index, part.key.linear.input_size, attention.num_kv_heads, attention.head_size)
+        LayerShape(
+            index,
+            part.key.linear.input_size,
+            attention.num_kv_heads,
+            attention.head_size,
+            keys_normed_together=part.key_norm is not None and part.key_norm.channels is not None,
+        )
         for index, part, (_, _, attention) in zip(indices, parts, layers, strict=True)
     ]
     settings = layers[0][2].impl.settings

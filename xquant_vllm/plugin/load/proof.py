@@ -54,9 +54,12 @@ def prove_keys_and_values(
     """
     _refuse_overflow(parts, before)
     key_latents, value_latents = _exact_latents(scheme, earlier, after[1], after[2])
+    keys = rematerialize_keys(key_latents, positions, scheme.projection)
+    if scheme.query_weight is not None:
+        keys = keys * scheme.query_weight
     rebuilt = (
         after[0].float(),
-        rematerialize_keys(key_latents, positions, scheme.projection).flatten(1),
+        keys.flatten(1),
         rematerialize_values(value_latents, scheme.projection).flatten(1),
     )
     shape = scheme.format.shape

@@ -7,16 +7,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.rotary_embedding import Phi3LongRoPEScaledRotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
 from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.plugin.checks import unsupported_model
+from xquant_vllm.plugin.load.norms.modules import NormModule
+from xquant_vllm.plugin.load.norms.order import before_rope
+from xquant_vllm.plugin.load.norms.read import read_norm
 from xquant_vllm.plugin.load.trace.source import Source
 from xquant_vllm.plugin.load.trace.stand_ins import Visit
 from xquant_vllm.plugin.load.trace.tracer import trace
-from xquant_vllm.projection.rematerialize import HeadNorm
+from xquant_vllm.projection.key_norm import KeyNorm
 from xquant_vllm.projection.rope import RotaryTable
 
 # vLLM shares one rotary module between layers. So must their tables be, since the kernels keep a rearranged copy of
@@ -38,11 +40,12 @@ class AttentionParts:
         q_size: channels of the queries on this rank.
         kv_size: channels of the keys, and of the values.
         hidden_size: channels of the module's input.
-        key_norm: norm of the key heads, or None.
+        key_norm: norm of the keys, before RoPE, or None.
         key_norm_child: path of its module; None without.
         rope: rotary table; None where keys are not rotated.
         rope_child: path of its module; None without.
         linears: all linear layers that run before attention, by path.
+        norm_is_shared: whether queries go through the same norm.
     """
 
     name: str
@@ -54,11 +57,12 @@ class AttentionParts:
     q_size: int
     kv_size: int
     hidden_size: int
-    key_norm: HeadNorm | None
+    key_norm: KeyNorm | None
     key_norm_child: str | None
     rope: RotaryTable | None
     rope_child: str | None
     linears: Mapping[str, Any]
+    norm_is_shared: bool = False
 
     @property
     def sources(self) -> dict[str, Any]:
@@ -88,6 +92,15 @@ def recognize(name: str, module: nn.Module, attention: Any) -> AttentionParts:
         raise unsupported_model(f"{who} passes its values through {type(visit.module).__name__} at {visit.path}")
     norm, rotary = _norm_and_rotary(who, found.key_steps)
     max_model_len = attention.impl.vllm_config.model_config.max_model_len
+    rope = None if rotary is None else _read_rope(who, rotary.module, max_model_len)
+    key_norm = None
+    if norm is not None:
+        has_bias = found.key.linear.bias is not None
+        read = read_norm(
+            who, NormModule(norm.module, norm.given[0].device), attention.num_kv_heads, head_size, has_bias=has_bias
+        )
+        behind = rope is not None and found.key_steps[0] is rotary
+        key_norm = before_rope(who, read, rope) if behind and rope is not None else read
     return AttentionParts(
         name=name,
         module=module,
@@ -98,11 +111,12 @@ def recognize(name: str, module: nn.Module, attention: Any) -> AttentionParts:
         q_size=attention.num_heads * head_size,
         kv_size=kv_size,
         hidden_size=found.hidden_size,
-        key_norm=None if norm is None else _read_norm(who, norm.module, head_size),
+        key_norm=key_norm,
         key_norm_child=None if norm is None else norm.path,
-        rope=None if rotary is None else _read_rope(who, rotary.module, max_model_len),
+        rope=rope,
         rope_child=None if rotary is None else rotary.path,
         linears=found.linears,
+        norm_is_shared=norm is not None and norm.path in {visit.path for visit in found.query_steps},
     )
 
 
@@ -112,22 +126,8 @@ def _norm_and_rotary(who: str, steps: Sequence[Visit]) -> tuple[Visit | None, Vi
     norms = [visit for visit in steps if not visit.positional]
     if len(rotaries) > 1 or len(norms) > 1:
         way = ", ".join(f"{visit.path} ({type(visit.module).__name__})" for visit in steps)
-        raise unsupported_model(f"{who} passes its keys through {way}; supported are one norm and then RoPE")
-    if rotaries and norms and steps[0] is rotaries[0]:
-        raise unsupported_model(f"{who} normalizes its keys after RoPE ({norms[0].path}), which is not supported")
+        raise unsupported_model(f"{who} passes its keys through {way}; supported are one norm and one RoPE")
     return (norms[0] if norms else None), (rotaries[0] if rotaries else None)
-
-
-def _read_norm(who: str, norm: Any, head_size: int) -> HeadNorm:
-    plain = type(norm) is RMSNorm and norm.variance_size_override is None
-    if not (plain or type(norm) is GemmaRMSNorm) or norm.weight.shape != (head_size,):
-        shape = tuple(getattr(getattr(norm, "weight", None), "shape", ()))
-        raise unsupported_model(
-            f"{who} normalizes its keys by {type(norm).__name__} with weights {shape}; supported is an RMSNorm "
-            f"of every head ({head_size} weights)"
-        )
-    weight = norm.weight.data.float()
-    return HeadNorm(weight=weight if plain else weight + 1.0, eps=norm.variance_epsilon)
 
 
 def _read_rope(who: str, rotary: Any, max_model_len: int) -> RotaryTable:

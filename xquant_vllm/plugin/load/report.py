@@ -39,7 +39,7 @@ def report(impls: Sequence[Any], quantized: Sequence[str], factors: str) -> None
             folded,
             len(impls),
         )
-    for line in _tensor_parallel(formats, config.parallel_config.tensor_parallel_size):
+    for line in (*_kept_apart(formats), *_tensor_parallel(formats, config.parallel_config.tensor_parallel_size)):
         logger.info("xquant: %s", line)
     if quantized:
         logger.info(
@@ -90,6 +90,15 @@ def _quoted(kind: str) -> str:
     return f'"{kind}"'
 
 
+def _kept_apart(formats: Sequence[LayerFormat]) -> Iterator[str]:
+    """Why latents are cached where the layer input would have fewer channels."""
+    shapes = [form.shape for form in formats if form.shape.keys_normed_together]
+    if shapes:
+        text = f"{len(shapes)} layers normalize the keys of all heads together: their key latents are cached after it"
+        narrow = any(shape.hidden_size < 2 * shape.num_kv_heads * shape.head_size for shape in shapes)
+        yield text + (", which the layer input, although it has fewer channels, could not be" if narrow else "")
+
+
 def _tensor_parallel(formats: Sequence[LayerFormat], ranks: int) -> Iterator[str]:
     """What cutting the kv heads over ranks does to pages of X, which every rank keeps whole."""
     if ranks == 1:
@@ -103,7 +112,7 @@ def _tensor_parallel(formats: Sequence[LayerFormat], ranks: int) -> Iterator[str
             f"instead of the {latents} of its own keys and values: the saving over 16 bit is {ranks} times smaller "
             "than on one rank"
         )
-    elif shape.hidden_size < latents * ranks:
+    elif shape.hidden_size < latents * ranks and not shape.keys_normed_together:
         yield (
             f"with --tensor-parallel-size {ranks} a rank has latents of {latents} channels; the layer input has "
             f"{shape.hidden_size}, which every rank would keep whole, so latents are cached; on one rank the layer "

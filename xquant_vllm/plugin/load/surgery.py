@@ -16,7 +16,9 @@ from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.plugin.load.call import exchange
 from xquant_vllm.plugin.load.capture import capture_qkv
 from xquant_vllm.plugin.load.modules import QueryOnlyRotary
+from xquant_vllm.plugin.load.norms.modules import KeyPassesThrough, NormModule
 from xquant_vllm.plugin.load.probe import Probe, make_probe
+from xquant_vllm.plugin.load.projections.as_values import pass_as_values, refuse_other_layouts
 from xquant_vllm.plugin.load.projections.input_through import let_input_through
 from xquant_vllm.plugin.load.projections.rows import (
     Projections,
@@ -65,6 +67,8 @@ class Surgeon:
         form = self._formats[position]
         if form.holds != "latents":
             _refuse_factors(parts)
+        if parts.norm_is_shared:
+            refuse_other_layouts(parts)
         scheme, down = self._builder.build(position, layer_parameters(parts, form.shape, projections))
         # What vLLM has processed it may have packed. What was not is still the checkpoint's.
         fold = ValueFold.prepare(parts, scheme.projection, probe, stand_ins) if in_place and self._fold_values else None
@@ -73,7 +77,14 @@ class Surgeon:
         else:
             stand_ins |= replace_rows(parts, projections, down)
         _wrap_child(parts.module, parts.rope_child, QueryOnlyRotary)
-        _wrap_child(parts.module, parts.key_norm_child, lambda _: nn.Identity())
+        if parts.norm_is_shared:
+            scheme = replace(scheme, in_values=True)
+            stand_ins |= {} if down is None else pass_as_values(parts, stand_ins[parts.key.child])
+        else:
+            device, head_size = probe.hidden.device, parts.attention.head_size
+            _wrap_child(
+                parts.module, parts.key_norm_child, lambda norm: KeyPassesThrough(NormModule(norm, device), head_size)
+            )
         after = _capture(parts, probe, stand_ins)
         earlier = [self._formats[index].streams[0] for index in form.reads]
         prove_keys_and_values(parts, scheme, earlier, probe.positions, before, after)

@@ -16,7 +16,7 @@ class KeyTail(NamedTuple):
     """
 
     bias: Any  # [num_kv_heads, 2, half]
-    norm: Any  # [2, half]
+    norm: Any  # [num_kv_heads, 2, half]
     eps: Any
     cos: Any  # [positions, rotating pairs]
     sin: Any
@@ -169,8 +169,9 @@ def finish_keys(
     if NORM:
         mean_square = (tl.sum(low * low, 1) + tl.sum(high * high, 1)) / tail.head_size
         factor = tl.rsqrt(mean_square + tail.eps)[:, None]
-        low *= factor * tl.load(tail.norm + pair)[None, :]
-        high *= factor * tl.load(tail.norm + HALF + pair)[None, :]
+        at = tail.norm + head * (2 * HALF) + pair
+        low *= factor * tl.load(at)[None, :]
+        high *= factor * tl.load(at + HALF)[None, :]
     if ROPE:
         at = position[:, None] * tail.rotating + pair[None, :]
         there = valid[:, None] & (pair < tail.rotating)[None, :]

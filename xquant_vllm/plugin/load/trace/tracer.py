@@ -5,7 +5,7 @@ Norms, RoPE and the like run, but hand on what came in, and are noted down. What
 rows, however a model's code splits, interleaves or transposes in between.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ class Trace:
         value: the rows that are its values.
         key_steps: calls of other modules that keys go through on their way, in order.
         value_steps: the same of values.
+        query_steps: calls that neither keys nor values go through.
         linears: all linear layers that run before attention, by path.
         hidden_size: channels of the module's input.
     """
@@ -37,6 +38,7 @@ class Trace:
     value: Source
     key_steps: tuple[Visit, ...]
     value_steps: tuple[Visit, ...]
+    query_steps: tuple[Visit, ...]
     linears: Mapping[str, Any]
     hidden_size: int
 
@@ -81,7 +83,9 @@ def trace(name: str, module: nn.Module, attention_child: str, kv_size: int) -> T
             tuple(visit for visit in visits if _meets(codes, visit, numbers))
             for numbers in (codes.numbers(key.child, key.rows), codes.numbers(value.child, value.rows))
         )
-        return Trace(key, value, key_steps, value_steps, reached, hidden_size)
+        met = set(map(id, (*key_steps, *value_steps)))
+        query_steps = tuple(visit for visit in visits if id(visit) not in met)
+        return Trace(key, value, key_steps, value_steps, query_steps, reached, hidden_size)
     assert first_error is not None
     raise first_error
 
@@ -139,10 +143,16 @@ def _refuse_shared(who: str, key: Source, value: Source, coded: Mapping[str, Cod
 
 
 def _meets(codes: RowCodes, visit: Visit, numbers: torch.Tensor) -> bool:
-    """Whether a module was given any of these rows. Tokens may be in any dimension."""
+    """Whether a module was given any of these rows: tokens in any dimension, or tokens and heads in the first."""
     return any(
-        bool(torch.isin(codes.read(tensor.movedim(dimension, 0).flatten(1)), numbers).any())
-        for tensor in visit.given
-        for dimension, size in enumerate(tensor.shape)
-        if size == TOKENS
+        bool(torch.isin(codes.read(rows), numbers).any()) for tensor in visit.given for rows in _by_token(tensor)
     )
+
+
+def _by_token(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor as ``[TOKENS, channels]``, in all ways in which it may be meant."""
+    for dimension, size in enumerate(tensor.shape):
+        if size == TOKENS:
+            yield tensor.movedim(dimension, 0).flatten(1)
+    if tensor.dim() and tensor.shape[0] != TOKENS and tensor.shape[0] % TOKENS == 0:
+        yield tensor.reshape(TOKENS, -1)
