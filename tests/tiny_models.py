@@ -159,6 +159,20 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     # RoPE in some layers only, although all own a module for it.
     "cohere2": (transformers.Cohere2Config, {"sliding_window": 48, "layer_types": _WINDOWS, "logit_scale": 1.0}),
     "exaone4": (transformers.Exaone4Config, {"sliding_window": 48, "layer_types": _WINDOWS}),
+    # Those that follow have no class in vLLM, whose Transformers backend serves them.
+    "arcee": (transformers.ArceeConfig, {}),
+    # RoPE in some layers and none in others.
+    "smollm3": (transformers.SmolLM3Config, {"no_rope_layers": [1, 1, 0]}),
+    "phi": (
+        transformers.PhiConfig,
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    "starcoder2": (transformers.Starcoder2Config, {"sliding_window": 48}),
+    # Query, key and value of one head lie side by side.
+    "gpt-neox": (transformers.GPTNeoXConfig, {"num_key_value_heads": 4}),
+    "gpt-bigcode": (transformers.GPTBigCodeConfig, {"num_key_value_heads": 1}),
+    "gpt-bigcode-mha": (transformers.GPTBigCodeConfig, {"num_key_value_heads": 4, "multi_query": False}),
+    "olmo-clip": (transformers.OlmoConfig, {"clip_qkv": 0.5}),
 }
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.kivi import dispatch
 from xquant_vllm.kivi.plugin.cache_spec import publish_pages
 from xquant_vllm.kivi.plugin.keys_before_rope import take_keys_before_rope
 from xquant_vllm.kivi.plugin.residual import ResidualLayer
+from xquant_vllm.plugin.load.transformers_backend.find import runs_through_transformers
 from xquant_vllm.plugin.load.weight_hook import backend_layers, wrap_weight_processing
 from xquant_vllm.plugin.registration import KIVI_BACKEND_NAME
 
@@ -26,6 +28,11 @@ def install_loader_hook() -> None:
 
 def _process(original: Callable[[], None], model: nn.Module) -> None:
     layers = backend_layers(model, KIVI_BACKEND_NAME)
+    if layers and layers[0][2].impl.settings.pre_rope and runs_through_transformers(model):
+        raise UnsupportedError(
+            "kivi: setting 'pre_rope': true cannot work on a model that runs through vLLM's Transformers backend, "
+            "whose code turns queries and keys in one; leave pre_rope out to cache keys after RoPE"
+        )
     original()
     for name, owner, attention in layers:
         _prepare(name, owner, attention)

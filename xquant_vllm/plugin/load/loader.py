@@ -14,10 +14,11 @@ from xquant_vllm.plugin.load.cache_spec import publish_page_size
 from xquant_vllm.plugin.load.coverage import describe_coverage
 from xquant_vllm.plugin.load.projections.effective_weight import effective_linear
 from xquant_vllm.plugin.load.projections.rows import dense_stand_ins, is_plain, key_value_rows
-from xquant_vllm.plugin.load.recognize import AttentionParts, recognize
+from xquant_vllm.plugin.load.recognize import AttentionParts
 from xquant_vllm.plugin.load.report import report
 from xquant_vllm.plugin.load.surgery import Surgeon
 from xquant_vllm.plugin.load.trace.stand_ins import output_rows
+from xquant_vllm.plugin.load.transformers_backend.find import advising, recognize_all
 from xquant_vllm.plugin.load.weight_hook import backend_layers, wrap_weight_processing
 from xquant_vllm.plugin.new_weights import guard_weights
 from xquant_vllm.plugin.registration import BACKEND_NAME
@@ -44,7 +45,12 @@ def _process(original: Callable[[], None], model: Any) -> None:
     if not layers:
         original()
         return
-    parts = [recognize(*layer) for layer in layers]
+    with advising(model, layers[0][2].impl.vllm_config):
+        _factorize(original, model, layers)
+
+
+def _factorize(original: Callable[[], None], model: Any, layers: list[tuple[str, nn.Module, Any]]) -> None:
+    parts = recognize_all(model, layers)
     impl = layers[0][2].impl
     factors = factor_provider(impl.vllm_config, impl.settings)
     # Packed weights cannot be read before they are processed. Layers may build on each other, so all of them wait.

@@ -14,7 +14,7 @@ from xquant_vllm.scheme.layer_scheme import LayerScheme
 
 # Relative error of rematerialized against original keys and values, by the dtype they are computed in. An unforeseen
 # treatment of keys is wrong by a large part of their size; quantized activations of a quantized layer are not.
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def differences(before: Sequence[torch.Tensor], rebuilt: Sequence[torch.Tensor]) -> Iterator[tuple[str, float, float]]:
@@ -24,7 +24,7 @@ def differences(before: Sequence[torch.Tensor], rebuilt: Sequence[torch.Tensor])
         before: queries, keys and values ``[num_tokens, ...]`` of the untouched module, in its dtype.
         rebuilt: the same after surgery, FP32.
     """
-    tolerance = _TOLERANCE[before[0].dtype]
+    tolerance = TOLERANCE[before[0].dtype]
     for what, expected, actual in zip(("queries", "keys", "values"), before, rebuilt, strict=True):
         error = ((actual - expected.float()).norm() / expected.float().norm().clamp_min(1e-30)).item()
         if not error <= tolerance:

@@ -29,6 +29,7 @@ from xquant_vllm.plugin.load.projections.rows import (
 )
 from xquant_vllm.plugin.load.proof import prove_keys_and_values
 from xquant_vllm.plugin.load.recognize import AttentionParts
+from xquant_vllm.plugin.load.transformers_backend.hosted import HostedAttention
 from xquant_vllm.plugin.load.value_fold import ValueFold
 from xquant_vllm.scheme.builder import Factors, SchemeBuilder
 from xquant_vllm.scheme.formats import LayerFormat
@@ -76,15 +77,10 @@ class Surgeon:
             stand_ins |= let_input_through(parts, form.shape, projections)
         else:
             stand_ins |= replace_rows(parts, projections, down)
-        _wrap_child(parts.module, parts.rope_child, QueryOnlyRotary)
         if parts.norm_is_shared:
             scheme = replace(scheme, in_values=True)
             stand_ins |= {} if down is None else pass_as_values(parts, stand_ins[parts.key.child])
-        else:
-            device, head_size = probe.hidden.device, parts.attention.head_size
-            _wrap_child(
-                parts.module, parts.key_norm_child, lambda norm: KeyPassesThrough(NormModule(norm, device), head_size)
-            )
+        _leave_keys_alone(parts, probe.hidden.device)
         after = _capture(parts, probe, stand_ins)
         earlier = [self._formats[index].streams[0] for index in form.reads]
         prove_keys_and_values(parts, scheme, earlier, probe.positions, before, after)
@@ -103,6 +99,19 @@ def _refuse_factors(parts: AttentionParts) -> None:
 
 def _capture(parts: AttentionParts, probe: Probe, stand_ins: Mapping[str, nn.Module]) -> tuple[torch.Tensor, ...]:
     return capture_qkv(parts.name, parts.module, parts.attention_child, probe.hidden, probe.positions, stand_ins)
+
+
+def _leave_keys_alone(parts: AttentionParts, device: torch.device) -> None:
+    """Let a module hand to attention, as it is, what it takes for keys; a norm that queries need stays."""
+    if isinstance(parts.module, HostedAttention):
+        parts.module.leave_keys_alone()
+        return
+    _wrap_child(parts.module, parts.rope_child, QueryOnlyRotary)
+    if not parts.norm_is_shared:
+        head_size = parts.attention.head_size
+        _wrap_child(
+            parts.module, parts.key_norm_child, lambda norm: KeyPassesThrough(NormModule(norm, device), head_size)
+        )
 
 
 def _wrap_child(module: nn.Module, path: str | None, wrap: Callable[[nn.Module], nn.Module]) -> None:

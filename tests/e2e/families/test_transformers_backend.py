@@ -1,0 +1,143 @@
+"""Models that run through vLLM's Transformers backend, against the 16-bit cache of the same backend.
+
+Some have no class in vLLM, others are asked for it. Their attention modules are code of the transformers library.
+"""
+
+import pytest
+from demo import can_compile
+
+from tests.e2e.engine import EngineFailed
+from tests.e2e.families.test_families import EIGHT, ENGINE, TASKS, assert_close, covering, folded_layers, tasks_of
+from tests.e2e.families.test_projections import two_ranks
+from tests.tiny_models import quantize_tiny_model, save_tiny_model
+
+pytestmark = pytest.mark.e2e
+
+# Asked for where vLLM has a class of its own.
+HOSTED = {"model_impl": "transformers"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folders = {}
+
+    def model(family):
+        if family not in folders:
+            folders[family] = save_tiny_model(tmp_path_factory.mktemp(family), family)
+        return folders[family]
+
+    return model
+
+
+@pytest.fixture(scope="module")
+def serve(engines, model):
+    def serve(family, backend, tasks=TASKS, **settings):
+        run = engines.run(model(family), backend, tasks, **{**ENGINE, **settings})
+        assert "Using Transformers modeling backend" in run.log
+        return run
+
+    return serve
+
+
+def logprobs_of(run):
+    return run.tasks[-1]["logprobs"][0]
+
+
+WITHOUT_A_CLASS = [
+    covering("arcee", "Arcee", "rope=default"),
+    covering("glm", "GLM-4 (`glm`)", "rope=partial"),
+    covering("gpt-bigcode", "GPT-BigCode", "bias", "rope=none"),
+    covering("gpt-neox", "GPT-NeoX", "bias", "rope=partial"),
+    covering("phi", "Phi-2", "bias", "rope=partial"),
+    covering("smollm3", "SmolLM3", "rope=default", "rope=none"),
+    covering("starcoder2", "StarCoder2", "bias", "sliding window", "rope=default"),
+]
+
+
+@pytest.mark.parametrize("family", WITHOUT_A_CLASS)
+def test_models_without_a_class_in_vllm(serve, family):
+    ours = serve(family, "xquant", xquant=EIGHT)
+    assert "layers 0-2 are compressed, which is all" in ours.log
+    assert_close(logprobs_of(ours), logprobs_of(serve(family, "CPU_ATTN")), 0.03)
+    cold, warm, _ = ours.tasks
+    assert warm["cached"] == [192]
+    (cold,), (warm,) = cold["logits"][0], warm["logits"][0]
+    assert max(abs(cold[token] - warm[token]) for token in cold.keys() & warm.keys()) <= 0.05
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt-oss", "phi3"])
+def test_models_that_are_asked_to(serve, family):
+    """Norms of key heads, RoPE of two kinds, attention sinks, and a projection that the module's own code slices."""
+    ours = serve(family, "xquant", xquant={"bits": 16, "cache": "latent"}, **HOSTED)
+    assert_close(logprobs_of(ours), logprobs_of(serve(family, "CPU_ATTN", **HOSTED)), 0.002)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("gpt-neox", {"cache": "x"}),
+        ("gpt-bigcode-mha", {"cache": "x"}),
+        ("phi", {"cache": "x", "method": "xquant-cl"}),
+        ("smollm3", {"cache": "latent", "method": "xquant-cl", "first_layers": 1}),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
+)
+def test_layer_inputs_and_chains(serve, family, settings):
+    ours = serve(family, "xquant", xquant={"bits": 8, "hot": 0, **settings})
+    assert f'cache "{settings["cache"]}" at key 8 / value 8 bits' in ours.log
+    assert_close(logprobs_of(ours), logprobs_of(serve(family, "CPU_ATTN")), 0.06)
+
+
+@pytest.mark.parametrize("family", ["gpt-neox", "smollm3"])
+def test_values_are_folded_into_the_output_projection(serve, family):
+    """GPT-NeoX's values have a bias."""
+    assert folded_layers(serve(family, "xquant", xquant=EIGHT)) == (0 if family == "gpt-neox" else 3)
+
+
+@pytest.mark.skipif(
+    not can_compile(),
+    reason="torch.compile needs Python.h, which python3-dev installs: vLLM itself cannot compile here",
+)
+@pytest.mark.covers("GPT-NeoX", "torch.compile")
+def test_compiled_equals_eager(serve):
+    settings = {**EIGHT, "hot": 0}
+    compiled = serve("gpt-neox", "xquant", xquant=settings, enforce_eager=False)
+    assert_close(logprobs_of(compiled), logprobs_of(serve("gpt-neox", "xquant", xquant=settings)), 0.002)
+
+
+@pytest.mark.covers("SmolLM3", "tensor parallel")
+def test_tensor_parallel_ranks_factorize_their_own_heads(serve):
+    ours = serve("smollm3", "xquant", xquant=EIGHT, **two_ranks())
+    assert folded_layers(ours) == 3
+    assert_close(logprobs_of(ours), logprobs_of(serve("smollm3", "CPU_ATTN")), 0.03)
+
+
+def test_a_quantized_checkpoint(engines, tmp_path):
+    folder = quantize_tiny_model(save_tiny_model(tmp_path, "llama-bias"))
+    engine = {**ENGINE, **HOSTED, "dtype": "bfloat16"}
+    ours = engines.run(folder, "xquant", TASKS, xquant=EIGHT, **engine)
+    assert "3 quantized qkv_proj layers now hold their effective weight" in ours.log
+    assert_close(logprobs_of(ours), logprobs_of(engines.run(folder, "CPU_ATTN", TASKS, **engine)), 0.1)
+
+
+def test_angles_that_depend_on_the_longest_sequence_are_refused(serve):
+    with pytest.raises(EngineFailed) as error:
+        serve("phi3-longrope", "xquant", xquant=EIGHT, **HOSTED)
+    for part in (
+        "Phi3Attention at model.layers.0.self_attn turns positions by angles that change",
+        "set --max-model-len to the length that the model was trained for",
+        "set --model-impl vllm, which has code of its own for this model",
+    ):
+        assert part in error.value.log
+    short = {**HOSTED, "max_model_len": 128, "tasks": tasks_of(120)}
+    ours = serve("phi3-longrope", "xquant", xquant=EIGHT, **short)
+    assert_close(logprobs_of(ours), logprobs_of(serve("phi3-longrope", "CPU_ATTN", **short)), 0.03)
+
+
+def test_clipped_values_are_refused_by_name(serve):
+    with pytest.raises(EngineFailed) as error:
+        serve("olmo-clip", "xquant", xquant=EIGHT)
+    assert "OlmoAttention at model.layers.0.self_attn is not recognized" in error.value.log
+    assert "they are clamped, scaled, added to, or come from elsewhere" in error.value.log
+    # vLLM has no class for it.
+    assert "--model-impl" not in error.value.log

@@ -1,0 +1,1 @@
+"""Models that run through vLLM's Transformers backend: their attention modules are those of Hugging Face's library."""
