@@ -56,8 +56,9 @@ def _tables(call: RotaryCall, length: int) -> Iterator[RotaryTable]:
     halves, pairs = [wave.chunk(2, -1) for wave in waves], [(wave[:, 0::2], wave[:, 1::2]) for wave in waves]
     for kept in (halves, pairs):
         if cos.shape[1] % 2 == 0 and all(torch.equal(one, other) for one, other in kept):
+            once = [wave.contiguous() for wave, _ in kept]
             for interleaved in (False, True):
-                yield RotaryTable(kept[0][0].contiguous(), kept[1][0].contiguous(), interleaved)
+                yield RotaryTable(once[0], once[1], interleaved)
     for interleaved in (False, True):
         yield RotaryTable(cos, sin, interleaved)
 
