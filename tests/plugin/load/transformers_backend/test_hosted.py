@@ -152,7 +152,7 @@ def test_what_is_cached_passes_untouched_and_queries_are_turned_as_before(decode
 def test_the_layers_of_a_model_share_a_table(decoder):
     calls = calls_of(decoder)
     tables = RotaryTables(64)
-    one, other = (tables.of(calls[layer].rotary[0], HEAD_SIZE) for layer in decoder.layers)
+    one, other, *_ = (tables.of(calls[layer].rotary[0], HEAD_SIZE) for layer in decoder.layers)
     assert all(first is second for first, second in zip(one, other, strict=True))
     assert tables.of(calls[decoder.layers[0]].rotary[0], HEAD_SIZE - 2) == []
 
