@@ -138,6 +138,6 @@ def test_clipped_values_are_refused_by_name(serve):
     with pytest.raises(EngineFailed) as error:
         serve("olmo-clip", "xquant", xquant=EIGHT)
     assert "OlmoAttention at model.layers.0.self_attn is not recognized" in error.value.log
-    assert "they are clamped, scaled, added to, or come from elsewhere" in error.value.log
+    assert "they are clamped, scaled one by one, added to, or come from elsewhere" in error.value.log
     # vLLM has no class for it.
     assert "--model-impl" not in error.value.log

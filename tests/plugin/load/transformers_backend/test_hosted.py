@@ -138,7 +138,9 @@ def test_what_is_cached_passes_untouched_and_queries_are_turned_as_before(decode
     hidden = torch.randn(len(POSITIONS), HIDDEN)
     query, _, _ = capture_qkv("x", hosted, "attn", hidden, POSITIONS)
     _, expected_key, expected_value = owner.project(hidden)
-    layout, names = (Apart(KV_SIZE), ("k_proj", "v_proj")) if layer < 2 else (Sections(Q_SIZE, KV_SIZE), ["qkv_proj"] * 2)
+    apart = layer < 2
+    names = ("k_proj", "v_proj") if apart else ("qkv_proj", "qkv_proj")
+    layout = Apart(KV_SIZE) if apart else Sections(Q_SIZE, KV_SIZE)
     hosted.carry(Carrying(layout, *names, needed=owner.turns))
     hosted.leave_keys_alone()
     now, key, value = capture_qkv("x", hosted, "attn", hidden, POSITIONS)

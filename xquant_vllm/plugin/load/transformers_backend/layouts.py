@@ -1,8 +1,8 @@
 """Where the code of a module looks for queries, keys and values in what its projections yield.
 
 Mostly it turns queries and keys by one function, and a latent must not be turned. So what is cached in place of keys
-travels with what is cached in place of values, which no such code touches: for keys there are zeros, whatever is done to
-them, and the attention layer takes both apart again. Compiled, what is done to zeros that nobody reads is no code.
+travels with what is cached in place of values, which no such code touches: for keys there are zeros, whatever is done
+to them, and the attention layer takes both apart again. Compiled, what is done to zeros that nobody reads is no code.
 """
 
 from dataclasses import dataclass
@@ -14,15 +14,17 @@ from xquant_vllm.plugin.load.trace.source import Source
 
 
 class FusedLayout(Protocol):
-    """Where a module's code looks for them in the output of one projection.
+    """Where a module's code looks for them in the output of one projection."""
 
-    Attributes:
-        q_size: channels of the queries.
-        kv_size: channels of the keys, and of the values.
-    """
+    @property
+    def q_size(self) -> int:
+        """Channels of the queries."""
+        ...
 
-    q_size: int
-    kv_size: int
+    @property
+    def kv_size(self) -> int:
+        """Channels of the keys, and of the values."""
+        ...
 
     def rearranged(self, output: torch.Tensor) -> torch.Tensor:
         """What is cached where the code looks for values, and zeros where it looks for keys.

@@ -96,6 +96,8 @@ def _recognize(name: str, owner: nn.Module, attention: Any, run: _Run) -> Attent
     path = _key_path(who, name, module, attention, run, found, norm)
     needed = path.norm is not None or path.rope is not None
     layout = layout_of(found.key, found.value, q_size, kv_size, head_size)
+    if needed and (found.key.factor, found.value.factor) != (1.0, 1.0):
+        raise unsupported_model(f"{who} is not recognized: it turns or normalizes keys, and multiplies keys or values")
     if layout is not None:
         module.carry(Carrying(layout, found.key.child, found.value.child, needed))
     elif needed:
@@ -151,7 +153,7 @@ def _key_path(
     }
     stand_ins = {path: _Given(output) for path, output in given.items()}
     _, keys, _ = capture_qkv(name, module, ATTENTION, run.hidden, run.positions, stand_ins)
-    projected = found.key.take(given[found.key.child].T).T
+    projected = found.key.take(given[found.key.child].T).T * found.key.factor
     norms = [] if norm is None else [head_norm(norm.module, head_size)]
     path = find_key_path(
         projected.float().unflatten(1, (-1, head_size)),
