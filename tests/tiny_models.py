@@ -172,6 +172,9 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "gpt-neox": (transformers.GPTNeoXConfig, {"num_key_value_heads": 4}),
     "gpt-bigcode": (transformers.GPTBigCodeConfig, {"num_key_value_heads": 1}),
     "gpt-bigcode-mha": (transformers.GPTBigCodeConfig, {"num_key_value_heads": 4, "multi_query": False}),
+    # Norms of keys over all heads together, and of every head behind RoPE.
+    "olmo2": (transformers.Olmo2Config, {}),
+    "hunyuan": (transformers.HunYuanDenseV1Config, {"head_dim": 32}),
     "olmo-clip": (transformers.OlmoConfig, {"clip_qkv": 0.5}),
 }
 
@@ -198,7 +201,7 @@ def save_tiny_model(folder: Path, family: str, **changes: Any) -> Path:
                 parameter.normal_(std=0.5)
             elif "gemma" in config.model_type and name.endswith("norm.weight"):
                 parameter.uniform_(-0.5, 0.5)  # added to one
-            elif name.endswith(("q_norm.weight", "k_norm.weight")):
+            elif name.endswith(("q_norm.weight", "k_norm.weight", "query_layernorm.weight", "key_layernorm.weight")):
                 parameter.uniform_(0.5, 1.5)
             elif name.endswith("sinks"):
                 parameter.uniform_(4.0, 9.0)  # as large as the largest scores

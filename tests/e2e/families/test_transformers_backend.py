@@ -43,19 +43,22 @@ def logprobs_of(run):
     return run.tasks[-1]["logprobs"][0]
 
 
-WITHOUT_A_CLASS = [
-    covering("arcee", "Arcee", "rope=default"),
+SERVED = [
     covering("glm", "GLM-4 (`glm`)", "rope=partial"),
     covering("gpt-bigcode", "GPT-BigCode", "bias", "rope=none"),
     covering("gpt-neox", "GPT-NeoX", "bias", "rope=partial"),
+    covering("hunyuan", "Hunyuan (dense)", "qk-norm", "rope=default"),
+    covering("olmo2", "OLMo 2", "qk-norm", "rope=default"),
     covering("phi", "Phi-2", "bias", "rope=partial"),
     covering("smollm3", "SmolLM3", "rope=default", "rope=none"),
+]
+ALSO_SERVED = [
+    covering("arcee", "Arcee", "rope=default"),
     covering("starcoder2", "StarCoder2", "bias", "sliding window", "rope=default"),
 ]
 
 
-@pytest.mark.parametrize("family", WITHOUT_A_CLASS)
-def test_models_without_a_class_in_vllm(serve, family):
+def assert_served(serve, family):
     ours = serve(family, "xquant", xquant=EIGHT)
     assert "layers 0-2 are compressed, which is all" in ours.log
     assert_close(logprobs_of(ours), logprobs_of(serve(family, "CPU_ATTN")), 0.03)
@@ -63,8 +66,22 @@ def test_models_without_a_class_in_vllm(serve, family):
     assert warm["cached"] == [192]
     (cold,), (warm,) = cold["logits"][0], warm["logits"][0]
     assert max(abs(cold[token] - warm[token]) for token in cold.keys() & warm.keys()) <= 0.05
+    # What has no bias is folded, whatever the output projection is called.
+    assert folded_layers(ours) == (0 if family in ("gpt-bigcode", "gpt-neox", "phi", "starcoder2") else 3)
 
 
+@pytest.mark.parametrize("family", SERVED)
+def test_models_without_a_class_in_vllm(serve, family):
+    assert_served(serve, family)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("family", ALSO_SERVED)
+def test_more_models_without_a_class_in_vllm(serve, family):
+    assert_served(serve, family)
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt-oss", "phi3"])
 def test_models_that_are_asked_to(serve, family):
     """Norms of key heads, RoPE of two kinds, attention sinks, and a projection that the module's own code slices."""
@@ -75,12 +92,16 @@ def test_models_that_are_asked_to(serve, family):
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        ("gpt-neox", {"cache": "x"}),
-        ("gpt-bigcode-mha", {"cache": "x"}),
-        ("phi", {"cache": "x", "method": "xquant-cl"}),
-        ("smollm3", {"cache": "latent", "method": "xquant-cl", "first_layers": 1}),
+        pytest.param("gpt-neox", {"cache": "x"}, id="gpt-neox"),
+        pytest.param("phi", {"cache": "x", "method": "xquant-cl"}, id="phi"),
+        pytest.param("gpt-bigcode-mha", {"cache": "x"}, marks=pytest.mark.nightly, id="gpt-bigcode-mha"),
+        pytest.param(
+            "smollm3",
+            {"cache": "latent", "method": "xquant-cl", "first_layers": 1},
+            marks=pytest.mark.nightly,
+            id="smollm3",
+        ),
     ],
-    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
 )
 def test_layer_inputs_and_chains(serve, family, settings):
     ours = serve(family, "xquant", xquant={"bits": 8, "hot": 0, **settings})
@@ -88,36 +109,47 @@ def test_layer_inputs_and_chains(serve, family, settings):
     assert_close(logprobs_of(ours), logprobs_of(serve(family, "CPU_ATTN")), 0.06)
 
 
-@pytest.mark.parametrize("family", ["gpt-neox", "smollm3"])
-def test_values_are_folded_into_the_output_projection(serve, family):
-    """GPT-NeoX's values have a bias."""
-    assert folded_layers(serve(family, "xquant", xquant=EIGHT)) == (0 if family == "gpt-neox" else 3)
-
-
+@pytest.mark.nightly
 @pytest.mark.skipif(
     not can_compile(),
     reason="torch.compile needs Python.h, which python3-dev installs: vLLM itself cannot compile here",
 )
-@pytest.mark.covers("GPT-NeoX", "torch.compile")
-def test_compiled_equals_eager(serve):
+@pytest.mark.parametrize("family", ["gpt-neox", "smollm3"])
+def test_compiled_equals_eager(serve, family):
     settings = {**EIGHT, "hot": 0}
-    compiled = serve("gpt-neox", "xquant", xquant=settings, enforce_eager=False)
-    assert_close(logprobs_of(compiled), logprobs_of(serve("gpt-neox", "xquant", xquant=settings)), 0.002)
+    compiled = serve(family, "xquant", xquant=settings, enforce_eager=False)
+    assert_close(logprobs_of(compiled), logprobs_of(serve(family, "xquant", xquant=settings)), 0.002)
 
 
-@pytest.mark.covers("SmolLM3", "tensor parallel")
-def test_tensor_parallel_ranks_factorize_their_own_heads(serve):
-    ours = serve("smollm3", "xquant", xquant=EIGHT, **two_ranks())
+@pytest.mark.nightly
+@pytest.mark.parametrize("family", ["smollm3", "olmo2"])
+def test_tensor_parallel_ranks_factorize_their_own_heads(serve, family):
+    ours = serve(family, "xquant", xquant=EIGHT, **two_ranks())
     assert folded_layers(ours) == 3
-    assert_close(logprobs_of(ours), logprobs_of(serve("smollm3", "CPU_ATTN")), 0.03)
+    assert_close(logprobs_of(ours), logprobs_of(serve(family, "CPU_ATTN")), 0.03)
 
 
+@pytest.mark.nightly
 def test_a_quantized_checkpoint(engines, tmp_path):
     folder = quantize_tiny_model(save_tiny_model(tmp_path, "llama-bias"))
     engine = {**ENGINE, **HOSTED, "dtype": "bfloat16"}
     ours = engines.run(folder, "xquant", TASKS, xquant=EIGHT, **engine)
     assert "3 quantized qkv_proj layers now hold their effective weight" in ours.log
     assert_close(logprobs_of(ours), logprobs_of(engines.run(folder, "CPU_ATTN", TASKS, **engine)), 0.1)
+
+
+@pytest.mark.nightly
+def test_kivi(serve):
+    kivi = {"bits": 8, "residual": 256}
+    ours = serve("smollm3", "kivi", kivi=kivi, block_size=None)
+    assert_close(logprobs_of(ours), logprobs_of(serve("smollm3", "CPU_ATTN")), 0.03)
+
+
+def test_kivi_refuses_keys_before_rope_by_name(serve):
+    with pytest.raises(EngineFailed) as error:
+        serve("smollm3", "kivi", kivi={"bits": 8, "residual": 256, "pre_rope": True}, block_size=None)
+    assert "kivi: setting 'pre_rope': true cannot work on a model that runs through" in error.value.log
+    assert "leave pre_rope out to cache keys after RoPE" in error.value.log
 
 
 def test_angles_that_depend_on_the_longest_sequence_are_refused(serve):

@@ -1,5 +1,6 @@
 """A toy model with the calling conventions of transformers: its modules are run, read, and left with other children."""
 
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from xquant_vllm.plugin.load.transformers_backend.hosted import Carrying, stand_
 from xquant_vllm.plugin.load.transformers_backend.keys import find_key_path
 from xquant_vllm.plugin.load.transformers_backend.layouts import Apart, Sections, layout_of
 from xquant_vllm.plugin.load.transformers_backend.tables import DynamicAnglesError, RotaryTables
-from xquant_vllm.projection.rematerialize import HeadNorm
+from xquant_vllm.projection.key_norm import KeyNorm, normalize
 from xquant_vllm.projection.rope import apply_rope
 
 HEADS, KV_HEADS, HEAD_SIZE, HIDDEN = 4, 2, 8, 24
@@ -169,18 +170,18 @@ def test_angles_that_change_with_the_batch_are_not_taken():
 
 
 def test_the_key_path_is_found_among_those_that_are_possible(decoder):
-    calls = calls_of(decoder)
-    tables = RotaryTables(64).of(calls[decoder.layers[0]].rotary[0], HEAD_SIZE)
-    norms = [HeadNorm(torch.rand(HEAD_SIZE) + 0.5, 1e-6) for _ in range(2)]
+    tables = RotaryTables(64).of(calls_of(decoder)[decoder.layers[0]].rotary[0], HEAD_SIZE)
+    some = KeyNorm(torch.rand(KV_HEADS, HEAD_SIZE) + 0.5, 1e-6)
+    together = KeyNorm(torch.rand(KV_HEADS, HEAD_SIZE) + 0.5, 1e-6, channels=KV_SIZE)
     projected = torch.randn(len(POSITIONS), KV_HEADS, HEAD_SIZE)
-    for norm in (None, *norms):
-        for table in (None, *tables):
-            keys = projected
-            if norm is not None:
-                keys = keys * torch.rsqrt(keys.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
-            keys = keys if table is None else apply_rope(keys, POSITIONS, table)
-            path = find_key_path(projected, keys, POSITIONS, norms, tables)
-            assert path.norm is norm
-            assert path.rope is table
-            assert path.error < 1e-6
-    assert find_key_path(projected, projected * torch.arange(HEAD_SIZE), POSITIONS, norms, tables).error > 0.1
+    for norm, table, behind in product((None, some, together), (None, *tables), (False, True)):
+        if behind and (norm is None or table is None):
+            continue
+        keys = projected if norm is None or behind else normalize(projected, norm)
+        keys = keys if table is None else apply_rope(keys, POSITIONS, table)
+        keys = normalize(keys, norm) if behind else keys
+        path = find_key_path(projected, keys, POSITIONS, norm, tables)
+        assert path.rope is table
+        assert path.behind == behind
+        assert path.error < 1e-6
+    assert find_key_path(projected, projected * torch.arange(HEAD_SIZE), POSITIONS, None, tables).error > 0.1

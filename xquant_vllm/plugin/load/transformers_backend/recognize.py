@@ -9,15 +9,19 @@ from torch import nn
 
 from xquant_vllm.plugin.checks import unsupported_model
 from xquant_vllm.plugin.load.capture import capture_qkv
+from xquant_vllm.plugin.load.norms.modules import NormModule
+from xquant_vllm.plugin.load.norms.order import before_rope
+from xquant_vllm.plugin.load.norms.read import read_norm
 from xquant_vllm.plugin.load.proof import TOLERANCE
 from xquant_vllm.plugin.load.recognize import AttentionParts
 from xquant_vllm.plugin.load.trace.stand_ins import Visit, output_rows
 from xquant_vllm.plugin.load.trace.tracer import Trace, trace
 from xquant_vllm.plugin.load.transformers_backend.calls import OwnerCall, record_calls
 from xquant_vllm.plugin.load.transformers_backend.hosted import ATTENTION, Carrying, HostedAttention, stand_before
-from xquant_vllm.plugin.load.transformers_backend.keys import KeyPath, find_key_path, head_norm
+from xquant_vllm.plugin.load.transformers_backend.keys import KeyPath, find_key_path
 from xquant_vllm.plugin.load.transformers_backend.layouts import layout_of
 from xquant_vllm.plugin.load.transformers_backend.tables import DynamicAnglesError, RotaryTables
+from xquant_vllm.projection.key_norm import KeyNorm
 from xquant_vllm.projection.rope import RotaryTable
 
 _TOKENS = 16
@@ -92,9 +96,12 @@ def _recognize(name: str, owner: nn.Module, attention: Any, run: _Run) -> Attent
     module = stand_before(owner, attention, run.calls[owner])
     with module.turning_nothing():
         found = trace(name, module, ATTENTION, kv_size)
-    norm = _norm(who, found)
+    visit = _norm(who, found)
+    norm = None if visit is None else _read_norm(who, visit, found, attention)
     path = _key_path(who, name, module, attention, run, found, norm)
-    needed = path.norm is not None or path.rope is not None
+    if norm is not None and path.rope is not None and path.behind:
+        norm = before_rope(who, norm, path.rope)
+    needed = norm is not None or path.rope is not None
     layout = layout_of(found.key, found.value, q_size, kv_size, head_size)
     if needed and (found.key.factor, found.value.factor) != (1.0, 1.0):
         raise unsupported_model(f"{who} is not recognized: it turns or normalizes keys, and multiplies keys or values")
@@ -115,8 +122,8 @@ def _recognize(name: str, owner: nn.Module, attention: Any, run: _Run) -> Attent
         q_size=q_size,
         kv_size=kv_size,
         hidden_size=found.hidden_size,
-        key_norm=path.norm,
-        key_norm_child=None if path.norm is None or norm is None else norm.path,
+        key_norm=norm,
+        key_norm_child=None if visit is None else visit.path,
         rope=path.rope,
         rope_child=None,
         linears=found.linears,
@@ -132,6 +139,12 @@ def _norm(who: str, found: Trace) -> Visit | None:
     return steps[0] if steps else None
 
 
+def _read_norm(who: str, visit: Visit, found: Trace, attention: Any) -> KeyNorm:
+    norm = NormModule(visit.module, visit.given[0].device)
+    has_bias = found.key.linear.bias is not None
+    return read_norm(who, norm, attention.num_kv_heads, attention.head_size, has_bias=has_bias)
+
+
 def _key_path(
     who: str,
     name: str,
@@ -139,7 +152,7 @@ def _key_path(
     attention: Any,
     run: _Run,
     found: Trace,
-    norm: Visit | None,
+    norm: KeyNorm | None,
 ) -> KeyPath:
     """What a module does to its keys.
 
@@ -154,20 +167,18 @@ def _key_path(
     stand_ins = {path: _Given(output) for path, output in given.items()}
     _, keys, _ = capture_qkv(name, module, ATTENTION, run.hidden, run.positions, stand_ins)
     projected = found.key.take(given[found.key.child].T).T * found.key.factor
-    norms = [] if norm is None else [head_norm(norm.module, head_size)]
     path = find_key_path(
         projected.float().unflatten(1, (-1, head_size)),
         keys.float().unflatten(1, (-1, head_size)),
         run.positions,
-        [one for one in norms if one is not None],
+        norm,
         _tables(who, run, run.calls[module.owner], head_size),
     )
     tolerance = TOLERANCE[run.hidden.dtype]
     if not path.error <= tolerance:
-        through = "" if norm is None else f" and {type(norm.module).__name__} at {norm.path}"
         raise unsupported_model(
-            f"{who} is not recognized: neither a norm of key heads nor RoPE nor both{through} make the keys that it "
-            f"hands to attention (best relative error {path.error:.1e}, tolerance {tolerance:.0e})"
+            f"{who} is not recognized: no kind of RoPE known here makes the keys that it hands to attention (best "
+            f"relative error {path.error:.1e}, tolerance {tolerance:.0e})"
         )
     return path
 
