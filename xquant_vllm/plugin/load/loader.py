@@ -9,6 +9,7 @@ from torch import nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.models.utils import extract_layer_index
 
+from xquant_vllm.plugin.connectors.fingerprint import note_weights
 from xquant_vllm.plugin.engine_factors import factor_provider
 from xquant_vllm.plugin.load.cache_spec import publish_page_size
 from xquant_vllm.plugin.load.coverage import describe_coverage
@@ -46,6 +47,7 @@ def _process(original: Callable[[], None], model: Any) -> None:
         return
     parts = [recognize(*layer) for layer in layers]
     impl = layers[0][2].impl
+    note_weights(impl.vllm_config, model)
     factors = factor_provider(impl.vllm_config, impl.settings)
     # Packed weights cannot be read before they are processed. Layers may build on each other, so all of them wait.
     quantized = sum(not _is_plain(part.qkv_proj) for part in parts)
@@ -54,6 +56,7 @@ def _process(original: Callable[[], None], model: Any) -> None:
     start = time.perf_counter()
     _operate(layers, parts, factors, processed=quantized > 0)
     seconds = time.perf_counter() - start
+    note_weights(impl.vllm_config, *(owner for _, owner, _ in layers))
     if not quantized:
         original()
     guard_weights(model)
