@@ -17,7 +17,6 @@ def test_it_does_not_start_on_cpus_with_a_16_bit_cache_either(engines, tmp_path)
 
 
 CASES = {
-    "latents": ("llama", {"bits": 4, "cache": "latent"}),
     "chain of X": ("mha", {"method": "xquant-cl", "cache": "x", "first_layers": 1}),
     "windows": ("gemma3", {"bits": 4, "cache": "latent"}),
 }

@@ -149,7 +149,7 @@ class WorkerSide:
 
     def _write(self, group: int, key: bytes, content: torch.Tensor) -> None:
         try:
-            written = self._folder.write(group, key, memoryview(content.numpy()))
+            written = self._folder.write(group, key, content.numpy().data)
         except OSError as error:
             if not self._complained:
                 self._complained = True
