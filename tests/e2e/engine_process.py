@@ -114,6 +114,13 @@ def hot_turns(llm: Any, **arguments: Any) -> dict[str, Any]:
     return take_turns(llm, **arguments)
 
 
+def offloaded(llm: Any, **arguments: Any) -> dict[str, Any]:
+    """See ``connectors/offloaded.py``, beside this script."""
+    from connectors.offloaded import move_pages
+
+    return move_pages(llm, **arguments)
+
+
 def hot_counts(llm: Any) -> dict[str, Any]:
     """Rows that were attended from pools of hot blocks and from pages, and tokens that were promoted, on "a GPU"."""
     from xquant_vllm.plugin.hot.gpu import hot_engine
@@ -129,7 +136,17 @@ def hot_counts(llm: Any) -> dict[str, Any]:
 
 KINDS = {
     f.__name__: f
-    for f in (greedy, prompt_logprobs, next_logits, preemptions, reload_weights, hot_trace, hot_turns, hot_counts)
+    for f in (
+        greedy,
+        prompt_logprobs,
+        next_logits,
+        preemptions,
+        reload_weights,
+        hot_trace,
+        hot_turns,
+        offloaded,
+        hot_counts,
+    )
 }
 
 
@@ -152,9 +169,11 @@ def run(request_path: str, result_path: str) -> None:
 
 def clean_up() -> None:
     """Forget the last engine: what vLLM keeps per process must not reach the next one."""
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
     from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
     from vllm.model_executor.layers import rotary_embedding
 
+    ensure_kv_transfer_shutdown()
     destroy_model_parallel()
     destroy_distributed_environment()
     # LongRoPE decides by the length of the model it was built for.

@@ -80,7 +80,7 @@ def test_offloading_is_refused_by_its_flag(engines, tmp_path, backend):
     folder = save_tiny_model(tmp_path / "model", "llama")
     said = refusal(engines, folder, backend, kv_offloading_size=0.1, block_size=None)
     assert said.startswith(f"{backend}: --kv-offloading-size 0.1 is not supported")
-    assert said.endswith("leave it out")
+    assert "leave it out" in said
 
 
 def test_a_checkpoint_that_asks_for_a_cache_of_its_own(engines, tmp_path):

@@ -59,9 +59,9 @@ def test_cache_dtypes_that_change_nothing_are_accepted(tiny, dtype):
         ({"enable_lora": True}, ["--enable-lora", "merge the adapter"]),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-            ["KV connectors", "leave them out"],
+            ["the KV connector ExampleConnector", "XQuantConnector", "--kv-transfer-config"],
         ),
-        ({"kv_offloading_size": 0.1}, ["--kv-offloading-size 0.1", "leave it out"]),
+        ({"kv_offloading_size": 0.1}, ["--kv-offloading-size 0.1", "not supported on CPUs", "leave it out"]),
         ({"load_format": "ipc_cache"}, ["ipc_cache", "use auto"]),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Any
 from xquant_vllm.codec.layout import BLOCK_SIZE_MULTIPLE
 from xquant_vllm.errors import SettingsError, UnsupportedError
 from xquant_vllm.plugin.attention_kinds import REFUSED_LAYERS
+from xquant_vllm.plugin.connectors.allowed import connector_problems, prepare_connector
 from xquant_vllm.plugin.engine_factors import check_factors
 from xquant_vllm.plugin.engine_settings import settings_of
 from xquant_vllm.plugin.registration import BACKEND_NAME
@@ -45,6 +46,7 @@ def check_config(vllm_config: Any) -> None:
     problems = list(_unsupported(vllm_config))
     if problems:
         raise UnsupportedError("\n".join(f"xquant: {problem}" for problem in problems))
+    prepare_connector(vllm_config)
     model = vllm_config.model_config
     if model is not None:
         check_factors(vllm_config, settings)
@@ -111,16 +113,6 @@ def unsupported_features(vllm_config: Any) -> Iterator[str]:
             "--attention-backend"
         )
     yield from _unsupported_model(vllm_config.model_config)
-    if getattr(vllm_config.cache_config, "kv_offloading_size", None) is not None:
-        yield (
-            f"--kv-offloading-size {vllm_config.cache_config.kv_offloading_size} is not supported: it moves keys and "
-            "values, not quantized pages; leave it out"
-        )
-    elif vllm_config.kv_transfer_config is not None:
-        yield (
-            "KV connectors (--kv-transfer-config, KV offloading) are not supported: they move keys and values, not "
-            "quantized pages; leave them out"
-        )
     yield from _checkpoint_cache(vllm_config)
     if getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False):
         yield "--kv-sharing-fast-prefill needs layers that share keys and values, which is not supported; leave it out"
@@ -162,6 +154,7 @@ def _checkpoint_cache(vllm_config: Any) -> Iterator[str]:
 
 def _unsupported(vllm_config: Any) -> Iterator[str]:
     yield from unsupported_features(vllm_config)
+    yield from connector_problems(vllm_config)
     cache = vllm_config.cache_config
     if cache.cache_dtype not in SUPPORTED_CACHE_DTYPES and not scheme_of_checkpoint(vllm_config.model_config):
         yield (

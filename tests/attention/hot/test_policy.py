@@ -331,3 +331,16 @@ def test_clear_forgets() -> None:
     step = world.step([(row, 1)])
     assert step.promoted == 8
     assert step.hot.all()
+
+
+def test_blocks_that_others_write_are_forgotten() -> None:
+    """They are promoted anew, the others stay; a block that was never hot may be among them."""
+    world = World(8, 4)
+    row = Sequence()
+    grow(row, 9, 4, list(range(1, 9)), iter(range(1, 100)))
+    world.step([(row, 9)])
+    row.computed = 8
+    world.map.forget(np.array([row.blocks[1], 5000]))
+    step = world.step([(row, 1)])
+    assert step.promoted == 4
+    assert step.hot.all()

@@ -43,7 +43,7 @@ def test_the_backend_is_selected_and_survives_into_other_processes(tiny):
         ({"load_format": "ipc_cache"}, ["ipc_cache", "use auto"]),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-            ["KV connectors", "leave them out"],
+            ["the KV connector ExampleConnector", "leave it out"],
         ),
         ({"enable_lora": True, "additional_config": {"kivi": {"pre_rope": True}}}, ["--enable-lora", "pre_rope"]),
     ],

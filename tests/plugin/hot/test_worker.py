@@ -8,6 +8,7 @@ import pytest
 
 from tests.plugin.hot.test_budget import BLOCK, PER_TOKEN, TOTAL, Config, Layer
 from xquant_vllm.attention.hot.policy import HotMap
+from xquant_vllm.plugin.connectors.transfers import Page, PageTransfers
 from xquant_vllm.plugin.hot import budget as hot_budget
 from xquant_vllm.plugin.hot import worker as hot_worker
 from xquant_vllm.scheme.hot_share import DEFAULT_SHARE
@@ -55,9 +56,28 @@ def test_pages_that_vllm_copies_are_not_hot(worker):
     hot_map.plan(np.array([[1, 2]]), np.array([40]), np.array([40]))
     hot_budget.hot_memory(config).maps[0] = (hot_map, None, None)
     for copies, hot in (([], 2), (None, 2), ([(1, 3)], 0)):
-        output = SimpleNamespace(kv_cache_block_copies=copies)
+        output = SimpleNamespace(kv_cache_block_copies=copies, kv_connector_metadata=None)
         assert worker.execute_model(one, output) is output
         assert np.count_nonzero(hot_map.hot_of(np.arange(8))) == hot
+
+
+class OfAnotherConnector:
+    """Metadata that says nothing of what is loaded."""
+
+
+def test_pages_that_a_connector_reads_are_not_hot(worker):
+    """Each group's map forgets them: all groups take blocks from one pool."""
+    hot_worker.keep_pool_back()
+    loads = PageTransfers({"request": [Page(0, b"key", 2), Page(1, b"key", 3)]})
+    offloaded = SimpleNamespace(load_jobs={7: SimpleNamespace(dst_spec=SimpleNamespace(block_ids=np.array([1, 5])))})
+    for metadata, hot in ((PageTransfers(), [1, 2, 3]), (loads, [1]), (offloaded, [2, 3]), (OfAnotherConnector(), [])):
+        config = Config({"cache": "x"})
+        hot_map = HotMap(8, BLOCK)
+        hot_map.plan(np.array([[1, 2, 3]]), np.array([80]), np.array([80]))
+        hot_budget.hot_memory(config).maps[0] = (hot_map, None, None)
+        output = SimpleNamespace(kv_cache_block_copies=None, kv_connector_metadata=metadata)
+        assert worker.execute_model(SimpleNamespace(vllm_config=config), output) is output
+        assert np.flatnonzero(hot_map.hot_of(np.arange(8))).tolist() == hot
 
 
 def test_on_a_gpu_its_own_worker_gives_the_pool_up(worker, monkeypatch):

@@ -2,7 +2,8 @@
 
 The pool has *hot blocks*; a map says which block of pages has which of them. The map goes by block ids and knows no
 requests. It stays right when vLLM frees a block and gives it to another request, because whoever writes a page writes
-the hot block too: for every block that has a hot block, its written tokens are the same in both.
+the hot block too: for every block that has a hot block, its written tokens are the same in both. Where something else
+than the store writes pages, their blocks are forgotten.
 
 A sequence is attended from the pool if all blocks that it sees are hot, else from the pages. Rules:
 
@@ -143,6 +144,20 @@ class HotMap:
         self._left[:] = False
         self._owes[:] = 0
         self._used[:] = self._step - self._idle_limits[1]
+
+    def forget(self, blocks: Ints) -> None:
+        """Forget blocks whose pages were written by something else than the store.
+
+        Args:
+            blocks: ``[n]``, block ids; those that have no hot block are left alone.
+        """
+        hot = self.hot_of(blocks)
+        hot = hot[hot != 0]
+        self._hot_of[blocks] = 0
+        self._block_of[hot] = 0
+        self._left[hot] = False
+        self._owes[hot] = 0
+        self._used[hot] = self._step - self._idle_limits[1]
 
     def plan(self, block_table: Ints, seq_lens: Ints, query_lens: Ints, from_pages: Ints | None = None) -> HotStep:
         """Decide on a step and change the map.

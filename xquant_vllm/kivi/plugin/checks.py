@@ -6,6 +6,7 @@ from typing import Any
 from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.kivi.plugin.settings import layouts_of, settings_of
 from xquant_vllm.plugin.checks import SUPPORTED_CACHE_DTYPES, scheme_of_checkpoint, unsupported_features
+from xquant_vllm.plugin.connectors.allowed import any_connector
 
 
 def check_config(vllm_config: Any) -> None:
@@ -27,6 +28,9 @@ def check_config(vllm_config: Any) -> None:
 
 def _unsupported(vllm_config: Any, pre_rope: bool) -> Iterator[str]:
     yield from unsupported_features(vllm_config)
+    connector = any_connector(vllm_config)
+    if connector is not None:
+        yield f"{connector} is not supported: a sequence's last tokens are in pages of another kind; leave it out"
     cache = vllm_config.cache_config
     if cache.cache_dtype not in SUPPORTED_CACHE_DTYPES and not scheme_of_checkpoint(vllm_config.model_config):
         yield (

@@ -53,7 +53,7 @@ class PagedBackend(AttentionBackend):
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        """Connectors move keys and values; these pages hold neither as such."""
+        """None knows these pages, unless a backend says so."""
         return False
 
     @classmethod
@@ -79,6 +79,11 @@ class XQuantBackend(PagedBackend):
     def get_builder_cls() -> type[XQuantMetadataBuilder]:
         """The metadata builder."""
         return XQuantMetadataBuilder
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        """Those that move whole pages; see connectors/allowed.py."""
+        return True
 
     @classmethod
     def supports_sink(cls) -> bool:

@@ -17,6 +17,7 @@ from xquant_vllm.attention.hot.policy import HotStep
 from xquant_vllm.attention.hot.tokens import HotTokens
 from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.plugin.hot.gpu import HotGroup, hot_engine, on_device
+from xquant_vllm.plugin.hot.worker import forget_written
 
 
 @functools.cache
@@ -111,9 +112,9 @@ class HotSteps:
             for group in hot_engine(vllm_config).groups.values():
                 if not set(group.layer_names) <= set(of_cache.layer_names):
                     continue
+                forget_written(group.hot_map, output)
                 if output.kv_cache_block_copies:
-                    # Pages are written by something else than the store, after this.
-                    group.hot_map.clear()
+                    # They are written after this, so nothing is promoted from them.
                     group.show()
                     group.decide("none")
                 elif names:

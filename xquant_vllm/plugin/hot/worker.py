@@ -4,7 +4,10 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from xquant_vllm.attention.hot.policy import HotMap
+from xquant_vllm.plugin.connectors.transfers import blocks_written
 from xquant_vllm.plugin.hot.budget import PageNeeds, hot_memory, rows_on_device, take_pool
 from xquant_vllm.plugin.hot.log import say_counts
 
@@ -13,8 +16,8 @@ from xquant_vllm.plugin.hot.log import say_counts
 def keep_pool_back() -> None:
     """Let vLLM's worker keep the pool's bytes out of the cache's memory, once per process.
 
-    It also says at its end what the pool was good for, and on CPUs empties the maps where it copies pages; on a GPU
-    gpu_steps.py does that.
+    It also says at its end what the pool was good for, and on CPUs lets the maps forget what something else than the
+    store writes; on a GPU gpu_steps.py does that.
     """
     from vllm.platforms import current_platform
 
@@ -43,21 +46,35 @@ def keep_pool_back() -> None:
     worker.determine_available_memory = determine_available_memory
     worker.shutdown = shutdown
     if not rows_on_device():
-        _empty_where_pages_are_copied(worker)
+        _forget_what_others_write(worker)
 
 
-def _empty_where_pages_are_copied(worker: Any) -> None:
+def _forget_what_others_write(worker: Any) -> None:
     original = worker.execute_model
 
     @functools.wraps(original)
     def execute_model(self: Any, scheduler_output: Any) -> Any:
-        if scheduler_output.kv_cache_block_copies:
-            # A prefix ends within a block, which vLLM copies: the one page that the store does not write.
-            for hot_map in _maps(self.vllm_config):
-                hot_map.clear()
+        for hot_map in _maps(self.vllm_config):
+            forget_written(hot_map, scheduler_output)
         return original(self, scheduler_output)
 
     worker.execute_model = execute_model
+
+
+def forget_written(hot_map: HotMap, scheduler_output: Any) -> None:
+    """Let a map forget the blocks that something else than the store writes, before the step in which that begins.
+
+    Such are blocks that vLLM copies, because a prefix ends within one, and those that a KV connector reads.
+
+    Args:
+        hot_map: of a KV cache group; all groups take their blocks from one pool.
+        scheduler_output: vLLM's ``SchedulerOutput`` of the step.
+    """
+    written = blocks_written(scheduler_output.kv_connector_metadata)
+    if scheduler_output.kv_cache_block_copies or written is None:
+        hot_map.clear()
+    elif written:
+        hot_map.forget(np.array(written, np.int64))
 
 
 def _maps(vllm_config: Any) -> Sequence[HotMap]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from vllm.model_executor.models.utils import extract_layer_index
 
+from xquant_vllm.plugin.connectors.fingerprint import note_weights
 from xquant_vllm.plugin.engine_factors import factor_provider
 from xquant_vllm.plugin.load.cache_spec import publish_page_size
 from xquant_vllm.plugin.load.coverage import describe_coverage
@@ -52,6 +53,7 @@ def _process(original: Callable[[], None], model: Any) -> None:
 def _factorize(original: Callable[[], None], model: Any, layers: list[tuple[str, nn.Module, Any]]) -> None:
     parts = recognize_all(model, layers)
     impl = layers[0][2].impl
+    note_weights(impl.vllm_config, model)
     factors = factor_provider(impl.vllm_config, impl.settings)
     # Packed weights cannot be read before they are processed. Layers may build on each other, so all of them wait.
     processed = not all(is_plain(linear) for part in parts for linear in part.linears.values())
@@ -61,6 +63,7 @@ def _factorize(original: Callable[[], None], model: Any, layers: list[tuple[str,
     quantized = [child for part in parts for child, linear in part.sources.items() if not is_plain(linear)]
     _operate(layers, parts, factors, processed=processed)
     seconds = time.perf_counter() - start
+    note_weights(impl.vllm_config, *(owner for _, owner, _ in layers))
     if not processed:
         original()
     guard_weights(model)

@@ -18,6 +18,7 @@ from xquant_vllm.attention.gpu import kernels
 from xquant_vllm.attention.hot import reference as token_reference
 from xquant_vllm.attention.hot.rematerialize import rematerialize
 from xquant_vllm.attention.hot.tokens import HotTokens
+from xquant_vllm.plugin.connectors.transfers import Page, PageTransfers
 from xquant_vllm.plugin.hot import gpu as hot_gpu
 from xquant_vllm.plugin.hot import gpu_memory as hot_gpu_memory
 from xquant_vllm.plugin.hot import gpu_steps
@@ -141,6 +142,7 @@ class Engine:
             ),
             num_scheduled_tokens={of.name: count for of, count in rows},
             kv_cache_block_copies=None,
+            kv_connector_metadata=None,
         )
         self.finished = set()
         return output, rows
@@ -254,6 +256,20 @@ def test_copied_blocks_empty_the_map() -> None:
     engine.steps.decide(engine.config, groups, output)
     assert not engine.group.hot_of.any()
     assert engine.group.decided == "none"
+
+
+def test_blocks_that_a_connector_reads_are_forgotten() -> None:
+    engine = Engine(spec_of(kind="x"), 400, seed=1)
+    for _ in range(6):
+        engine.step()
+    output, _ = engine.schedule()
+    hot = np.flatnonzero(engine.group.hot_map.hot_of(np.arange(200)))
+    assert len(hot) > 1
+    output.num_scheduled_tokens = {}
+    output.kv_connector_metadata = PageTransfers({"request": [Page(0, b"key", int(hot[0]))]})
+    groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=["layer"])])
+    engine.steps.decide(engine.config, groups, output)
+    assert np.flatnonzero(engine.group.hot_map.hot_of(np.arange(200))).tolist() == hot[1:].tolist()
 
 
 def test_a_graph_is_captured_with_both_calls() -> None:
