@@ -5,7 +5,13 @@ from typing import Any
 
 from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.kivi.plugin.settings import layouts_of, settings_of
-from xquant_vllm.plugin.checks import SUPPORTED_CACHE_DTYPES, scheme_of_checkpoint, unsupported_features
+from xquant_vllm.plugin.checks import (
+    SPECULATIVE_WITHOUT_DRAFT_MODEL,
+    SUPPORTED_CACHE_DTYPES,
+    scheme_of_checkpoint,
+    unsupported_features,
+    unsupported_speculation,
+)
 
 
 def check_config(vllm_config: Any) -> None:
@@ -27,6 +33,7 @@ def check_config(vllm_config: Any) -> None:
 
 def _unsupported(vllm_config: Any, pre_rope: bool) -> Iterator[str]:
     yield from unsupported_features(vllm_config)
+    yield from unsupported_speculation(vllm_config, SPECULATIVE_WITHOUT_DRAFT_MODEL)
     cache = vllm_config.cache_config
     if cache.cache_dtype not in SUPPORTED_CACHE_DTYPES and not scheme_of_checkpoint(vllm_config.model_config):
         yield (

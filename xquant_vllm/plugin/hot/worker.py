@@ -36,7 +36,7 @@ def keep_pool_back() -> None:
 
     @functools.wraps(end)
     def shutdown(self: Any) -> Any:
-        for hot_map in _maps(self.vllm_config):
+        for hot_map in hot_maps(self.vllm_config):
             say_counts(hot_map, hot_map.counts, "in all")
         return end(self)
 
@@ -53,15 +53,15 @@ def _empty_where_pages_are_copied(worker: Any) -> None:
     def execute_model(self: Any, scheduler_output: Any) -> Any:
         if scheduler_output.kv_cache_block_copies:
             # A prefix ends within a block, which vLLM copies: the one page that the store does not write.
-            for hot_map in _maps(self.vllm_config):
+            for hot_map in hot_maps(self.vllm_config):
                 hot_map.clear()
         return original(self, scheduler_output)
 
     worker.execute_model = execute_model
 
 
-def _maps(vllm_config: Any) -> Sequence[HotMap]:
-    """Of an engine."""
+def hot_maps(vllm_config: Any) -> Sequence[HotMap]:
+    """What is hot, of an engine."""
     if not rows_on_device():
         return [hot_map for hot_map, *_ in hot_memory(vllm_config).maps.values()]
     from xquant_vllm.plugin.hot.gpu import hot_engine

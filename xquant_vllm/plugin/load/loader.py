@@ -9,6 +9,8 @@ from torch import nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.models.utils import extract_layer_index
 
+from xquant_vllm.errors import UnsupportedError
+from xquant_vllm.plugin.adapters import watch_adapters
 from xquant_vllm.plugin.engine_factors import factor_provider
 from xquant_vllm.plugin.load.cache_spec import publish_page_size
 from xquant_vllm.plugin.load.coverage import describe_coverage
@@ -19,8 +21,9 @@ from xquant_vllm.plugin.load.recognize import AttentionParts, recognize
 from xquant_vllm.plugin.load.report import report
 from xquant_vllm.plugin.load.surgery import Surgeon
 from xquant_vllm.plugin.load.weight_hook import backend_layers, wrap_weight_processing
-from xquant_vllm.plugin.new_weights import guard_weights
 from xquant_vllm.plugin.registration import BACKEND_NAME
+from xquant_vllm.plugin.reload.record import Record
+from xquant_vllm.plugin.reload.session import serve_new_weights
 from xquant_vllm.scheme.builder import layer_weights
 from xquant_vllm.scheme.factor_provider import FactorProvider
 from xquant_vllm.scheme.formats import LayerShape, layer_formats
@@ -50,15 +53,33 @@ def _process(original: Callable[[], None], model: Any) -> None:
     # Packed weights cannot be read before they are processed. Layers may build on each other, so all of them wait.
     quantized = sum(not _is_plain(part.qkv_proj) for part in parts)
     if quantized:
+        if impl.vllm_config.lora_config is not None:
+            raise UnsupportedError(
+                "xquant: --enable-lora is not supported with a quantized qkv_proj, which is replaced by its effective "
+                "weight: adapters would not find it; leave it out, or merge the adapter into the checkpoint"
+            )
         original()
+    owners = {name: owner for name, owner, _ in layers}
+    record = Record(model, owners, impl.vllm_config, quantized=quantized > 0)
     start = time.perf_counter()
     _operate(layers, parts, factors, processed=quantized > 0)
     seconds = time.perf_counter() - start
+    record.close([attention.impl for _, _, attention in layers], lambda: _operate_again(model))
     if not quantized:
         original()
-    guard_weights(model)
+    serve_new_weights(model)
+    if impl.vllm_config.lora_config is not None:
+        watch_adapters()
     report([attention.impl for _, _, attention in layers], quantized, factors.describe(seconds))
     logger.info("xquant: %s", describe_coverage(model))
+
+
+def _operate_again(model: Any) -> None:
+    """Operate on a model that has new weights, and is otherwise as vLLM made it."""
+    layers = backend_layers(model, BACKEND_NAME)
+    impl = layers[0][2].impl
+    parts = [recognize(*layer) for layer in layers]
+    _operate(layers, parts, factor_provider(impl.vllm_config, impl.settings), processed=False)
 
 
 def _is_plain(qkv_proj: Any) -> bool:
