@@ -181,7 +181,7 @@ def _unsupported(vllm_config: Any) -> Iterator[str]:
         yield f"--block-size {cache.block_size} would misalign the pages; set a multiple of {BLOCK_SIZE_MULTIPLE}"
     if vllm_config.lora_config is not None and settings_of(vllm_config).cache == "x":
         yield (
-            "--enable-lora is not supported with \"cache\": \"x\", where adapters do not find the projection of queries; "
+            '--enable-lora is not supported with "cache": "x", where adapters do not find the projection of queries; '
             'set "cache": "latent"'
         )
     transfer = getattr(vllm_config, "weight_transfer_config", None)

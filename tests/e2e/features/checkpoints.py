@@ -84,7 +84,8 @@ def save_eagle_head(folder: Path, checkpoint: Path) -> Path:
     config.num_hidden_layers = 1
     torch.manual_seed(3)
     layer = transformers.AutoModelForCausalLM.from_config(config).model.layers[0].to(torch.float32)
-    tensors = {f"layers.0.{name}": tensor for name, tensor in layer.state_dict().items() if "input_layernorm" not in name}
+    kept = {name: tensor for name, tensor in layer.state_dict().items() if "input_layernorm" not in name}
+    tensors = {f"layers.0.{name}": tensor for name, tensor in kept.items()}
     tensors["fc.weight"] = torch.randn(config.hidden_size, 2 * config.hidden_size) * 0.1
     config.save_pretrained(folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -10,9 +10,9 @@ def reload_weights(llm: Any, way: str = "own", folder: str | None = None, **whic
 
     Args:
         llm: the engine.
-        way: ``"own"`` (those of its folder), ``"path"`` (those of another), ``"iterator"``, ``"chunks"`` (as engines for
-            weight transfer do), ``"kernel"`` (single parameters in the form that kernels read), or ``"model"`` (its own
-            ``load_weights``).
+        way: ``"own"`` (those of its folder), ``"path"`` (those of another), ``"iterator"``, ``"chunks"`` (as engines
+            for weight transfer do), ``"kernel"`` (single parameters in the form that kernels read), or ``"model"`` (its
+            own ``load_weights``).
         folder: where the weights are.
         which: see ``_weights``.
     """
@@ -88,7 +88,7 @@ def sleep(llm: Any, level: int = 1) -> dict[str, Any]:
 
 
 def adapter(llm: Any, folder: str, number: int, prompt: list[int]) -> dict[str, Any]:
-    """Load an adapter, and the log-probabilities of a prompt's tokens with it; what the engine answers if it refuses."""
+    """Load an adapter; the log-probabilities of a prompt's tokens with it, or what the engine says if it refuses."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 

@@ -38,7 +38,7 @@ def test_the_model_drafts_for_itself(engines, tiny):
 
 
 def test_a_compressed_draft(engines, tiny):
-    """The same, its pages as small as those of the model; of a cache with a pool of hot blocks, which it has no part in."""
+    """The same, its pages as small as those of the model, which has a pool of hot blocks for itself."""
     folder = tiny("qwen2")
     accepted, drafted = speculate(
         engines,

@@ -27,7 +27,8 @@ def record(*, quantized=False, own_folder=False, device="cpu", graphs="NONE", **
     ],
 )
 def test_the_reason_is_named_and_what_to_do(what, why):
-    with pytest.raises(UnsupportedError, match=f"^xquant: new weights cannot be loaded .*{why}.* start the server anew"):
+    pattern = f"^xquant: new weights cannot be loaded .*{why}.* start the server anew"
+    with pytest.raises(UnsupportedError, match=pattern):
         refuse_impossible(record(**what))
 
 

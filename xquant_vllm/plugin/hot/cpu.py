@@ -21,7 +21,7 @@ from xquant_vllm.attention.hot.pool import Pool
 from xquant_vllm.attention.hot.rematerialize import TokenKernels, rematerialize
 from xquant_vllm.attention.hot.tokens import HotTokens
 from xquant_vllm.attention.plan import AttentionLayerPlan
-from xquant_vllm.plugin.hot.budget import HotMemory, hot_memory, of_a_draft
+from xquant_vllm.plugin.hot.budget import HotMemory, hot_memory
 from xquant_vllm.plugin.hot.layout import pool_layout
 from xquant_vllm.plugin.hot.log import HotLog
 
@@ -191,7 +191,7 @@ class HotBuilder:
         """None where there is no pool."""
         memory = hot_memory(vllm_config)
         # One hot block is the null block's.
-        if memory.tokens < 2 * spec.block_size or of_a_draft(impls[0], vllm_config):
+        if memory.tokens < 2 * spec.block_size:
             return None
         return cls(spec, impls, vllm_config, memory)
 

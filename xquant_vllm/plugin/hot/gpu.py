@@ -17,7 +17,7 @@ from xquant_vllm.attention.hot.policy import PROMOTED_TOKENS, HotMap
 from xquant_vllm.attention.hot.tokens import HotTokens
 from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.attention.plan import AttentionLayerPlan
-from xquant_vllm.plugin.hot.budget import hot_memory, of_a_draft
+from xquant_vllm.plugin.hot.budget import hot_memory
 from xquant_vllm.plugin.hot.flash import attend_hot, flash_version
 from xquant_vllm.plugin.hot.gpu_memory import HotGpuMemory, plans_of, step_tokens
 from xquant_vllm.plugin.hot.log import HotLog
@@ -215,7 +215,7 @@ class HotGpuBuilder:
     ) -> "HotGpuBuilder | None":
         """None where there is no pool."""
         # One hot block is the null block's.
-        if hot_memory(vllm_config).tokens < 2 * spec.block_size or of_a_draft(impls[0], vllm_config):
+        if hot_memory(vllm_config).tokens < 2 * spec.block_size:
             return None
         return cls(spec, names, impls, vllm_config, device)
 

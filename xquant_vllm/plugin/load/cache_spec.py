@@ -25,7 +25,8 @@ def publish_page_size(attention: Any, bytes_per_token: int) -> None:
 
     def get_kv_cache_spec(vllm_config: Any) -> Any:
         spec = replace(original(vllm_config), dtype=torch.uint8, num_head_slots=1, state_content_bytes=bytes_per_token)
-        return replace(spec, block_size=fill_page(spec.block_size, spec.page_size_bytes, _page_of_others(vllm_config, beside)))
+        others = _page_of_others(vllm_config, beside)
+        return replace(spec, block_size=fill_page(spec.block_size, spec.page_size_bytes, others))
 
     attention.get_kv_cache_spec = get_kv_cache_spec
 

@@ -1,4 +1,4 @@
-"""From the first to the last of new weights: vLLM's reloading of layers, around which surgery is taken back and done."""
+"""From the first to the last of new weights: around vLLM's reloading of layers surgery is taken back and done again."""
 
 import functools
 import logging
