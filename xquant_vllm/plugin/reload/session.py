@@ -37,7 +37,7 @@ def serve_new_weights(model: Any) -> None:
         _wrap(module, "initialize_layerwise_reload", _begin)
         _wrap(module, "finalize_layerwise_reload", _end)
     _wrap(inplace, "get_parameter_for_reload", _refuse_parameter)
-    wrap_worker()
+    wrap_worker(_open, _give_up)
     watch_engine_core()
 
 
@@ -58,12 +58,16 @@ def _wrap(module: Any, function: str, wrapper: Callable[..., Any]) -> None:
     setattr(module, function, guarded)
 
 
-def _begin(original: Callable[[], Any], record: Record) -> Any:
-    if record.open:
-        return original()
+def _open(record: Record) -> None:
+    """Take surgery back, if new weights can be served."""
     refuse_impossible(record)
     count_change()
     record.take_back()
+
+
+def _begin(original: Callable[[], Any], record: Record) -> Any:
+    if not record.open:
+        _open(record)
     try:
         return original()
     except BaseException:

@@ -2,17 +2,23 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.plugin.refusals import announced
-from xquant_vllm.plugin.reload.record import record_of
-from xquant_vllm.plugin.reload.refusals import refuse, refuse_impossible, refuse_other_model
+from xquant_vllm.plugin.reload.record import Record, record_of
+from xquant_vllm.plugin.reload.refusals import refuse, refuse_other_model
 
 
 @functools.cache
-def wrap_worker() -> None:
-    """Refuse impossible weights before vLLM has changed anything, once per process."""
+def wrap_worker(begin: Callable[[Record], None], give_up: Callable[[Record], None]) -> None:
+    """Refuse impossible weights before vLLM has changed anything, once per process.
+
+    Args:
+        begin: takes surgery back, or refuses to. It comes before vLLM looks for the names of the model's weights.
+        give_up: ends a reloading that failed.
+    """
     from vllm.v1.worker.gpu_worker import Worker
 
     worker: Any = Worker
@@ -31,15 +37,17 @@ def wrap_worker() -> None:
         from_folder = asked.get("weights_iterator") is None
         record.own_folder = from_folder and folder in (None, config.model)
         try:
-            refuse_impossible(record)
             if from_folder and not record.own_folder:
                 refuse_other_model(config, folder)
+            begin(record)
             names = config.model, config.model_weights, config.revision
             try:
                 return reload(self, *args, **kwargs)
             except BaseException:
                 # vLLM has named the new folder by then.
                 config.model, config.model_weights, config.revision = names
+                if record.open:
+                    give_up(record)
                 raise
         finally:
             record.own_folder = False
