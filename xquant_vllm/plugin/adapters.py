@@ -1,7 +1,7 @@
 """Adapters (LoRA) are served, except for those of keys and values, which are refused when they are loaded.
 
-Adapters are wrapped around a model's layers after surgery. The rows of queries in ``qkv_proj`` are still the model's, so
-what an adapter adds to queries is added to them. The other rows make latents, which all requests read by the same
+Adapters are wrapped around a model's layers after surgery. The rows of queries in ``qkv_proj`` are still the model's,
+so what an adapter adds to queries is added to them. The other rows make latents, which all requests read by the same
 matrices: what an adapter adds to keys or values has no place there.
 """
 

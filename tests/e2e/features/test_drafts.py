@@ -31,9 +31,7 @@ def speculate(engines, folder, xquant, **speculative):
 def test_the_model_drafts_for_itself(engines, tiny):
     """In 16 bit: nearly all drafts are accepted."""
     folder = tiny("qwen2")
-    accepted, _ = speculate(
-        engines, folder, {"bits": 8, "cache": "latent"}, method="draft_model", model=str(folder)
-    )
+    accepted, _ = speculate(engines, folder, {"bits": 8, "cache": "latent"}, method="draft_model", model=str(folder))
     assert accepted > 0.9
 
 

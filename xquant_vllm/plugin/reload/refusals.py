@@ -10,9 +10,8 @@ from xquant_vllm.plugin.refusals import announced
 from xquant_vllm.projection.factor_file import HEADER_FILE
 
 # Of a configuration: nothing that decides what the model computes.
-_FREE = frozenset(
-    "_name_or_path transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id".split()
-)
+_FREE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+_FREE |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 @announced()
@@ -78,9 +77,7 @@ def refuse_other_model(model_config: Any, folder: str) -> None:
         except Exception as error:  # whatever reading a folder or asking a hub may raise
             refuse(f"the configuration in {place} cannot be read ({type(error).__name__}: {error})".splitlines()[0])
     ours, theirs = tables
-    differ = sorted(
-        name for name in (ours.keys() | theirs.keys()) - _FREE if ours.get(name) != theirs.get(name)
-    )
+    differ = sorted(name for name in (ours.keys() | theirs.keys()) - _FREE if ours.get(name) != theirs.get(name))
     if differ:
         refuse(f"{folder} is of another model, its config.json differs in {', '.join(differ)}")
     if (Path(folder) / HEADER_FILE).exists():

@@ -135,7 +135,8 @@ def _process_tied(model: nn.Module) -> None:
         if weight is None or not weight.numel():
             continue
         if owners.setdefault(id(weight), module) is not module and hasattr(module, "cpu_linear"):
-            module.quant_method.process_weights_after_loading(module)
+            method: Any = module.quant_method
+            method.process_weights_after_loading(module)
 
 
 def _forget_pages(record: Record) -> None:

@@ -38,7 +38,7 @@ def wrap_worker(begin: Callable[[Record], None], give_up: Callable[[Record], Non
         record.own_folder = from_folder and folder in (None, config.model)
         try:
             if from_folder and not record.own_folder:
-                refuse_other_model(config, folder)
+                refuse_other_model(config, str(folder))
             begin(record)
             names = config.model, config.model_weights, config.revision
             try:
