@@ -26,6 +26,9 @@ _OWN = {
     "_kivi_hooked",
     "_xquant_unwraps",
     "_xquant_guards",
+    "__class__",
+    "own_folder",
+    "served",
 }
 _WORDS = re.compile(r"`([\w.]+)`")
 

@@ -70,34 +70,11 @@ def preemptions(llm: Any) -> dict[str, Any]:
     return {"count": sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")}
 
 
-def reload_weights(llm: Any, way: str = "path") -> dict[str, Any]:
-    """Ask the running engine to load its weights anew; what it answers.
+def feature(llm: Any, name: str, **arguments: Any) -> dict[str, Any]:
+    """A function of ``features/tasks.py``, beside this script."""
+    from features import tasks
 
-    Args:
-        llm: the engine.
-        way: ``"path"``, ``"iterator"``, ``"kernel"`` (single parameters in the form that kernels read), ``"model"``
-            (its own ``load_weights``) or ``"layerwise"`` (as engines for weight transfer do).
-    """
-    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
-    name, weight = "model.norm.weight", _parameter(llm, "model.norm.weight") + 1
-    try:
-        if way == "path":
-            llm.collective_rpc("reload_weights")
-        elif way in ("iterator", "kernel"):
-            arguments = {"weights_iterator": [(name, weight)], "is_checkpoint_format": way == "iterator"}
-            llm.collective_rpc("reload_weights", kwargs=arguments)
-        elif way == "model":
-            llm.apply_model(lambda model: model.load_weights([(name, weight)]) and None)
-        else:
-            llm.apply_model(initialize_layerwise_reload)
-    except Exception as error:
-        return {"error": str(error)}
-    return {"error": None}
-
-
-def _parameter(llm: Any, name: str) -> Any:
-    return llm.apply_model(lambda model: model.get_parameter(name).data.clone())[0]
+    return getattr(tasks, name)(llm, **arguments)
 
 
 def hot_trace(llm: Any, **arguments: Any) -> dict[str, Any]:
@@ -141,7 +118,7 @@ KINDS = {
         prompt_logprobs,
         next_logits,
         preemptions,
-        reload_weights,
+        feature,
         hot_trace,
         hot_turns,
         offloaded,

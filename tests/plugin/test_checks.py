@@ -56,7 +56,11 @@ def test_cache_dtypes_that_change_nothing_are_accepted(tiny, dtype):
         ),
         ({"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype fp8", "leave it out", "bits"]),
         ({"block_size": 8}, ["--block-size 8", "multiple of 16"]),
-        ({"enable_lora": True}, ["--enable-lora", "merge the adapter"]),
+        (
+            {"enable_lora": True, "additional_config": {"xquant": {"cache": "x"}}},
+            ["--enable-lora", 'set "cache": "latent"'],
+        ),
+        ({"weight_transfer_config": {"backend": "sparse_nccl"}}, ["--weight-transfer-config", "nccl, ipc"]),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             ["the KV connector ExampleConnector", "XQuantConnector", "--kv-transfer-config"],

@@ -16,6 +16,10 @@ from xquant_vllm.scheme.settings import XQuantSettings
 SUPPORTED_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 # Methods that propose tokens without a model of their own, so without attention layers that would need a cache.
 SPECULATIVE_WITHOUT_DRAFT_MODEL = ("ngram", "suffix")
+# And those whose layers keep a cache of their own, in 16 bit unless the speculative configuration names a backend.
+SPECULATIVE = (*SPECULATIVE_WITHOUT_DRAFT_MODEL, "draft_model", "eagle", "eagle3")
+# Engines for weight transfer that hand whole checkpoints to a model's ``load_weights`` while its layers are reloaded.
+WEIGHT_TRANSFER = ("nccl", "ipc")
 
 
 _NO_CHAIN = 'set "method": "xquant"'
@@ -123,11 +127,15 @@ def unsupported_features(vllm_config: Any) -> Iterator[str]:
     ):
         if size > 1:
             yield f"{option} {size} is not supported; set 1"
+
+
+def unsupported_speculation(vllm_config: Any, methods: Sequence[str]) -> Iterator[str]:
+    """A line for speculative decoding by another method than these."""
     speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method not in SPECULATIVE_WITHOUT_DRAFT_MODEL:
+    if speculative is not None and speculative.method not in methods:
         yield (
             f"speculative decoding by {speculative.method!r} is not supported, because its draft layers would need a "
-            f"cache of their own; use one of {', '.join(SPECULATIVE_WITHOUT_DRAFT_MODEL)}"
+            f"cache of their own; use one of {', '.join(methods)}"
         )
 
 
@@ -155,6 +163,7 @@ def _checkpoint_cache(vllm_config: Any) -> Iterator[str]:
 def _unsupported(vllm_config: Any) -> Iterator[str]:
     yield from unsupported_features(vllm_config)
     yield from connector_problems(vllm_config)
+    yield from unsupported_speculation(vllm_config, SPECULATIVE)
     cache = vllm_config.cache_config
     if cache.cache_dtype not in SUPPORTED_CACHE_DTYPES and not scheme_of_checkpoint(vllm_config.model_config):
         yield (
@@ -163,10 +172,16 @@ def _unsupported(vllm_config: Any) -> Iterator[str]:
         )
     if cache.user_specified_block_size and cache.block_size % BLOCK_SIZE_MULTIPLE:
         yield f"--block-size {cache.block_size} would misalign the pages; set a multiple of {BLOCK_SIZE_MULTIPLE}"
-    if vllm_config.lora_config is not None:
+    if vllm_config.lora_config is not None and settings_of(vllm_config).cache == "x":
         yield (
-            "--enable-lora is not supported: adapters would change the key and value projections after they were "
-            "factorized; merge the adapter into the checkpoint"
+            '--enable-lora is not supported with "cache": "x", where adapters do not find the projection of queries; '
+            'set "cache": "latent"'
+        )
+    transfer = getattr(vllm_config, "weight_transfer_config", None)
+    if transfer is not None and transfer.backend not in WEIGHT_TRANSFER:
+        yield (
+            f"--weight-transfer-config with the backend {transfer.backend!r} is not supported, because it writes to a "
+            f"model's parameters past its loaders; use one of {', '.join(WEIGHT_TRANSFER)}"
         )
     if vllm_config.load_config.load_format == "ipc_cache":
         yield "--load-format ipc_cache skips the factorization of the weights; use auto"

@@ -13,9 +13,15 @@ from xquant_vllm.scheme.settings import CONFIG_KEY, XQuantSettings, parse_settin
 def settings_of(vllm_config: Any) -> XQuantSettings:
     """The settings in a vLLM configuration, over those that the model folder's factors were made for; parsed once.
 
+    With adapters (LoRA) layers keep rows for queries beside those of latents, and outputs are no latents: adapters of
+    queries and of outputs are added to these.
+
     Raises:
         SettingsError: a setting cannot work, the folder's factors cannot be used, or the two contradict each other.
     """
     additional = getattr(vllm_config, "additional_config", None)
     settings = parse_settings(additional.get(CONFIG_KEY) if isinstance(additional, Mapping) else None)
-    return over_factors(settings, *factors_of(vllm_config))
+    settings = over_factors(settings, *factors_of(vllm_config))
+    if getattr(vllm_config, "lora_config", None) is None:
+        return settings
+    return settings.model_copy(update={"cache": settings.cache or "latent", "fold_values": False})

@@ -23,8 +23,10 @@ def register() -> None:
     from xquant_vllm.plugin.platform import wrap_platform
     from xquant_vllm.plugin.refusals import unwrap_from_validation
     from xquant_vllm.plugin.registration import BACKENDS, get_member
+    from xquant_vllm.plugin.reload.engine_core import watch_engine_core
 
     for name in BACKENDS:
         get_member(name)
     wrap_platform()
     unwrap_from_validation()
+    watch_engine_core()

@@ -4,7 +4,6 @@ What a test covers is marked, and makes up the table in docs/families.md: see te
 """
 
 import os
-import re
 import shutil
 import statistics
 
@@ -412,28 +411,3 @@ def test_ngram_speculation_changes_no_token(engines, serve, model):
     engine = {**ENGINE, "speculative_config": speculative}
     drafted = engines.run(model("qwen2"), "xquant", tasks, xquant=EIGHT, **engine)
     assert drafted.tasks[0]["tokens"] == plain.tasks[0]["tokens"]
-
-
-@pytest.mark.parametrize("way", ["path", "iterator", "kernel", "model", "layerwise"])
-def test_a_model_that_is_refused_new_weights_goes_on_with_the_old_ones(serve, way):
-    """Whichever way they come: vLLM's reloading would have moved all layers to the meta device by then."""
-    logits = {"kind": "next_logits", "prompts": [PROMPT[:40]], "max_tokens": 4}
-    tasks = [logits, {"kind": "reload_weights", "way": way}, logits, {"kind": "prompt_logprobs", "prompts": [PROMPT]}]
-    ours = serve("llama-bias", "xquant", tasks, xquant={"cache": "latent"})
-    before, reload, after, _ = ours.tasks
-    assert "xquant: new weights cannot be loaded into a running model" in reload["error"]
-    assert "it keeps the weights that it has" in reload["error"]
-    assert before["logits"] == after["logits"]
-    untouched = serve("llama-bias", "xquant", tasks[3:], xquant={"cache": "latent"})
-    assert ours.tasks[3] == untouched.tasks[0]
-    assert re.search(r"ERROR .*xquant: new weights cannot be loaded", ours.log)
-
-
-@pytest.mark.parametrize("pre_rope", [False, True])
-def test_kivi_takes_new_weights(serve, pre_rope):
-    """It changes none: the same ones loaded again give the same."""
-    logprobs = {"kind": "prompt_logprobs", "prompts": [PROMPT]}
-    kivi = {"bits": 4, "residual": 128, "pre_rope": pre_rope}
-    ours = serve("llama-bias", "kivi", [logprobs, {"kind": "reload_weights"}, logprobs], kivi=kivi, block_size=None)
-    assert ours.tasks[1] == {"error": None}
-    assert ours.tasks[0] == ours.tasks[2]

@@ -52,7 +52,7 @@ class XQuantImpl(PagedImpl):
             )
         self.settings = settings_of(self.vllm_config)
         self.scheme: LayerScheme | None = None
-        self._sinks = sinks
+        self._own_sinks, self._sinks = sinks, sinks
         self._earlier: tuple[Any, ...] = ()
         self._plans: dict[int, AttentionLayerPlan] = {}
         self._known_pages: tuple[list[torch.Tensor], tuple[torch.Tensor, ...]] = ([], ())
@@ -74,8 +74,18 @@ class XQuantImpl(PagedImpl):
         device = scheme.projection.up_key.device
         arranges = device.type != "cpu" and dispatch.select(device.type) is not reference
         self.scheme, self._earlier = scheme.on_host() if arranges else scheme, tuple(earlier)
-        if self._sinks is not None:
-            self._sinks = self._sinks.detach().to(device, torch.float32).contiguous()
+        if self._own_sinks is not None:
+            self._sinks = self._own_sinks.detach().to(device, torch.float32).contiguous()
+        self._plans.clear()
+
+    @property
+    def served(self) -> Any:
+        """What surgery made of this layer, for when it shall be served again after all."""
+        return self.scheme, self._earlier, self._sinks
+
+    @served.setter
+    def served(self, served: Any) -> None:
+        self.scheme, self._earlier, self._sinks = served
         self._plans.clear()
 
     @property

@@ -18,7 +18,7 @@ from xquant_vllm.attention import dispatch
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.plugin.backend.wrappers import PACKAGE, raise_for_wrapper
-from xquant_vllm.plugin.hot.budget import rows_on_device
+from xquant_vllm.plugin.hot.budget import of_a_draft, rows_on_device
 from xquant_vllm.plugin.hot.cpu import HotBuilder
 from xquant_vllm.plugin.refusals import announced
 
@@ -107,15 +107,15 @@ class XQuantMetadataBuilder(PagedMetadataBuilder):
             )
         for layer in layers.values():
             layer.impl.reserve(kv_cache_spec.block_size, device)
-        impls = [layer.impl for layer in layers.values()]
+        own = {name: layer.impl for name, layer in layers.items() if not of_a_draft(layer.impl, vllm_config)}
         self._hot: HotBuilder | None = None
         self._hot_gpu: Any = None
-        if rows_on_device():
+        if own and rows_on_device():
             from xquant_vllm.plugin.hot.gpu import HotGpuBuilder
 
-            self._hot_gpu = HotGpuBuilder.make(kv_cache_spec, list(layers), impls, vllm_config, device)
-        elif device.type == "cpu":
-            self._hot = HotBuilder.make(kv_cache_spec, impls, vllm_config)
+            self._hot_gpu = HotGpuBuilder.make(kv_cache_spec, list(own), list(own.values()), vllm_config, device)
+        elif own and device.type == "cpu":
+            self._hot = HotBuilder.make(kv_cache_spec, list(own.values()), vllm_config)
 
     def build(
         self,

@@ -97,6 +97,16 @@ def unsupported(dtype: torch.dtype, head_sizes: Sequence[int]) -> str | None:
     return None
 
 
+def of_a_draft(impl: Any, vllm_config: Any) -> bool:
+    """Whether a layer belongs to a draft model, which takes steps between those of the model that it drafts for.
+
+    What is hot is planned once per step, so a draft's layers are attended from their pages.
+    """
+    return vllm_config.speculative_config is not None and (
+        impl.vllm_config.attention_config is not vllm_config.attention_config
+    )
+
+
 def rows_on_device() -> bool:
     """Whether kernels find out which rows are hot: where the Triton kernels run, interpreted ones included."""
     return hasattr(dispatch.select("cpu" if _on_cpu() else "cuda"), "HOT_ROWS_ON_DEVICE")
@@ -127,7 +137,7 @@ def take_pool(vllm_config: Any, total: int, page_needs: Callable[[], PageNeeds])
     """
     layers = [x for x in vllm_config.compilation_config.static_forward_context.values() if isinstance(x, Attention)]
     impls = [x.impl for x in layers if x.attn_backend.get_name() == BACKEND_NAME]
-    impls = [impl for impl in impls if impl.scheme is not None]
+    impls = [impl for impl in impls if impl.scheme is not None and not of_a_draft(impl, vllm_config)]
     if not impls:
         return 0
     formats = [impl.scheme.format for impl in impls]

@@ -39,7 +39,7 @@ def keep_pool_back() -> None:
 
     @functools.wraps(end)
     def shutdown(self: Any) -> Any:
-        for hot_map in _maps(self.vllm_config):
+        for hot_map in hot_maps(self.vllm_config):
             say_counts(hot_map, hot_map.counts, "in all")
         return end(self)
 
@@ -54,7 +54,7 @@ def _forget_what_others_write(worker: Any) -> None:
 
     @functools.wraps(original)
     def execute_model(self: Any, scheduler_output: Any) -> Any:
-        for hot_map in _maps(self.vllm_config):
+        for hot_map in hot_maps(self.vllm_config):
             forget_written(hot_map, scheduler_output)
         return original(self, scheduler_output)
 
@@ -77,8 +77,8 @@ def forget_written(hot_map: HotMap, scheduler_output: Any) -> None:
         hot_map.forget(np.array(written, np.int64))
 
 
-def _maps(vllm_config: Any) -> Sequence[HotMap]:
-    """Of an engine."""
+def hot_maps(vllm_config: Any) -> Sequence[HotMap]:
+    """What is hot, of an engine."""
     if not rows_on_device():
         return [hot_map for hot_map, *_ in hot_memory(vllm_config).maps.values()]
     from xquant_vllm.plugin.hot.gpu import hot_engine

@@ -1,5 +1,6 @@
 """Tell vLLM's allocator how many bytes a token of a layer takes."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -19,10 +20,13 @@ def publish_page_size(attention: Any, bytes_per_token: int) -> None:
         bytes_per_token: bytes of a token's slot.
     """
     original = type(attention).get_kv_cache_spec.__get__(attention)
+    # The layers of a draft are built later, and have pages of their own size in the same blocks.
+    beside = set(attention.impl.vllm_config.compilation_config.static_forward_context)
 
     def get_kv_cache_spec(vllm_config: Any) -> Any:
         spec = replace(original(vllm_config), dtype=torch.uint8, num_head_slots=1, state_content_bytes=bytes_per_token)
-        return replace(spec, block_size=fill_page(spec.block_size, spec.page_size_bytes, _page_of_others(vllm_config)))
+        others = _page_of_others(vllm_config, beside)
+        return replace(spec, block_size=fill_page(spec.block_size, spec.page_size_bytes, others))
 
     attention.get_kv_cache_spec = get_kv_cache_spec
 
@@ -43,9 +47,10 @@ def fill_page(block_size: int, page_bytes: int, other_page_bytes: int) -> int:
     return block_size // halves * max(halves, halves * other_page_bytes // page_bytes)
 
 
-def _page_of_others(vllm_config: Any) -> int:
-    """Bytes of the largest page of the layers that another backend serves (``backend_per_kind``)."""
-    layers = vllm_config.compilation_config.static_forward_context.values()
+def _page_of_others(vllm_config: Any, names: Collection[str]) -> int:
+    """Bytes of the largest page among layers of these names that another backend serves (``backend_per_kind``)."""
+    table = vllm_config.compilation_config.static_forward_context
+    layers = [table[name] for name in names if name in table]
     others = [x for x in layers if isinstance(x, Attention) and x.attn_backend.get_name() != BACKEND_NAME]
     specs = [spec for layer in others if (spec := layer.get_kv_cache_spec(vllm_config)) is not None]
     return max((spec.page_size_bytes for spec in specs), default=0)

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from vllm.model_executor.models.utils import extract_layer_index
 
+from xquant_vllm.errors import UnsupportedError
+from xquant_vllm.plugin.adapters import watch_adapters
 from xquant_vllm.plugin.connectors.fingerprint import note_weights
 from xquant_vllm.plugin.engine_factors import factor_provider
 from xquant_vllm.plugin.load.cache_spec import publish_page_size
@@ -21,8 +23,9 @@ from xquant_vllm.plugin.load.surgery import Surgeon
 from xquant_vllm.plugin.load.trace.stand_ins import output_rows
 from xquant_vllm.plugin.load.transformers_backend.find import advising, recognize_all
 from xquant_vllm.plugin.load.weight_hook import backend_layers, wrap_weight_processing
-from xquant_vllm.plugin.new_weights import guard_weights
 from xquant_vllm.plugin.registration import BACKEND_NAME
+from xquant_vllm.plugin.reload.record import Record
+from xquant_vllm.plugin.reload.session import serve_new_weights
 from xquant_vllm.scheme.builder import layer_weights
 from xquant_vllm.scheme.factor_provider import FactorProvider
 from xquant_vllm.scheme.formats import LayerShape, layer_formats
@@ -56,19 +59,37 @@ def _factorize(original: Callable[[], None], model: Any, layers: list[tuple[str,
     note_weights(impl.vllm_config, model)
     factors = factor_provider(impl.vllm_config, impl.settings)
     # Packed weights cannot be read before they are processed. Layers may build on each other, so all of them wait.
+    quantized = [child for part in parts for child, linear in part.sources.items() if not is_plain(linear)]
     processed = not all(is_plain(linear) for part in parts for linear in part.linears.values())
     if processed:
+        if quantized and impl.vllm_config.lora_config is not None:
+            raise UnsupportedError(
+                f"xquant: --enable-lora is not supported with a quantized {quantized[0]}, which is replaced by its "
+                "effective weight: adapters would not find it; leave it out, or merge the adapter into the checkpoint"
+            )
         original()
+    owners = {name: owner for name, owner, _ in layers}
+    record = Record(model, owners, impl.vllm_config, quantized=processed)
     start = time.perf_counter()
-    quantized = [child for part in parts for child, linear in part.sources.items() if not is_plain(linear)]
     _operate(layers, parts, factors, processed=processed)
     seconds = time.perf_counter() - start
+    record.close([attention.impl for _, _, attention in layers], lambda: _operate_again(model))
     note_weights(impl.vllm_config, *(owner for _, owner, _ in layers))
     if not processed:
         original()
-    guard_weights(model)
+    serve_new_weights(model)
+    if impl.vllm_config.lora_config is not None:
+        watch_adapters()
     report([attention.impl for _, _, attention in layers], quantized, factors.describe(seconds))
     logger.info("xquant: %s", describe_coverage(model))
+
+
+def _operate_again(model: Any) -> None:
+    """Operate on a model that has new weights, and is otherwise as vLLM made it."""
+    layers = backend_layers(model, BACKEND_NAME)
+    impl = layers[0][2].impl
+    parts = recognize_all(model, layers)
+    _operate(layers, parts, factor_provider(impl.vllm_config, impl.settings), processed=False)
 
 
 def _check_numbers(index: int, part: AttentionParts, projections: Mapping[str, Any]) -> None:
