@@ -31,7 +31,7 @@ TEST_MODELS := smollm2 smollm2-mha gemma3
 DOCKERFILES := docker/Dockerfile docker/Dockerfile.cpu
 LINTED := xquant_vllm tests tools examples benchmarks docker setup.py
 
-.PHONY: help venv kernels cuda-check model demo serve test test-models test-gpu test-docs accuracy pictures bench-cpu \
+.PHONY: help venv kernels cuda-check model demo serve test test-models test-gpu test-docs test-scale accuracy pictures bench-cpu \
 	families families-write soak sanitize dist lint clean
 
 help: ## list the targets
@@ -74,6 +74,9 @@ test-gpu: venv ## run the tests of the Triton kernels, without a GPU in Triton's
 
 test-docs: venv ## run the tests of the documentation: its commands, its Python, its paths, and what it says of vLLM
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/docs
+
+test-scale: venv ## run all tests with several ranks: tensor, data and pipeline parallelism, with Ray and without
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/e2e/scale -m "e2e or nightly" $(TEST_ARGS)
 
 accuracy: test-models ## compare the accuracy of all caches per byte (an hour on two cores); writes docs/accuracy.md
 	$(VENV)/bin/python benchmarks/compare_accuracy.py --write --models models/smollm2-135m-instruct \

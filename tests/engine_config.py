@@ -12,9 +12,17 @@ class EngineConfig(SimpleNamespace):
 
 
 def engine_config(
-    folder: Path, *, layers: int, kv_heads: int, head_size: int, ranks: int = 1, dtype: torch.dtype, settings: Any
+    folder: Path,
+    *,
+    layers: int,
+    kv_heads: int,
+    head_size: int,
+    ranks: int = 1,
+    stages: int = 1,
+    dtype: torch.dtype,
+    settings: Any,
 ) -> EngineConfig:
-    """The configuration of a model folder that is served with ``settings``."""
+    """The configuration of a model folder that is served with ``settings``, on ranks of a tensor and of a pipeline."""
     model = SimpleNamespace(
         model=str(folder),
         dtype=dtype,
@@ -24,6 +32,6 @@ def engine_config(
     )
     return EngineConfig(
         model_config=model,
-        parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks, pipeline_parallel_size=stages),
         additional_config={"xquant": settings},
     )

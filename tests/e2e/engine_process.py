@@ -127,12 +127,21 @@ KINDS = {
 }
 
 
+def start_ray() -> None:
+    """Start Ray with two devices, without what an engine does not need."""
+    import ray
+
+    ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=True)
+
+
 def run(request_path: str, result_path: str) -> None:
     """Start an engine and answer."""
     from vllm import LLM
 
     with open(request_path) as file:
         request = json.load(file)
+    if request["engine"].get("distributed_executor_backend") == "ray":
+        start_ray()
     llm = LLM(**request["engine"])
     cache = llm.llm_engine.vllm_config.cache_config
     result = {

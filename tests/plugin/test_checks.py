@@ -50,10 +50,6 @@ def test_cache_dtypes_that_change_nothing_are_accepted(tiny, dtype):
         ({"additional_config": {"xquant": {"group_size": 24}}}, ["'group_size'", "24", "does not divide the 32"]),
         ({"additional_config": {"xquant": {"first_layers": 9}}}, ["'first_layers'", "9", "has 3 layers"]),
         ({"additional_config": {"xquant": {"skip_layers": [1, 3]}}}, ["'skip_layers'", "[1, 3]", "layers up to 2"]),
-        (
-            {"additional_config": {"xquant": CHAIN}, "pipeline_parallel_size": 2},
-            ["'method': 'xquant-cl'", "--pipeline-parallel-size 2", 'set "method": "xquant"'],
-        ),
         ({"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype fp8", "leave it out", "bits"]),
         ({"block_size": 8}, ["--block-size 8", "multiple of 16"]),
         (

@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -68,9 +68,9 @@ def weights_of(folder: Path, layer: int, heads: slice = slice(None)) -> LayerWei
     return LayerWeights(layer, key, value, key.shape[0] // HEAD_SIZE)
 
 
-def config_of(folder, *, ranks=1, dtype=torch.bfloat16, **settings):
+def config_of(folder, *, ranks=1, stages=1, dtype=torch.bfloat16, **settings):
     sizes = {"layers": LAYERS, "kv_heads": KV_HEADS, "head_size": HEAD_SIZE}
-    return engine_config(folder, ranks=ranks, dtype=dtype, settings=settings, **sizes)
+    return engine_config(folder, ranks=ranks, stages=stages, dtype=dtype, settings=settings, **sizes)
 
 
 @dataclass
@@ -83,11 +83,11 @@ class Rank:
     formats: tuple[LayerFormat, ...]
 
 
-def rank_of(folder: Path, rank=0, ranks=1) -> Rank:
+def rank_of(folder: Path, rank=0, ranks=1, layers=range(LAYERS)) -> Rank:
     settings, kv_heads = settings_of(config_of(folder)), max(1, KV_HEADS // ranks)
     provider = FactorProvider(settings, folder, read_header(folder), HeadShard.of_rank(rank, ranks, KV_HEADS))
-    shapes = [LayerShape(layer, HIDDEN, kv_heads, HEAD_SIZE) for layer in range(LAYERS)]
-    allocations = {layer: provider.allocation(layer, kv_heads) for layer in range(LAYERS)}
+    shapes = [LayerShape(layer, HIDDEN, kv_heads, HEAD_SIZE) for layer in layers]
+    allocations = {layer: provider.allocation(layer, kv_heads) for layer in layers}
     return Rank(folder, kv_heads, provider, layer_formats(settings, shapes, allocations))
 
 
@@ -160,6 +160,39 @@ def test_ranks_take_the_bases_and_bits_of_their_heads(made, ranks):
                 assert rank.formats[layer].streams[stream].runs == runs[heads]
     # Or else heads of the wrong rank would not be noticed.
     assert len({runs for form in whole.formats for stream in form.streams for runs in stream.runs}) > 4
+
+
+@pytest.mark.parametrize("kind", ["head", "joint", "chain"])
+def test_a_rank_of_a_pipeline_takes_the_bases_and_bits_of_its_layers(made, kind):
+    """Its first layer is the model's third, in the file and in the header."""
+    whole, last = rank_of(made(kind)), rank_of(made(kind), layers=[2])
+    assert [replace(form, reads=()) for form in whole.formats[2:]] == list(last.formats)
+    weights = weights_of(whole.folder, 2)
+    if kind == "head":
+        assert whole.formats[2].streams != whole.formats[0].streams  # or else the first layer's would do
+        bases = [rank.provider.layer_factors(weights) for rank in (whole, last)]
+        for ours, theirs in zip(*bases, strict=True):
+            assert torch.equal(ours.down, theirs.down)
+            assert torch.equal(ours.up, theirs.up)
+        return
+    ours, theirs = (rank.provider.layer_link(weights, 1) for rank in (whole, last))
+    assert ours.prediction is None
+    assert torch.equal(ours.down, theirs.down)
+    assert torch.equal(ours.up_key, theirs.up_key)
+
+
+def test_a_pipeline_may_cut_a_chain_at_its_anchors_only(made, monkeypatch):
+    """Three layers, the first and the third of which are anchors. vLLM gives the first rank two of them."""
+    chain = config_of(made("chain"), stages=2)
+    check_factors(chain, settings_of(chain))
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "1,2")
+    with pytest.raises(SettingsError, match="--pipeline-parallel-size 2 would cut it before layer 1; it") as error:
+        check_factors(chain, settings_of(chain))
+    assert "cut before layer 2 (set VLLM_PP_LAYER_PARTITION" in str(error.value)
+    assert "--method xquant" in str(error.value)
+    for kind in ("head", "joint", "data-free"):
+        config = config_of(made(kind), stages=2)
+        check_factors(config, settings_of(config))
 
 
 def test_a_data_free_folder_has_no_bits_of_its_own(made):

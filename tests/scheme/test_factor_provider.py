@@ -1,8 +1,10 @@
 """The provider of bases: what it takes from where, and what it refuses."""
 
+import concurrent.futures
 import json
 import shlex
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from xquant_vllm.projection.factor_file import (
     write_json,
 )
 from xquant_vllm.projection.layer import factorize_layer
+from xquant_vllm.scheme import factor_cache
+from xquant_vllm.scheme.factor_cache import FactorCache
 from xquant_vllm.scheme.factor_conflicts import refuse_factors
 from xquant_vllm.scheme.factor_header import (
     Calibration,
@@ -322,6 +326,46 @@ def test_a_folder_that_cannot_be_written_costs_one_line(cache, warnings):
         assert_same(provider.layer_factors(weights_of(layer)), computed(weights_of(layer)))
     assert len(warnings) == 1
     assert '"factor_cache": false' in warnings[0]
+
+
+def test_ranks_that_compute_the_same_layer_at_once_keep_one_entry(cache, warnings):
+    """As two ranks with the same kv head do, and two engines side by side."""
+    barrier = threading.Barrier(4)
+
+    def rank(_):
+        provider = FactorProvider(parse_settings({}), None, None, None)
+        barrier.wait()
+        return [provider.layer_factors(weights_of(layer)) for layer in range(LAYERS)]
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(rank, range(4)))
+    for bases in answers:
+        for layer in range(LAYERS):
+            assert_same(bases[layer], computed(weights_of(layer)))
+    assert warnings == []
+    assert len(list(cache.iterdir())) == LAYERS  # and nothing unfinished
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_an_entry_is_not_replaced_under_a_rank_that_reads_it(cache, warnings, monkeypatch, links):
+    """A reader takes checksums first and numbers then; another rank's numbers differ in rounding."""
+    ours, other = FactorCache(cache), FactorCache(cache)
+    path = cache / "entry.safetensors"
+    shapes = {"x": (torch.float32, (3,))}
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    ours.store(path, {"x": torch.ones(3)})
+    read = factor_cache.read_tensors
+
+    def read_late(*arguments):
+        if links:
+            other.store(path, {"x": torch.full((3,), 1 + 1e-6)})
+        return read(*arguments)
+
+    monkeypatch.setattr(factor_cache, "read_tensors", read_late)
+    assert torch.equal(ours.load(path, shapes)["x"], torch.ones(3))
+    assert warnings == []
+    assert [entry.name for entry in cache.iterdir()] == [path.name]
 
 
 def test_the_cache_can_be_turned_off(cache):

@@ -9,8 +9,8 @@ from xquant_vllm.scheme.settings import parse_settings
 LONG = "- 0 01 012 0123 01234 012345 0123456"
 
 
-def formats(settings, layers=8, hidden_size=576, kv_heads=9, head_size=64):
-    shapes = [LayerShape(index, hidden_size, kv_heads, head_size) for index in range(layers)]
+def formats(settings, layers=8, hidden_size=576, kv_heads=9, head_size=64, first=0):
+    shapes = [LayerShape(index, hidden_size, kv_heads, head_size) for index in range(first, first + layers)]
     return layer_formats(parse_settings(settings), shapes)
 
 
@@ -64,6 +64,31 @@ def test_chains_run_from_anchor_to_anchor(settings, reads, bits):
     forms = formats({"method": "xquant-cl", **settings})
     assert " ".join("".join(map(str, form.reads)) or "-" for form in forms) == reads
     assert "".join("F" if form.streams[0].bits == 16 else str(form.streams[0].bits) for form in forms) == bits
+
+
+@pytest.mark.parametrize(
+    ("settings", "reads", "bits"),
+    [
+        # A chain begins anew on every rank of a pipeline: its first layer reads nothing, and has an anchor's bits.
+        ({"bits": 2}, "- 0 01 012 0123 01234 012345 0123456", "42222222"),
+        ({"bits": 2, "first_layers": 10, "first_layers_bits": 8}, "- - 1 12 123 1234 12345 123456", "88222222"),
+        # Anchors after it are where they are on one rank: before layers 9 and 13; before 9, 12 and 15.
+        ({"bits": 2, "cache": "latent", "anchor_interval": 4, "first_layers": 2}, "- - 1 12 123 - 5 56", "44222422"),
+        ({"bits": 2, "cache": "latent", "anchor_interval": 3}, "- - 1 12 - 4 45 -", "44224224"),
+        ({"bits": 2, "first_layers": 1, "skip_layers": [3, 10]}, "- 0 - 2 23 234 2345 23456", "42F22222"),
+    ],
+)
+def test_a_rank_that_begins_in_the_middle_of_the_model(settings, reads, bits):
+    """Layers 8 to 15 of a pipeline's second rank: settings count them from the model's first."""
+    forms = formats({"method": "xquant-cl", **settings}, first=8)
+    assert [form.shape.index for form in forms] == list(range(8, 16))
+    assert " ".join("".join(map(str, form.reads)) or "-" for form in forms) == reads
+    assert "".join("F" if form.streams[0].bits == 16 else str(form.streams[0].bits) for form in forms) == bits
+
+
+def test_first_and_skipped_layers_are_counted_from_the_models_first():
+    forms = formats({"bits": 2, "first_layers": 10, "skip_layers": [11], "cache": "latent"}, first=8)
+    assert [form.streams[0].bits for form in forms] == [4, 4, 2, 16, 2, 2, 2, 2]
 
 
 def test_layers_that_are_skipped_keep_fp16_latents():

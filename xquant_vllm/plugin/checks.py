@@ -9,6 +9,7 @@ from xquant_vllm.plugin.attention_kinds import REFUSED_LAYERS
 from xquant_vllm.plugin.connectors.allowed import connector_problems, prepare_connector
 from xquant_vllm.plugin.engine_factors import check_factors
 from xquant_vllm.plugin.engine_settings import settings_of
+from xquant_vllm.plugin.ranks import unsupported_ranks
 from xquant_vllm.plugin.registration import BACKEND_NAME
 from xquant_vllm.scheme.formats import LayerShape, layer_formats
 from xquant_vllm.scheme.settings import XQuantSettings
@@ -65,12 +66,6 @@ def check_config(vllm_config: Any) -> None:
 
 def _check_chain(vllm_config: Any) -> None:
     """A layer of a chain reads other layers' pages by its own block table: one table must serve them all."""
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise UnsupportedError(
-            "xquant: setting 'method': 'xquant-cl' cannot work with --pipeline-parallel-size "
-            f"{vllm_config.parallel_config.pipeline_parallel_size}: a layer would need pages of another rank; "
-            f"{_NO_CHAIN}"
-        )
     if not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         check_layer_kinds(getattr(vllm_config.model_config.hf_text_config, "layer_types", None) or ())
 
@@ -116,6 +111,7 @@ def unsupported_features(vllm_config: Any) -> Iterator[str]:
             f"no kernels for the platform {current_platform.device_type!r}, only for CUDA and CPUs; use another "
             "--attention-backend"
         )
+    yield from unsupported_ranks(vllm_config)
     yield from _unsupported_model(vllm_config.model_config)
     yield from _checkpoint_cache(vllm_config)
     if getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False):

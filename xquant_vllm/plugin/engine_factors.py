@@ -60,7 +60,7 @@ def check_factors(vllm_config: Any, settings: XQuantSettings) -> None:
     folder, header = factors_of(vllm_config)
     if folder is None or header is None:
         return
-    for problem, remedy in _problems(vllm_config, header):
+    for problem, remedy in _problems(vllm_config, header, settings):
         raise refuse_factors(folder / HEADER_FILE, problem, header, remedy)
     _check_files(folder, header, settings)
 
@@ -103,9 +103,10 @@ def check_folder(model: Any) -> None:
         _check_files(folder, header, over_factors(XQuantSettings(), folder, header))
 
 
-def _problems(vllm_config: Any, header: FactorHeader) -> Iterator[tuple[str, str]]:
+def _problems(vllm_config: Any, header: FactorHeader, settings: XQuantSettings) -> Iterator[tuple[str, str]]:
     model, source = vllm_config.model_config, header.source
     ranks = vllm_config.parallel_config.tensor_parallel_size
+    stages = vllm_config.parallel_config.pipeline_parallel_size
     if dtype_name(model.dtype) != header.dtype:
         name = dtype_name(model.dtype)
         yield f"is for --dtype {header.dtype}, but the model is served in {name}", f"--dtype {name}"
@@ -119,6 +120,15 @@ def _problems(vllm_config: Any, header: FactorHeader) -> Iterator[tuple[str, str
             f'has the basis "joint", whose latents do not shard, so it serves --tensor-parallel-size 1 and not {ranks}',
             "--basis head",
         )
+    if header.settings.chain is not None and stages > 1:
+        anchors = [layer for layer in range(1, source.layers) if settings.is_anchor(layer)]
+        cut = sorted({*_first_layers(source.layers, stages)} - {0, *anchors})
+        if cut:
+            yield (
+                f"has a chain, and --pipeline-parallel-size {stages} would cut it before {_listed(cut)}; it can be cut "
+                f"before {_listed(anchors)} (set VLLM_PP_LAYER_PARTITION, the number of layers of every rank)",
+                "--method xquant",
+            )
     shape = (model.get_total_num_hidden_layers(), model.get_total_num_kv_heads(), model.get_head_size())
     made_of = (source.layers, source.kv_heads, source.head_size)
     if shape != made_of:
@@ -127,3 +137,14 @@ def _problems(vllm_config: Any, header: FactorHeader) -> Iterator[tuple[str, str
             f"this one has {shape[0]} layers with {shape[1]} of {shape[2]}",
             "",
         )
+
+
+def _first_layers(layers: int, stages: int) -> list[int]:
+    """The first layer of every rank of a pipeline, as vLLM cuts the model."""
+    from vllm.distributed.utils import get_pp_indices
+
+    return [get_pp_indices(layers, stage, stages)[0] for stage in range(stages)]
+
+
+def _listed(numbers: list[int]) -> str:
+    return f"layer{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

@@ -5,7 +5,6 @@ selection on the CPU.
 from pkgutil import resolve_name
 from typing import Any
 
-from xquant_vllm import __version__
 from xquant_vllm.plugin.refusals import announced
 from xquant_vllm.plugin.registration import BACKENDS, selected_backends
 
@@ -33,9 +32,11 @@ def _wrap_config_check(platform: Any) -> None:
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
         original(vllm_config)
         for name in selected_backends(vllm_config.attention_config):
+            from xquant_vllm.plugin.ranks import write_facts
+
             with announced():
                 resolve_name(BACKENDS[name].check)(vllm_config)
-            _mark_compile_cache(vllm_config)
+                write_facts(vllm_config)
 
     platform.check_and_update_config = classmethod(check_and_update_config)
 
@@ -57,15 +58,6 @@ def _wrap_layer_construction(platform: Any) -> None:
         return original()
 
     platform.opaque_attention_op = classmethod(opaque_attention_op)
-
-
-def _mark_compile_cache(vllm_config: Any) -> None:
-    """Keep vLLM from reusing a graph that another version of this package has shaped.
-
-    The key of its compile cache covers ``additional_config``, but knows nothing of the modules replaced at load.
-    """
-    if isinstance(vllm_config.additional_config, dict):
-        vllm_config.additional_config = {**vllm_config.additional_config, "xquant_version": __version__}
 
 
 def _wrap_cpu_selection(platform: Any) -> None:

@@ -80,7 +80,11 @@ class FactorCache:
             return None
 
     def store(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write an entry under another name and rename it: ranks may do this at the same time."""
+        """Write an entry under another name and give it its own: ranks may do this at the same time.
+
+        The first one stays. Two that were computed apart differ in rounding, and who reads opens the file twice: for
+        the checksums, and for what they are of.
+        """
         shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         temporary = None
         assert self.folder is not None
@@ -93,12 +97,13 @@ class FactorCache:
             writer = TensorWriter(temporary, shapes, {"sha256": json.dumps(checksums)})
             writer.write(tensors)
             writer.close()
-            temporary.replace(path)
+            _name_once(temporary, path)
         except OSError as error:
+            self._complain(self.folder, error)
+        finally:
             if temporary is not None:
                 with contextlib.suppress(OSError):
                     temporary.unlink(missing_ok=True)
-            self._complain(self.folder, error)
 
     def _complain(self, folder: object, why: object) -> None:
         """Say once that nothing is kept."""
@@ -110,6 +115,16 @@ class FactorCache:
                 folder,
                 why,
             )
+
+
+def _name_once(temporary: Path, path: Path) -> None:
+    """Give a file its name, unless another has it."""
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        return
+    except OSError:  # a file system without hard links
+        temporary.replace(path)
 
 
 def _read_checksums(path: Path) -> dict[str, str]:

@@ -83,7 +83,11 @@ def layer_formats(
     """
     formats: list[LayerFormat] = []
     for position, shape in enumerate(shapes):
-        form = _uniform(settings, shape) if allocations is None else _allocated(shape, allocations[shape.index])
+        if allocations is not None:
+            form = _allocated(shape, allocations[shape.index])
+        else:
+            # A layer cannot read what another rank of a pipeline has stored, so every rank's first is an anchor.
+            form = _uniform(settings, shape, first_here=position == 0)
         filled = settings.for_chain("x" if form.holds == "x" else "latent")
         before = formats[-1] if formats else None
         reads: tuple[int, ...] = ()
@@ -119,10 +123,10 @@ def _allocated(shape: LayerShape, allocation: LayerAllocation) -> LayerFormat:
     return LayerFormat(shape, "latents", tuple(AllocatedFormat(shape.head_size, runs) for runs in allocation))
 
 
-def _uniform(settings: XQuantSettings, shape: LayerShape) -> LayerFormat:
+def _uniform(settings: XQuantSettings, shape: LayerShape, *, first_here: bool) -> LayerFormat:
     """Without calibration, and pages of X: the same bits in all channels."""
     holds = _holds(settings, shape)
-    bits = settings.for_chain("x" if holds == "x" else "latent").bits_of_layer(shape.index)
+    bits = settings.for_chain("x" if holds == "x" else "latent").bits_of_layer(shape.index, first_here=first_here)
     if holds != "latents" and bits.key != bits.value:
         which = "'method': 'xquant-cl'" if settings.method == "xquant-cl" else "'cache': 'x'"
         raise SettingsError(

@@ -219,13 +219,18 @@ class XQuantSettings(BaseModel):
             return True
         return bool(self.anchor_interval) and (layer_index - base) % (self.anchor_interval or 1) == 0
 
-    def bits_of_layer(self, layer_index: int) -> PerStream:
-        """Bits of a layer, counted from the model's first."""
+    def bits_of_layer(self, layer_index: int, *, first_here: bool = False) -> PerStream:
+        """Bits of a layer.
+
+        Args:
+            layer_index: the layer, counted from the model's first.
+            first_here: whether it is the first on its rank: a chain begins there, whatever the layer's number.
+        """
         if layer_index in self.skip_layers:
             return PerStream(key=UNQUANTIZED_BITS, value=UNQUANTIZED_BITS)
         if layer_index < (self.first_layers or 0):
             return self.bits_of_first_layers
-        if self.method == "xquant-cl" and self.is_anchor(layer_index):
+        if self.method == "xquant-cl" and (first_here or self.is_anchor(layer_index)):
             return self.anchor_bits or self.bits_of_first_layers
         return self.bits
 

@@ -59,13 +59,14 @@ def _report(impls: list[Any]) -> None:
     taken = sum(impl.plan.quantized.bytes_per_token for impl in impls)
     logger.info(
         "kivi: keys %s RoPE per channel in groups of %d tokens, values per token in groups of %d channels, at %d bits; "
-        "%d layers take %d bytes per token instead of %d (%.2fx), in blocks of %d",
+        "%d layers take %d bytes per token%s instead of %d (%.2fx), in blocks of %d",
         "before" if settings.pre_rope else "after",
         quantized.key_group_size,
         quantized.value_group_size,
         quantized.bits,
         len(impls),
         taken,
+        "" if impls[0].vllm_config.parallel_config.world_size == 1 else " on this rank",
         plain,
         plain / taken,
         quantized.block_size,

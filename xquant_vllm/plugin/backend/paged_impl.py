@@ -9,6 +9,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from xquant_vllm.plugin.backend.frame_room import give_forward_room
 from xquant_vllm.plugin.backend.metadata import PagedMetadata
 from xquant_vllm.plugin.checks import unsupported_model
+from xquant_vllm.plugin.ranks import check_rank
 
 
 class PagedImpl(AttentionImpl[PagedMetadata]):
@@ -34,8 +35,10 @@ class PagedImpl(AttentionImpl[PagedMetadata]):
 
         Raises:
             UnsupportedError: the model by name, and what of it is not supported.
+            SettingsError: this rank is not set up like its engine.
         """
         self.vllm_config = get_current_vllm_config()
+        check_rank(self.vllm_config)
         who = self.vllm_config.model_config.architecture
         if alibi_slopes is not None:
             raise unsupported_model(f"{who} uses ALiBi, which is not supported", self.backend_name)

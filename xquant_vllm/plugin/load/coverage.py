@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from torch import nn
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
+from vllm.model_executor.models.utils import PPMissingLayer, extract_layer_index
 
 from xquant_vllm.plugin.registration import BACKEND_NAME
 
@@ -14,7 +14,8 @@ def describe_coverage(model: nn.Module) -> str:
     """Name the layers of a model that are compressed, and those that keep keys and values, and by which backend.
 
     Args:
-        model: the model; ``attention_config.backend_per_kind`` may give its kinds of layers to several backends.
+        model: the model, or the part of it on this rank of a pipeline. ``attention_config.backend_per_kind`` may give
+            its kinds of layers to several backends.
     """
     layers: dict[str, list[int]] = defaultdict(list)
     for module in model.modules():
@@ -22,7 +23,10 @@ def describe_coverage(model: nn.Module) -> str:
             layers[module.attn_backend.get_name()].append(extract_layer_index(module.layer_name))
     text = f"layers {ranges(layers.pop(BACKEND_NAME, []))} are compressed"
     kept = [f"layers {ranges(numbers)} keep keys and values ({name})" for name, numbers in sorted(layers.items())]
-    return "; ".join([text, *kept]) if kept else f"{text}, which is all"
+    if kept:
+        return "; ".join([text, *kept])
+    part = any(isinstance(module, PPMissingLayer) for module in model.modules())
+    return f"{text}, which is all{' of this rank' if part else ''}"
 
 
 def ranges(numbers: Iterable[int]) -> str:

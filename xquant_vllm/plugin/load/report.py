@@ -30,7 +30,8 @@ def report(impls: Sequence[Any], quantized: Sequence[str], factors: str) -> None
     settings = impls[0].settings
     formats = [impl.scheme.format for impl in impls]
     config = impls[0].vllm_config
-    for line in _lines(settings, formats, factors):
+    parallel = config.parallel_config
+    for line in _lines(settings, formats, factors, alone=parallel.world_size == 1):
         logger.info("xquant: %s", line)
     if settings.fold_values:
         folded = sum(impl.scheme.projection.up_value is None for impl in impls)
@@ -39,7 +40,8 @@ def report(impls: Sequence[Any], quantized: Sequence[str], factors: str) -> None
             folded,
             len(impls),
         )
-    for line in (*_kept_apart(formats), *_tensor_parallel(formats, config.parallel_config.tensor_parallel_size)):
+    ranks, total_kv_heads = parallel.tensor_parallel_size, config.model_config.get_total_num_kv_heads()
+    for line in (*_kept_apart(formats), *tensor_parallel(formats, ranks, total_kv_heads)):
         logger.info("xquant: %s", line)
     if quantized:
         logger.info(
@@ -53,7 +55,7 @@ def report(impls: Sequence[Any], quantized: Sequence[str], factors: str) -> None
     logger.log(logging.INFO if fast else logging.WARNING, "xquant: %s", dispatch.describe(device))
 
 
-def _lines(settings: XQuantSettings, formats: Sequence[LayerFormat], factors: str) -> Iterator[str]:
+def _lines(settings: XQuantSettings, formats: Sequence[LayerFormat], factors: str, *, alone: bool) -> Iterator[str]:
     taken = sum(form.bytes_per_token for form in formats)
     plain = sum(form.plain_bytes_per_token for form in formats)
     kinds = " and ".join(_quoted(kind) for kind in dict.fromkeys(_cache_setting(form) for form in formats))
@@ -61,7 +63,8 @@ def _lines(settings: XQuantSettings, formats: Sequence[LayerFormat], factors: st
     groups = "groups of " + ", ".join(map(str, sorted(sizes))) if sizes else "shared out among channels"
     yield (
         f"cache {kinds} at {settings.bits} bits, method {_quoted(settings.method)}, {groups}; {len(formats)} "
-        f"layers take {taken} bytes per token, 16-bit keys and values take {plain} ({plain / taken:.2f}x); {factors}"
+        f"layers take {taken} bytes per token{'' if alone else ' on this rank'}, 16-bit keys and values take {plain} "
+        f"({plain / taken:.2f}x); {factors}"
     )
     for (holds, bits, size, deltas), count in Counter(map(_kind, formats)).items():
         yield (
@@ -99,20 +102,31 @@ def _kept_apart(formats: Sequence[LayerFormat]) -> Iterator[str]:
         yield text + (", which the layer input, although it has fewer channels, could not be" if narrow else "")
 
 
-def _tensor_parallel(formats: Sequence[LayerFormat], ranks: int) -> Iterator[str]:
-    """What cutting the kv heads over ranks does to pages of X, which every rank keeps whole."""
+def tensor_parallel(formats: Sequence[LayerFormat], ranks: int, total_kv_heads: int) -> Iterator[str]:
+    """What cutting the kv heads over ranks does to pages, in lines for the log.
+
+    Args:
+        formats: of this rank's layers.
+        ranks: of tensor parallelism.
+        total_kv_heads: kv heads of the model, in parts or, if they are fewer than ranks, several times on the ranks.
+    """
     if ranks == 1:
         return
-    form = formats[-1]
+    form, parts = formats[-1], min(ranks, total_kv_heads)
     shape = form.shape
     latents = 2 * shape.num_kv_heads * shape.head_size
+    if parts < ranks:
+        yield (
+            f"with --tensor-parallel-size {ranks} each of the model's kv heads ({total_kv_heads}) is on "
+            f"{ranks // parts} ranks, which all keep what is cached of it, as they do with a 16-bit cache"
+        )
     if form.holds == "x":
+        smaller = f": the saving over 16 bit is {parts} times smaller than on one rank" if parts > 1 else ""
         yield (
             f"with --tensor-parallel-size {ranks} every rank keeps the whole layer input, {shape.hidden_size} channels "
-            f"instead of the {latents} of its own keys and values: the saving over 16 bit is {ranks} times smaller "
-            "than on one rank"
+            f"instead of the {latents} of its own keys and values{smaller}"
         )
-    elif shape.hidden_size < latents * ranks and not shape.keys_normed_together:
+    elif parts > 1 and shape.hidden_size < latents * parts and not shape.keys_normed_together:
         yield (
             f"with --tensor-parallel-size {ranks} a rank has latents of {latents} channels; the layer input has "
             f"{shape.hidden_size}, which every rank would keep whole, so latents are cached; on one rank the layer "

@@ -15,6 +15,7 @@ from vllm.model_executor.model_loader import base_loader
 
 from xquant_vllm.plugin.attention_kinds import layer_problem, wrapper_problem
 from xquant_vllm.plugin.checks import unsupported_model
+from xquant_vllm.plugin.ranks import check_neighbours
 from xquant_vllm.plugin.refusals import announced
 from xquant_vllm.plugin.registration import BACKENDS
 
@@ -33,6 +34,7 @@ def wrap_weight_processing(marker: str, process: Callable[[Callable[[], None], A
     @functools.wraps(original)  # which keeps the markers of others
     @announced()
     def process_weights_after_loading(model: Any, model_config: Any, target_device: torch.device) -> None:
+        check_neighbours(get_current_vllm_config())
         process(lambda: original(model, model_config, target_device), model)
 
     setattr(process_weights_after_loading, marker, True)

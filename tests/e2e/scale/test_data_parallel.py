@@ -1,0 +1,110 @@
+"""Two engines of data parallelism: behind one server, and as processes that load a model of experts together."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from vllm_process import Progress, VllmServer, free_port
+
+from tests.e2e import engine
+from tests.e2e.scale.conftest import GREEDY, tokens
+from tests.e2e.test_families import ENGINE
+
+pytestmark = [pytest.mark.e2e, pytest.mark.nightly]
+
+# With a pool of hot blocks, by default.
+X = {"bits": 8, "cache": "x"}
+
+
+def options(arguments):
+    """Arguments of an engine as ``vllm serve`` has them."""
+    for name, value in arguments.items():
+        option = f"--{name.replace('_', '-')}"
+        yield from (option,) if value is True else (option, str(value))
+
+
+def complete(url, prompt, rank=None):
+    """A greedy continuation, by the engine of a rank or by one that the server chooses."""
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": GREEDY["max_tokens"], "temperature": 0}
+    body |= {"ignore_eos": True, "return_token_ids": True}
+    headers = {"Content-Type": "application/json"} | ({} if rank is None else {"X-data-parallel-rank": str(rank)})
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())["choices"][0]["token_ids"]
+
+
+def test_two_engines_behind_one_server(ranks, tmp_path):
+    """Dense models: engines know nothing of each other. They factorize the same layers at once, into one cache."""
+    one = ranks.one("mha", xquant=X)
+    arguments = {
+        **ENGINE,
+        "enforce_eager": True,
+        "served_model_name": "tiny",
+        "attention_backend": "xquant",
+        "additional_config": json.dumps({"xquant": X}),
+        "data_parallel_size": 2,
+        "api_server_count": 1,
+    }
+    environment = {**ranks.cores, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [str(ranks.model("mha")), *options(arguments)]
+    with VllmServer(command, tmp_path / "log", free_port(), environment) as server:
+        server.wait(server.is_healthy, "it answered", 180, Progress("server"))
+        for rank in (0, 1):
+            assert [complete(server.url, prompt, rank) for prompt in GREEDY["prompts"]] == tokens(one)
+        with ThreadPoolExecutor(6) as pool:
+            answers = list(pool.map(lambda prompt: complete(server.url, prompt), GREEDY["prompts"] * 4))
+        assert answers == tokens(one) * 4
+        with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as answer:
+            served = re.findall(r'vllm:request_success_total\{engine="(\d)".*length.*\} (\d+)', answer.read().decode())
+        log = server.log_text()
+    assert sum(int(float(count)) for _, count in served) == 18
+    # Both engines have all of the memory that was named, and say so.
+    assert re.findall(r"KV cache size: ([\d,]+) tokens", log) == [f"{one.capacity:,}"] * 2
+    assert log.count("keep the keys and values of up to") == 2
+    assert "are computed anew" not in log
+
+
+def test_two_processes_that_share_the_experts_out(ranks, tmp_path):
+    """Offline, with variables for the ranks, which vLLM has for such models alone."""
+    one = ranks.one("gpt-oss", xquant={"bits": 8, "cache": "latent"})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = {**engine.DEFAULTS, **ENGINE, "model": str(ranks.model("gpt-oss")), "attention_backend": "xquant"}
+    arguments["additional_config"] = {"xquant": {"bits": 8, "cache": "latent"}}
+    processes = []
+    for rank in (0, 1):
+        request = {"engine": arguments, "tasks": [GREEDY]}
+        (tmp_path / f"{rank}.json").write_text(json.dumps(request))
+        environment = {
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "XDG_CACHE_HOME": str(tmp_path / "cache"),
+            "VLLM_DP_RANK": str(rank),
+            "VLLM_DP_RANK_LOCAL": str(rank),
+            "VLLM_DP_SIZE": "2",
+            "VLLM_DP_MASTER_IP": "127.0.0.1",
+            "VLLM_DP_MASTER_PORT": str(port),
+        }
+        script = [sys.executable, str(engine._SCRIPT), str(tmp_path / f"{rank}.json"), str(tmp_path / f"{rank}.result")]
+        log = (tmp_path / f"{rank}.log").open("w")
+        processes.append(subprocess.Popen(script, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        for rank, process in enumerate(processes):
+            assert process.wait(200) == 0, (tmp_path / f"{rank}.log").read_text()[-4000:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    for rank in (0, 1):
+        answer = json.loads((tmp_path / f"{rank}.result").read_text())
+        assert answer["tasks"][0]["tokens"] == tokens(one)
+        assert answer["cache_tokens"] == one.cache_tokens
