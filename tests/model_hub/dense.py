@@ -116,7 +116,7 @@ DENSE = (
         quick=True,
     ),
     HubFamily(
-        "Command R",
+        "Command-R",
         ("CohereLabs/c4ai-command-r-v01", "CohereLabs/c4ai-command-r-08-2024", "CohereLabs/aya-expanse-8b",
          "CohereLabs/aya-23-8B"),
         "CohereForCausalLM",
@@ -125,7 +125,7 @@ DENSE = (
         quick=True,
     ),
     HubFamily(
-        "Command R+",
+        "Command-R+",
         ("CohereLabs/c4ai-command-r-plus", "CohereLabs/c4ai-command-r-plus-08-2024"),
         "CohereForCausalLM",
         "CohereConfig",

@@ -12,6 +12,8 @@ import transformers
 from tests.tiny_models import COMMON, save_random_weights
 
 Shape = dict[str, Any]
+FOLLOWS = object()
+"""In a shape: not said, since it follows from the rest."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class HubFamily:
 def save(family: HubFamily, folder: Path) -> torch.nn.Module | None:
     """Write the checkpoint of a family; returns transformers' model of it, if that has the same weights."""
     shape = family.shape if "text_config" in family.shape else {**COMMON, **family.shape}
-    config = getattr(transformers, family.config)(**shape)
+    # Some settings follow from others, and must not be said twice.
+    config = getattr(transformers, family.config)(**{name: of for name, of in shape.items() if of is not FOLLOWS})
     model = None
     if family.has_weights:
         torch.manual_seed(0)

@@ -7,9 +7,9 @@ from tests.tiny_models import FAMILIES as TINY
 _TEXT_ONLY: Shape = {"language_model_only": True}
 _SIGLIP: Shape = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64,
                   "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
-_PIXTRAL: Shape = {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-                   "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
-_CLIP: Shape = {**_SIGLIP, "model_type": "clip_vision_model", "projection_dim": 32}
+_PIXTRAL: Shape = {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                   "num_attention_heads": 2, "image_size": 56, "patch_size": 14, "head_dim": 16}  # fmt: skip
+_CLIP: Shape = {**_SIGLIP, "model_type": "clip_vision_model", "projection_dim": 32, "num_hidden_layers": 2}
 _QWEN: Shape = {"depth": 1, "hidden_size": 128, "num_heads": 2, "patch_size": 14}
 
 
@@ -33,16 +33,15 @@ IMAGES = (
                "vision_config": {**_SIGLIP, "projection_dim": 128},
                "image_token_index": 300, "projection_dim": 128, "hidden_size": 128},
               engine=_TEXT_ONLY),
-    HubFamily("Mistral Small 3.1", ("mistralai/Mistral-Small-3.1-24B-Instruct-2503",
+    HubFamily("Mistral 3", ("mistralai/Mistral-Small-3.1-24B-Instruct-2503",
                                     "mistralai/Mistral-Small-3.2-24B-Instruct-2506"),
               "Mistral3ForConditionalGeneration", "Mistral3Config",
               {"text_config": _text("mistral", head_dim=32, sliding_window=None), "vision_config": _PIXTRAL,
-               "image_token_index": 300},
+               "image_token_index": 300, "tie_word_embeddings": False},
               engine=_TEXT_ONLY),
-    HubFamily("LLaVA 1.5", ("llava-hf/llava-1.5-7b-hf", "mistral-community/pixtral-12b"),
+    HubFamily("LLaVA", ("llava-hf/llava-1.5-7b-hf", "mistral-community/pixtral-12b"),
               "LlavaForConditionalGeneration", "LlavaConfig",
-              {"text_config": _text("llama"), "vision_config": {**_CLIP, "num_hidden_layers": 3},
-               "image_token_index": 300},
+              {"text_config": _text("llama"), "vision_config": _CLIP, "image_token_index": 300},
               engine=_TEXT_ONLY),
     HubFamily("Qwen2-VL", ("Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen2-VL-2B-Instruct"),
               "Qwen2VLForConditionalGeneration", "Qwen2VLConfig",

@@ -3,13 +3,19 @@
 What is refused by its configuration, before weights are read, has none here.
 """
 
-from tests.model_hub.family import HubFamily, Shape
+from tests.model_hub.family import FOLLOWS, HubFamily, Shape
 from tests.tiny_models import FAMILIES as TINY
 
 _MLA: Shape = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
                "v_head_dim": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
                "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
                "num_key_value_heads": 4}  # fmt: skip
+
+# Of models that keep states, too: these take blocks of many tokens.
+_LONG: Shape = {"max_model_len": 1024}
+_MAMBA2: Shape = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 32,
+                  "mamba_chunk_size": 64}  # fmt: skip
+_FOUR = ["linear_attention", "full_attention"] * 2
 
 
 def _config_only(name: str, models: tuple[str, ...], architecture: str, config: str, **shape: object) -> HubFamily:
@@ -37,20 +43,35 @@ OTHER_CACHES = (
                  num_heads=8, head_dim=32, n_groups=1, state_size=16),
     _config_only("Falcon Mamba", ("tiiuae/falcon-mamba-7b-instruct",), "FalconMambaForCausalLM",
                  "FalconMambaConfig"),
-    _config_only("Jamba", ("ai21labs/AI21-Jamba-Mini-1.7", "ai21labs/Jamba-v0.1"), "JambaForCausalLM", "JambaConfig",
-                 num_experts=4, attn_layer_period=3, attn_layer_offset=1),
-    _config_only("Falcon-H1", ("tiiuae/Falcon-H1-7B-Instruct",), "FalconH1ForCausalLM", "FalconH1Config",
-                 mamba_d_ssm=64, mamba_n_heads=4, mamba_d_state=16),
-    _config_only("Granite 4", ("ibm-granite/granite-4.0-h-small", "ibm-granite/granite-4.0-h-tiny"),
-                 "GraniteMoeHybridForCausalLM", "GraniteMoeHybridConfig",
-                 layer_types=["mamba", "attention", "mamba"], mamba_n_heads=8, mamba_d_state=16,
-                 shared_intermediate_size=64),
-    _config_only("LFM2", ("LiquidAI/LFM2-1.2B",), "Lfm2ForCausalLM", "Lfm2Config",
-                 layer_types=["conv", "full_attention", "conv"]),
-    _config_only("Nemotron-H", ("nvidia/Nemotron-H-8B-Base-8K", "nvidia/NVIDIA-Nemotron-Nano-9B-v2"),
-                 "NemotronHForCausalLM", "NemotronHConfig", layers_block_type=["mamba", "attention", "mlp"]),
-    _config_only("Qwen3-Next", ("Qwen/Qwen3-Next-80B-A3B-Instruct",), "Qwen3NextForCausalLM", "Qwen3NextConfig",
-                 layer_types=["linear_attention", "full_attention", "linear_attention"]),
+    HubFamily("Jamba", ("ai21labs/AI21-Jamba-Mini-1.7", "ai21labs/Jamba-v0.1"), "JambaForCausalLM", "JambaConfig",
+              {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1,
+               "mamba_d_state": 16},
+              engine=_LONG),
+    HubFamily("Falcon-H1", ("tiiuae/Falcon-H1-7B-Instruct", "tiiuae/Falcon-H1-1.5B-Deep-Instruct"),
+              "FalconH1ForCausalLM", "FalconH1Config",
+              {**_MAMBA2, "mamba_d_ssm": 256, "key_multiplier": 0.7, "head_dim": 32},
+              engine=_LONG),
+    HubFamily("Granite 4", ("ibm-granite/granite-4.0-h-small", "ibm-granite/granite-4.0-h-tiny"),
+              "GraniteMoeHybridForCausalLM", "GraniteMoeHybridConfig",
+              {**_MAMBA2, "num_hidden_layers": 4, "layer_types": _FOUR, "num_local_experts": 0,
+               "shared_intermediate_size": 192, "attention_multiplier": 32**-0.5, "position_embedding_type": None},
+              engine=_LONG),
+    HubFamily("LFM2", ("LiquidAI/LFM2-1.2B", "LiquidAI/LFM2-2.6B"), "Lfm2ForCausalLM", "Lfm2Config",
+              {"num_hidden_layers": 5, "full_attn_idxs": [2, 4], "conv_L_cache": 3, "block_auto_adjust_ff_dim": False},
+              engine=_LONG),
+    HubFamily("Nemotron-H", ("nvidia/Nemotron-H-8B-Base-8K", "nvidia/NVIDIA-Nemotron-Nano-9B-v2"),
+              "NemotronHForCausalLM", "NemotronHConfig",
+              {"num_hidden_layers": FOLLOWS, "head_dim": 32, "mamba_num_heads": 8, "mamba_head_dim": 32,
+               "ssm_state_size": 32, "n_groups": 1, "chunk_size": 64,
+               "layers_block_type": ["linear_attention", "full_attention", "mlp", "linear_attention",
+                                     "full_attention"]},
+              engine=_LONG),
+    HubFamily("Qwen3-Next", ("Qwen/Qwen3-Next-80B-A3B-Instruct", "Qwen/Qwen3-Coder-Next"), "Qwen3NextForCausalLM",
+              "Qwen3NextConfig",
+              {"num_hidden_layers": 4, "layer_types": _FOUR, "head_dim": 64, "linear_key_head_dim": 64,
+               "linear_value_head_dim": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_experts": 0,
+               "mlp_only_layers": [0, 1, 2, 3]},
+              engine=_LONG),
     _config_only("Zamba2", ("Zyphra/Zamba2-2.7B-instruct",), "Zamba2ForCausalLM", "Zamba2Config",
                  layers_block_type=["mamba", "hybrid", "mamba"]),
     HubFamily("Llama 4", ("meta-llama/Llama-4-Scout-17B-16E-Instruct", "meta-llama/Llama-4-Maverick-17B-128E-Instruct"),
