@@ -2,8 +2,8 @@
 
 Usage: python tools/hub_table.py [--write] [--found FOLDER]
 
-``tests/model_hub/results.json`` says what became of each; `make families-all` writes it. With ``--found``, what a run of
-tests/e2e/families/test_support_matrix.py has left in that folder is taken into it, and what has changed is printed.
+``tests/model_hub/results.json`` says what became of each; `make families-all` writes it. With ``--found``, what a run
+of tests/e2e/families/test_support_matrix.py has left in that folder is taken into it, and what has changed is printed.
 """
 
 import argparse
@@ -33,8 +33,9 @@ def render(results: dict[str, Any]) -> str:
     families: Families = results["families"]
     count = {kind: sum(of["outcome"] == kind for of in families.values()) for kind in (SERVED, BROKEN, REFUSED)}
     lines = [
-        f"Of {len(families)} families {count[SERVED]} are served, {count[REFUSED]} are refused, and {count[BROKEN]} do not run "
-        f"in vLLM {results['vllm']} (transformers {results['transformers']}) itself, with its own 16-bit cache on a CPU.",
+        f"Of {len(families)} families {count[SERVED]} are served, {count[REFUSED]} are refused, and {count[BROKEN]} do not "
+        f"run in vLLM {results['vllm']} (transformers {results['transformers']}) itself, with its own 16-bit cache on a "
+        "CPU.",
         "",
         "| family | for example | class | |",
         "|---|---|---|---|",
@@ -112,7 +113,9 @@ def main() -> int:
         DOCUMENT_PATH.write_text(made)
         print(f"docs/families.md: the matrix is written from {len(results['families'])} families")
     elif made != document:
-        print("docs/families.md: not what tests/model_hub/results.json says; run `make families-write`", file=sys.stderr)
+        print(
+            "docs/families.md: not what tests/model_hub/results.json says; run `make families-write`", file=sys.stderr
+        )
         return 1
     return 0
 

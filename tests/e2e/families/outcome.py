@@ -1,4 +1,4 @@
-"""What becomes of a family of models: served as the 16-bit cache serves it, refused by name, or broken in vLLM itself."""
+"""What becomes of a family of models: served as with the 16-bit cache, refused by name, or broken in vLLM itself."""
 
 import re
 import statistics
