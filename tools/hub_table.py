@@ -33,9 +33,9 @@ def render(results: dict[str, Any]) -> str:
     families: Families = results["families"]
     count = {kind: sum(of["outcome"] == kind for of in families.values()) for kind in (SERVED, BROKEN, REFUSED)}
     lines = [
-        f"Of {len(families)} families {count[SERVED]} are served, {count[REFUSED]} are refused, and {count[BROKEN]} do not "
-        f"run in vLLM {results['vllm']} (transformers {results['transformers']}) itself, with its own 16-bit cache on a "
-        "CPU.",
+        f"Of {len(families)} families {count[SERVED]} are served, {count[REFUSED]} are refused, and {count[BROKEN]} do "
+        f"not run in vLLM {results['vllm']} (transformers {results['transformers']}) itself, with its own 16-bit cache "
+        "on a CPU.",
         "",
         "| family | for example | class | |",
         "|---|---|---|---|",

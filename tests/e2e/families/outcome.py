@@ -108,6 +108,9 @@ def _refusal(log: str, folder: Path) -> str:
 
 def _last_words(log: str, folder: Path) -> str:
     """The last error in a log, without the places that only this machine has."""
-    errors = re.findall(r"^(?:[\w.]+(?:Error|Exception)|AssertionError)\b.*$", log, re.M)
+    errors = re.findall(r"^[\w.]+(?:Error|Exception)\b.*$", log, re.M)
     last = errors[-1] if errors else log.strip().splitlines()[-1]
+    # pydantic's have a first line without content.
+    if "ValidationError" in last and (own := re.findall(r"^  (?:Value error, )?(.*?) \[type=.*$", log, re.M)):
+        last = own[-1]
     return re.sub(r"\S*/\S+", "...", last.replace(str(folder), "the checkpoint"))[:200]
