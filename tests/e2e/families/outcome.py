@@ -28,8 +28,9 @@ EIGHT = {"bits": 8, "cache": "latent"}
 _TASKS = [{"kind": "prompt_logprobs", "prompts": [PROMPT]}]
 # Of log-probabilities that are not all alike.
 _SPREAD = 0.3
-# Mean absolute difference of log-probabilities: of 8 bits from 16, and of two programs that compute the same in FP32.
-BOUND, SAME = 0.03, 0.01
+# Mean absolute difference of log-probabilities: of 8 bits from 16, and of programs that compute the same. Some models
+# change more at 8 bits; that it is by rounding alone shows without quantization.
+BOUND, LOOSE, SAME = 0.03, 0.1, 0.01
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,13 @@ def outcome_of(engines: Engines, family: HubFamily, folder: Path) -> Outcome:
     expected = _logprobs(engines, folder, family, "CPU_ATTN")
     assert statistics.pstdev(expected) > _SPREAD, "the model says the same of every token: it tells nothing"
     change = _difference(ours, expected)
-    assert change <= BOUND, f"served, but log-probabilities are {change:.3f} from those of the 16-bit cache"
+    assert change <= LOOSE, f"served, but log-probabilities are {change:.3f} from those of the 16-bit cache"
+    if change > BOUND:
+        unquantized = _logprobs(engines, folder, family, "xquant", xquant={**EIGHT, "bits": 16})
+        apart = _difference(unquantized, expected)
+        assert apart <= SAME, (
+            f"served, but without quantization log-probabilities are {apart:.3f} from the 16-bit cache's"
+        )
     if model is not None and (apart := _difference(expected, _by_transformers(model))) > SAME:
         return Outcome(BROKEN, f"its log-probabilities are {apart:.2f} from those of transformers")
     return Outcome(SERVED, change=round(change, 4))

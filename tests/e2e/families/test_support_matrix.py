@@ -21,7 +21,7 @@ FOUND = os.environ.get("XQUANT_FAMILIES_FOUND")
 
 def as_parameter(family):
     marks = () if family.quick else pytest.mark.nightly
-    return pytest.param(family, id=re.sub(r"\W+", "-", family.name), marks=marks)
+    return pytest.param(family, id=re.sub(r"\W+", "-", family.name.replace("+", " plus")).strip("-"), marks=marks)
 
 
 @pytest.mark.parametrize("family", map(as_parameter, FAMILIES))
