@@ -15,7 +15,7 @@ DEMO_ARGS ?=
 ACCURACY_ARGS ?=
 # More options for benchmarks/bench_cpu.py, e.g. make bench-cpu BENCH_ARGS="--only hot" (20 minutes)
 BENCH_ARGS ?=
-# Of `make soak`, for each cache, and more options for benchmarks/soak
+# Of `make soak`, shared by the caches, and more options for benchmarks/soak
 REQUESTS ?= 200
 SOAK_ARGS ?=
 # More options for pytest, e.g. make test TEST_ARGS="-m 'not e2e'"
@@ -32,7 +32,7 @@ DOCKERFILES := docker/Dockerfile docker/Dockerfile.cpu
 LINTED := xquant_vllm tests tools examples benchmarks docker setup.py
 
 .PHONY: help venv kernels cuda-check model demo serve test test-models test-gpu test-docs test-scale accuracy pictures bench-cpu \
-	families families-write soak sanitize dist lint clean
+	families families-write families-all soak sanitize dist lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,12 +91,19 @@ bench-cpu: venv ## measure decode, hot blocks, serving under memory pressure, an
 
 families: venv ## check that docs/families.md says what the last run of all tests covered
 	$(VENV)/bin/python tools/family_table.py
+	$(VENV)/bin/python tools/hub_table.py
 
-families-write: venv ## write the table of docs/families.md from the last run of all tests
+families-write: venv ## write the tables of docs/families.md from the last run of all tests, and of all families
 	$(VENV)/bin/python tools/family_table.py --write
+	$(VENV)/bin/python tools/hub_table.py --write
 
-# For every cache, so 10000 take hours.
-soak: venv ## serve REQUESTS (default 200) mixed requests with every cache, with faults; the last line is JSON
+families-all: venv ## try every family of the model hub in vLLM, and write what became of it into docs/families.md
+	rm -rf build/families-found
+	OMP_NUM_THREADS=1 XQUANT_FAMILIES_FOUND=build/families-found $(VENV)/bin/python -m pytest -m e2e -n 2 \
+		tests/e2e/families/test_support_matrix.py $(TEST_ARGS)
+	$(VENV)/bin/python tools/hub_table.py --found build/families-found --write
+
+soak: venv ## serve REQUESTS (default 200) mixed requests, with faults, by every cache in turn; the last line is JSON
 	$(VENV)/bin/python tools/prepare_model.py --model smollm2
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.soak --requests $(REQUESTS) $(SOAK_ARGS)
 

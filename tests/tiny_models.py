@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 192,
     "num_hidden_layers": 3,
@@ -192,16 +192,29 @@ def save_tiny_model(folder: Path, family: str, **changes: Any) -> Path:
     """
     config_class, settings = FAMILIES[family]
     torch.manual_seed(0)
-    config = config_class(**{**_COMMON, **settings, **changes})
-    model = transformers.AutoModelForCausalLM.from_config(config).to(torch.float32)
+    config = config_class(**{**COMMON, **settings, **changes})
+    return save_random_weights(folder, transformers.AutoModelForCausalLM.from_config(config))
+
+
+def save_random_weights(folder: Path, model: transformers.PreTrainedModel) -> Path:
+    """Write a model with random weights, in FP32.
+
+    Args:
+        folder: where to write.
+        model: made from a configuration; what it begins with as zeros and ones is changed.
+
+    Returns:
+        ``folder``.
+    """
+    model = model.to(torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Fresh biases are zero and fresh norms one, which would hide that they are forgotten.
             if name.endswith("bias"):
                 parameter.normal_(std=0.5)
-            elif "gemma" in config.model_type and name.endswith("norm.weight"):
+            elif "gemma" in model.config.model_type and name.endswith("norm.weight"):
                 parameter.uniform_(-0.5, 0.5)  # added to one
-            elif name.endswith(("q_norm.weight", "k_norm.weight", "query_layernorm.weight", "key_layernorm.weight")):
+            elif re.search(r"\b(q|k|query|key)_(layer)?norm\.weight$", name):
                 parameter.uniform_(0.5, 1.5)
             elif name.endswith("sinks"):
                 parameter.uniform_(4.0, 9.0)  # as large as the largest scores
@@ -272,7 +285,7 @@ def save_paligemma(folder: Path) -> Path:
     Returns:
         ``folder``.
     """
-    text = {**_COMMON, "model_type": "gemma", "head_dim": 32, "num_image_tokens": 4}
+    text = {**COMMON, "model_type": "gemma", "head_dim": 32, "num_image_tokens": 4}
     vision = {
         "hidden_size": 32,
         "intermediate_size": 64,

@@ -24,6 +24,7 @@ _COPIED = ("xquant_vllm", "csrc", "tests", "benchmarks", "examples", "tools", "s
 # Every kernel, in every instruction set of this machine, on every page format; not what starts a process of its own.
 TESTS = ("tests/attention/cpu", "tests/attention/hot", "tests/kivi/cpu")
 _NOT_HERE = "not threads and not headers"
+_PROCESSES = min(2, os.cpu_count() or 1)
 SANITIZERS = "address,undefined,float-cast-overflow"
 # Optimized as little as keeps compiling and running short.
 _FLAGS = f"-O1 -g1 -fno-omit-frame-pointer -fno-sanitize-recover={SANITIZERS}"
@@ -114,20 +115,9 @@ def build() -> None:
 
 def run_tests(more: list[str]) -> int:
     """Run the kernels' tests on the copy; returns pytest's exit code."""
-    # What the sanitizers write just before they end the process must not be captured with it.
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--capture=sys",
-        "-k",
-        _NOT_HERE,
-        *TESTS,
-        *more,
-    ]
+    # What the sanitizers write just before they end a process must not be captured with it.
+    options = ["-q", "-p", "no:cacheprovider", "--capture=sys", "-n", str(_PROCESSES), "-k", _NOT_HERE]
+    command = [sys.executable, "-m", "pytest", *options, *TESTS, *more]
     return subprocess.run(command, cwd=COPY, env={**environment(), "PYTHONPATH": str(COPY)}, check=False).returncode
 
 

@@ -3,14 +3,15 @@
     python -m benchmarks.soak --requests 200
     python -m benchmarks.soak --requests 10000 --caches 16bit x
 
-Each cache gets its own `vllm serve`, with so few blocks that requests are preempted. Whole and streamed answers,
-several answers, log-probabilities and shared prefixes are mixed with clients that leave and with invalid requests. One
-engine core is killed. The last line of the output is one JSON object, explained in docs/benchmarks.md. The exit code is
-1 if anything is not as it should be.
+Each cache gets its share of the requests and its own `vllm serve`, with so few blocks that requests are preempted.
+Whole and streamed answers, several answers, log-probabilities and shared prefixes are mixed with clients that leave and
+with invalid requests. One engine core is killed. The last line of the output is one JSON object, explained in
+docs/benchmarks.md. The exit code is 1 if anything is not as it should be.
 """
 
 import argparse
 import json
+import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,12 +33,13 @@ def main(arguments: list[str] | None = None) -> int:
     options.logs.mkdir(parents=True, exist_ok=True)
     model = options.model or caches.make_model(options.logs / "model", options.tokenizer)
     words = python_docs_to_evaluate().split()
+    share = math.ceil(options.requests / len(options.caches))
 
     def soak(name: str) -> Turn:
         cache = caches.CACHES[name]
-        print(f"soak: {name}, {options.requests} requests", file=sys.stderr, flush=True)
+        print(f"soak: {name}, {share} requests", file=sys.stderr, flush=True)
         served = caches.calibrated_joint(model, options.logs / "joint") if cache.calibrated else model
-        return Soak(cache, served, options.logs, Load(words, options.seed, not cache.speculates)).run(options.requests)
+        return Soak(cache, served, options.logs, Load(words, options.seed, not cache.speculates)).run(share)
 
     try:
         with ThreadPoolExecutor(options.at_once) as pool:
@@ -56,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__.splitlines()[0])
-    parser.add_argument("--requests", type=int, default=200, help="for every cache (default 200)")
+    parser.add_argument("--requests", type=int, default=200, help="of all caches together (default 200)")
     parser.add_argument("--caches", nargs="+", choices=caches.CACHES, default=[*caches.CACHES], help="default: all")
     parser.add_argument("--model", type=Path, help="serve this checkpoint instead of a tiny random one")
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "models" / "smollm2-135m-instruct",

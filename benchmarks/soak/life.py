@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import time
 import urllib.error
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.serving.metrics import parse
-from benchmarks.soak import memory
+from benchmarks.soak import factor_files, memory
 from benchmarks.soak.caches import SoakedCache
 from benchmarks.soak.client import Background, Outcome, send, send_all
 from benchmarks.soak.drift import largest_difference
@@ -71,6 +72,7 @@ class Soak:
             ServerError: the server does not start, or does not end.
         """
         planned = self._load.requests(requests)
+        shutil.rmtree(self._home, ignore_errors=True)
         with self._server("") as server:
             self._probe(server)
             self._send(server, self._load.requests(_WARM_UP))
@@ -83,6 +85,7 @@ class Soak:
             self.turn.growth = memory.growth(before, memory.resident(server.process.pid))
             self._probe(server)
             self._count(server)
+            kept = factor_files.entries(self._factors)
             if self._cache.is_killed:
                 self.turn.after_kill = self._kill(server)
         if self._cache.is_killed:
@@ -92,7 +95,18 @@ class Soak:
                 self._wait_until_idle(server)
                 self._probe(server)
                 self._count(server)
+                faults = factor_files.faults(self._factors, kept, server.log_text())
+                self.turn.outcomes += [Outcome("killed", fault) for fault in faults]
         return self.turn
+
+    @property
+    def _factors(self) -> Path:
+        return self._home / "xquant_vllm"
+
+    @property
+    def _home(self) -> Path:
+        """Of caches that are this turn's alone."""
+        return self._logs / "home" / self._cache.name
 
     def _server(self, suffix: str) -> VllmServer:
         arguments = [str(self._model), "--served-model-name", MODEL_NAME, "--dtype", "float32", "--enforce-eager",
@@ -100,8 +114,15 @@ class Soak:
                      "--num-gpu-blocks-override", str(_BLOCKS), "--kv-cache-memory-bytes", str(64 << 20),
                      *self._cache.flags()]  # fmt: skip
         log = self._logs / f"{self._cache.name}{suffix}.log"
-        # For /reset_prefix_cache.
-        server = VllmServer(arguments, log, free_port(), {"VLLM_SERVER_DEV_MODE": "1"})
+        vllm_cache = os.environ.get("VLLM_CACHE_ROOT") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vllm"
+        environment = {
+            # For /reset_prefix_cache.
+            "VLLM_SERVER_DEV_MODE": "1",
+            "XDG_CACHE_HOME": str(self._home),
+            # What vLLM itself keeps is everybody's: it starts faster with it.
+            "VLLM_CACHE_ROOT": str(Path(vllm_cache).expanduser()),
+        }
+        server = VllmServer(arguments, log, free_port(), environment)
         try:
             server.wait(server.is_healthy, "it was ready", _START_SECONDS, Progress(f"{self._cache.name}{suffix}"))
         except BaseException:

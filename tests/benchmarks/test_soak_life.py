@@ -45,6 +45,11 @@ def test_its_engine_core_is_killed_and_it_goes_on(soak) -> None:
     assert "answers /health with 503" in numbers["after_kill"]
 
 
+def test_a_factor_cache_that_a_kill_has_damaged_is_seen(soak) -> None:
+    numbers = soak(SoakedCache("name", is_killed=True), "--forgets")
+    assert numbers["failures"] == ["killed: the factor cache after the kill: layer.safetensors is damaged"]
+
+
 def test_leaks_and_drift_are_seen(soak) -> None:
     numbers = soak(SoakedCache("name"), "--leaks", "3", "--drifts")
     assert numbers["leaked_blocks"] == 3

@@ -7,13 +7,15 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+import torch
 
-from benchmarks.soak import memory, result
+from benchmarks.soak import factor_files, memory, result
 from benchmarks.soak.caches import CACHES, CONTROL
 from benchmarks.soak.client import Outcome, events, send, send_all
 from benchmarks.soak.drift import largest_difference
 from benchmarks.soak.life import Turn
 from benchmarks.soak.load import WEIGHTS, Load, Request, probe
+from xquant_vllm.scheme.factor_cache import FactorCache
 
 WORDS = [f"word{i}" for i in range(5000)]
 
@@ -156,6 +158,21 @@ def test_faults_are_named() -> None:
     turns["x"].outcomes.append(Outcome("stream", "status 500"))
     said = "\n".join(result.faults(result.summary(turns), 50))
     assert all(part in said for part in ("x: stream: status 500", "3 blocks", "0.5 of a log", "x: no request was pree"))
+
+
+def test_what_may_happen_to_a_factor_cache(tmp_path) -> None:
+    cache, weights = FactorCache(tmp_path), (torch.eye(4), torch.ones(4, 4))
+    path = cache.path("recipe", *weights)
+    cache.store(path, {"x": torch.arange(6.0)})
+    before, log = factor_files.entries(tmp_path), "xquant: factors cached, read in 0.1 s"
+    assert factor_files.faults(tmp_path, before, log) == []
+    assert "did not read them" in factor_files.faults(tmp_path, before, "xquant: factors computed in 1 s")[0]
+    assert "no factors were kept" in factor_files.faults(tmp_path / "nothing", {}, log)[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    assert [fault.rpartition(" is ")[2] for fault in factor_files.faults(tmp_path, before, log)] == [
+        "new or changed", "damaged"]  # fmt: skip
+    path.unlink()
+    assert "is gone" in factor_files.faults(tmp_path, before, log)[0]
 
 
 def test_caches_as_flags() -> None:

@@ -138,6 +138,7 @@ def run(request_path: str, result_path: str) -> None:
     """Start an engine and answer."""
     from vllm import LLM
 
+    inspect_here()
     with open(request_path) as file:
         request = json.load(file)
     if request["engine"].get("distributed_executor_backend") == "ray":
@@ -165,6 +166,16 @@ def clean_up() -> None:
     # LongRoPE decides by the length of the model it was built for.
     rotary_embedding._ROPE_DICT.clear()
     gc.collect()
+
+
+def inspect_here() -> None:
+    """Have vLLM look at model classes in this process: in one of its own it imports all of vLLM again for each.
+
+    That is for GPUs, which must not be touched so early.
+    """
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda inspect: inspect()
 
 
 def serve() -> None:

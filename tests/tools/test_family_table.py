@@ -1,5 +1,6 @@
 """docs/families.md says what the tests cover, no more and no less; how its table is made."""
 
+from functools import cache
 from pathlib import Path
 
 import family_table
@@ -19,15 +20,21 @@ class Collector:
         self.pairs += [pair for item in session.items for pair in covered_by(item)]
 
 
-def test_the_document_lists_what_tests_are_marked_to_cover():
-    """All marked tests must pass, so what they are marked with is what the last run of all tests covered."""
-    marked = [str(path) for path in sorted(TESTS.rglob("test_*.py")) if "mark.covers" in path.read_text()]
+@cache
+def marked_families(tests: Path) -> dict[str, set[str]]:
+    """What all tests below a folder are marked to cover."""
+    marked = [str(path) for path in sorted(tests.rglob("test_*.py")) if "mark.covers" in path.read_text()]
     collector = Collector()
     # In this process, where the modules are imported already. Nothing runs.
     options = ["--collect-only", "-qq", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-p", "no:xdist"]
     assert pytest.main([*options, *marked], plugins=[collector]) == 0
+    return merge(collector.pairs)
+
+
+def test_the_document_lists_what_tests_are_marked_to_cover():
+    """All marked tests must pass, so what they are marked with is what the last run of all tests covered."""
     document = DOCUMENT_PATH.read_text()
-    expected = replace_table(document, render(merge(collector.pairs)))
+    expected = replace_table(document, render(marked_families(TESTS)))
     assert document == expected, "run `make test`, then `make families-write`, and commit docs/families.md"
 
 

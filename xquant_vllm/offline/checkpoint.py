@@ -162,9 +162,9 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     folder = locate_checkpoint(model)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RefusedError(
-            f"xquant: {folder} is no checkpoint: config.json cannot be read ({error}); "
+            f"xquant: {folder} is no checkpoint: config.json cannot be read ({cause_of(error)}); "
             "name a folder with config.json and safetensors files"
         ) from None
     if not isinstance(config, dict):
@@ -207,10 +207,11 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
             return {name: folder / file for name, file in weight_map.items()}
         with safe_open(folder / _SINGLE, framework="pt", device="cpu") as file:
             return dict.fromkeys(file.keys(), folder / _SINGLE)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    # An index is a file of others, which may hold anything.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise RefusedError(
-            f"xquant: {folder} is no safetensors checkpoint: neither {_INDEX} nor {_SINGLE} can be read ({error}); "
-            "convert it with transformers' save_pretrained"
+            f"xquant: {folder} is no safetensors checkpoint: neither {_INDEX} nor {_SINGLE} can be read "
+            f"({cause_of(error)}); convert it with transformers' save_pretrained"
         ) from None
 
 

@@ -1,10 +1,12 @@
 """The factors in the model folder of a vLLM configuration: found, checked before a weight is loaded, and provided."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from xquant_vllm.projection.factor_file import FACTORS_FILE, HEADER_FILE, dtype_name
+from xquant_vllm.errors import FactorFileError
+from xquant_vllm.projection.factor_file import FACTORS_FILE, HEADER_FILE, dtype_name, read_json
 from xquant_vllm.projection.predicted import layers_of_groups
 from xquant_vllm.scheme.factor_conflicts import factors_in, over_factors, refuse_factors
 from xquant_vllm.scheme.factor_header import FactorHeader
@@ -79,13 +81,29 @@ def _check_files(folder: Path, header: FactorHeader, settings: XQuantSettings) -
         chained = header.settings.chain is not None
         groups = layers_of_groups([not chained or settings.is_anchor(index) for index in range(last + 1)])
         read_link(folder, last, groups[last], header)
-    weights = [path for path in folder.iterdir() if path.suffix in _WEIGHTS and path.name != FACTORS_FILE]
-    if weights and not (folder / _INDEX).is_file():
-        raise refuse_factors(
-            folder / _INDEX,
-            f"is missing, without which vLLM takes {FACTORS_FILE} for weights of the model",
-            header,
-        )
+    if problem := _index_problem(folder):
+        raise refuse_factors(folder / _INDEX, problem, header)
+
+
+def _index_problem(folder: Path) -> str:
+    """Why vLLM would not read the model's own weights, or others too, by the folder's index; "" if it would."""
+    if not os.path.lexists(folder / _INDEX):
+        weights = [path for path in folder.iterdir() if path.suffix in _WEIGHTS and path.name != FACTORS_FILE]
+        return f"is missing, without which vLLM takes {FACTORS_FILE} for weights of the model" if weights else ""
+    try:
+        files = read_json(folder / _INDEX).get("weight_map")
+    except FactorFileError as error:
+        return str(error)
+    if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
+        return "has no weight_map, which says in which file a weight is"
+    # As vLLM compares them: names of files in this folder, and not what they lead to.
+    there = {path.name for path in folder.glob("*.safetensors")}
+    for file in sorted(set(files.values())):
+        if file == FACTORS_FILE:
+            return f"names {FACTORS_FILE}, which are no weights of the model"
+        if file not in there:
+            return f"names {file!r}, which is missing"
+    return ""
 
 
 def check_folder(model: Any) -> None:
