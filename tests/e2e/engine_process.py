@@ -127,9 +127,34 @@ def hot_counts(llm: Any) -> dict[str, Any]:
     }
 
 
+def prompt_with_image(llm: Any, **arguments: Any) -> dict[str, Any]:
+    """See ``families/images.py``, beside this script."""
+    from families.images import prompt_with_image
+
+    return prompt_with_image(llm, **arguments)
+
+
+def prompt_with_features(llm: Any, **arguments: Any) -> dict[str, Any]:
+    """See ``families/images.py``, beside this script."""
+    from families.images import prompt_with_features
+
+    return prompt_with_features(llm, **arguments)
+
+
 KINDS = {
     f.__name__: f
-    for f in (greedy, prompt_logprobs, next_logits, preemptions, reload_weights, hot_trace, hot_turns, hot_counts)
+    for f in (
+        greedy,
+        prompt_logprobs,
+        next_logits,
+        preemptions,
+        reload_weights,
+        hot_trace,
+        hot_turns,
+        hot_counts,
+        prompt_with_image,
+        prompt_with_features,
+    )
 }
 
 

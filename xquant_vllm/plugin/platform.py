@@ -7,7 +7,7 @@ from typing import Any
 
 from xquant_vllm import __version__
 from xquant_vllm.plugin.refusals import announced
-from xquant_vllm.plugin.registration import BACKENDS, selected_backends
+from xquant_vllm.plugin.registration import BACKEND_NAME, BACKENDS, selected_backends
 
 _WRAPPED = "_xquant_wrapped"
 
@@ -22,6 +22,7 @@ def wrap_platform() -> None:
     setattr(platform, _WRAPPED, True)
     _wrap_config_check(platform)
     _wrap_layer_construction(platform)
+    _wrap_page_alignment(platform)
     if current_platform.is_cpu():
         _wrap_cpu_selection(platform)
 
@@ -57,6 +58,25 @@ def _wrap_layer_construction(platform: Any) -> None:
         return original()
 
     platform.opaque_attention_op = classmethod(opaque_attention_op)
+
+
+def _wrap_page_alignment(platform: Any) -> None:
+    """Let vLLM align the states of hybrid models with pages as they are, and not with pages of keys and values.
+
+    Every worker does so once its layers are loaded.
+    """
+    original = platform.update_block_size_for_backend
+
+    def update_block_size_for_backend(cls: Any, vllm_config: Any) -> None:
+        if BACKEND_NAME not in selected_backends(vllm_config.attention_config):
+            original(vllm_config)
+            return
+        from xquant_vllm.plugin.load.cache_spec import pages_beside_states
+
+        with pages_beside_states(vllm_config):
+            original(vllm_config)
+
+    platform.update_block_size_for_backend = classmethod(update_block_size_for_backend)
 
 
 def _mark_compile_cache(vllm_config: Any) -> None:

@@ -26,7 +26,7 @@ def check_config(vllm_config: Any) -> None:
 
 
 def _unsupported(vllm_config: Any, pre_rope: bool) -> Iterator[str]:
-    yield from unsupported_features(vllm_config)
+    yield from unsupported_features(vllm_config, turns_keys=pre_rope, with_states=False)
     cache = vllm_config.cache_config
     if cache.cache_dtype not in SUPPORTED_CACHE_DTYPES and not scheme_of_checkpoint(vllm_config.model_config):
         yield (

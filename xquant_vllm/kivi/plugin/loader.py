@@ -11,6 +11,7 @@ from xquant_vllm.kivi import dispatch
 from xquant_vllm.kivi.plugin.cache_spec import publish_pages
 from xquant_vllm.kivi.plugin.keys_before_rope import take_keys_before_rope
 from xquant_vllm.kivi.plugin.residual import ResidualLayer
+from xquant_vllm.plugin.load.rope.positions import keep_text_positions
 from xquant_vllm.plugin.load.weight_hook import backend_layers, wrap_weight_processing
 from xquant_vllm.plugin.registration import KIVI_BACKEND_NAME
 
@@ -27,6 +28,8 @@ def install_loader_hook() -> None:
 def _process(original: Callable[[], None], model: nn.Module) -> None:
     layers = backend_layers(model, KIVI_BACKEND_NAME)
     original()
+    if layers and layers[0][2].impl.settings.pre_rope:
+        keep_text_positions(model, layers[0][2].impl.vllm_config)
     for name, owner, attention in layers:
         _prepare(name, owner, attention)
     if layers:

@@ -16,6 +16,7 @@ from xquant_vllm.plugin.load.projections.effective_weight import effective_linea
 from xquant_vllm.plugin.load.projections.rows import dense_stand_ins, is_plain, key_value_rows
 from xquant_vllm.plugin.load.recognize import AttentionParts, recognize
 from xquant_vllm.plugin.load.report import report
+from xquant_vllm.plugin.load.rope.positions import keep_text_positions
 from xquant_vllm.plugin.load.surgery import Surgeon
 from xquant_vllm.plugin.load.trace.stand_ins import output_rows
 from xquant_vllm.plugin.load.weight_hook import backend_layers, wrap_weight_processing
@@ -46,6 +47,7 @@ def _process(original: Callable[[], None], model: Any) -> None:
         return
     parts = [recognize(*layer) for layer in layers]
     impl = layers[0][2].impl
+    keep_text_positions(model, impl.vllm_config)
     factors = factor_provider(impl.vllm_config, impl.settings)
     # Packed weights cannot be read before they are processed. Layers may build on each other, so all of them wait.
     processed = not all(is_plain(linear) for part in parts for linear in part.linears.values())

@@ -91,7 +91,7 @@ def _refuse_factors(parts: AttentionParts) -> None:
 
 
 def _capture(parts: AttentionParts, probe: Probe, stand_ins: Mapping[str, nn.Module]) -> tuple[torch.Tensor, ...]:
-    return capture_qkv(parts.name, parts.module, parts.attention_child, probe.hidden, probe.positions, stand_ins)
+    return capture_qkv(parts.name, parts.module, parts.attention_child, probe.hidden, probe.given, stand_ins)
 
 
 def _wrap_child(module: nn.Module, path: str | None, wrap: Callable[[nn.Module], nn.Module]) -> None:
