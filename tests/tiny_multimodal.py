@@ -57,6 +57,19 @@ def _qwen3_vl() -> Any:
     return transformers.Qwen3VLConfig(text_config=text, vision_config=tower, **_TOKENS)
 
 
+def _qwen3_5() -> Any:
+    """A hybrid one: gated attention with multimodal RoPE of a part of the channels, beside gated delta rules."""
+    tower = {**_QWEN_TOWER, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 128}
+    rope = {**_mrope(mrope_interleaved=True), "mrope_section": [4, 2, 2], "partial_rotary_factor": 0.25}
+    states = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
+    states |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    kinds = ["linear_attention", "full_attention"] * 2
+    text = {**_TEXT, **states, "head_dim": 64, "num_hidden_layers": 4, "layer_types": kinds, "rope_parameters": rope}
+    return transformers.Qwen3_5Config(
+        text_config=text, vision_config={**tower, "num_position_embeddings": 16}, **_TOKENS
+    )
+
+
 def _llava() -> Any:
     tower = {**_TOWER, "model_type": "clip_vision_model", "image_size": 28, "patch_size": 7, "projection_dim": 32}
     text = {**_TEXT, "model_type": "llama"}
@@ -90,6 +103,7 @@ FAMILIES = {
     "qwen2-vl": (_qwen2_vl, transformers.Qwen2VLForConditionalGeneration),
     "qwen2.5-vl": (_qwen2_5_vl, transformers.Qwen2_5_VLForConditionalGeneration),
     "qwen3-vl": (_qwen3_vl, transformers.Qwen3VLForConditionalGeneration),
+    "qwen3.5": (_qwen3_5, transformers.Qwen3_5ForConditionalGeneration),
     "llava": (_llava, transformers.LlavaForConditionalGeneration),
     "mistral3": (_mistral3, transformers.Mistral3ForConditionalGeneration),
     "gemma3": (_gemma3, transformers.Gemma3ForConditionalGeneration),
@@ -101,7 +115,7 @@ def save_tiny_multimodal(folder: Path, family: str) -> Path:
 
     Args:
         folder: where to write.
-        family: a key of ``FAMILIES``; ``"qwen2-vl"`` and ``"llava"`` have what it takes to read images.
+        family: a key of ``FAMILIES``; those in ``PROCESSORS`` have what it takes to read images.
 
     Returns:
         ``folder``.
@@ -116,10 +130,8 @@ def save_tiny_multimodal(folder: Path, family: str) -> Path:
             elif name.endswith(("q_norm.weight", "k_norm.weight")):
                 parameter.uniform_(0.5, 1.5)
     model.save_pretrained(folder)
-    if family == "qwen2-vl":
-        _qwen_processor().save_pretrained(folder)
-    elif family == "llava":
-        _llava_processor().save_pretrained(folder)
+    if family in PROCESSORS:
+        PROCESSORS[family]().save_pretrained(folder)
     return folder
 
 
@@ -153,3 +165,16 @@ def _llava_processor() -> Any:
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )
+
+
+def _mistral3_processor() -> Any:
+    names = {"[IMG]": IMAGE_TOKEN, "[IMG_BREAK]": VOCABULARY - 2, "[IMG_END]": VOCABULARY - 1}
+    return transformers.PixtralProcessor(
+        image_processor=transformers.PixtralImageProcessor(size={"longest_edge": 56}, patch_size=14),
+        tokenizer=_tokenizer(**{name: str(token) for name, token in names.items()}),
+        patch_size=14,
+        spatial_merge_size=2,
+    )
+
+
+PROCESSORS = {"qwen2-vl": _qwen_processor, "llava": _llava_processor, "mistral3": _mistral3_processor}

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.e2e.test_families import EIGHT, ENGINE, TASKS, assert_close
+from tests.e2e.families.test_families import EIGHT, ENGINE, TASKS, assert_close
 from tests.family_coverage import LATENTS
 from tests.tiny_hybrids import save_tiny_hybrid
 

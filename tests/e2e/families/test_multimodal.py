@@ -3,7 +3,7 @@
 import pytest
 
 from tests.e2e.engine import EngineFailed
-from tests.e2e.test_families import EIGHT, ENGINE, PROMPT, TASKS, assert_close, assert_far, difference
+from tests.e2e.families.test_families import EIGHT, ENGINE, PROMPT, TASKS, assert_close, assert_far, difference
 from tests.family_coverage import LATENTS
 from tests.tiny_multimodal import END_TOKEN, IMAGE_TOKEN, START_TOKEN, save_tiny_multimodal
 
@@ -38,7 +38,6 @@ def text_only(family, name, *features):
         text_only("qwen2-vl", "Qwen2-VL, text alone", "bias", "rope=multimodal"),
         text_only("qwen2.5-vl", "Qwen2.5-VL, text alone", "bias", "rope=multimodal"),
         text_only("qwen3-vl", "Qwen3-VL, text alone", "qk-norm", "rope=multimodal"),
-        text_only("mistral3", "Mistral 3, text alone", "rope=default"),
         text_only("gemma3", "Gemma 3 with images, text alone", "qk-norm", "sliding window", "rope=default"),
     ],
 )
@@ -91,13 +90,21 @@ def test_images_with_positions_of_their_own_are_refused_by_name(serve, family):
     assert "serve its text part with --language-model-only" in error.value.log.strip().splitlines()[-1]
 
 
-@pytest.mark.covers("LLaVA", *LATENTS, "bits=8", "rope=default", "images", "prefix caching", "chunked prefill")
-def test_an_image_of_plain_positions_is_served(serve):
-    """Its tokens are embeddings like any other, and the text model is Llama."""
-    tasks = [{"kind": "prompt_with_image", "prompt": IMAGE_PROMPT, "size": 28, "seed": seed} for seed in (0, 1)]
-    ours, other = serve("llava", "xquant", tasks, xquant=EIGHT, **WITH_IMAGES).tasks
-    expected, _ = serve("llava", "CPU_ATTN", tasks, **WITH_IMAGES).tasks
-    assert ours["length"] == expected["length"] == len(IMAGE_PROMPT) + 15
+def with_image(family, size, more, name):
+    """A family, the edge of an image, and how many tokens it has beyond the placeholder."""
+    features = ("images", "rope=default", "prefix caching", "chunked prefill")
+    return pytest.param(family, size, more, id=family, marks=pytest.mark.covers(name, *features, *LATENTS, "bits=8"))
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "more"), [with_image("llava", 28, 15, "LLaVA"), with_image("mistral3", 56, 5, "Mistral 3")]
+)
+def test_an_image_of_plain_positions_is_served(serve, family, size, more):
+    """Its tokens are embeddings like any other, and the text model is Llama or Mistral."""
+    tasks = [{"kind": "prompt_with_image", "prompt": IMAGE_PROMPT, "size": size, "seed": seed} for seed in (0, 1)]
+    ours, other = serve(family, "xquant", tasks, xquant=EIGHT, **WITH_IMAGES).tasks
+    expected, _ = serve(family, "CPU_ATTN", tasks, **WITH_IMAGES).tasks
+    assert ours["length"] == expected["length"] == len(IMAGE_PROMPT) + more
     assert ours["cached"] >= 128
     assert ours["next"][0] == ours["next"][1]
     assert_close(ours["logprobs"], expected["logprobs"], 0.03)
