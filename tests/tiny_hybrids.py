@@ -29,6 +29,10 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
             "num_hidden_layers": 5,
             "full_attn_idxs": [2, 4],
             "conv_L_cache": 3,
+            # As in the published checkpoints; transformers itself does without.
+            "conv_dim": 128,
+            "block_dim": 128,
+            "block_ff_dim": 192,
             "block_auto_adjust_ff_dim": False,
             "tie_word_embeddings": False,
         },

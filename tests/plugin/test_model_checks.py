@@ -4,58 +4,47 @@ import pytest
 import transformers
 
 from tests.plugin.test_checks import configure
+from tests.tiny_multimodal import save_isaac
 from xquant_vllm.errors import UnsupportedError
 
-_TEXT = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
-}
 _SERVED = {"dtype": "float32", "max_model_len": 256}
 _PRE_ROPE = {"kivi": {"pre_rope": True}}
-_NAMED = r"Qwen2VLForConditionalGeneration \(.*\) uses multimodal RoPE, several positions per token of an image"
+_NAMED = r"IsaacForConditionalGeneration \(.*\) uses multimodal RoPE, several positions per token of an image"
 _ADVICE = "serve its text part with --language-model-only, or choose another --attention-backend for this model"
 
 
 @pytest.fixture(scope="module")
-def qwen2_vl(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("qwen2-vl")
-    config = transformers.Qwen2VLConfig(text_config=_TEXT, vision_config={"depth": 1, "hidden_size": 64})
-    config.architectures, config.dtype = ["Qwen2VLForConditionalGeneration"], "float32"
-    config.save_pretrained(folder)
-    return str(folder)
+def isaac(tmp_path_factory):
+    return str(save_isaac(tmp_path_factory.mktemp("isaac"), interleaved=True))
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"limit_mm_per_prompt": {"image": 0}}, {"attention_backend": "kivi", "additional_config": _PRE_ROPE}],
+    [{}, {"limit_mm_per_prompt": {"image": 1}}, {"attention_backend": "kivi", "additional_config": _PRE_ROPE}],
 )
-def test_images_with_several_positions_per_token_are_refused_with_the_remedy(qwen2_vl, arguments):
+def test_images_with_several_positions_per_token_are_refused_with_the_remedy(isaac, arguments):
     with pytest.raises(UnsupportedError, match=_NAMED) as error:
-        configure(qwen2_vl, **_SERVED, **arguments)
+        configure(isaac, **_SERVED, **arguments)
     assert str(error.value).endswith(_ADVICE)
 
 
-def test_embeddings_of_images_are_images(qwen2_vl):
+def test_embeddings_of_images_are_images(isaac):
     with pytest.raises(UnsupportedError, match="--language-model-only and without --enable-mm-embeds"):
-        configure(qwen2_vl, language_model_only=True, enable_mm_embeds=True, **_SERVED)
+        configure(isaac, language_model_only=True, enable_mm_embeds=True, **_SERVED)
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
         {"language_model_only": True},
-        {"limit_mm_per_prompt": {"image": 0, "video": 0}},
+        {"limit_mm_per_prompt": {"image": 0}},
         {"language_model_only": True, "attention_backend": "kivi", "additional_config": _PRE_ROPE},
         # It caches keys as the model has turned them.
         {"attention_backend": "kivi"},
     ],
 )
-def test_text_is_served_and_images_whose_keys_are_not_turned_here(qwen2_vl, arguments):
-    configure(qwen2_vl, **_SERVED, **arguments)
+def test_text_is_served_and_images_whose_keys_are_not_turned_here(isaac, arguments):
+    configure(isaac, **_SERVED, **arguments)
 
 
 @pytest.fixture(scope="module")

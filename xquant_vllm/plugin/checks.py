@@ -238,15 +238,22 @@ def _unsupported_model(model: Any, *, turns_keys: bool, with_states: bool) -> It
 
 def _unsupported_positions(model: Any) -> Iterator[str]:
     """Multimodal RoPE, unless nothing but text is served: then all positions of a token are equal."""
-    uses = f"{model.architecture} ({model.model}) uses multimodal RoPE"
     if model.supports_multimodal_inputs:
-        embeds = getattr(model.multimodal_config, "enable_mm_embeds", False)
-        yield (
-            f"{uses}, several positions per token of an image, which pages do not hold: not supported; serve its text "
-            f"part with --language-model-only{' and without --enable-mm-embeds' if embeds else ''}, or {OTHER_BACKEND}"
-        )
+        yield images_problem(model)
     elif not _tells_positions(model):
-        yield f"{uses}, but its class does not tell vLLM the positions: not supported; {OTHER_BACKEND}"
+        yield (
+            f"{model.architecture} ({model.model}) uses multimodal RoPE, but its class does not tell vLLM the "
+            f"positions: not supported; {OTHER_BACKEND}"
+        )
+
+
+def images_problem(model: Any) -> str:
+    """Why a model with multimodal RoPE is refused where it may be asked about images, and what to do."""
+    embeds = " and without --enable-mm-embeds" if getattr(model.multimodal_config, "enable_mm_embeds", False) else ""
+    return (
+        f"{model.architecture} ({model.model}) uses multimodal RoPE, several positions per token of an image, which "
+        f"pages do not hold: not supported; serve its text part with --language-model-only{embeds}, or {OTHER_BACKEND}"
+    )
 
 
 def _tells_positions(model: Any) -> bool:

@@ -29,7 +29,7 @@ def _process(original: Callable[[], None], model: nn.Module) -> None:
     layers = backend_layers(model, KIVI_BACKEND_NAME)
     original()
     if layers and layers[0][2].impl.settings.pre_rope:
-        keep_text_positions(model, layers[0][2].impl.vllm_config)
+        keep_text_positions(model, layers[0][2].impl.vllm_config, KIVI_BACKEND_NAME)
     for name, owner, attention in layers:
         _prepare(name, owner, attention)
     if layers:

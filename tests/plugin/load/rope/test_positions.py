@@ -69,9 +69,13 @@ def _text(tokens, features):
     return torch.arange(len(tokens)).repeat(3, 1) + 7 * len(features), 7 * len(features)
 
 
-CONFIG = SimpleNamespace(
-    model_config=SimpleNamespace(uses_mrope=True, mrope_num_dims=3, architecture="SomeForCausalLM", model="/model")
-)
+def _config(*, images=False):
+    model = SimpleNamespace(uses_mrope=True, mrope_num_dims=3, architecture="SomeForCausalLM", model="/model")
+    model.supports_multimodal_inputs, model.multimodal_config = images, None
+    return SimpleNamespace(model_config=model)
+
+
+CONFIG = _config()
 
 
 def test_features_of_images_cannot_move_positions():
@@ -95,6 +99,15 @@ def test_features_of_images_cannot_move_positions():
 def test_models_that_place_text_otherwise_are_refused_by_name(model, named):
     with pytest.raises(UnsupportedError, match=rf"SomeForCausalLM \(/model\) uses multimodal RoPE.*{named}"):
         keep_text_positions(model, CONFIG)
+
+
+@pytest.mark.parametrize("backend", ["XQUANT", "KIVI"])
+def test_classes_that_turn_out_to_have_it_once_they_are_built_are_refused_with_images(backend):
+    model = _Model(_text)
+    named = rf"{backend.lower()}: SomeForCausalLM .* several positions per token .* with --language-model-only, or"
+    with pytest.raises(UnsupportedError, match=named):
+        keep_text_positions(model, _config(images=True), backend)
+    assert model.get_mrope_input_positions is _text
 
 
 def test_models_without_it_are_left_alone():
