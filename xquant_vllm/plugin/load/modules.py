@@ -31,7 +31,7 @@ class QueryOnlyRotary(nn.Module):
             query: queries.
             key: latents, or the layer input.
         """
-        stand_in = query.new_zeros(query.shape[0], self.rotary_emb.head_size) if self._needs_key else None
+        stand_in = torch.zeros_like(query[..., : self.rotary_emb.head_size]) if self._needs_key else None
         query, _ = self.rotary_emb(positions, query, stand_in)
         return query, key
 
