@@ -28,7 +28,6 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "sliding window": (),
     "attention sinks": (),
     "states beside it": (),
-    "images": (),
     "mixed with 16 bit": (),
     "prefix caching": (),
     "chunked prefill": (),
