@@ -111,6 +111,20 @@ def hot_counts(llm: Any) -> dict[str, Any]:
     }
 
 
+def prompt_with_image(llm: Any, **arguments: Any) -> dict[str, Any]:
+    """See ``families/images.py``, beside this script."""
+    from families.images import prompt_with_image
+
+    return prompt_with_image(llm, **arguments)
+
+
+def prompt_with_features(llm: Any, **arguments: Any) -> dict[str, Any]:
+    """See ``families/images.py``, beside this script."""
+    from families.images import prompt_with_features
+
+    return prompt_with_features(llm, **arguments)
+
+
 KINDS = {
     f.__name__: f
     for f in (
@@ -123,6 +137,8 @@ KINDS = {
         hot_turns,
         offloaded,
         hot_counts,
+        prompt_with_image,
+        prompt_with_features,
     )
 }
 

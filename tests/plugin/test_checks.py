@@ -89,12 +89,10 @@ _REFUSED = {
     "Whisper: cross attention": ("WhisperForConditionalGeneration", transformers.WhisperConfig(d_model=64)),
     # vLLM has no BART of its own and would take its stand-in for models of transformers.
     "BART: cross attention": ("TransformersForCausalLM", transformers.BartConfig(d_model=64)),
-    "Falcon-H1: state-space or linear attention": ("FalconH1ForCausalLM", transformers.FalconH1Config()),
     "Mamba: state-space or linear attention": ("MambaForCausalLM", transformers.MambaConfig()),
-    "Qwen3-Next: state-space or linear attention": ("Qwen3NextForCausalLM", transformers.Qwen3NextConfig()),
     "Bloom: ALiBi": ("BloomForCausalLM", transformers.BloomConfig(hidden_size=64)),
     "Falcon: ALiBi": ("FalconForCausalLM", transformers.FalconConfig(**_SHAPE, alibi=True)),
-    "Qwen2 with `mrope_section` (Qwen2-VL): multimodal RoPE": (
+    "Qwen2 with `mrope_section`: multimodal RoPE": (
         "Qwen2ForCausalLM",
         transformers.Qwen2Config(**_SHAPE, rope_parameters=_MROPE),
     ),

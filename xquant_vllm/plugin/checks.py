@@ -102,8 +102,14 @@ def check_layer_kinds(kinds: Sequence[str]) -> None:
         )
 
 
-def unsupported_features(vllm_config: Any) -> Iterator[str]:
-    """What no backend of this package does: for every such feature asked for a line with what to do."""
+def unsupported_features(vllm_config: Any, *, turns_keys: bool, with_states: bool) -> Iterator[str]:
+    """What a backend of this package does not do: for every such feature asked for a line with what to do.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        turns_keys: whether the backend turns keys itself when it reads them, by their place in the sequence.
+        with_states: whether it shares the memory with layers that keep a state instead of keys and values.
+    """
     from vllm.platforms import current_platform
 
     if not (current_platform.is_cpu() or current_platform.is_cuda()):
@@ -112,7 +118,7 @@ def unsupported_features(vllm_config: Any) -> Iterator[str]:
             "--attention-backend"
         )
     yield from unsupported_ranks(vllm_config)
-    yield from _unsupported_model(vllm_config.model_config)
+    yield from _unsupported_model(vllm_config.model_config, turns_keys=turns_keys, with_states=with_states)
     yield from _checkpoint_cache(vllm_config)
     if getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False):
         yield "--kv-sharing-fast-prefill needs layers that share keys and values, which is not supported; leave it out"
@@ -157,7 +163,8 @@ def _checkpoint_cache(vllm_config: Any) -> Iterator[str]:
 
 
 def _unsupported(vllm_config: Any) -> Iterator[str]:
-    yield from unsupported_features(vllm_config)
+    yield from unsupported_features(vllm_config, turns_keys=True, with_states=True)
+    yield from _unsupported_beside_states(vllm_config)
     yield from connector_problems(vllm_config)
     yield from unsupported_speculation(vllm_config, SPECULATIVE)
     cache = vllm_config.cache_config
@@ -183,7 +190,26 @@ def _unsupported(vllm_config: Any) -> Iterator[str]:
         yield "--load-format ipc_cache skips the factorization of the weights; use auto"
 
 
-def _unsupported_model(model: Any) -> Iterator[str]:
+def _unsupported_beside_states(vllm_config: Any) -> Iterator[str]:
+    """What states beside attention rule out: attention layers must be of one kind, in one table of blocks."""
+    model = vllm_config.model_config
+    if model is None or not model.is_hybrid:
+        return
+    settings = settings_of(vllm_config)
+    if settings.method == "xquant-cl":
+        yield (
+            f"setting 'method': 'xquant-cl' cannot work on {model.architecture} ({model.model}): between its attention "
+            f"layers are others, with states, and vLLM may give attention layers block tables of their own; {_NO_CHAIN}"
+        )
+    if vllm_config.attention_config.backend_per_kind:
+        yield (
+            f"backend_per_kind is not supported for {model.architecture} ({model.model}), a hybrid model whose states "
+            "share the memory with pages of one size; leave it out"
+        )
+
+
+def _unsupported_model(model: Any, *, turns_keys: bool, with_states: bool) -> Iterator[str]:
+    """What of a model is not supported, as far as its configuration tells; see :func:`unsupported_features`."""
     if model is None:
         return
     if _images_see_themselves(model):
@@ -191,6 +217,8 @@ def _unsupported_model(model: Any) -> Iterator[str]:
             f"{model.architecture} ({model.model}) lets the tokens of an image see each other in both directions: not "
             f"supported; serve its text part with --language-model-only, or {OTHER_BACKEND}"
         )
+    if turns_keys and model.uses_mrope:
+        yield from _unsupported_positions(model)
     text = model.hf_text_config
     # What no configuration tells (caches that layers share, sinks with KIVI) is refused where the layer is built.
     # So are all kinds of layers but the plain one, and those of a model that chooses their backends itself (see
@@ -198,9 +226,9 @@ def _unsupported_model(model: Any) -> Iterator[str]:
     for present, feature in (
         (model.use_mla, "multi-head latent attention (MLA), which already caches latents of its own"),
         (model.is_encoder_decoder, "cross attention between an encoder and a decoder"),
-        (model.is_attention_free or model.is_hybrid, "state-space or linear attention layers"),
+        (model.is_attention_free, "state-space or linear attention layers alone, which have no keys and values"),
+        (model.is_hybrid and not with_states, "state-space or linear attention layers"),
         (model.uses_alibi, "ALiBi, a bias on the scores"),
-        (model.uses_mrope, "multimodal RoPE, several positions per token"),
         (
             not model.use_mla and _value_heads_differ(text, model.get_head_size()),
             "value heads of another size than keys",
@@ -210,6 +238,34 @@ def _unsupported_model(model: Any) -> Iterator[str]:
     ):
         if present:
             yield f"{model.architecture} ({model.model}) uses {feature}: not supported; {OTHER_BACKEND}"
+
+
+def _unsupported_positions(model: Any) -> Iterator[str]:
+    """Multimodal RoPE, unless nothing but text is served: then all positions of a token are equal."""
+    if model.supports_multimodal_inputs:
+        yield images_problem(model)
+    elif not _tells_positions(model):
+        yield (
+            f"{model.architecture} ({model.model}) uses multimodal RoPE, but its class does not tell vLLM the "
+            f"positions: not supported; {OTHER_BACKEND}"
+        )
+
+
+def images_problem(model: Any) -> str:
+    """Why a model with multimodal RoPE is refused where it may be asked about images, and what to do."""
+    embeds = " and without --enable-mm-embeds" if getattr(model.multimodal_config, "enable_mm_embeds", False) else ""
+    return (
+        f"{model.architecture} ({model.model}) uses multimodal RoPE, several positions per token of an image, which "
+        f"pages do not hold: not supported; serve its text part with --language-model-only{embeds}, or {OTHER_BACKEND}"
+    )
+
+
+def _tells_positions(model: Any) -> bool:
+    """Whether vLLM itself can serve a model with multimodal RoPE."""
+    from vllm.model_executor.models import ModelRegistry
+
+    model_class, _ = ModelRegistry.resolve_model_cls(model.architecture, model_config=model)
+    return hasattr(model_class, "get_mrope_input_positions")
 
 
 def _images_see_themselves(model: Any) -> bool:

@@ -6,7 +6,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from xquant_vllm.plugin.refusals import announced
-from xquant_vllm.plugin.registration import BACKENDS, selected_backends
+from xquant_vllm.plugin.registration import BACKEND_NAME, BACKENDS, selected_backends
 
 _WRAPPED = "_xquant_wrapped"
 
@@ -21,6 +21,7 @@ def wrap_platform() -> None:
     setattr(platform, _WRAPPED, True)
     _wrap_config_check(platform)
     _wrap_layer_construction(platform)
+    _wrap_page_alignment(platform)
     if current_platform.is_cpu():
         _wrap_cpu_selection(platform)
 
@@ -58,6 +59,25 @@ def _wrap_layer_construction(platform: Any) -> None:
         return original()
 
     platform.opaque_attention_op = classmethod(opaque_attention_op)
+
+
+def _wrap_page_alignment(platform: Any) -> None:
+    """Let vLLM align the states of hybrid models with pages as they are, and not with pages of keys and values.
+
+    Every worker does so once its layers are loaded.
+    """
+    original = platform.update_block_size_for_backend
+
+    def update_block_size_for_backend(cls: Any, vllm_config: Any) -> None:
+        if BACKEND_NAME not in selected_backends(vllm_config.attention_config):
+            original(vllm_config)
+            return
+        from xquant_vllm.plugin.load.cache_spec import pages_beside_states
+
+        with pages_beside_states(vllm_config):
+            original(vllm_config)
+
+    platform.update_block_size_for_backend = classmethod(update_block_size_for_backend)
 
 
 def _wrap_cpu_selection(platform: Any) -> None:

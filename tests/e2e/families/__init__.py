@@ -1,0 +1,1 @@
+"""Families that need more than a configuration of their text model: images, and states beside attention."""

@@ -33,7 +33,7 @@ def check_config(vllm_config: Any) -> None:
 
 
 def _unsupported(vllm_config: Any, pre_rope: bool) -> Iterator[str]:
-    yield from unsupported_features(vllm_config)
+    yield from unsupported_features(vllm_config, turns_keys=pre_rope, with_states=False)
     connector = any_connector(vllm_config)
     if connector is not None:
         yield f"{connector} is not supported: a sequence's last tokens are in pages of another kind; leave it out"

@@ -41,12 +41,12 @@ def take_keys_before_rope(name: str, module: Any, attention: Any) -> RotaryTable
     dtype = attention.impl.vllm_config.model_config.dtype
     like = torch.empty(0, dtype=dtype, device=parts.rope.cos.device)
     probe = make_probe(parts, parts.hidden_size, like)
-    hidden, positions = probe.hidden, probe.positions
+    hidden, positions = probe.hidden, probe.given
     before = capture_qkv(name, module, parts.attention_child, hidden, positions)
     exchange(module, parts.rope_child, QueryOnlyRotary(module.get_submodule(parts.rope_child)))
     after = capture_qkv(name, module, parts.attention_child, hidden, positions)
     keys = after[1].float().unflatten(1, (-1, attention.head_size))
-    rebuilt = after[0].float(), apply_rope(keys, positions, parts.rope).flatten(1), after[2].float()
+    rebuilt = after[0].float(), apply_rope(keys, probe.positions, parts.rope).flatten(1), after[2].float()
     for what, error, tolerance in differences(before, rebuilt):
         raise unsupported_model(
             f"{type(module).__name__} at {name} is not recognized: its {what} differ by {error:.1e} (relative, "

@@ -12,6 +12,7 @@ from xquant_vllm.kivi import dispatch
 from xquant_vllm.kivi.plugin.cache_spec import publish_pages
 from xquant_vllm.kivi.plugin.keys_before_rope import take_keys_before_rope
 from xquant_vllm.kivi.plugin.residual import ResidualLayer
+from xquant_vllm.plugin.load.rope.positions import keep_text_positions
 from xquant_vllm.plugin.load.transformers_backend.find import runs_through_transformers
 from xquant_vllm.plugin.load.weight_hook import backend_layers, wrap_weight_processing
 from xquant_vllm.plugin.registration import KIVI_BACKEND_NAME
@@ -34,6 +35,8 @@ def _process(original: Callable[[], None], model: nn.Module) -> None:
             "whose code turns queries and keys in one; leave pre_rope out to cache keys after RoPE"
         )
     original()
+    if layers and layers[0][2].impl.settings.pre_rope:
+        keep_text_positions(model, layers[0][2].impl.vllm_config, KIVI_BACKEND_NAME)
     for name, owner, attention in layers:
         _prepare(name, owner, attention)
     if layers:

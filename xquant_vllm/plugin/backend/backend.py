@@ -5,12 +5,13 @@ from typing import Any, ClassVar
 import torch
 from vllm.config.cache import CacheDType
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
-from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
 from xquant_vllm.codec.layout import BLOCK_SIZE_MULTIPLE
 from xquant_vllm.plugin.backend.impl import XQuantImpl
 from xquant_vllm.plugin.backend.metadata import XQuantMetadataBuilder
 from xquant_vllm.plugin.backend.wrappers import PACKAGE, raise_for_wrapper
+from xquant_vllm.plugin.load.cache_spec import as_published
 from xquant_vllm.plugin.registration import BACKEND_NAME
 
 
@@ -84,6 +85,12 @@ class XQuantBackend(PagedBackend):
     def supports_kv_connector(cls) -> bool:
         """Those that move whole pages; see connectors/allowed.py."""
         return True
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Layers publish their own bytes; this answers where vLLM aligns pages with states, before it asks layers."""
+        aligned: AttentionSpec = as_published(spec)
+        return aligned
 
     @classmethod
     def supports_sink(cls) -> bool:

@@ -176,7 +176,9 @@ def take_pool(vllm_config: Any, total: int, page_needs: Callable[[], PageNeeds])
         return 0
     memory = hot_memory(vllm_config)
     taken = memory.take(wanted, per_token) + shared
-    _say(memory.tokens, taken, total, needs, (total - taken) / total * _times_plain(layers, impls, dtype))
+    # States of a hybrid model take of the same memory, as much with 16 bit.
+    times = None if getattr(vllm_config.model_config, "is_hybrid", False) else _times_plain(layers, impls, dtype)
+    _say(memory.tokens, taken, total, needs, None if times is None else (total - taken) / total * times)
     return taken
 
 
@@ -204,16 +206,16 @@ def _times_plain(layers: Sequence[Any], impls: Sequence[Any], dtype: torch.dtype
     return plain / (ours + sum(2 * dtype.itemsize * impl.num_kv_heads * impl.head_size for impl in kept))
 
 
-def _say(tokens: int, taken: int, total: int, needs: PageNeeds, capacity: float) -> None:
-    """What the log says of the pool."""
+def _say(tokens: int, taken: int, total: int, needs: PageNeeds, capacity: float | None) -> None:
+    """What the log says of the pool; ``capacity``: of the pages, a 16-bit cache in all of the memory being 1."""
     logger.info(
         "xquant: hot blocks: %.2f of %.2f GiB of the cache keep the keys and values of up to %s tokens in use; pages "
-        "hold %s tokens, %.2fx of what 16 bit would hold in all of it",
+        "hold %s tokens%s",
         taken / 2**30,
         total / 2**30,
         f"{tokens:,}",
         f"{needs.tokens(total - taken):,}",
-        capacity,
+        "" if capacity is None else f", {capacity:.2f}x of what 16 bit would hold in all of it",
     )
     if tokens < needs.max_model_len:
         logger.warning(

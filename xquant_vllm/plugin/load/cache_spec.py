@@ -1,6 +1,8 @@
 """Tell vLLM's allocator how many bytes a token of a layer takes."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +11,8 @@ from vllm.model_executor.layers.attention import Attention
 
 from xquant_vllm.codec.layout import BLOCK_SIZE_MULTIPLE
 from xquant_vllm.plugin.registration import BACKEND_NAME
+
+_slot_bytes: ContextVar[int | None] = ContextVar("_slot_bytes", default=None)
 
 
 def publish_page_size(attention: Any, bytes_per_token: int) -> None:
@@ -24,11 +28,44 @@ def publish_page_size(attention: Any, bytes_per_token: int) -> None:
     beside = set(attention.impl.vllm_config.compilation_config.static_forward_context)
 
     def get_kv_cache_spec(vllm_config: Any) -> Any:
-        spec = replace(original(vllm_config), dtype=torch.uint8, num_head_slots=1, state_content_bytes=bytes_per_token)
+        spec = _of_bytes(original(vllm_config), bytes_per_token)
         others = _page_of_others(vllm_config, beside)
         return replace(spec, block_size=fill_page(spec.block_size, spec.page_size_bytes, others))
 
     attention.get_kv_cache_spec = get_kv_cache_spec
+
+
+def _of_bytes(spec: Any, bytes_per_token: int) -> Any:
+    """An attention layer's spec with slots of so many bytes."""
+    return replace(spec, dtype=torch.uint8, num_head_slots=1, state_content_bytes=bytes_per_token)
+
+
+@contextmanager
+def pages_beside_states(vllm_config: Any) -> Iterator[None]:
+    """Let :func:`as_published` answer for the layers of an engine while vLLM aligns the pages of a hybrid model.
+
+    Blocks of a hybrid model are as large as the state of one of its other layers, or larger, and the states are padded
+    to a page of attention layers. vLLM asks the backend, and not the layers, what a page takes; it would take pages of
+    keys and values for granted, whose blocks hold fewer tokens, and pad states to them.
+
+    Args:
+        vllm_config: vLLM's configuration, whose layers have published their bytes.
+    """
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    impls = [x.impl for x in layers if isinstance(x, Attention) and x.attn_backend.get_name() == BACKEND_NAME]
+    # Pages have one size. Of layers with settings of their own the widest one's; others are padded.
+    sizes = [impl.scheme.format.bytes_per_token for impl in impls if impl.scheme is not None]
+    token = _slot_bytes.set(max(sizes, default=None))
+    try:
+        yield
+    finally:
+        _slot_bytes.reset(token)
+
+
+def as_published(spec: Any) -> Any:
+    """What pages of a spec's tokens take in the engine whose pages are being aligned; otherwise the spec as it is."""
+    size = _slot_bytes.get()
+    return spec if size is None else _of_bytes(spec, size)
 
 
 def fill_page(block_size: int, page_bytes: int, other_page_bytes: int) -> int:

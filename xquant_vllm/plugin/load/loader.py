@@ -19,6 +19,7 @@ from xquant_vllm.plugin.load.projections.effective_weight import effective_linea
 from xquant_vllm.plugin.load.projections.rows import dense_stand_ins, is_plain, key_value_rows
 from xquant_vllm.plugin.load.recognize import AttentionParts
 from xquant_vllm.plugin.load.report import report
+from xquant_vllm.plugin.load.rope.positions import keep_text_positions
 from xquant_vllm.plugin.load.surgery import Surgeon
 from xquant_vllm.plugin.load.trace.stand_ins import output_rows
 from xquant_vllm.plugin.load.transformers_backend.find import advising, recognize_all
@@ -57,6 +58,7 @@ def _factorize(original: Callable[[], None], model: Any, layers: list[tuple[str,
     parts = recognize_all(model, layers)
     impl = layers[0][2].impl
     note_weights(impl.vllm_config, model)
+    keep_text_positions(model, impl.vllm_config)
     factors = factor_provider(impl.vllm_config, impl.settings)
     # Packed weights cannot be read before they are processed. Layers may build on each other, so all of them wait.
     quantized = [child for part in parts for child, linear in part.sources.items() if not is_plain(linear)]

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.rotary_embedding import Phi3LongRoPEScaledRotaryEmbedding
+from vllm.model_executor.layers.rotary_embedding import MRotaryEmbedding, Phi3LongRoPEScaledRotaryEmbedding
 
 
 class QueryOnlyRotary(nn.Module):
@@ -17,14 +17,21 @@ class QueryOnlyRotary(nn.Module):
         """Wrap a rotary embedding."""
         super().__init__()
         self.rotary_emb = rotary_emb
-        # This one insists on a key. Its first query head is given as one and the result dropped.
-        self._needs_key = isinstance(rotary_emb, Phi3LongRoPEScaledRotaryEmbedding)
+        # These insist on a key. A head of zeros is given as one, and the result dropped: not a part of the queries,
+        # which some of them turn in place.
+        self._needs_key = isinstance(rotary_emb, (Phi3LongRoPEScaledRotaryEmbedding, MRotaryEmbedding))
 
     def forward(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rotate ``query`` ``[num_tokens, num_heads * head_size]``; return ``key`` as it is."""
-        stand_in = query[..., : self.rotary_emb.head_size] if self._needs_key else None
+        """Rotate ``query`` ``[num_tokens, num_heads * head_size]``; return ``key`` as it is.
+
+        Args:
+            positions: ``[num_tokens]``, or ``[axes, num_tokens]`` with multimodal RoPE.
+            query: queries.
+            key: latents, or the layer input.
+        """
+        stand_in = torch.zeros_like(query[..., : self.rotary_emb.head_size]) if self._needs_key else None
         query, _ = self.rotary_emb(positions, query, stand_in)
         return query, key
 

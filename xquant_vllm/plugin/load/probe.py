@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from xquant_vllm.plugin.load.recognize import AttentionParts
+from xquant_vllm.plugin.load.rope.positions import on_all_axes
 
 _PROBE_TOKENS = 16
 
@@ -15,11 +16,13 @@ class Probe:
 
     Attributes:
         hidden: layer inputs ``[num_tokens, hidden_size]``.
-        positions: ``[num_tokens]``.
+        positions: ``[num_tokens]``, places in the sequence.
+        given: the same as the module gets them, ``[num_tokens]`` or ``[axes, num_tokens]``.
     """
 
     hidden: torch.Tensor
     positions: torch.Tensor
+    given: torch.Tensor
 
 
 def make_probe(parts: AttentionParts, hidden_size: int, like: torch.Tensor) -> Probe:
@@ -35,4 +38,5 @@ def make_probe(parts: AttentionParts, hidden_size: int, like: torch.Tensor) -> P
     hidden = torch.randn(_PROBE_TOKENS, hidden_size, generator=generator, dtype=torch.float32, device="cpu")
     last = 1024 if parts.rope is None else parts.rope.cos.shape[0] - 1
     positions = torch.linspace(0, last, _PROBE_TOKENS, dtype=torch.float64, device="cpu").long()
-    return Probe(hidden.to(like), positions.to(like.device))
+    positions = positions.to(like.device)
+    return Probe(hidden.to(like), positions, on_all_axes(positions, parts.position_axes))

@@ -98,7 +98,7 @@ def _refuse_factors(parts: AttentionParts) -> None:
 
 
 def _capture(parts: AttentionParts, probe: Probe, stand_ins: Mapping[str, nn.Module]) -> tuple[torch.Tensor, ...]:
-    return capture_qkv(parts.name, parts.module, parts.attention_child, probe.hidden, probe.positions, stand_ins)
+    return capture_qkv(parts.name, parts.module, parts.attention_child, probe.hidden, probe.given, stand_ins)
 
 
 def _leave_keys_alone(parts: AttentionParts, device: torch.device) -> None:

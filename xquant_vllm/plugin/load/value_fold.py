@@ -189,7 +189,7 @@ def _output(
 ) -> torch.Tensor | None:
     """The module's output, or None if it cannot be had this way."""
     try:
-        return module_output(parts.module, parts.attention_child, probe.hidden, probe.positions, attended, children)
+        return module_output(parts.module, parts.attention_child, probe.hidden, probe.given, attended, children)
     except Exception as error:  # whatever a model's code may raise; the layer is served without the fold
         logger.debug("xquant: values of %s are not folded: %s: %s", parts.name, type(error).__name__, error)
         return None

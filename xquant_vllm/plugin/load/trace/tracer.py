@@ -15,6 +15,7 @@ from torch import nn
 from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.plugin.checks import unsupported_model
 from xquant_vllm.plugin.load.capture import capture_qkv
+from xquant_vllm.plugin.load.rope.positions import on_all_axes
 from xquant_vllm.plugin.load.trace.codes import TOKENS, RowCodes
 from xquant_vllm.plugin.load.trace.source import Source
 from xquant_vllm.plugin.load.trace.stand_ins import Coded, Visit, descendants, is_linear, output_rows, watched
@@ -43,7 +44,7 @@ class Trace:
     hidden_size: int
 
 
-def trace(name: str, module: nn.Module, attention_child: str, kv_size: int) -> Trace:
+def trace(name: str, module: nn.Module, attention_child: str, kv_size: int, position_axes: int = 0) -> Trace:
     """Find the linear layers that make the keys and values of an attention module.
 
     Args:
@@ -51,6 +52,7 @@ def trace(name: str, module: nn.Module, attention_child: str, kv_size: int) -> T
         module: the module.
         attention_child: name of its attention layer.
         kv_size: channels of the keys, and of the values, on this rank.
+        position_axes: how many positions the module gets for a token; 0: one, without an axis for them.
 
     Raises:
         UnsupportedError: the module cannot be run, or its keys or values are not rows of one linear layer each.
@@ -69,7 +71,7 @@ def trace(name: str, module: nn.Module, attention_child: str, kv_size: int) -> T
         coded = {path: Coded(path, linear, codes.of(path)) for path, linear in linears.items()}
         try:
             with watched(others) as visits:
-                arrived = _arrived(name, module, attention_child, hidden_size, coded)
+                arrived = _arrived(name, module, attention_child, hidden_size, coded, position_axes)
         except UnsupportedError as error:
             first_error = first_error or error
             continue
@@ -91,14 +93,19 @@ def trace(name: str, module: nn.Module, attention_child: str, kv_size: int) -> T
 
 
 def _arrived(
-    name: str, module: nn.Module, attention_child: str, hidden_size: int, coded: Mapping[str, Coded]
+    name: str,
+    module: nn.Module,
+    attention_child: str,
+    hidden_size: int,
+    coded: Mapping[str, Coded],
+    position_axes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What reaches attention, ``[TOKENS, channels]`` each, for a random input in the model's dtype."""
     linear: Any = module.get_submodule(next(iter(coded)))
     device = next((parameter.device for parameter in linear.parameters()), torch.device("cpu"))
     generator = torch.Generator(device="cpu").manual_seed(0)
     hidden = torch.randn(TOKENS, hidden_size, generator=generator, dtype=torch.float32, device="cpu")
-    positions = torch.arange(TOKENS, device="cpu")
+    positions = on_all_axes(torch.arange(TOKENS, device="cpu"), position_axes)
     hidden, positions = hidden.to(device, linear.params_dtype), positions.to(device)
     return capture_qkv(name, module, attention_child, hidden, positions, coded)
 

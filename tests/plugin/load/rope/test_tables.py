@@ -9,7 +9,7 @@ from vllm.model_executor.layers.rotary_embedding import get_rope, phi3_long_rope
 
 from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.plugin.load.modules import QueryOnlyRotary
-from xquant_vllm.plugin.load.recognize import _read_rope
+from xquant_vllm.plugin.load.rope.tables import read_rope
 from xquant_vllm.projection.rope import apply_rope
 
 HEAD_SIZE = 64
@@ -73,20 +73,20 @@ def assert_turns_alike(rotary, table, positions):
 def test_every_position_is_turned_as_vllm_turns_it(make, variant):
     length = VARIANTS[variant][1]
     rotary = make(variant, length)
-    table = _read_rope("layer", rotary, length)
+    table = read_rope("layer", rotary, length)
     assert table.cos.shape[0] == length
     assert_turns_alike(rotary, table, torch.arange(length))
 
 
 def test_interleaved_pairs(make):
     rotary = make("default", 256, is_neox_style=False)
-    assert_turns_alike(rotary, _read_rope("layer", rotary, 256), torch.arange(256))
+    assert_turns_alike(rotary, read_rope("layer", rotary, 256), torch.arange(256))
 
 
 @pytest.mark.parametrize(("max_model_len", "factors"), [(64, "short"), (65, "long"), (256, "long")])
 def test_longrope_takes_the_long_factors_beyond_the_original_length(make, max_model_len, factors):
     rotary = make("longrope", max_model_len)
-    table = _read_rope("layer", rotary, max_model_len)
+    table = read_rope("layer", rotary, max_model_len)
     assert_turns_alike(rotary, table, torch.arange(max_model_len))
     frequency = 1 / (LONGROPE[f"{factors}_factor"][1] * 1e4 ** (1 / 32))
     scale = LONGROPE[f"{factors}_mscale"]
@@ -109,26 +109,26 @@ def test_models_longer_than_their_table_are_refused_with_its_length(make, varian
     with pytest.raises(
         UnsupportedError, match=rf"layer knows {known} positions .* set --max-model-len {known} or less"
     ):
-        _read_rope("layer", make(variant, known + 1), known + 1)
+        read_rope("layer", make(variant, known + 1), known + 1)
 
 
 def test_positions_that_are_never_served_are_left_out(make):
     rotary = make("yarn", 100)
-    table = _read_rope("layer", rotary, 100)
+    table = read_rope("layer", rotary, 100)
     assert table.cos.shape == table.sin.shape == (100, 32)
     assert table.cos.untyped_storage().nbytes() == 100 * 32 * 4
 
 
 def test_layers_that_share_a_rotary_module_share_its_table(make):
     rotary = make("default", 256)
-    assert _read_rope("first", rotary, 256) is _read_rope("second", rotary, 256)
-    assert _read_rope("of another model", rotary, 128).cos.shape[0] == 128
+    assert read_rope("first", rotary, 256) is read_rope("second", rotary, 256)
+    assert read_rope("of another model", rotary, 128).cos.shape[0] == 128
 
 
 @pytest.mark.parametrize("variant", ["default", "longrope"])
 def test_the_table_is_taken_before_its_rounding_to_the_models_dtype(make, variant):
     exact, rounded = make(variant, 256), make(variant, 256, dtype=torch.bfloat16)
-    table = _read_rope("layer", rounded, 256)
+    table = read_rope("layer", rounded, 256)
     assert table.cos.dtype == torch.float32
-    assert torch.equal(table.cos, _read_rope("layer", exact, 256).cos)
+    assert torch.equal(table.cos, read_rope("layer", exact, 256).cos)
     assert not torch.equal(table.cos, table.cos.bfloat16().float())
