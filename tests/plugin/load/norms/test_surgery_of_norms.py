@@ -105,7 +105,7 @@ class SharesItsNorm(Attention):
 @pytest.fixture(autouse=True)
 def tables(monkeypatch):
     """Tables of these modules, which are not vLLM's."""
-    monkeypatch.setattr("xquant_vllm.plugin.load.recognize._read_rope", lambda who, rotary, length: rotary.rope)
+    monkeypatch.setattr("xquant_vllm.plugin.load.recognize.read_rope", lambda who, rotary, length: rotary.rope)
 
 
 def operate(module: Attention, settings: dict):
