@@ -1,8 +1,8 @@
 """Pages that a connector writes and the pool of hot blocks: random traces with a small cache and a folder of pages.
 
 Blocks are freed, read into from files, and attended to while the pool still has their former tokens. As in
-../hot/test_coherence.py, every fourth step what is hot is compared with the pages. If blocks are not forgotten when they
-are read into, it is off by 10^7 units.
+../hot/test_coherence.py, every fourth step what is hot is compared with the pages. If blocks were not forgotten when
+they are read into, it would be off by 10^7 units.
 """
 
 import re
