@@ -114,7 +114,6 @@ DENSE = (
         "GraniteForCausalLM",
         "GraniteConfig",
         {"attention_multiplier": 32**-0.5, "residual_multiplier": 0.8, "embedding_multiplier": 2.0},
-        quick=True,
     ),
     HubFamily(
         "Granite with sliding windows",
@@ -137,7 +136,6 @@ DENSE = (
         "NemotronForCausalLM",
         "NemotronConfig",
         {"head_dim": 32},
-        quick=True,
     ),
     HubFamily(
         "Command-R",

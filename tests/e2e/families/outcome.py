@@ -76,7 +76,9 @@ def outcome_of(engines: Engines, family: HubFamily, folder: Path) -> Outcome:
             f"served, but without quantization log-probabilities are {apart:.3f} from the 16-bit cache's"
         )
     if model is not None and (apart := _difference(expected, _by_transformers(model))) > SAME:
-        return Outcome(BROKEN, f"its log-probabilities are {apart:.2f} from those of transformers")
+        return Outcome(
+            BROKEN, f"log-probabilities {apart:.2f} from those of transformers, with this cache as with its own"
+        )
     return Outcome(SERVED, change=round(change, 4))
 
 
