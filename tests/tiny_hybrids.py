@@ -84,8 +84,10 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
             "linear_value_head_dim": 64,
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
-            "num_experts": 0,
-            "mlp_only_layers": [0, 1, 2, 3],
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
         },
     ),
 }

@@ -8,7 +8,7 @@ from tests.tiny_multimodal import IMAGE_TOKEN, save_isaac
 
 pytestmark = pytest.mark.e2e
 
-TEXT_ONLY = {"language_model_only": True}
+TEXT_ONLY = {"language_model_only": True, "skip_tokenizer_init": False}
 IMAGE_PROMPT = [*PROMPT[:20], IMAGE_TOKEN, *PROMPT[20:180]]
 
 

@@ -153,6 +153,27 @@ def test_a_common_factor_is_told(dtype):
     assert torch.equal(found.key.rows, torch.arange(Q_SIZE, Q_SIZE + KV_SIZE))
 
 
+class ScaledThenTurned(Fused):
+    """A factor on all keys, then RoPE, as of Falcon-H1; positions have three axes, as of Qwen2-VL."""
+
+    def __init__(self):
+        super().__init__()
+        self.rotary_emb = Rotates()
+
+    def forward(self, positions, hidden_states):
+        query, key, value = self.split(hidden_states)
+        assert positions.dim() == 2
+        query, key = self.rotary_emb(positions[1], query, 0.7 * key)
+        return self.kernel(query, key, value)
+
+
+def test_modules_behind_a_common_factor_are_told():
+    found = trace("layers.0.mixer", ScaledThenTurned(), "kernel", KV_SIZE, position_axes=3)
+    assert [visit.path for visit in found.key_steps] == ["rotary_emb"]
+    assert found.value_steps == ()
+    assert found.key.factor == pytest.approx(0.7, rel=0.01)
+
+
 class TwoInputs(Separate):
     """Keys of the input, values of something else."""
 

@@ -82,8 +82,7 @@ def trace(name: str, module: nn.Module, attention_child: str, kv_size: int, posi
         )
         _refuse_shared(who, key, value, coded)
         key_steps, value_steps = (
-            tuple(visit for visit in visits if _meets(codes, visit, numbers))
-            for numbers in (codes.numbers(key.child, key.rows), codes.numbers(value.child, value.rows))
+            tuple(visit for visit in visits if _meets(codes, visit, source)) for source in (key, value)
         )
         met = set(map(id, (*key_steps, *value_steps)))
         query_steps = tuple(visit for visit in visits if id(visit) not in met)
@@ -149,10 +148,17 @@ def _refuse_shared(who: str, key: Source, value: Source, coded: Mapping[str, Cod
         )
 
 
-def _meets(codes: RowCodes, visit: Visit, numbers: torch.Tensor) -> bool:
-    """Whether a module was given any of these rows: tokens in any dimension, or tokens and heads in the first."""
+def _meets(codes: RowCodes, visit: Visit, source: Source) -> bool:
+    """Whether a module was given any of these rows, before or after their factor.
+
+    Tokens are in any dimension, or tokens and heads in the first.
+    """
+    numbers = codes.numbers(source.child, source.rows)
     return any(
-        bool(torch.isin(codes.read(rows), numbers).any()) for tensor in visit.given for rows in _by_token(tensor)
+        bool(torch.isin(codes.read(rows, factor), numbers).any())
+        for factor in {1.0, source.factor}
+        for tensor in visit.given
+        for rows in _by_token(tensor)
     )
 
 
