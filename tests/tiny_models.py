@@ -157,7 +157,10 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "falcon": (transformers.FalconConfig, {"num_kv_heads": 2, "new_decoder_architecture": True}),
     "falcon-mqa": (transformers.FalconConfig, {"num_kv_heads": 1, "multi_query": True, "bias": True}),
     # RoPE in some layers only, although all own a module for it.
-    "cohere2": (transformers.Cohere2Config, {"sliding_window": 48, "layer_types": _WINDOWS, "logit_scale": 1.0}),
+    "cohere2": (
+        transformers.Cohere2Config,
+        {"sliding_window": 48, "tie_word_embeddings": True, "layer_types": _WINDOWS, "logit_scale": 1.0},
+    ),
     "exaone4": (transformers.Exaone4Config, {"sliding_window": 48, "layer_types": _WINDOWS}),
     # Those that follow have no class in vLLM, whose Transformers backend serves them.
     "arcee": (transformers.ArceeConfig, {}),

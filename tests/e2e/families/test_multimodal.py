@@ -56,10 +56,10 @@ def test_no_image_passes_where_text_alone_is_served(serve):
     """
     ours = serve(False, "xquant", GUARDED, xquant={"bits": 16, "cache": "latent"})
     image, embeds, grid, text = ours.tasks
-    assert "At most 0 image(s) may be provided in one prompt" in image["error"]
+    assert "Multi-modal processor not available for text-only models" in image["error"]
     assert "exceeds the pre-allocated encoder cache size 0" in embeds["error"]
     assert_close(grid["logprobs"], text["logprobs"][0], 1e-4)
     # vLLM alone moves them: its model answers as if there were an image, and differently.
     plain = serve(False, "CPU_ATTN", GUARDED).tasks
-    assert difference(plain[2]["logprobs"], plain[3]["logprobs"][0]) > 0.05
+    assert difference(plain[2]["logprobs"], plain[3]["logprobs"][0]) > 0.3
     assert_close(text["logprobs"][0], plain[3]["logprobs"][0], 0.002)
