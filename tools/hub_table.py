@@ -33,9 +33,10 @@ def render(results: dict[str, Any]) -> str:
     families: Families = results["families"]
     count = {kind: sum(of["outcome"] == kind for of in families.values()) for kind in (SERVED, BROKEN, REFUSED)}
     lines = [
-        f"Of {len(families)} families {count[SERVED]} are served, {count[REFUSED]} are refused, and {count[BROKEN]} do "
-        f"not run in vLLM {results['vllm']} (transformers {results['transformers']}) itself, with its own 16-bit cache "
-        "on a CPU.",
+        f"Of {len(families)} families {count[SERVED]} are served, {count[REFUSED]} are refused, and of "
+        f"{count[BROKEN]} the tiny checkpoint that was tried does not run on a CPU in vLLM {results['vllm']} "
+        f"(transformers {results['transformers']}) itself, with its own 16-bit cache, or not as in transformers: these tell "
+        "nothing about this cache.",
         "",
         "| family | for example | class | |",
         "|---|---|---|---|",
@@ -46,7 +47,7 @@ def render(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_OUTCOMES = {BROKEN: "vLLM itself", REFUSED: "refused"}
+_OUTCOMES = {BROKEN: "vLLM itself, as tried", REFUSED: "refused"}
 
 
 def _row(cells: Iterable[str]) -> str:

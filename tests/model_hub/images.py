@@ -1,8 +1,11 @@
 """Models that read images, served with `--language-model-only`."""
 
+from pathlib import Path
+
 from tests.model_hub.family import HubFamily, Shape
 from tests.tiny_models import COMMON
 from tests.tiny_models import FAMILIES as TINY
+from tests.tiny_multimodal import save_isaac
 
 _TEXT_ONLY: Shape = {"language_model_only": True}
 _SIGLIP: Shape = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64,
@@ -21,7 +24,13 @@ def _mrope(sections: list[int]) -> Shape:
     return {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections}
 
 
+def _isaac(folder: Path) -> None:
+    save_isaac(folder, interleaved=False)
+
+
 IMAGES = (
+    HubFamily("Isaac", ("PerceptronAI/Isaac-0.1",), "IsaacForConditionalGeneration", "Qwen3Config",
+              made_as="Qwen3ForCausalLM", edit=_isaac, engine={**_TEXT_ONLY, "skip_tokenizer_init": False}),
     HubFamily("Gemma 3 with images", ("google/gemma-3-4b-it", "google/gemma-3-12b-it", "google/gemma-3-27b-it"),
               "Gemma3ForConditionalGeneration", "Gemma3Config",
               {"text_config": _text("gemma3_text", **TINY["gemma3"][1]), "vision_config": _SIGLIP,

@@ -18,7 +18,7 @@ TRANSFORMERS_BACKEND = (
     HubFamily("OLMo 3", ("allenai/Olmo-3-7B-Instruct", "allenai/Olmo-3-32B-Think"), "Olmo3ForCausalLM", "Olmo3Config",
               {"sliding_window": 48, "layer_types": _WINDOWS}),
     HubFamily("GPT-NeoX", ("EleutherAI/pythia-1.4b", "EleutherAI/gpt-neox-20b"), "GPTNeoXForCausalLM",
-              "GPTNeoXConfig"),
+              "GPTNeoXConfig", {"num_key_value_heads": 4}),
     HubFamily("GPT-BigCode", ("bigcode/starcoder", "bigcode/gpt_bigcode-santacoder"), "GPTBigCodeForCausalLM",
               "GPTBigCodeConfig", {"num_key_value_heads": 1}),
     HubFamily("StarCoder2", ("bigcode/starcoder2-3b", "bigcode/starcoder2-15b"), "Starcoder2ForCausalLM",

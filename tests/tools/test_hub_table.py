@@ -45,7 +45,7 @@ def test_a_row_for_each():
     table = hub_table.render(
         {"vllm": "1", "transformers": "2", "families": {"b": refused, "A": {**ONE, **FOUND}}},
     ).splitlines()
-    assert table[0].startswith("Of 2 families 1 are served, 1 are refused, and 0 do not run in vLLM 1 (transformers 2)")
+    assert table[0].startswith("Of 2 families 1 are served, 1 are refused, and of 0 the tiny checkpoint")
     assert table[-2] == "| A | a/b, a/c | `AForCausalLM` | served |"
     assert table[-1] == "| b | a/b, a/c | `AForCausalLM` | refused: x / y |"
 

@@ -42,6 +42,7 @@ class Config:
         self.compilation_config = SimpleNamespace(static_forward_context=layers)
         self.model_config = SimpleNamespace(dtype=dtype, original_max_model_len=max_model_len)
         self.cache_config = SimpleNamespace(block_size=BLOCK)
+        self.speculative_config = None
         block_bytes = BLOCK * sum(form.bytes_per_token for form in formats)
         self.needs = PageNeeds(block_bytes, max_model_len // BLOCK, max_model_len)
 
