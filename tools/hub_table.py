@@ -35,8 +35,8 @@ def render(results: dict[str, Any]) -> str:
     lines = [
         f"Of {len(families)} families {count[SERVED]} are served, {count[REFUSED]} are refused, and of "
         f"{count[BROKEN]} the tiny checkpoint that was tried does not run on a CPU in vLLM {results['vllm']} "
-        f"(transformers {results['transformers']}) itself, with its own 16-bit cache, or not as in transformers: these tell "
-        "nothing about this cache.",
+        f"(transformers {results['transformers']}) itself, with its own 16-bit cache, or not as in transformers: these "
+        "tell nothing about this cache.",
         "",
         "| family | for example | class | |",
         "|---|---|---|---|",

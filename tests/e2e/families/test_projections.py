@@ -56,7 +56,7 @@ OTHERWISE_IN_VLLM = ("cohere2",)
 
 @pytest.fixture(scope="module")
 def expected(serve, model):
-    """Log-probabilities of the prompt, by transformers if it computes the same (no engine is needed), else in 16 bit."""
+    """Log-probabilities of the prompt, by transformers if that is the same (no engine is needed), else in 16 bit."""
     known = {}
 
     def expected(family):

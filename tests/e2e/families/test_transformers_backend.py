@@ -166,6 +166,13 @@ def test_kivi_refuses_keys_before_rope_by_name(serve):
     assert "leave pre_rope out to cache keys after RoPE" in error.value.log
 
 
+def test_adapters_are_refused_by_name(serve):
+    with pytest.raises(EngineFailed) as error:
+        serve("smollm3", "xquant", xquant=EIGHT, enable_lora=True)
+    assert "--enable-lora is not supported with models that run through vLLM's Transformers" in error.value.log
+    assert "merge the adapter into the checkpoint" in error.value.log
+
+
 def test_angles_that_depend_on_the_longest_sequence_are_refused(serve):
     with pytest.raises(EngineFailed) as error:
         serve("phi3-longrope", "xquant", xquant=EIGHT, **HOSTED)

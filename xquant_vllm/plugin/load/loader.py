@@ -22,7 +22,7 @@ from xquant_vllm.plugin.load.report import report
 from xquant_vllm.plugin.load.rope.positions import keep_text_positions
 from xquant_vllm.plugin.load.surgery import Surgeon
 from xquant_vllm.plugin.load.trace.stand_ins import output_rows
-from xquant_vllm.plugin.load.transformers_backend.find import advising, recognize_all
+from xquant_vllm.plugin.load.transformers_backend.find import advising, recognize_all, runs_through_transformers
 from xquant_vllm.plugin.load.weight_hook import backend_layers, wrap_weight_processing
 from xquant_vllm.plugin.registration import BACKEND_NAME
 from xquant_vllm.plugin.reload.record import Record
@@ -57,6 +57,8 @@ def _process(original: Callable[[], None], model: Any) -> None:
 def _factorize(original: Callable[[], None], model: Any, layers: list[tuple[str, nn.Module, Any]]) -> None:
     parts = recognize_all(model, layers)
     impl = layers[0][2].impl
+    if impl.vllm_config.lora_config is not None:
+        _refuse_adapters(model, parts)
     note_weights(impl.vllm_config, model)
     keep_text_positions(model, impl.vllm_config)
     factors = factor_provider(impl.vllm_config, impl.settings)
@@ -64,11 +66,6 @@ def _factorize(original: Callable[[], None], model: Any, layers: list[tuple[str,
     quantized = [child for part in parts for child, linear in part.sources.items() if not is_plain(linear)]
     processed = not all(is_plain(linear) for part in parts for linear in part.linears.values())
     if processed:
-        if quantized and impl.vllm_config.lora_config is not None:
-            raise UnsupportedError(
-                f"xquant: --enable-lora is not supported with a quantized {quantized[0]}, which is replaced by its "
-                "effective weight: adapters would not find it; leave it out, or merge the adapter into the checkpoint"
-            )
         original()
     owners = {name: owner for name, owner, _ in layers}
     record = Record(model, owners, impl.vllm_config, quantized=processed)
@@ -84,6 +81,22 @@ def _factorize(original: Callable[[], None], model: Any, layers: list[tuple[str,
         watch_adapters()
     report([attention.impl for _, _, attention in layers], quantized, factors.describe(seconds))
     logger.info("xquant: %s", describe_coverage(model))
+
+
+def _refuse_adapters(model: nn.Module, parts: list[AttentionParts]) -> None:
+    """Refuse LoRA where adapters would not find the projection of queries."""
+    instead = "adapters would not find it; leave it out, or merge the adapter into the checkpoint"
+    quantized = [child for part in parts for child, linear in part.sources.items() if not is_plain(linear)]
+    if quantized:
+        raise UnsupportedError(
+            f"xquant: --enable-lora is not supported with a quantized {quantized[0]}, which is replaced by its "
+            f"effective weight: {instead}"
+        )
+    if runs_through_transformers(model):
+        raise UnsupportedError(
+            "xquant: --enable-lora is not supported with models that run through vLLM's Transformers backend, whose "
+            f"{parts[0].key.child} is wrapped: {instead}"
+        )
 
 
 def _operate_again(model: Any) -> None:
