@@ -17,8 +17,8 @@ from xquant_vllm.scheme.settings import XQuantSettings
 SUPPORTED_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 # Methods that propose tokens without a model of their own, so without attention layers that would need a cache.
 SPECULATIVE_WITHOUT_DRAFT_MODEL = ("ngram", "suffix")
-# And those whose layers keep a cache of their own, in 16 bit unless the speculative configuration names a backend.
-SPECULATIVE = (*SPECULATIVE_WITHOUT_DRAFT_MODEL, "draft_model", "eagle", "eagle3")
+# And those whose layers keep a compressed cache of their own.
+SPECULATIVE = (*SPECULATIVE_WITHOUT_DRAFT_MODEL, "draft_model")
 # Engines for weight transfer that hand whole checkpoints to a model's ``load_weights`` while its layers are reloaded.
 WEIGHT_TRANSFER = ("nccl", "ipc")
 
@@ -139,6 +139,16 @@ def unsupported_speculation(vllm_config: Any, methods: Sequence[str]) -> Iterato
             f"speculative decoding by {speculative.method!r} is not supported, because its draft layers would need a "
             f"cache of their own; use one of {', '.join(methods)}"
         )
+    elif speculative is not None and speculative.method == "draft_model" and not _is_compressed(speculative):
+        yield (
+            "a draft model whose layers keep 16-bit keys and values beside compressed ones is not supported; set "
+            '"attention_backend": "xquant" in --speculative-config'
+        )
+
+
+def _is_compressed(speculative: Any) -> bool:
+    """Whether a draft's layers were given this backend, which vLLM does not do by itself."""
+    return getattr(speculative.attention_backend, "name", None) == BACKEND_NAME
 
 
 def scheme_of_checkpoint(model: Any) -> str | None:

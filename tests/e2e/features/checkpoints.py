@@ -1,11 +1,10 @@
-"""Checkpoints for the tests of features, made of tiny ones: other weights, adapters and heads that draft."""
+"""Checkpoints for the tests of features, made of tiny ones: other weights and adapters."""
 
 import json
 import shutil
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 RANK = 4
@@ -76,17 +75,3 @@ def merge(checkpoint: Path, adapter: Path, target: Path) -> Path:
             weights[f"{module}.weight"] += up @ down * (ALPHA / RANK)
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     return target
-
-
-def save_eagle_head(folder: Path, checkpoint: Path) -> Path:
-    """Write a head for EAGLE: one random layer, which takes embeddings and hidden states of the checkpoint's model."""
-    config = transformers.AutoConfig.from_pretrained(checkpoint)
-    config.num_hidden_layers = 1
-    torch.manual_seed(3)
-    layer = transformers.AutoModelForCausalLM.from_config(config).model.layers[0].to(torch.float32)
-    kept = {name: tensor for name, tensor in layer.state_dict().items() if "input_layernorm" not in name}
-    tensors = {f"layers.0.{name}": tensor for name, tensor in kept.items()}
-    tensors["fc.weight"] = torch.randn(config.hidden_size, 2 * config.hidden_size) * 0.1
-    config.save_pretrained(folder)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder

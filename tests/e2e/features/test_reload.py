@@ -38,7 +38,6 @@ def other(tiny, tmp_path_factory):
     [
         ("llama-bias", {"cache": "latent"}, "path"),
         ("qwen3", {"cache": "latent", "bits": 8}, "chunks"),
-        ("gpt-oss", {"cache": "latent", "bits": 8}, "iterator"),
         ("llama-bias", {"cache": "x"}, "chunks"),
         ("mha", {"method": "xquant-cl"}, "path"),
         ("gemma2", {"cache": "latent", "fold_values": False}, "path"),

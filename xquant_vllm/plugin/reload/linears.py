@@ -1,5 +1,6 @@
 """The linear layers that surgery works on, while new weights are loaded into them."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -83,6 +84,22 @@ class Linear:
             del vars(layer)[name]
         vars(layer).update(plain)
         self.forget()
+
+
+def lost_weights(model: torch.nn.Module, names: Iterable[str]) -> list[str]:
+    """Weights that a model says to have loaded, of layers that are being reloaded and got nothing.
+
+    Args:
+        model: the model.
+        names: of parameters, as its ``load_weights`` returns them.
+    """
+    modules, lost = dict(model.named_modules()), []
+    for name in names:
+        module = modules.get(name.rpartition(".")[0])
+        info = None if module is None else get_layerwise_info(module)
+        if info is not None and info.can_load() and not info.load_numel:
+            lost.append(name)
+    return sorted(lost)
 
 
 def _plain(layer: Any) -> list[str]:

@@ -9,6 +9,9 @@ from xquant_vllm.plugin.engine_factors import factors_of
 from xquant_vllm.plugin.refusals import announced
 from xquant_vllm.projection.factor_file import HEADER_FILE
 
+# Their ``load_weights`` copies to parameters by itself, which are on the meta device while layers are reloaded. What
+# others lose is noticed when it is lost.
+_PAST_LOADERS = ("GptOssForCausalLM",)
 # Of a configuration: nothing that decides what the model computes.
 _FREE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 _FREE |= {"bos_token_id", "eos_token_id", "pad_token_id"}
@@ -53,9 +56,12 @@ def _reasons(record: Any) -> Iterator[str]:
         yield "a KV connector keeps pages that were made with the old ones; leave it out"
     if not record.own_folder and factors_of(config)[1] is not None:
         yield "its folder has factors, which are made for the weights beside them; serve a folder without"
-    graphs = config.compilation_config.cudagraph_mode
-    if config.device_config.device_type != "cpu" and graphs is not None and graphs.name != "NONE":
-        yield "CUDA graphs read its old matrices; set --enforce-eager to be able to"
+    compilation = config.compilation_config
+    if any(getattr(mode, "name", "NONE") != "NONE" for mode in (compilation.mode, compilation.cudagraph_mode)):
+        yield "compiled graphs may read its old matrices; set --enforce-eager to be able to"
+    architecture = config.model_config.architecture
+    if architecture in _PAST_LOADERS:
+        yield f"vLLM's code of {architecture} writes some of its weights where reloading loses them"
 
 
 def refuse_other_model(model_config: Any, folder: str) -> None:

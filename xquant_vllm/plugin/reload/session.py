@@ -10,9 +10,11 @@ from torch import nn
 from vllm.model_executor.model_loader import reload
 from vllm.model_executor.model_loader.reload import inplace, layerwise
 
+from xquant_vllm.errors import RefusedError
 from xquant_vllm.plugin.hot.worker import hot_maps
 from xquant_vllm.plugin.refusals import announced
 from xquant_vllm.plugin.reload.engine_core import count_change, watch_engine_core
+from xquant_vllm.plugin.reload.linears import lost_weights
 from xquant_vllm.plugin.reload.record import Record, record_of
 from xquant_vllm.plugin.reload.refusals import refuse, refuse_impossible
 from xquant_vllm.plugin.reload.worker import wrap_worker
@@ -94,6 +96,7 @@ def _end(original: Callable[[], Any], record: Record) -> Any:
     return result
 
 
+@announced()
 def _load_weights(model: Any, *args: Any, **kwargs: Any) -> Any:
     """The model's own ``load_weights``, while its layers are reloaded."""
     record = record_of(model)
@@ -101,7 +104,14 @@ def _load_weights(model: Any, *args: Any, **kwargs: Any) -> Any:
         refuse("they would be written to projections that are factorized by now; use reload_weights")
     assert record is not None
     try:
-        return type(model).load_weights(model, *args, **kwargs)
+        loaded = type(model).load_weights(model, *args, **kwargs)
+        lost = lost_weights(record.model, loaded or ())
+        if lost:
+            raise RefusedError(
+                f"xquant: new weights were lost: {type(model).__name__} writes {lost[0]} (and {len(lost) - 1} more) "
+                "past its loaders, as reloading in vLLM does not foresee; start the server anew with the new weights"
+            )
+        return loaded
     except BaseException:
         _give_up(record)
         raise
