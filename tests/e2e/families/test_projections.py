@@ -152,5 +152,5 @@ def test_rows_of_another_rank_are_refused_by_name(serve):
 
 def test_kivi_rotates_keys_only_where_the_model_does(serve, expected):
     """Keys before RoPE, as the model computed them up to a residual as long as the prompt."""
-    ours = serve("cohere2", "kivi", kivi={"bits": 8, "residual": 256, "pre_rope": True}, block_size=None)
+    ours = serve("cohere2", "kivi", kivi={"bits": 4, "residual": 256, "pre_rope": True}, block_size=None)
     assert_close(logprobs(ours), expected("cohere2"), 0.03)
