@@ -8,7 +8,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.test_families import ENGINE, GEMMA3_KEPT, PROMPT
+from tests.e2e.families.test_families import ENGINE, GEMMA3_KEPT, PROMPT
 from tests.factorizing import FakeTokenizer, factorize
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.plugin.connectors.keys import TokenKeys

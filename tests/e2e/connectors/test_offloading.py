@@ -3,7 +3,7 @@
 import pytest
 
 from tests.e2e.engine import EngineFailed
-from tests.e2e.test_families import ENGINE, PROMPT
+from tests.e2e.families.test_families import ENGINE, PROMPT
 from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.e2e

@@ -3,8 +3,8 @@
 import pytest
 
 from tests.e2e.engine import EngineFailed
+from tests.e2e.families.test_families import ENGINE, PROMPT, assert_close, difference
 from tests.e2e.features.checkpoints import merge, save_adapter
-from tests.e2e.test_families import ENGINE, PROMPT, assert_close, difference
 from tests.tiny_models import quantize_tiny_model, save_tiny_model
 
 pytestmark = pytest.mark.e2e

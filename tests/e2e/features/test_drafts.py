@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.e2e.test_families import ENGINE, PROMPT
+from tests.e2e.families.test_families import ENGINE, PROMPT
 
 pytestmark = pytest.mark.e2e
 

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from tests.e2e.families.test_families import ENGINE, PROMPT
 from tests.e2e.features.checkpoints import with_other_weights
-from tests.e2e.test_families import ENGINE, PROMPT
 from tests.tiny_models import quantize_tiny_model, save_tiny_model
 from xquant_vllm.cli.main import main
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.engine import Engines, Result
-from tests.e2e.test_families import ENGINE, PROMPT, TASKS
+from tests.e2e.families.test_families import ENGINE, PROMPT, TASKS
 from tests.tiny_models import save_tiny_model
 
 HERE = Path(__file__).parent

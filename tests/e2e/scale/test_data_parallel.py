@@ -13,8 +13,8 @@ import pytest
 from vllm_process import Progress, VllmServer, free_port
 
 from tests.e2e import engine
+from tests.e2e.families.test_families import ENGINE
 from tests.e2e.scale.conftest import GREEDY, tokens
-from tests.e2e.test_families import ENGINE
 
 pytestmark = [pytest.mark.e2e, pytest.mark.nightly]
 

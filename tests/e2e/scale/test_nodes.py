@@ -6,9 +6,9 @@ import time
 import pytest
 from vllm_process import Progress, VllmServer, free_port
 
+from tests.e2e.families.test_families import ENGINE
 from tests.e2e.scale.conftest import GREEDY, tokens
 from tests.e2e.scale.test_data_parallel import complete, options
-from tests.e2e.test_families import ENGINE
 
 pytestmark = [pytest.mark.e2e, pytest.mark.nightly]
 
