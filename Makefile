@@ -31,7 +31,7 @@ TEST_MODELS := smollm2 smollm2-mha gemma3
 DOCKERFILES := docker/Dockerfile docker/Dockerfile.cpu
 LINTED := xquant_vllm tests tools examples benchmarks docker setup.py
 
-.PHONY: help venv kernels cuda-check model demo serve test test-models test-gpu test-docs test-scale accuracy pictures bench-cpu \
+.PHONY: help venv kernels cuda-check model demo serve test test-models test-gpu test-docs test-scale test-nightly accuracy pictures bench-cpu \
 	families families-write families-all soak sanitize dist lint clean
 
 help: ## list the targets
@@ -102,6 +102,9 @@ families-all: venv ## try every family of the model hub in vLLM, and write what 
 	OMP_NUM_THREADS=1 XQUANT_FAMILIES_FOUND=build/families-found $(VENV)/bin/python -m pytest -m e2e -n 2 \
 		tests/e2e/families/test_support_matrix.py $(TEST_ARGS)
 	$(VENV)/bin/python tools/hub_table.py --found build/families-found --write
+
+test-nightly: venv ## run the tests that are left out of `make test` because they take long and many are alike
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m nightly -n 2 --dist loadfile $(TEST_ARGS)
 
 soak: venv ## serve REQUESTS (default 200) mixed requests, with faults, by every cache in turn; the last line is JSON
 	$(VENV)/bin/python tools/prepare_model.py --model smollm2

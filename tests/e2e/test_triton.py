@@ -49,7 +49,11 @@ HOT_TASKS = [
 
 @pytest.mark.parametrize(
     ("method", "hot", "some_cold"),
-    [({"method": "xquant-cl"}, 80 * 2 * 3 * 2 * 32 * 4, True), ({}, "50%", False), ({"cache": "x"}, "50%", False)],
+    [
+        ({"method": "xquant-cl"}, 80 * 2 * 3 * 2 * 32 * 4, True),
+        pytest.param({}, "50%", False, marks=pytest.mark.nightly),
+        ({"cache": "x"}, "50%", False),
+    ],
     ids=["chain, pool of 80 tokens", "latents", "X"],
 )
 def test_hot_blocks(engines, tmp_path, method, hot, some_cold):

@@ -142,6 +142,7 @@ def test_tensor_parallel_ranks_find_their_own_rows(serve, expected):
     assert_close(logprobs(ours), expected("falcon"), 0.03)
 
 
+@pytest.mark.nightly
 def test_rows_of_another_rank_are_refused_by_name(serve):
     """InternLM2 gathers the projections of all ranks, and takes some of another's heads."""
     with pytest.raises(EngineFailed) as error:

@@ -39,9 +39,14 @@ def other(tiny, tmp_path_factory):
         ("llama-bias", {"cache": "latent"}, "path"),
         ("qwen3", {"cache": "latent", "bits": 8}, "chunks"),
         ("llama-bias", {"cache": "x"}, "chunks"),
-        ("mha", {"method": "xquant-cl"}, "path"),
-        ("gemma2", {"cache": "latent", "fold_values": False}, "path"),
-        ("llama", {"method": "xquant-cl", "cache": "latent", "factor_cache": False}, "iterator"),
+        pytest.param("mha", {"method": "xquant-cl"}, "path", marks=pytest.mark.nightly),
+        pytest.param("gemma2", {"cache": "latent", "fold_values": False}, "path", marks=pytest.mark.nightly),
+        pytest.param(
+            "llama",
+            {"method": "xquant-cl", "cache": "latent", "factor_cache": False},
+            "iterator",
+            marks=pytest.mark.nightly,
+        ),
     ],
 )
 def test_answers_are_those_of_an_engine_that_was_started_with_the_weights(engines, tiny, other, family, xquant, way):

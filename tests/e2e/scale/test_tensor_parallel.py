@@ -1,6 +1,6 @@
 """Two ranks of tensor parallelism answer what one does, and the log says what each of them keeps.
 
-Latents per head are in ``tests/e2e/test_families.py``, folders of factors in ``tests/e2e/offline``.
+Latents per head are in ``tests/e2e/families/test_families.py``, folders of factors in ``tests/e2e/offline``.
 """
 
 import re
