@@ -1,5 +1,6 @@
 """docs/families.md says what the tests cover, no more and no less; how its table is made."""
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +24,11 @@ class Collector:
 @cache
 def marked_families(tests: Path) -> dict[str, set[str]]:
     """What all tests below a folder are marked to cover."""
-    marked = [str(path) for path in sorted(tests.rglob("test_*.py")) if "mark.covers" in path.read_text()]
+    marked = [
+        str(path)
+        for path in sorted(tests.rglob("test_*.py"))
+        if re.search(r"mark\.covers|\bcovering\(", path.read_text())
+    ]
     collector = Collector()
     # In this process, where the modules are imported already. Nothing runs.
     options = ["--collect-only", "-qq", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-p", "no:xdist"]

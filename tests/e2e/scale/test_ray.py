@@ -25,6 +25,7 @@ def environment(tmp_path):
     return {"PYTHONPATH": search_path(install(tmp_path), HERE), "RAY_DEDUP_LOGS": "0"}
 
 
+@pytest.mark.nightly
 def test_two_actors_answer_like_one_rank(ranks, environment):
     two = ranks.several("mha", environment=environment, xquant=X, **RAY)
     one = ranks.one("mha", xquant=X)
