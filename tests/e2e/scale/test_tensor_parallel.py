@@ -16,7 +16,7 @@ X = {"bits": 8, "cache": "x"}
 CHAIN = {"bits": 8, "method": "xquant-cl"}
 # Model, settings, and tokens on two ranks for one on one.
 CASES = [
-    pytest.param("mha", X, 1, id="X"),
+    pytest.param("mha", X, 1, id="X", marks=pytest.mark.nightly),
     pytest.param("mha", {**CHAIN, "cache": "x"}, 1, id="chain of X", marks=pytest.mark.nightly),
     # A rank's joint latents are of its own heads, so it rounds other numbers than one rank does: only 16 bits answer
     # the same.
