@@ -52,7 +52,7 @@ HOT_TASKS = [
     [
         ({"method": "xquant-cl"}, 80 * 2 * 3 * 2 * 32 * 4, True),
         pytest.param({}, "50%", False, marks=pytest.mark.nightly),
-        ({"cache": "x"}, "50%", False),
+        pytest.param({"cache": "x"}, "50%", False, marks=pytest.mark.nightly),
     ],
     ids=["chain, pool of 80 tokens", "latents", "X"],
 )
