@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import transformers
 
+from tests.tiny_models import save_random_weights
+
 _COMMON: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 192,
@@ -106,10 +108,5 @@ def save_tiny_hybrid(folder: Path, family: str, **changes: Any) -> Path:
     """
     config_class, settings = FAMILIES[family]
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config_class(**{**_COMMON, **settings, **changes})).float()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("q_layernorm.weight", "k_layernorm.weight", "q_norm.weight", "k_norm.weight")):
-                parameter.uniform_(0.5, 1.5)
-    model.save_pretrained(folder)
-    return folder
+    config = config_class(**{**_COMMON, **settings, **changes})
+    return save_random_weights(folder, transformers.AutoModelForCausalLM.from_config(config))

@@ -6,38 +6,16 @@ of the prefill of all prompts and of every decode step after it; ``"first_token"
 The engine runs in the process itself, so a step is what the model and the scheduler take.
 """
 
-import json
-import os
 import random
-import sys
 import time
 from typing import Any
 
 from benchmarks.offline.first_token import first_token
+from benchmarks.offline.orders import answer_orders
 from benchmarks.offline.pool import counted_since, counts
 
 # Decode steps before those that are timed.
 _WARM_UP_STEPS = 2
-
-
-def main() -> None:
-    """Start the engine that the argument describes, say that it is ready, and answer."""
-    arguments = json.loads(sys.argv[1])
-    # Whatever vLLM prints goes to the log; only answers go where they are read.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    from vllm import LLM
-
-    llm = LLM(**arguments)
-    # As vLLM counts them for sequences of max_model_len.
-    cache_tokens = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
-    print(json.dumps({"cache_tokens": cache_tokens}), file=answers, flush=True)
-    measures = {"decode": decode, "first_token": first_token}
-    for line in sys.stdin:
-        order = json.loads(line)
-        answer = measures[order.pop("what")](llm.llm_engine, **order)
-        print(json.dumps(answer), file=answers, flush=True)
 
 
 def decode(engine: Any, *, sequences: int, context: int, steps: int, seed: int) -> dict[str, Any]:
@@ -77,4 +55,9 @@ def decode(engine: Any, *, sequences: int, context: int, steps: int, seed: int) 
 
 
 if __name__ == "__main__":
-    main()
+    answer_orders(
+        {
+            "decode": lambda llm, **order: decode(llm.llm_engine, **order),
+            "first_token": lambda llm, **order: first_token(llm.llm_engine, **order),
+        }
+    )

@@ -4,29 +4,11 @@ An order names a group, its sequences, their tokens and how many more are decode
 from the second turn on they are in the prefix cache. The answer has the seconds from submission to the last token.
 """
 
-import json
-import os
 import random
-import sys
 import time
 from typing import Any
 
-
-def main() -> None:
-    """Start the engine that the argument describes, say that it is ready, and answer."""
-    arguments = json.loads(sys.argv[1])
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    from vllm import LLM
-
-    llm = LLM(**arguments)
-    cache_tokens = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
-    print(json.dumps({"cache_tokens": cache_tokens}), file=answers, flush=True)
-    for line in sys.stdin:
-        order = json.loads(line)
-        order.pop("what")
-        print(json.dumps(turn(llm, **order)), file=answers, flush=True)
+from benchmarks.offline.orders import answer_orders
 
 
 def turn(llm: Any, *, group: int, sequences: int, context: int, decoded: int) -> dict[str, Any]:
@@ -46,4 +28,4 @@ def turn(llm: Any, *, group: int, sequences: int, context: int, decoded: int) ->
 
 
 if __name__ == "__main__":
-    main()
+    answer_orders({"turn": turn})

@@ -1,10 +1,12 @@
 """Fixtures of the end-to-end tests."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.e2e.engine import Engines
+from tests.tiny_models import save_tiny_model
 
 _QUESTIONS = [
     "What is the capital of France?",
@@ -38,6 +40,19 @@ def engines(tmp_path_factory) -> Iterator[Engines]:
     engines = Engines(tmp_path_factory.mktemp("engines"))
     yield engines
     engines.close()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Callable[[str], Path]:
+    """The tiny checkpoint of a family, written once; who changes it takes a copy."""
+    folders: dict[str, Path] = {}
+
+    def tiny(family: str) -> Path:
+        if family not in folders:
+            folders[family] = save_tiny_model(tmp_path_factory.mktemp(family) / "model", family)
+        return folders[family]
+
+    return tiny
 
 
 @pytest.fixture(scope="session")

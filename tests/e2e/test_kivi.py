@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tests.e2e.engine_process import NUM_LOGITS
-from tests.tiny_models import save_tiny_model
 from xquant_vllm.evaluation.methods.baselines.kivi import Kivi
 from xquant_vllm.evaluation.model.cache_method import CacheMethod
 from xquant_vllm.evaluation.model.hooked_model import HookedModel
@@ -31,21 +30,9 @@ NEXT = {"kind": "next_logits", "prompts": [PROMPT], "max_tokens": 3}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folders = {}
-
-    def model(family):
-        if family not in folders:
-            folders[family] = save_tiny_model(tmp_path_factory.mktemp(family), family)
-        return folders[family]
-
-    return model
-
-
-@pytest.fixture(scope="module")
-def serve(engines, model):
+def serve(engines, tiny):
     def serve(family, kivi, tasks, **settings):
-        return engines.run(model(family), "kivi", tasks, kivi=kivi, **{**ENGINE, **settings})
+        return engines.run(tiny(family), "kivi", tasks, kivi=kivi, **{**ENGINE, **settings})
 
     return serve
 
@@ -68,11 +55,11 @@ def step_difference(ours, expected):
 
 # Windows shorter than the residual, some layers with and some without, key norms.
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mistral-window"])
-def test_serving_reads_what_the_baseline_reads_however_prompts_are_cut(serve, model, family):
+def test_serving_reads_what_the_baseline_reads_however_prompts_are_cut(serve, tiny, family):
     cold, warm, logprobs = serve(family, CACHED, [NEXT, NEXT, LOGPROBS], max_num_batched_tokens=72).tasks
     ours = logprobs["logprobs"][0]
-    error = difference(ours, offline(model(family), Kivi(CACHED["bits"], 32, RESIDUAL)))
-    loss = difference(ours, offline(model(family), CacheMethod()))
+    error = difference(ours, offline(tiny(family), Kivi(CACHED["bits"], 32, RESIDUAL)))
+    loss = difference(ours, offline(tiny(family), CacheMethod()))
     print(f"mean absolute difference of a logit {error:.2e}; the cache itself changes it by {loss:.2e}")
     # A sum in another order now and then makes another code.
     assert error < 0.01 * loss
@@ -82,20 +69,20 @@ def test_serving_reads_what_the_baseline_reads_however_prompts_are_cut(serve, mo
 
 
 @pytest.mark.parametrize(("family", "pre_rope"), [("llama", False), ("llama", True), ("gemma3", True)])
-def test_a_prompt_of_one_step_is_attended_exactly(serve, model, family, pre_rope):
+def test_a_prompt_of_one_step_is_attended_exactly(serve, tiny, family, pre_rope):
     """With ``pre_rope`` that also means that keys are rotated as the model would have."""
     kivi = {"residual": 64, "group_size": 64, "pre_rope": pre_rope}
     (logprobs,) = serve(family, kivi, [LOGPROBS], enable_prefix_caching=False).tasks
-    assert difference(logprobs["logprobs"][0], offline(model(family), CacheMethod())) < 1e-4
+    assert difference(logprobs["logprobs"][0], offline(tiny(family), CacheMethod())) < 1e-4
 
 
-def test_keys_before_rope_lose_about_what_keys_after_it_lose(serve, model):
+def test_keys_before_rope_lose_about_what_keys_after_it_lose(serve, tiny):
     """Rotated by a wrong position, or not at all, they would lose many times as much."""
     kivi = {**CACHED, "bits": 4, "group_size": 32, "pre_rope": True}
     (logprobs,) = serve("llama", kivi, [LOGPROBS]).tasks
-    exact = offline(model("llama"), CacheMethod())
+    exact = offline(tiny("llama"), CacheMethod())
     before = difference(logprobs["logprobs"][0], exact)
-    after = difference(offline(model("llama"), Kivi(4, 32, RESIDUAL)), exact)
+    after = difference(offline(tiny("llama"), Kivi(4, 32, RESIDUAL)), exact)
     print(f"mean absolute change of a logit: keys before RoPE {before:.2e}, after it {after:.2e}")
     assert before < 2 * after
 

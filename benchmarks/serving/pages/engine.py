@@ -1,29 +1,11 @@
 """A vLLM engine with a connector, which answers orders as :mod:`benchmarks.offline.engine` does."""
 
 import dataclasses
-import json
-import os
 import random
-import sys
 import time
 from typing import Any
 
-
-def main() -> None:
-    """Start the engine that the argument describes, say that it is ready, and answer."""
-    arguments = json.loads(sys.argv[1])
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    from vllm import LLM
-
-    llm = LLM(**arguments)
-    cache_tokens = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
-    print(json.dumps({"cache_tokens": cache_tokens}), file=answers, flush=True)
-    for line in sys.stdin:
-        order = json.loads(line)
-        order.pop("what")
-        print(json.dumps(hit(llm, **order)), file=answers, flush=True)
+from benchmarks.offline.orders import answer_orders
 
 
 def hit(llm: Any, *, prefix: int, question: int, seed: int) -> dict[str, Any]:
@@ -76,4 +58,4 @@ def hit(llm: Any, *, prefix: int, question: int, seed: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    answer_orders({"hit": hit})

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from tests.e2e.families.test_families import ENGINE, GEMMA3_KEPT, PROMPT
 from tests.factorizing import FakeTokenizer, factorize
-from tests.tiny_models import save_tiny_model
 from xquant_vllm.plugin.connectors.keys import TokenKeys
 
 pytestmark = pytest.mark.e2e
@@ -40,18 +39,6 @@ def logits(*prompts):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folders = {}
-
-    def model(family):
-        if family not in folders:
-            folders[family] = save_tiny_model(tmp_path_factory.mktemp(family) / "model", family)
-        return folders[family]
-
-    return model
-
-
-@pytest.fixture(scope="module")
 def serve(engines):
     def serve(model, pages, role, tasks, xquant, **settings):
         connector = {"kv_transfer_config": transfer(pages, role)}
@@ -63,13 +50,13 @@ def serve(engines):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.nightly if name in SELDOM else ()) for name in CASES]
 )
-def test_a_reader_answers_as_the_writer_does_from_its_own_cache(serve, models, tmp_path, name):
+def test_a_reader_answers_as_the_writer_does_from_its_own_cache(serve, tiny, tmp_path, name):
     family, xquant, settings = CASES[name]
-    writer = serve(models(family), tmp_path, "kv_producer", logits(PROMPT, PROMPT), xquant, **settings)
+    writer = serve(tiny(family), tmp_path, "kv_producer", logits(PROMPT, PROMPT), xquant, **settings)
     cold, warm = writer.tasks
     assert cold["cached"] == [0]
     assert warm["cached"][0] > 100
-    reader = serve(models(family), tmp_path, "kv_consumer", logits(PROMPT), xquant, **settings)
+    reader = serve(tiny(family), tmp_path, "kv_consumer", logits(PROMPT), xquant, **settings)
     assert reader.tasks == [warm]
     assert "could not be used" in reader.log
     assert " 0 could not be used" in reader.log
@@ -77,19 +64,19 @@ def test_a_reader_answers_as_the_writer_does_from_its_own_cache(serve, models, t
 
 
 @pytest.fixture(scope="module")
-def written(serve, models, tmp_path_factory):
+def written(serve, tiny, tmp_path_factory):
     """Files of a prompt, and what their writer answered; copy the folder before changing it."""
     folder = tmp_path_factory.mktemp("pages")
     prompts = [PROMPT, [*PROMPT[:64], *PROMPT[:100]], PROMPT[5:180], PROMPT[9:170]]
-    writer = serve(models("llama"), folder, "kv_producer", logits(*prompts), LATENT)
+    writer = serve(tiny("llama"), folder, "kv_producer", logits(*prompts), LATENT)
     return folder, prompts, writer.tasks
 
 
-def test_prefill_and_decode_in_processes_of_their_own(serve, models, written):
+def test_prefill_and_decode_in_processes_of_their_own(serve, tiny, written):
     """A producer that has ended; a consumer in a process that has seen nothing of it, with two prompts at once."""
     folder, prompts, answers = written
     task = {"kind": "next_logits", "prompts": prompts[:2], "max_tokens": 4}
-    reader = serve(models("llama"), folder, "kv_consumer", [task], LATENT, environment={"VLLM_LOGGING_LEVEL": "INFO"})
+    reader = serve(tiny("llama"), folder, "kv_consumer", [task], LATENT, environment={"VLLM_LOGGING_LEVEL": "INFO"})
     assert reader.tasks[0]["cached"] == [192, 160]
     assert reader.tasks[0]["tokens"] == [answer["tokens"][0] for answer in answers[:2]]
     assert "xquant: pages are shared with engines of the same fingerprint in" in reader.log
@@ -112,15 +99,15 @@ def other_weight(model, folder):
         (other_weight, LATENT, "weights"),
     ],
 )
-def test_whoever_reads_pages_differently_finds_none(serve, models, written, tmp_path, change, xquant, differs):
+def test_whoever_reads_pages_differently_finds_none(serve, tiny, written, tmp_path, change, xquant, differs):
     folder, prompts, _ = written
-    model = models("llama") if change is None else change(models("llama"), tmp_path / "model")
+    model = tiny("llama") if change is None else change(tiny("llama"), tmp_path / "model")
     reader = serve(model, folder, "kv_consumer", logits(prompts[0]), xquant)
     assert reader.tasks[0]["cached"] == [0]
     assert f"which have other: {differs}" in reader.log
 
 
-def test_factors_from_another_text_are_others(serve, models, tmp_path):
+def test_factors_from_another_text_are_others(serve, tiny, tmp_path):
     """The same model, settings and bytes per token."""
     answers = []
     for tokens in ("256", "192"):
@@ -128,7 +115,7 @@ def test_factors_from_another_text_are_others(serve, models, tmp_path):
         options = ("--calibration", "python-docs", "--calibration-tokens", tokens, "--bits", "4", "--dtype", "float32")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: FakeTokenizer())
-            assert factorize(models("llama"), out, *options) == 0
+            assert factorize(tiny("llama"), out, *options) == 0
         answers.append(serve(out, tmp_path / "pages", "kv_both", logits(PROMPT, PROMPT), {}))
     assert [[task["cached"] for task in answer.tasks] for answer in answers] == [[[0], [CACHED]]] * 2
     assert "which have other: factors" in answers[1].log
@@ -142,7 +129,7 @@ def path_of(folder, prompt, block):
     return path
 
 
-def test_bad_files_are_never_served(serve, models, written, tmp_path):
+def test_bad_files_are_never_served(serve, tiny, written, tmp_path):
     """What is found to be bad when it is read is computed, named once, and written anew."""
     folder, prompts, answers = written
     pages = shutil.copytree(folder, tmp_path / "pages")
@@ -156,7 +143,7 @@ def test_bad_files_are_never_served(serve, models, written, tmp_path):
     gone.unlink()
     part = gone.with_name("1-0123.part")
     part.write_bytes(b"half")
-    reader = serve(models("llama"), pages, "kv_both", logits(*prompts), LATENT, enable_prefix_caching=False)
+    reader = serve(tiny("llama"), pages, "kv_both", logits(*prompts), LATENT, enable_prefix_caching=False)
     assert [task["cached"] for task in reader.tasks] == [[0], [128], [0], [32]]
     assert [task["tokens"] for task in reader.tasks] == [task["tokens"] for task in answers]
     assert reader.tasks[0]["logits"] == answers[0]["logits"]

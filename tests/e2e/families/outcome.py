@@ -9,22 +9,10 @@ from typing import Any
 import torch
 
 from tests.e2e.engine import EngineFailed, Engines
+from tests.e2e.families.test_families import EIGHT, ENGINE, PROMPT
 from tests.model_hub.family import HubFamily, save
 
 SERVED, BROKEN, REFUSED = "served", "broken", "refused"
-PROMPT = [(7 * i * i + 3 * i + 5) % 300 + 3 for i in range(200)]
-ENGINE = {
-    "dtype": "float32",
-    "skip_tokenizer_init": True,
-    "max_model_len": 256,
-    "kv_cache_memory_bytes": 64 << 20,
-    # Three chunks, and several blocks.
-    "max_num_batched_tokens": 96,
-    "max_num_seqs": 8,
-    "block_size": 32,
-}
-# Some tiny models have so few hidden channels that they would cache the layer input by themselves.
-EIGHT = {"bits": 8, "cache": "latent"}
 _TASKS = [{"kind": "prompt_logprobs", "prompts": [PROMPT]}]
 # Of log-probabilities that are not all alike.
 _SPREAD = 0.3

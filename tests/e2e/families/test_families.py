@@ -44,23 +44,11 @@ TASKS = tasks_of(len(PROMPT))
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folders = {}
-
-    def model(family):
-        if family not in folders:
-            folders[family] = save_tiny_model(tmp_path_factory.mktemp(family), family)
-        return folders[family]
-
-    return model
-
-
-@pytest.fixture(scope="module")
-def serve(engines, model):
+def serve(engines, tiny):
     """Serve a family in the process that these tests share."""
 
     def serve(family, backend, tasks=TASKS, **settings):
-        return engines.run(model(family), backend, tasks, **{**ENGINE, **settings})
+        return engines.run(tiny(family), backend, tasks, **{**ENGINE, **settings})
 
     return serve
 
@@ -207,10 +195,10 @@ def test_rope_variants(logprobs, family):
         caching("xquant", "latent", "gemma3", "Gemma 3", "torch.compile"),
     ],
 )
-def test_compiled_equals_eager(engines, model, logprobs, method, cache, family):
+def test_compiled_equals_eager(engines, tiny, logprobs, method, cache, family):
     engine = {**ENGINE, "enforce_eager": False}
     settings = {"bits": 8, "method": method, "cache": cache, "hot": 0}
-    compiled = engines.run(model(family), "xquant", TASKS, xquant=settings, **engine).tasks[-1]["logprobs"][0]
+    compiled = engines.run(tiny(family), "xquant", TASKS, xquant=settings, **engine).tasks[-1]["logprobs"][0]
     # Measured 0.0001: the model rounds differently, and flips a code now and then.
     assert_close(compiled, logprobs(family, "xquant", xquant=settings), 0.002)
 
@@ -248,14 +236,14 @@ WITH_SINKS = [
 
 @pytest.mark.parametrize("settings", [{"cache": "latent"}, {"cache": "x"}, {"cache": "latent", "prompt": "exact"}])
 @pytest.mark.parametrize("family", WITH_SINKS)
-def test_attention_sinks_are_those_of_the_16_bit_cache(logprobs, model, engines, tmp_path, family, settings):
+def test_attention_sinks_are_those_of_the_16_bit_cache(logprobs, tiny, engines, tmp_path, family, settings):
     ours, expected = (
         logprobs(family, "xquant", xquant={"bits": 16, **settings}),
         logprobs(family, "CPU_ATTN"),
     )
     # Measured 0.0005: a page of 16 bits holds half-precision numbers of a model in FP32.
     assert_close(ours, expected, 0.002)
-    without = remove_sinks(shutil.copytree(model(family), tmp_path / "without"))
+    without = remove_sinks(shutil.copytree(tiny(family), tmp_path / "without"))
     tasks = engines.run(without, "CPU_ATTN", TASKS, **ENGINE).tasks
     assert_far(expected, tasks[-1]["logprobs"][0])
 
@@ -276,12 +264,12 @@ def test_a_chain_of_layers_with_attention_sinks(logprobs):
 
 
 @pytest.mark.covers("GPT-OSS", "attention sinks", "tensor parallel", *LATENTS)
-def test_tensor_parallel_ranks_have_the_sinks_of_their_own_heads(engines, logprobs, model):
+def test_tensor_parallel_ranks_have_the_sinks_of_their_own_heads(engines, logprobs, tiny):
     cores = sorted(os.sched_getaffinity(0))[:2]
     binding = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
     plain = {"bits": 16, "cache": "latent"}
     ours = engines.run(
-        model("gpt-oss"), "xquant", TASKS, xquant=plain, environment=binding, tensor_parallel_size=2, **ENGINE
+        tiny("gpt-oss"), "xquant", TASKS, xquant=plain, environment=binding, tensor_parallel_size=2, **ENGINE
     )
     assert_close(ours.tasks[-1]["logprobs"][0], logprobs("gpt-oss", "CPU_ATTN"), 0.002)
 
@@ -355,9 +343,9 @@ def test_values_folded_into_the_output_projection_change_nothing(serve, family):
     assert_close(ours.tasks[-1]["logprobs"][0], apart.tasks[-1]["logprobs"][0], 1e-3)
 
 
-def test_the_reference_serves_where_no_kernels_were_built(engines, logprobs, model):
+def test_the_reference_serves_where_no_kernels_were_built(engines, logprobs, tiny):
     environment = {"XQUANT_ATTENTION_KERNELS": "reference"}
-    slow = engines.run(model("qwen3"), "xquant", TASKS, xquant=EIGHT, environment=environment, **ENGINE)
+    slow = engines.run(tiny("qwen3"), "xquant", TASKS, xquant=EIGHT, environment=environment, **ENGINE)
     assert "attention runs on the PyTorch reference" in slow.log
     assert_close(slow.tasks[-1]["logprobs"][0], logprobs("qwen3", "xquant", xquant=EIGHT), 0.01)
 
@@ -378,11 +366,11 @@ def test_a_quantized_checkpoint_is_probed_for_its_effective_weight(engines, tmp_
 
 
 @pytest.mark.covers("Qwen3", "tensor parallel", *LATENTS, "bits=8")
-def test_tensor_parallel_ranks_factorize_their_own_heads(engines, serve, logprobs, model):
+def test_tensor_parallel_ranks_factorize_their_own_heads(engines, serve, logprobs, tiny):
     cores = sorted(os.sched_getaffinity(0))[:2]
     binding = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
     ours = engines.run(
-        model("qwen3"), "xquant", TASKS, xquant=EIGHT, environment=binding, tensor_parallel_size=2, **ENGINE
+        tiny("qwen3"), "xquant", TASKS, xquant=EIGHT, environment=binding, tensor_parallel_size=2, **ENGINE
     )
     alone = serve("qwen3", "xquant", xquant=EIGHT)
     # Each rank holds one of the two kv heads: half the bytes per token.
@@ -391,12 +379,12 @@ def test_tensor_parallel_ranks_factorize_their_own_heads(engines, serve, logprob
     assert_close(ours.tasks[-1]["logprobs"][0], logprobs("qwen3", "CPU_ATTN"), 0.02)
 
 
-def test_tensor_parallel_ranks_of_a_multi_head_model_cache_latents(engines, serve, logprobs, model):
+def test_tensor_parallel_ranks_of_a_multi_head_model_cache_latents(engines, serve, logprobs, tiny):
     """X is as wide on every rank, latents are shared out: with two ranks both take the same, and latents are faster."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     binding = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
     ours = engines.run(
-        model("mha"), "xquant", TASKS, xquant={"bits": 8}, environment=binding, tensor_parallel_size=2, **ENGINE
+        tiny("mha"), "xquant", TASKS, xquant={"bits": 8}, environment=binding, tensor_parallel_size=2, **ENGINE
     )
     assert 'cache "latent" at key 8 / value 8 bits' in ours.log
     assert "with --tensor-parallel-size 2 a rank has latents of 128 channels; the layer input has 128" in ours.log
@@ -404,10 +392,10 @@ def test_tensor_parallel_ranks_of_a_multi_head_model_cache_latents(engines, serv
     assert_close(ours.tasks[-1]["logprobs"][0], logprobs("mha", "CPU_ATTN"), 0.03)
 
 
-def test_ngram_speculation_changes_no_token(engines, serve, model):
+def test_ngram_speculation_changes_no_token(engines, serve, tiny):
     tasks = [{"kind": "greedy", "prompts": [PROMPT[:40] * 3], "max_tokens": 40}]
     speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
     plain = serve("qwen2", "xquant", tasks, xquant=EIGHT)
     engine = {**ENGINE, "speculative_config": speculative}
-    drafted = engines.run(model("qwen2"), "xquant", tasks, xquant=EIGHT, **engine)
+    drafted = engines.run(tiny("qwen2"), "xquant", tasks, xquant=EIGHT, **engine)
     assert drafted.tasks[0]["tokens"] == plain.tasks[0]["tokens"]

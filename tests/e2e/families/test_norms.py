@@ -11,7 +11,6 @@ from tests.e2e.families.test_families import EIGHT, ENGINE, TASKS, assert_close,
 from tests.e2e.families.test_projections import logprobs, transformers_logprobs
 from tests.factorizing import FakeTokenizer, factorize
 from tests.family_coverage import LATENTS
-from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.e2e
 
@@ -20,21 +19,9 @@ FEATURES = ("qk-norm", "rope=default", "bits=8")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folders = {}
-
-    def model(family):
-        if family not in folders:
-            folders[family] = save_tiny_model(tmp_path_factory.mktemp(family) / "model", family)
-        return folders[family]
-
-    return model
-
-
-@pytest.fixture(scope="module")
-def serve(engines, model):
+def serve(engines, tiny):
     def serve(family, backend="xquant", tasks=TASKS, **settings):
-        return engines.run(model(family), backend, tasks, **{**ENGINE, **settings})
+        return engines.run(tiny(family), backend, tasks, **{**ENGINE, **settings})
 
     return serve
 
@@ -58,8 +45,8 @@ def plain(engines):
 
 
 @pytest.fixture(scope="module")
-def expected(plain, model):
-    return lambda family: plain(model(family))
+def expected(plain, tiny):
+    return lambda family: plain(tiny(family))
 
 
 def without_norm(folder, target):
@@ -90,7 +77,7 @@ def served(family, name, *features):
         served("llama4-whole", LLAMA4, "rope=none"),
     ],
 )
-def test_eight_bits_match_the_model(serve, plain, expected, model, tmp_path, family):
+def test_eight_bits_match_the_model(serve, plain, expected, tiny, tmp_path, family):
     ours = serve(family, xquant=EIGHT)
     assert_close(logprobs(ours), expected(family), 0.03)
     cold, warm, _ = ours.tasks
@@ -98,7 +85,7 @@ def test_eight_bits_match_the_model(serve, plain, expected, model, tmp_path, fam
     (before,), (after,) = cold["logits"][0], warm["logits"][0]
     assert max(abs(before[token] - after[token]) for token in before.keys() & after.keys()) <= 0.05
     # A norm without its weights is another model, which the bound must tell apart.
-    distance = difference(expected(family), plain(without_norm(model(family), tmp_path / "broken")))
+    distance = difference(expected(family), plain(without_norm(tiny(family), tmp_path / "broken")))
     print(f"mean absolute difference of log-probability to the model with another norm {distance:.4f}")
     assert distance > 0.1
 
@@ -139,19 +126,19 @@ def test_what_keys_and_values_would_share_is_refused_by_name(serve):
 
 
 @pytest.mark.covers(OLMOE, "tensor parallel", *LATENTS, "bits=8")
-def test_ranks_divide_by_the_norm_over_the_heads_of_all_of_them(engines, expected, model):
+def test_ranks_divide_by_the_norm_over_the_heads_of_all_of_them(engines, expected, tiny):
     cores = sorted(os.sched_getaffinity(0))[:2]
     binding = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
     ours = engines.run(
-        model("olmoe"), "xquant", TASKS, xquant=EIGHT, environment=binding, tensor_parallel_size=2, **ENGINE
+        tiny("olmoe"), "xquant", TASKS, xquant=EIGHT, environment=binding, tensor_parallel_size=2, **ENGINE
     )
     assert_close(logprobs(ours), expected("olmoe"), 0.03)
 
 
-def test_calibrated_factors_of_normalized_keys_are_served(engines, expected, model, tmp_path, monkeypatch):
+def test_calibrated_factors_of_normalized_keys_are_served(engines, expected, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: FakeTokenizer())
     options = ("--bits", "8", "--calibration", "python-docs", "--calibration-tokens", "256", "--dtype", "float32")
-    assert factorize(model("olmoe-gqa"), tmp_path / "folder", *options) == 0
+    assert factorize(tiny("olmoe-gqa"), tmp_path / "folder", *options) == 0
     calibrated = engines.run(tmp_path / "folder", "xquant", TASKS, **ENGINE)
     assert "(calibrated on 256 tokens)" in calibrated.log
     assert_close(logprobs(calibrated), expected("olmoe-gqa"), 0.06)

@@ -18,21 +18,9 @@ HOSTED = {"model_impl": "transformers"}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folders = {}
-
-    def model(family):
-        if family not in folders:
-            folders[family] = save_tiny_model(tmp_path_factory.mktemp(family), family)
-        return folders[family]
-
-    return model
-
-
-@pytest.fixture(scope="module")
-def serve(engines, model):
+def serve(engines, tiny):
     def serve(family, backend, tasks=TASKS, **settings):
-        run = engines.run(model(family), backend, tasks, **{**ENGINE, **settings})
+        run = engines.run(tiny(family), backend, tasks, **{**ENGINE, **settings})
         assert "Using Transformers modeling backend" in run.log
         return run
 
@@ -40,13 +28,13 @@ def serve(engines, model):
 
 
 @pytest.fixture(scope="module")
-def expected(model):
+def expected(tiny):
     """Log-probabilities of the prompt by transformers, which takes no engine."""
     known = {}
 
     def expected(family):
         if family not in known:
-            known[family] = transformers_logprobs(model(family))
+            known[family] = transformers_logprobs(tiny(family))
         return known[family]
 
     return expected

@@ -29,10 +29,6 @@ class _Known:
     saved: list[int] = field(default_factory=list)
     failed: bool = False
 
-    def has(self, start: int) -> None:
-        """Note what the engine's own cache has."""
-        self.start = start
-
     def fail(self) -> None:
         """A file was bad: the request is computed, and what it computes takes the place of what was bad."""
         self.failed, self.saved = True, [0] * len(self.saved)
@@ -94,7 +90,7 @@ class SchedulerSide:
         asks = self._reads and self._ranks and not request.skip_reading_prefix_cache
         if known is None or known.failed or not asks or start % self._end:
             return 0
-        known.has(start)
+        known.start = start
         # The last token is computed in any case: its logits are wanted.
         most = (request.num_tokens - 1) // self._end * self._end
         known.keys.extend(request.all_token_ids[:most])

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from xquant_vllm.plugin.load.random_input import random_input
 from xquant_vllm.plugin.load.recognize import AttentionParts
 from xquant_vllm.plugin.load.rope.positions import on_all_axes
 
@@ -33,10 +34,8 @@ def make_probe(parts: AttentionParts, hidden_size: int, like: torch.Tensor) -> P
         hidden_size: channels.
         like: a tensor of the inputs' dtype on their device.
     """
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    # Loading happens under the default dtype of the model: name every dtype.
-    hidden = torch.randn(_PROBE_TOKENS, hidden_size, generator=generator, dtype=torch.float32, device="cpu")
+    hidden = random_input(_PROBE_TOKENS, hidden_size, like.dtype, like.device)
     last = 1024 if parts.rope is None else parts.rope.cos.shape[0] - 1
     positions = torch.linspace(0, last, _PROBE_TOKENS, dtype=torch.float64, device="cpu").long()
     positions = positions.to(like.device)
-    return Probe(hidden.to(like), positions, on_all_axes(positions, parts.position_axes))
+    return Probe(hidden, positions, on_all_axes(positions, parts.position_axes))

@@ -90,14 +90,9 @@ def recognize(name: str, module: nn.Module, attention: Any) -> AttentionParts:
         raise unsupported_model(f"{who} passes its values through {type(visit.module).__name__} at {visit.path}")
     norm, rotary = _norm_and_rotary(who, found.key_steps)
     rope = None if rotary is None else read_rope(who, rotary.module, model_config.max_model_len)
-    key_norm = None
-    if norm is not None:
-        has_bias = found.key.linear.bias is not None
-        read = read_norm(
-            who, NormModule(norm.module, norm.given[0].device), attention.num_kv_heads, head_size, has_bias=has_bias
-        )
-        behind = rope is not None and found.key_steps[0] is rotary
-        key_norm = before_rope(who, read, rope) if behind and rope is not None else read
+    key_norm = None if norm is None else norm_of(who, norm, found.key, attention)
+    if key_norm is not None and rope is not None and found.key_steps[0] is rotary:
+        key_norm = before_rope(who, key_norm, rope)
     return AttentionParts(
         name=name,
         module=module,
@@ -116,6 +111,23 @@ def recognize(name: str, module: nn.Module, attention: Any) -> AttentionParts:
         norm_is_shared=norm is not None and norm.path in {visit.path for visit in found.query_steps},
         position_axes=axes,
     )
+
+
+def norm_of(who: str, visit: Visit, key: Source, attention: Any) -> KeyNorm:
+    """What a module on the way of keys computes.
+
+    Args:
+        who: the attention module, for errors.
+        visit: the call of it.
+        key: what makes the keys.
+        attention: vLLM's attention layer.
+
+    Raises:
+        UnsupportedError: it is no norm that is known here.
+    """
+    norm = NormModule(visit.module, visit.given[0].device)
+    has_bias = key.linear.bias is not None
+    return read_norm(who, norm, attention.num_kv_heads, attention.head_size, has_bias=has_bias)
 
 
 def _call_children(module: Any) -> None:

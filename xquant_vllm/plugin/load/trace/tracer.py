@@ -15,6 +15,7 @@ from torch import nn
 from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.plugin.checks import unsupported_model
 from xquant_vllm.plugin.load.capture import capture_qkv
+from xquant_vllm.plugin.load.random_input import random_input
 from xquant_vllm.plugin.load.rope.positions import on_all_axes
 from xquant_vllm.plugin.load.trace.codes import TOKENS, RowCodes
 from xquant_vllm.plugin.load.trace.source import Source
@@ -102,10 +103,8 @@ def _arrived(
     """What reaches attention, ``[TOKENS, channels]`` each, for a random input in the model's dtype."""
     linear: Any = module.get_submodule(next(iter(coded)))
     device = next((parameter.device for parameter in linear.parameters()), torch.device("cpu"))
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    hidden = torch.randn(TOKENS, hidden_size, generator=generator, dtype=torch.float32, device="cpu")
-    positions = on_all_axes(torch.arange(TOKENS, device="cpu"), position_axes)
-    hidden, positions = hidden.to(device, linear.params_dtype), positions.to(device)
+    hidden = random_input(TOKENS, hidden_size, linear.params_dtype, device)
+    positions = on_all_axes(torch.arange(TOKENS, device="cpu"), position_axes).to(device)
     return capture_qkv(name, module, attention_child, hidden, positions, coded)
 
 

@@ -9,11 +9,10 @@ from torch import nn
 
 from xquant_vllm.plugin.checks import unsupported_model
 from xquant_vllm.plugin.load.capture import capture_qkv
-from xquant_vllm.plugin.load.norms.modules import NormModule
 from xquant_vllm.plugin.load.norms.order import before_rope
-from xquant_vllm.plugin.load.norms.read import read_norm
 from xquant_vllm.plugin.load.proof import TOLERANCE
-from xquant_vllm.plugin.load.recognize import AttentionParts
+from xquant_vllm.plugin.load.random_input import random_input
+from xquant_vllm.plugin.load.recognize import AttentionParts, norm_of
 from xquant_vllm.plugin.load.trace.stand_ins import Visit, output_rows
 from xquant_vllm.plugin.load.trace.tracer import Trace, trace
 from xquant_vllm.plugin.load.transformers_backend.calls import OwnerCall, record_calls
@@ -70,7 +69,7 @@ def recognize_hosted(base: Any, layers: Sequence[tuple[str, nn.Module, Any]]) ->
     """
     config = layers[0][2].impl.vllm_config.model_config
     device = next(layers[0][1].parameters()).device
-    hidden = _random(_TOKENS, base.text_config.hidden_size, torch.empty(0, dtype=config.dtype, device=device), seed=0)
+    hidden = random_input(_TOKENS, base.text_config.hidden_size, config.dtype, device)
     last = config.max_model_len - 1
     positions = torch.linspace(0, last, _TOKENS, dtype=torch.float64, device="cpu").long().to(device)
     decoder = base.model.get_decoder()
@@ -97,7 +96,7 @@ def _recognize(name: str, owner: nn.Module, attention: Any, run: _Run) -> Attent
     with module.turning_nothing():
         found = trace(name, module, ATTENTION, kv_size)
     visit = _norm(who, found)
-    norm = None if visit is None else _read_norm(who, visit, found, attention)
+    norm = None if visit is None else norm_of(who, visit, found.key, attention)
     path = _key_path(who, name, module, attention, run, found, norm)
     if norm is not None and path.rope is not None and path.behind:
         norm = before_rope(who, norm, path.rope)
@@ -139,12 +138,6 @@ def _norm(who: str, found: Trace) -> Visit | None:
     return steps[0] if steps else None
 
 
-def _read_norm(who: str, visit: Visit, found: Trace, attention: Any) -> KeyNorm:
-    norm = NormModule(visit.module, visit.given[0].device)
-    has_bias = found.key.linear.bias is not None
-    return read_norm(who, norm, attention.num_kv_heads, attention.head_size, has_bias=has_bias)
-
-
 def _key_path(
     who: str,
     name: str,
@@ -161,7 +154,7 @@ def _key_path(
     """
     head_size, tokens = attention.head_size, run.hidden.shape[0]
     given = {
-        path: _random(tokens, output_rows(linear), run.hidden, seed=3 + index)
+        path: random_input(tokens, output_rows(linear), run.hidden.dtype, run.hidden.device, seed=3 + index)
         for index, (path, linear) in enumerate(found.linears.items())
     }
     stand_ins = {path: _Given(output) for path, output in given.items()}
@@ -193,9 +186,3 @@ def _tables(who: str, run: _Run, call: OwnerCall, head_size: int) -> list[Rotary
             "would be turned otherwise than a new one; set --max-model-len to the length that the model was trained "
             "for (original_max_position_embeddings)"
         ) from error
-
-
-def _random(tokens: int, channels: int, like: torch.Tensor, seed: int) -> torch.Tensor:
-    """Normally distributed numbers; every dtype is named, since loading happens under the model's as default."""
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    return torch.randn(tokens, channels, generator=generator, dtype=torch.float32, device="cpu").to(like)
