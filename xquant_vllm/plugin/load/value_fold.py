@@ -23,6 +23,7 @@ from xquant_vllm.plugin.load.capture import module_output
 from xquant_vllm.plugin.load.modules import DenseLinear
 from xquant_vllm.plugin.load.probe import Probe
 from xquant_vllm.plugin.load.projections.rows import dense_stand_in, is_plain
+from xquant_vllm.plugin.load.random_input import random_input
 from xquant_vllm.plugin.load.recognize import AttentionParts
 from xquant_vllm.plugin.load.trace.stand_ins import Coded, descendants, is_linear, output_rows
 from xquant_vllm.projection.rematerialize import LayerProjection
@@ -72,12 +73,11 @@ class ValueFold:
         child = output_projection(parts, probe, stand_ins)
         if child is None:
             return None
-        generator = torch.Generator(device="cpu").manual_seed(2)
-        shape = (probe.hidden.shape[0], parts.attention.num_heads, projection.head_size)
-        latents = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(up)
-        of_heads = up.repeat_interleave(shape[1] // projection.num_kv_heads, 0)
-        attended = torch.einsum("thw,hws->ths", latents, of_heads).flatten(1).to(probe.hidden)
-        latents = latents.flatten(1).to(probe.hidden)
+        tokens, heads = probe.hidden.shape[0], parts.attention.num_heads
+        latents = random_input(tokens, heads * projection.head_size, up.dtype, up.device, seed=2)
+        of_heads = up.repeat_interleave(heads // projection.num_kv_heads, 0)
+        attended = torch.einsum("thw,hws->ths", latents.unflatten(1, (heads, -1)), of_heads)
+        attended, latents = attended.flatten(1).to(probe.hidden), latents.to(probe.hidden)
         expected = _output(parts, probe, attended, {**stand_ins, **_behind(parts)})
         return None if expected is None else cls(parts, projection, child, latents, expected)
 
@@ -143,9 +143,7 @@ def output_projection(parts: AttentionParts, probe: Probe, stand_ins: Mapping[st
         path: Coded(path, linear, torch.zeros(tokens, output_rows(linear), dtype=torch.float32, device="cpu"))
         for path, linear in linears.items()
     }
-    generator = torch.Generator(device="cpu").manual_seed(3)
-    attended = torch.randn(tokens, parts.q_size, generator=generator, dtype=torch.float32, device="cpu")
-    attended = attended.to(probe.hidden)
+    attended = random_input(tokens, parts.q_size, probe.hidden.dtype, probe.hidden.device, seed=3)
     if _output(parts, probe, attended, {**stand_ins, **coded}) is None:
         return None
     found = [path for path, stand_in in coded.items() if stand_in.given is not None and _same(stand_in.given, attended)]

@@ -12,8 +12,8 @@ from torch import nn
 
 from xquant_vllm.plugin.checks import unsupported_model
 from xquant_vllm.plugin.load.call import exchange
+from xquant_vllm.plugin.load.projections.rows import behind_queries
 from xquant_vllm.plugin.load.recognize import AttentionParts
-from xquant_vllm.plugin.load.trace.source import Source
 
 
 class LatentsAsValues(nn.Module):
@@ -43,14 +43,11 @@ def refuse_other_layouts(parts: AttentionParts) -> None:
     Raises:
         UnsupportedError: its rows are not queries, keys and values one after the other, or it does not count them.
     """
-    key, value = parts.key, parts.value
-    wanted = Source.of_range(key.child, None, parts.q_size, 2 * parts.kv_size)
-    in_order = key.child == value.child and torch.equal(torch.cat((key.rows, value.rows)), wanted.rows)
-    if not in_order or not hasattr(parts.module, "kv_size"):
+    if not behind_queries(parts) or not hasattr(parts.module, "kv_size"):
         raise unsupported_model(
             f"{type(parts.module).__name__} at {parts.name} normalizes queries and keys by one module "
-            f"({parts.key_norm_child}), which is not supported unless its {key.child} makes queries, keys and values "
-            "one after the other"
+            f"({parts.key_norm_child}), which is not supported unless its {parts.key.child} makes queries, keys and "
+            "values one after the other"
         )
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.plugin.load.call import exchange
 from xquant_vllm.plugin.load.modules import DenseLinear, InputInRows, QueryAndInput
-from xquant_vllm.plugin.load.projections.rows import Projections, shares_memory
+from xquant_vllm.plugin.load.projections.rows import Projections, behind_queries, shares_memory
 from xquant_vllm.plugin.load.recognize import AttentionParts
 from xquant_vllm.plugin.load.trace.source import Source
 from xquant_vllm.scheme.formats import LayerShape
@@ -46,11 +46,8 @@ def let_input_through(parts: AttentionParts, shape: LayerShape, projections: Pro
 
 def _is_counted(parts: AttentionParts, heads: int) -> bool:
     """Whether rows are queries, keys and values one after the other, and the module can be told of other kv heads."""
-    key, value = parts.key, parts.value
-    wanted = Source.of_range(key.child, None, parts.q_size, 2 * parts.kv_size)
-    in_order = key.child == value.child and torch.equal(torch.cat((key.rows, value.rows)), wanted.rows)
     enough = heads * parts.attention.head_size == parts.kv_size
-    return in_order and (enough or hasattr(parts.module, "kv_size"))
+    return behind_queries(parts) and (enough or hasattr(parts.module, "kv_size"))
 
 
 def _behind_queries(

@@ -33,6 +33,13 @@ def dense_stand_in(linear: Any) -> DenseLinear:
     return DenseLinear(linear.weight.data, None if linear.bias is None else linear.bias.data, like=linear)
 
 
+def behind_queries(parts: AttentionParts) -> bool:
+    """Whether one linear layer makes queries, keys and values one after the other."""
+    key, value = parts.key, parts.value
+    wanted = Source.of_range(key.child, None, parts.q_size, 2 * parts.kv_size)
+    return key.child == value.child and torch.equal(torch.cat((key.rows, value.rows)), wanted.rows)
+
+
 def key_value_rows(parts: AttentionParts, projections: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows ``[kv_size, in]`` that make keys and values; not copied where they follow each other."""
     key, value = (source.take(projections[source.child].weight.data) for source in (parts.key, parts.value))
