@@ -33,6 +33,10 @@ class _Known:
         """A file was bad: the request is computed, and what it computes takes the place of what was bad."""
         self.failed, self.saved = True, [0] * len(self.saved)
 
+    def ask(self, start: int) -> None:
+        """Note that files are asked for what follows the first ``start`` tokens."""
+        self.start = start
+
 
 class SchedulerSide:
     """Decides what is moved; the worker side moves it.
@@ -90,7 +94,7 @@ class SchedulerSide:
         asks = self._reads and self._ranks and not request.skip_reading_prefix_cache
         if known is None or known.failed or not asks or start % self._end:
             return 0
-        known.start = start
+        known.ask(start)
         # The last token is computed in any case: its logits are wanted.
         most = (request.num_tokens - 1) // self._end * self._end
         known.keys.extend(request.all_token_ids[:most])
