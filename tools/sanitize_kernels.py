@@ -21,9 +21,10 @@ PROJECT = Path(__file__).resolve().parent.parent
 COPY = PROJECT / "build" / "sanitized"
 _COPIED = ("xquant_vllm", "csrc", "tests", "benchmarks", "examples", "tools", "setup.py", "pyproject.toml", "README.md",
            "LICENSE")  # fmt: skip
-# Every kernel, in every instruction set of this machine, on every page format; not what starts a process of its own.
+# Every kernel, in every instruction set of this machine, on every page format; not what starts a process of its own, and
+# not what runs no kernel (the policy of hot blocks).
 TESTS = ("tests/attention/cpu", "tests/attention/hot", "tests/kivi/cpu")
-_NOT_HERE = "not threads and not headers"
+_NOT_HERE = "not threads and not headers and not test_policy"
 _PROCESSES = min(2, os.cpu_count() or 1)
 SANITIZERS = "address,undefined,float-cast-overflow"
 # Optimized as little as keeps compiling and running short.

@@ -43,6 +43,7 @@ def test_the_prefix_is_promoted(tmp_path) -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.nightly
 def test_long_contexts_may_have_the_same_prompts(tmp_path) -> None:
     arguments = options(tmp_path, rounds=2, sequences=2, steps=2, max_model_len=512, cache_mib=2, same_prompts=150)
     bench_offline.main([*arguments, "--contexts", "40", "150", "--methods", "x-hot"])

@@ -50,9 +50,16 @@ def run_suite(*arguments: str, interpret: bool = True) -> subprocess.CompletedPr
 # --- The whole ---
 
 
-def test_tiny(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "only",
+    [
+        pytest.param((), marks=pytest.mark.nightly, id="all"),
+        pytest.param(("--only", "check .*uniform 4|check store.*X|uniform 4"), id="some"),
+    ],
+)
+def test_tiny(tmp_path: Path, only: tuple[str, ...]) -> None:
     pytest.importorskip("triton")
-    done = run_suite("--tiny", "--json", "--seed", "1", "--out", str(tmp_path))
+    done = run_suite("--tiny", "--json", "--seed", "1", "--out", str(tmp_path), *only)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     kernels_of = {check["name"]: check for check in results["checks"]}

@@ -176,8 +176,12 @@ def sequences(count: int, blocks: int, size: int, first: int) -> list[Sequence]:
     return [Sequence(list(range(at, at + blocks)), list(range(1, tokens + 1)), tokens - 1) for at in starts]
 
 
-@pytest.mark.parametrize("pool", [9, 16, 33, 40, 60])
-@pytest.mark.parametrize("period", [1, 2, 3, 4, 5, 6, 7, 8, 10, 31, 63, 64, 65, 80, 100, 129, 300, 1000])
+def seldom(*numbers: int) -> list:
+    return [pytest.param(number, marks=pytest.mark.nightly) for number in numbers]
+
+
+@pytest.mark.parametrize("pool", [9, 33, 60, *seldom(16, 40)])
+@pytest.mark.parametrize("period", [1, 2, 5, 8, 64, 129, *seldom(3, 4, 6, 7, 10, 31, 63, 65, 80, 100, 300, 1000)])
 def test_working_sets_that_take_turns_do_not_thrash(period: int, pool: int) -> None:
     """Two sets of four sequences of eight blocks, and a pool for one to seven of these: never slower than without."""
     size, steps = 4, 3000

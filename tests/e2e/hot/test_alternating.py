@@ -21,7 +21,7 @@ ENGINE = {
 }
 
 
-@pytest.mark.parametrize("turns", [2, 40])
+@pytest.mark.parametrize("turns", [2, pytest.param(40, marks=pytest.mark.nightly)])
 def test_sets_that_take_turns_do_not_thrash(engines, tmp_path, turns):
     model = save_tiny_model(tmp_path, "mha")
     config = json.loads((model / "config.json").read_text())

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.plugin.load.modules import DenseLinear, whole_output
 from xquant_vllm.plugin.load.projections.effective_weight import effective_linear
 
@@ -35,3 +36,25 @@ def test_the_dense_layer_answers_like_the_probed_one(convention, bias):
     if convention.return_bias:
         assert (actual[1] is None) == (expected[1] is None)
         torch.testing.assert_close(actual[0], expected[0], atol=1e-4, rtol=1e-4)
+
+
+class Overflowing(DenseLinear):
+    """Adds up products two by two and cuts the sums off, as 8-bit products are on processors without VNNI."""
+
+    def forward(self, x):
+        products = x[:, None, :] * self.weight
+        pairs = products.unflatten(-1, (-1, 2)).sum(-1)
+        return pairs.clamp(-self.most, self.most).sum(-1), None
+
+
+@pytest.mark.parametrize("most", [2.0, 100.0])
+def test_a_layer_that_is_not_linear_is_refused(most):
+    layer = Overflowing(torch.randn(24, 300), None)
+    layer.most = most
+    if most == 100:
+        torch.testing.assert_close(effective_linear("x", layer).weight.data, layer.weight.data)
+        return
+    with pytest.raises(
+        UnsupportedError, match=r"the quantized layer\.qkv is not linear: .* projections are not quantized"
+    ):
+        effective_linear("layer.qkv", layer)
