@@ -25,7 +25,7 @@ def _find(query_start_loc, num_sequences, index, KEY_GROUP: tl.constexpr):
     return sequence, index - (tl.load(query_start_loc + sequence) // KEY_GROUP + sequence)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def store_groups(
     query_start_loc,
     seq_lens,

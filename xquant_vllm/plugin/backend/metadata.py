@@ -11,6 +11,7 @@ from vllm.v1.attention.backend import (
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
+    max_decode_query_len,
 )
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
@@ -40,7 +41,11 @@ class PagedMetadata(AttentionMetadata):
 
 
 class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
-    """Builds :class:`PagedMetadata`; reads nothing back from a device."""
+    """Builds :class:`PagedMetadata`; reads nothing back from a device.
+
+    Attributes:
+        decode_tokens: query tokens of a decoding sequence at most: one, and those drafted for it.
+    """
 
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -53,6 +58,10 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
         if not type(self).__module__.startswith(f"{PACKAGE}."):
             raise_for_wrapper(type(self))
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.decode_tokens = max_decode_query_len(vllm_config)
+        if device.type == "cuda":
+            # vLLM puts decoding sequences first.
+            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
 
     def build(
         self,
@@ -75,9 +84,20 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
                 common.seq_lens,
                 common.block_table_tensor,
                 common.max_query_len,
-                _lengths(common),
+                self._lengths(common),
+                self.decode_tokens,
             ),
         )
+
+    def _lengths(self, common: CommonAttentionMetadata) -> tuple[tuple[int, int], ...] | None:
+        """Query tokens and cached tokens of every sequence, as the host knows them; None where all decode.
+
+        vLLM may not know yet how many drafted tokens a decoding sequence kept, but it knows of one that prefills.
+        """
+        if common.max_query_len <= self.decode_tokens or common.seq_lens_cpu_upper_bound is None:
+            return None
+        query_lens = (common.query_start_loc_cpu[1:] - common.query_start_loc_cpu[:-1]).tolist()
+        return tuple(zip(query_lens, common.seq_lens_cpu_upper_bound[: len(query_lens)].tolist(), strict=True))
 
 
 class XQuantMetadataBuilder(PagedMetadataBuilder):
@@ -95,9 +115,6 @@ class XQuantMetadataBuilder(PagedMetadataBuilder):
         """Check that the loader hook saw every layer: latents cannot be attended without their projections."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        if device.type == "cuda":
-            # Leading sequences with few query tokens decode, the rest prefills.
-            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         missed = [name for name, layer in layers.items() if layer.impl.scheme is None]
         if missed:
             raise UnsupportedError(
@@ -130,14 +147,3 @@ class XQuantMetadataBuilder(PagedMetadataBuilder):
         if self._hot_gpu is not None:
             return replace(metadata, hot=self._hot_gpu.build(common_attn_metadata, metadata.batch))
         return metadata if self._hot is None else replace(metadata, hot=self._hot.build(common_attn_metadata))
-
-
-def _lengths(common: CommonAttentionMetadata) -> tuple[tuple[int, int], ...] | None:
-    """Query tokens and cached tokens of every sequence, as the host knows them; None where none prefills.
-
-    vLLM may not know yet how many drafted tokens a decoding sequence kept, but it knows of one that prefills.
-    """
-    if common.max_query_len <= 1 or common.seq_lens_cpu_upper_bound is None:
-        return None
-    query_lens = (common.query_start_loc_cpu[1:] - common.query_start_loc_cpu[:-1]).tolist()
-    return tuple(zip(query_lens, common.seq_lens_cpu_upper_bound[: len(query_lens)].tolist(), strict=True))
