@@ -27,7 +27,7 @@ def _products(low_query, high_query, low, high, DTYPE: tl.constexpr, PRECISION: 
     return product + tl.dot(high_query, tl.trans(high.to(DTYPE)), input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["first_sequence", "query_tiles", "splits"])
+@triton.jit(do_not_specialize=["table_stride", "residual_stride", "first_sequence", "query_tiles", "splits"])
 def kivi_attend(
     batch,
     columns,
@@ -36,6 +36,8 @@ def kivi_attend(
     tail,
     scores,
     residual_tokens,
+    table_stride,
+    residual_stride,
     partial,
     output,
     token_stride,
@@ -73,6 +75,8 @@ def kivi_attend(
         columns: read unless ``NATURAL``.
         tail: for RoPE.
         residual_tokens: R.
+        table_stride: of the quantized pages' block table.
+        residual_stride: of the residual pages' block table.
         first_sequence: sequence of the first program.
         query_tiles: tiles of query tokens that a sequence may have.
         splits: of a sequence; 1 unless ``SPLIT``.
@@ -130,8 +134,8 @@ def kivi_attend(
     query, there = (batch.query + at)[:, None], row_valid[:, None] & channel_there[None, :]
     low_query = tl.load(query + low_channel[None, :], there, 0.0).to(DTYPE)
     high_query = tl.load(query + high_channel[None, :], there, 0.0).to(DTYPE)
-    table = batch.block_table + sequence.to(tl.int64) * batch.table_stride
-    residual_table = residual.block_table + sequence.to(tl.int64) * residual.table_stride
+    table = batch.block_table + sequence.to(tl.int64) * table_stride
+    residual_table = residual.block_table + sequence.to(tl.int64) * residual_stride
 
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)

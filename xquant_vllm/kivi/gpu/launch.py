@@ -87,6 +87,8 @@ def _arguments(
         gpu_plan.tail,
         describe_scores(plan),
         plan.residual_tokens,
+        batch.sequences.block_table.stride(0),
+        batch.residual_block_table.stride(0),
     )
 
 

@@ -51,7 +51,7 @@ def _absorbed_scores(
     return product
 
 
-@triton.jit(do_not_specialize=["query_tiles", "splits"])
+@triton.jit(do_not_specialize=["table_stride", "query_tiles", "splits"])
 def attend(
     batch,
     columns,
@@ -62,6 +62,7 @@ def attend(
     absorbed,
     partial,
     scores,
+    table_stride,
     query_tiles,
     splits,
     GROUP: tl.constexpr,
@@ -153,7 +154,7 @@ def attend(
     for start in range(begin, stop, TOKENS):
         position = start + tl.arange(0, TOKENS)
         valid = position < stop
-        of_table = batch.block_table + sequence.to(tl.int64) * batch.table_stride + position // pages.block_size
+        of_table = batch.block_table + sequence.to(tl.int64) * table_stride + position // pages.block_size
         block = tl.load(of_table, valid, 0).to(tl.int64)
         within = position % pages.block_size
         if ABSORB_KEY:

@@ -94,6 +94,7 @@ def decode(
             absorbed,
             partial,
             describe_scores(plan),
+            batch.block_table.stride(0),
             tiles,
             splits,
             GROUP=group,

@@ -18,7 +18,7 @@ _TILE = 128
 _NEVER = 1 << 30
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "num_columns", "hot_stride"])
 def locate_rows(
     query_start_loc,
     seq_lens,
