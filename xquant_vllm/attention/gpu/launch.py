@@ -59,8 +59,9 @@ def _decode_run(
     apart = replace(
         batch,
         query_start_loc=batch.query_start_loc[run.first : run.stop + 1] - before,
-        seq_lens=batch.seq_lens[run.first : run.stop],
-        block_table=batch.block_table[run.first : run.stop],
+        # Kernels are compiled for aligned addresses.
+        seq_lens=batch.seq_lens[run.first : run.stop].clone(),
+        block_table=batch.block_table[run.first : run.stop].clone(),
         max_query_len=run.longest,
         lengths=None,
     )

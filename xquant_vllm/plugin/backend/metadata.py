@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from xquant_vllm.attention import dispatch
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.errors import UnsupportedError
+from xquant_vllm.plugin.backend.warm_up import builders_of
 from xquant_vllm.plugin.backend.wrappers import PACKAGE, raise_for_wrapper
 from xquant_vllm.plugin.hot.budget import of_a_draft, rows_on_device
 from xquant_vllm.plugin.hot.cpu import HotBuilder
@@ -58,10 +59,18 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
         if not type(self).__module__.startswith(f"{PACKAGE}."):
             raise_for_wrapper(type(self))
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        refuse_bypass(self._layers)
+        builders_of(vllm_config.compilation_config)[tuple(layer_names)] = self
         self.decode_tokens = max_decode_query_len(vllm_config)
         if device.type == "cuda":
             # vLLM puts decoding sequences first.
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
+        """Batches whose sequences have the same few query tokens: their launches depend on nothing else."""
+        return AttentionCGSupport.UNIFORM_BATCH
 
     def build(
         self,
@@ -103,18 +112,13 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
 class XQuantMetadataBuilder(PagedMetadataBuilder):
     """Makes sure that every layer has its projections and its memory."""
 
-    @classmethod
-    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
-        """Batches whose sequences have the same few query tokens: their launches depend on nothing else."""
-        return AttentionCGSupport.UNIFORM_BATCH
-
     @announced()
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         """Check that the loader hook saw every layer: latents cannot be attended without their projections."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        layers = self._layers
         missed = [name for name, layer in layers.items() if layer.impl.scheme is None]
         if missed:
             raise UnsupportedError(
@@ -147,3 +151,17 @@ class XQuantMetadataBuilder(PagedMetadataBuilder):
         if self._hot_gpu is not None:
             return replace(metadata, hot=self._hot_gpu.build(common_attn_metadata, metadata.batch))
         return metadata if self._hot is None else replace(metadata, hot=self._hot.build(common_attn_metadata))
+
+
+def refuse_bypass(layers: dict[str, Any]) -> None:
+    """Refuse layers whose cache the model writes itself; vLLM has such from 0.33 on.
+
+    Raises:
+        UnsupportedError: the layer by name.
+    """
+    for name, layer in layers.items():
+        if getattr(layer, "kv_cache_update_bypass", False):
+            raise UnsupportedError(
+                f"xquant: the model itself writes keys and values of {name} to the cache (kv_cache_update_bypass), in "
+                "a format that no backend here reads; use another attention backend for this model"
+            )
