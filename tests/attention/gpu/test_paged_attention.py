@@ -8,7 +8,7 @@ import torch
 from tests.attention.attention_cases import Case, Spec, make_case, random_spec
 from xquant_vllm.attention import reference
 from xquant_vllm.attention.batch import Decoding, DecodingRun
-from xquant_vllm.attention.gpu import launch
+from xquant_vllm.attention.gpu import launch, tiling
 from xquant_vllm.attention.gpu.gpu_plan import _gpu_plan, prepare
 from xquant_vllm.attention.gpu.prefill.prefill import prefill
 
@@ -139,10 +139,11 @@ LONG_DRAFTS = [(16, 4), (8, 7), (8, 8), (4, 16), (1, 48)]
 @pytest.mark.parametrize(("drafted", "group"), LONG_DRAFTS)
 def test_long_drafts(drafted: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """They decode, too. The host takes all drafted tokens for kept: of such lengths nothing may be computed."""
+    monkeypatch.setattr(tiling, "_PROGRAMS", 6)  # the interpreter takes milliseconds for a program
     new = 1 + drafted
     spec = Spec(
-        seqs=((40, new), (29, new), (60 + drafted, 30 + drafted), (45, new)), kv_heads=1, group=group, head_size=16,
-        key_group=16, value_group=16, hidden_size=64, decode_tokens=new,
+        seqs=((new + 14, new), (new + 2, new), (new + 20, new + 9), (new + 6, new)), kv_heads=1, group=group,
+        head_size=16, key_group=16, value_group=16, hidden_size=64, decode_tokens=new,
     )  # fmt: skip
     case = with_lengths(make_case(spec))
     assert case.batch.lengths is not None
