@@ -56,6 +56,7 @@ class Spec:
     sinks: bool = False
     folded: bool = False  # whether value latents are the values, where they are as wide as a head
     host_lengths: bool = False  # whether the batch says on the host how long its sequences are
+    decode_tokens: int = 1  # query tokens of sequences that decode, at most
     exact_from: int | None = None  # query tokens of a sequence from which on it attends to them exactly
     seed: int = 0
 
@@ -221,7 +222,7 @@ def make_case(spec: Spec) -> Case:
         query = torch.randn(shape, generator=generator).to(spec.dtype)
     inputs.append([torch.full((2, s.num_heads * s.width), torch.nan) for s in layout.streams])
     on_host = tuple(zip(counts, lengths.tolist(), strict=True)) if spec.host_lengths else None
-    batch = AttentionBatch(starts, lengths, table, lengths=on_host)
+    batch = AttentionBatch(starts, lengths, table, lengths=on_host, decode_tokens=spec.decode_tokens)
     return Case(plan, pages, batch, query, tuple(torch.cat(of) for of in zip(*inputs, strict=True)))
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from benchmarks.gpu.layers import DECODE_TOKENS
 from benchmarks.gpu.problem import Call, Prepared, Problem
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.kivi import codec, reference
@@ -46,11 +47,11 @@ def prepare(bits: int, problem: Problem) -> Prepared:
             codec.store_residual(residual_pages, plan.residual, slots, keys[first_exact:], values[first_exact:])
     starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * query_len
     lengths = torch.full((batch,), seq_len, dtype=torch.int32, device=device)
-    on_host = ((query_len, seq_len),) * batch if query_len > 1 else None
+    on_host = ((query_len, seq_len),) * batch if query_len > DECODE_TOKENS else None
     before = torch.zeros(sets, batch, skipped, dtype=torch.int32, device=device)
     residual_table = torch.cat((before, residual_table), 2)
     batches = [
-        KiviBatch(AttentionBatch(starts, lengths, of_quantized, query_len, on_host), of_residual)
+        KiviBatch(AttentionBatch(starts, lengths, of_quantized, query_len, on_host, DECODE_TOKENS), of_residual)
         for of_quantized, of_residual in zip(table, residual_table, strict=True)
     ]
     queries = problem.queries.flatten(1, 2)

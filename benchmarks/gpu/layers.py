@@ -25,6 +25,8 @@ from xquant_vllm.projection.rope import RotaryTable
 _KEY_DECAY, _VALUE_DECAY, _JOINT_DECAY = 1.5, 0.8, 1.0
 # Pages are filled with so many different tokens at most, over and over.
 _DIFFERENT_TOKENS = 4096
+# Query tokens of a sequence that decodes, at most: three were drafted.
+DECODE_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def shapes() -> list[Shape]:
     rest = [
         Shape(model, "decode", batch, context, query_len)
         for model in (LLAMA_3, LLAMA_2)
-        for query_len in (1, 4)
+        for query_len in (1, DECODE_TOKENS)
         for context in (4096, 1024, 16384, 65536)
         for batch in (1, 4, 16, 64, 128)
     ]

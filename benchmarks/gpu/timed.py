@@ -12,7 +12,7 @@ from benchmarks.gpu.baselines import BASELINES, Baseline
 from benchmarks.gpu.checks import relative_errors, stored_numbers
 from benchmarks.gpu.cost import Cost, Roofs, attention_cost, dense_attention_cost, floor, store_cost
 from benchmarks.gpu.kernels import KERNELS
-from benchmarks.gpu.layers import Model, Shape, fill_pages, make_layer, page_bytes_of
+from benchmarks.gpu.layers import DECODE_TOKENS, Model, Shape, fill_pages, make_layer, page_bytes_of
 from benchmarks.gpu.problem import Prepared, Problem
 from benchmarks.gpu.timing import Calls, Timing, measure
 from xquant_vllm.attention import reference
@@ -324,9 +324,9 @@ def _ours(
     lengths = torch.full((batch,), shape.seq_len, dtype=torch.int32, device=device)
     flat = queries.flatten(1, 2)
     outputs = torch.full_like(flat, torch.nan)
-    # As vLLM knows them: not where no sequence has more than one query token.
-    on_host = ((shape.query_len, shape.seq_len),) * batch if shape.query_len > 1 else None
-    batches = [AttentionBatch(starts, lengths, table, shape.query_len, on_host) for table in tables]
+    # As the kernels are told: not where all sequences decode.
+    on_host = ((shape.query_len, shape.seq_len),) * batch if shape.query_len > DECODE_TOKENS else None
+    batches = [AttentionBatch(starts, lengths, table, shape.query_len, on_host, DECODE_TOKENS) for table in tables]
 
     def call(index: int) -> None:
         attention(flat[index], pages, plan, batches[index], outputs[index])

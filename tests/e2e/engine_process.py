@@ -111,6 +111,16 @@ def hot_counts(llm: Any) -> dict[str, Any]:
     }
 
 
+def warm_up(llm: Any) -> int:
+    """What a GPU's worker calls before the first request; returns how many batches the layers took."""
+    from xquant_vllm.plugin.backend.warm_up import WARM_UP
+
+    config = llm.llm_engine.vllm_config
+    batches = WARM_UP.get_warmup_keys(config)
+    WARM_UP.compile_many(batches)
+    return len(batches)
+
+
 def prompt_with_image(llm: Any, **arguments: Any) -> dict[str, Any]:
     """See ``families/images.py``, beside this script."""
     from families.images import prompt_with_image
@@ -137,6 +147,7 @@ KINDS = {
         hot_turns,
         offloaded,
         hot_counts,
+        warm_up,
         prompt_with_image,
         prompt_with_features,
     )

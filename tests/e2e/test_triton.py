@@ -27,16 +27,18 @@ ENGINE = {
     "logprobs_mode": "raw_logits",
 }
 TASKS = [{"kind": "next_logits", "prompts": [PROMPT[:5], PROMPT], "max_tokens": 2}]
+WARM_UP = {"kind": "warm_up"}
 SETTINGS = {"bits": 4, "cache": "latent"}
 
 
 def test_same_logits(engines, tmp_path):
     model = save_tiny_model(tmp_path, "llama")
     expected = engines.run(model, "xquant", TASKS, xquant=SETTINGS, environment=FP32, **ENGINE)
-    actual = engines.run(model, "xquant", TASKS, xquant=SETTINGS, environment=TRITON, **ENGINE)
+    actual = engines.run(model, "xquant", [WARM_UP, *TASKS], xquant=SETTINGS, environment=TRITON, **ENGINE)
+    assert actual.tasks[0] == 5
     assert "attention runs on the Triton kernels" in actual.log
     assert actual.cache_tokens == expected.cache_tokens
-    for ours, theirs in zip(actual.tasks[0]["logits"], expected.tasks[0]["logits"], strict=True):
+    for ours, theirs in zip(actual.tasks[1]["logits"], expected.tasks[0]["logits"], strict=True):
         assert_same(ours, theirs)
 
 
@@ -61,13 +63,15 @@ def test_hot_blocks(engines, tmp_path, method, hot, some_cold):
     model = save_tiny_model(tmp_path, "llama")
     settings = {"bits": 16, **method}
     cold = engines.run(model, "xquant", HOT_TASKS[:2], xquant={**settings, "hot": 0}, environment=TRITON, **ENGINE)
-    actual = engines.run(model, "xquant", HOT_TASKS, xquant={**settings, "hot": hot}, environment=TRITON, **ENGINE)
+    tasks = [*HOT_TASKS, WARM_UP]
+    actual = engines.run(model, "xquant", tasks, xquant={**settings, "hot": hot}, environment=TRITON, **ENGINE)
     assert actual.cache_tokens < cold.cache_tokens
     assert actual.tasks[1]["cached"] == cold.tasks[1]["cached"]
     assert actual.tasks[1]["cached"][0] == 32
     counts = actual.tasks[2]
     assert counts["hot"] > 0
     assert bool(counts["cold"]) == some_cold
+    assert actual.tasks[3] == 5
     for ours, theirs in zip(actual.tasks[:2], cold.tasks, strict=True):
         for x, y in zip(ours["logits"], theirs["logits"], strict=True):
             assert_same(x, y)

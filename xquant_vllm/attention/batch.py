@@ -1,6 +1,8 @@
 """The sequences of an attention call, in vLLM's terms but without vLLM."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -16,7 +18,9 @@ class AttentionBatch:
             behind the sliding window, are arbitrary and never read.
         max_query_len: query tokens of a sequence at most, known without reading from a device; None: to be found out.
         lengths: for every sequence its query tokens and its cached tokens, known likewise; None: not known. Cached
-            tokens of a sequence with one query token may be overstated.
+            tokens of sequences that decode may be overstated.
+        decode_tokens: sequences with so many query tokens at most *decode*. The others *prefill*, unless ``lengths``
+            are not known: then all decode.
     """
 
     query_start_loc: torch.Tensor
@@ -24,3 +28,56 @@ class AttentionBatch:
     block_table: torch.Tensor
     max_query_len: int | None = None
     lengths: tuple[tuple[int, int], ...] | None = None
+    decode_tokens: int = 1
+
+    @cached_property
+    def decoding(self) -> "Decoding":
+        """Which sequences decode; reads from the device only where nothing is known of query tokens."""
+        sequences, longest = self.seq_lens.shape[0], self.max_query_len
+        if longest is None and self.lengths is None:
+            longest = int((self.query_start_loc[1:] - self.query_start_loc[:-1]).max()) if sequences else 0
+        if self.lengths is None or (longest is not None and longest <= self.decode_tokens):
+            assert longest is not None
+            return Decoding(DecodingRun(0, sequences, longest), ())
+        first, *later = self._decoding_runs(self.lengths)
+        return Decoding(first, tuple(later))
+
+    def _decoding_runs(self, lengths: tuple[tuple[int, int], ...]) -> "Iterator[DecodingRun]":
+        """The leading run, which may have no sequence, and those behind sequences that prefill."""
+        first, longest = 0, 1
+        for sequence, (query_len, _) in enumerate((*lengths, (self.decode_tokens + 1, 0))):
+            if query_len <= self.decode_tokens:
+                longest = max(longest, query_len)
+                continue
+            if first == 0 or first < sequence:
+                yield DecodingRun(first, sequence, longest)
+            first, longest = sequence + 1, 1
+
+
+@dataclass(frozen=True)
+class DecodingRun:
+    """Sequences that decode, one after another.
+
+    Attributes:
+        first: index of the first.
+        stop: index after the last.
+        longest: query tokens of one of them at most.
+    """
+
+    first: int
+    stop: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """The sequences of a batch that decode.
+
+    Attributes:
+        leading: those before the first that prefills.
+        later: the others. vLLM puts decoding sequences first, but takes the word of the least of its backends for how
+            many query tokens these have.
+    """
+
+    leading: DecodingRun
+    later: tuple[DecodingRun, ...]

@@ -7,7 +7,8 @@ import torch
 
 from tests.attention.attention_cases import Case, Spec, make_case, random_spec
 from xquant_vllm.attention import reference
-from xquant_vllm.attention.gpu import launch
+from xquant_vllm.attention.batch import Decoding, DecodingRun
+from xquant_vllm.attention.gpu import launch, tiling
 from xquant_vllm.attention.gpu.gpu_plan import _gpu_plan, prepare
 from xquant_vllm.attention.gpu.prefill.prefill import prefill
 
@@ -124,9 +125,37 @@ def test_16_bit_operands(dtype: torch.dtype, allocated: float, folded: bool) -> 
 
 
 def test_decodes_and_prefills() -> None:
-    """Leading sequences with few tokens decode, the others prefill."""
-    case = make_case(Spec(seqs=((90, 1), (20, 3), (100, 60), (40, 2)), group=3))
-    assert_close(with_lengths(case).run(launch), case.run(reference))
+    """Sequences with few tokens decode, behind others as well; the others prefill."""
+    spec = Spec(seqs=((90, 1), (20, 3), (100, 60), (40, 2), (9, 9), (5, 0), (35, 1)), group=3, decode_tokens=3)
+    case = with_lengths(make_case(spec))
+    assert case.batch.decoding == Decoding(DecodingRun(0, 2, 3), (DecodingRun(3, 4, 2), DecodingRun(5, 9, 1)))
+    assert_close(case.run(launch), case.run(reference))
+
+
+# Drafted tokens, query heads of a kv head: more rows than a tile has.
+LONG_DRAFTS = [(16, 4), (8, 7), (8, 8), (4, 16), (1, 48)]
+
+
+@pytest.mark.parametrize(("drafted", "group"), LONG_DRAFTS)
+def test_long_drafts(drafted: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They decode, too. The host takes all drafted tokens for kept: of such lengths nothing may be computed."""
+    monkeypatch.setattr(tiling, "_PROGRAMS", 6)  # the interpreter takes milliseconds for a program
+    new = 1 + drafted
+    spec = Spec(
+        seqs=((new + 14, new), (new + 2, new), (new + 20, new + 9), (new + 6, new)), kv_heads=1, group=group,
+        head_size=16, key_group=16, value_group=16, hidden_size=64, decode_tokens=new,
+    )  # fmt: skip
+    case = with_lengths(make_case(spec))
+    assert case.batch.lengths is not None
+    overstated = tuple((count, length + drafted if count == new else length) for count, length in case.batch.lengths)
+    case = replace(case, batch=replace(case.batch, lengths=overstated))
+    assert_close(case.run(launch), case.run(reference))
+
+    monkeypatch.setattr(launch, "prefill", None)
+    case = make_case(replace(spec, seqs=spec.seqs[:2]))
+    known = (overstated[0], overstated[1], (0, 0), (0, 0))
+    case = replace(case, batch=replace(case.batch, lengths=known, max_query_len=new))
+    assert_close(case.run(launch), case.run(reference))
 
 
 def test_overstated_length() -> None:

@@ -20,10 +20,13 @@ CPU = torch.device("cpu")
 
 
 class Triton:
-    """The kernels, with what the host knows of a batch: all lengths, or as in decoding, the most query tokens."""
+    """The kernels, with what the host knows of a batch: all lengths, or as in decoding, the most query tokens.
 
-    def __init__(self, lengths: bool = True) -> None:
-        self.lengths = lengths
+    It takes sequences for longer than they are, as it does where drafted tokens were not kept.
+    """
+
+    def __init__(self, lengths: bool = True, decode_tokens: int = 1) -> None:
+        self.lengths, self.decode_tokens = lengths, decode_tokens
 
     def paged_attention(self, query, pages, residual_pages, plan, batch, output) -> None:
         kernels.paged_attention(query, pages, residual_pages, plan, self._known(batch), output)
@@ -34,8 +37,9 @@ class Triton:
     def _known(self, batch: KiviBatch) -> KiviBatch:
         of = batch.sequences
         new = (of.query_start_loc[1:] - of.query_start_loc[:-1]).tolist()
-        lengths = tuple(zip(new, of.seq_lens.tolist(), strict=True)) if self.lengths else None
-        return replace(batch, sequences=replace(of, max_query_len=max(new), lengths=lengths))
+        lengths = tuple(zip(new, (of.seq_lens + 7).tolist(), strict=True)) if self.lengths else None
+        known = replace(of, max_query_len=max(new), lengths=lengths, decode_tokens=self.decode_tokens)
+        return replace(batch, sequences=known)
 
 
 def check(spec: Spec, steps: list[list[int]], triton: Triton) -> None:
@@ -91,6 +95,48 @@ SPECS = {
 def test_special(name: str) -> None:
     """Where the host knows nothing of lengths but the most query tokens."""
     check(*SPECS[name], Triton(lengths=False))
+
+
+@pytest.mark.usefixtures("_few_programs")
+@pytest.mark.parametrize(("drafted", "group"), [(16, 4), (1, 48)])
+def test_long_drafts(drafted: int, group: int) -> None:
+    """More rows than a tile has decode, alone and beside a prompt."""
+    new = 1 + drafted
+    spec = Spec((40 + 2 * new, 29 + 2 * new, new + 5), kv_heads=1, group=group)
+    check(spec, [[40, 29, 0], [new, new, 0], [new, new, new + 5]], Triton(decode_tokens=new))
+
+
+class Nulled(Triton):
+    """Block tables as vLLM leaves them: entries behind a window are a block that no sequence has, with anything in it."""
+
+    def __init__(self, sequences: Sequences) -> None:
+        super().__init__()
+        self.sequences, self.nulled = sequences, 0
+
+    def _known(self, batch: KiviBatch) -> KiviBatch:
+        tables = []
+        for table, blocks in (
+            (batch.sequences.block_table, self.sequences.quantized),
+            (batch.residual_block_table, self.sequences.residual),
+        ):
+            owned = torch.tensor([block for of in blocks.of for block in of.values()])
+            there = torch.isin(table, owned)
+            assert (blocks.pages[blocks.free[0]] == POISON).all()
+            self.nulled += int((~there[:, 0]).sum())
+            tables.append(torch.where(there, table, blocks.free[0]).int())
+        batch = super()._known(batch)
+        return KiviBatch(replace(batch.sequences, block_table=tables[0]), tables[1])
+
+
+@pytest.mark.usefixtures("_few_programs")
+def test_nulled_entries() -> None:
+    spec = Spec((100, 70), kv_heads=1, group=2, window=20)
+    actual, expected = Sequences(spec), Sequences(spec)
+    steps = [[90, 60], [6, 9], [3, 1], [1, 0]]
+    triton = Nulled(actual)
+    for output, right in zip(actual.run(steps, triton), expected.run(steps), strict=True):
+        assert relative_errors(output, right)[0] <= TOLERANCE[spec.dtype][0]
+    assert triton.nulled > 6
 
 
 @pytest.fixture

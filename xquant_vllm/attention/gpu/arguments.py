@@ -21,7 +21,6 @@ def describe_batch(query: torch.Tensor, batch: AttentionBatch) -> Batch:
         batch.query_start_loc,
         batch.seq_lens,
         batch.block_table,
-        batch.block_table.stride(0),
         query.shape[1],
     )
 

@@ -11,7 +11,7 @@ from xquant_vllm.attention.gpu.launch import paged_attention
 from xquant_vllm.attention.gpu.prefill import prefill
 from xquant_vllm.attention.gpu.store.store import store, workspace_parts
 from xquant_vllm.attention.gpu.store.store_tables import prepare_store
-from xquant_vllm.attention.gpu.tiling import largest_decodes
+from xquant_vllm.attention.gpu.tiling import most_splits
 from xquant_vllm.attention.plan import AttentionLayerPlan
 
 __all__ = ["HOT_ROWS_ON_DEVICE", "fix", "paged_attention", "reserve", "store"]
@@ -37,8 +37,8 @@ def reserve(plan: AttentionLayerPlan, tokens: int, sequences: int, dtype: torch.
     sizes = [workspace.bytes_of(*prefill.workspace_parts(plan, gpu_plan, tokens, prefill.ROOM))]
     sizes.append(workspace.bytes_of(*workspace_parts(plan, tokens)))
     kv_heads = plan.projection.num_kv_heads
-    for count, splits in largest_decodes(plan.num_heads // kv_heads, kv_heads, tokens, sequences):
-        sizes.append(workspace.bytes_of(*decode.workspace_parts(plan, gpu_plan, count, splits)))
+    splits = most_splits(plan.num_heads // kv_heads, kv_heads, tokens)
+    sizes.append(workspace.bytes_of(*decode.workspace_parts(plan, gpu_plan, tokens, splits)))
     workspace.reserve(device, max(sizes))
 
 

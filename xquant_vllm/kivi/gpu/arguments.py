@@ -28,7 +28,6 @@ class ResidualPages(NamedTuple):
     block_size: Any
     values_at: Any
     block_table: Any
-    table_stride: Any
 
 
 def describe_quantized(pages: torch.Tensor, layout: QuantizedLayout) -> QuantizedPages:
@@ -48,6 +47,4 @@ def describe_quantized(pages: torch.Tensor, layout: QuantizedLayout) -> Quantize
 
 def describe_residual(pages: torch.Tensor, layout: ResidualLayout, block_table: torch.Tensor) -> ResidualPages:
     """Residual pages ``[num_blocks, page_bytes]`` uint8 as kernels read and write them."""
-    return ResidualPages(
-        pages, pages.stride(0), layout.block_size, layout.values_at, block_table, block_table.stride(0)
-    )
+    return ResidualPages(pages, pages.stride(0), layout.block_size, layout.values_at, block_table)

@@ -3,7 +3,7 @@
 import torch
 
 from xquant_vllm.attention.gpu import workspace
-from xquant_vllm.attention.gpu.tiling import largest_decodes
+from xquant_vllm.attention.gpu.tiling import most_splits
 from xquant_vllm.attention.gpu.workspace import fix
 from xquant_vllm.kivi.gpu.kivi_gpu_plan import prepare
 from xquant_vllm.kivi.gpu.launch import paged_attention, workspace_parts
@@ -24,7 +24,5 @@ def reserve(plan: KiviLayerPlan, tokens: int, sequences: int, dtype: torch.dtype
         device: where.
     """
     gpu_plan = prepare(plan, dtype, device)
-    group = plan.num_heads // plan.num_kv_heads
-    decodes = largest_decodes(group, plan.num_kv_heads, tokens, sequences)
-    sizes = (workspace.bytes_of(*workspace_parts(plan, gpu_plan, count, splits)) for count, splits in decodes)
-    workspace.reserve(device, max(sizes))
+    splits = most_splits(plan.num_heads // plan.num_kv_heads, plan.num_kv_heads, tokens)
+    workspace.reserve(device, workspace.bytes_of(*workspace_parts(plan, gpu_plan, tokens, splits)))

@@ -27,7 +27,7 @@ def _products(low_query, high_query, low, high, DTYPE: tl.constexpr, PRECISION: 
     return product + tl.dot(high_query, tl.trans(high.to(DTYPE)), input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "residual_stride", "first_sequence", "query_tiles", "splits"])
 def kivi_attend(
     batch,
     columns,
@@ -36,17 +36,20 @@ def kivi_attend(
     tail,
     scores,
     residual_tokens,
+    table_stride,
+    residual_stride,
     partial,
     output,
     token_stride,
     head_stride,
     first_sequence,
     query_tiles,
+    splits,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     HALF: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BITS: tl.constexpr,
     KEY_GROUP: tl.constexpr,
@@ -64,16 +67,19 @@ def kivi_attend(
 ):
     """Attend over one split of one sequence, for one kv head and a tile of query tokens.
 
-    Grid: ``(sequences * query_tiles, num_kv_heads, SPLITS)``. Reads queries and both kinds of pages. Writes ``output``
-    where there is one split, else ``partial``. Names are those of attention/gpu/device, and:
+    Grid: ``(sequences * query_tiles, num_kv_heads, splits)``. Reads queries and both kinds of pages. Writes ``partial``
+    if ``SPLIT``, else ``output``. Names are those of attention/gpu/device, and:
 
     Args:
         batch: its block table is that of the quantized pages.
         columns: read unless ``NATURAL``.
         tail: for RoPE.
         residual_tokens: R.
+        table_stride: of the quantized pages' block table.
+        residual_stride: of the residual pages' block table.
         first_sequence: sequence of the first program.
         query_tiles: tiles of query tokens that a sequence may have.
+        splits: of a sequence; 1 unless ``SPLIT``.
         TOKENS: cached tokens of a tile; divides ``KEY_GROUP``.
         HEAD_SIZE: channels of a head.
         BITS: bits of a code.
@@ -107,11 +113,11 @@ def kivi_attend(
         oldest = tl.maximum(0, past + tile_first - scores.window + 1)
     # Tiles lie in one group of keys: they start at multiples of their size.
     first_tile = oldest // TOKENS * TOKENS
-    of_split = tl.cdiv(tl.cdiv(end - first_tile, TOKENS), SPLITS) * TOKENS
+    of_split = tl.cdiv(tl.cdiv(end - first_tile, TOKENS), splits) * TOKENS
     begin = first_tile + split * of_split
     stop = tl.minimum(end, begin + of_split)
-    if SPLITS > 1:
-        stats = partial.stats + (row * SPLITS + split) * 3
+    if SPLIT:
+        stats = partial.stats + (row * splits + split) * 3
         if begin >= stop:
             tl.store(stats, tl.full([ROWS], float("-inf"), tl.float32), row_valid)
             return
@@ -128,8 +134,8 @@ def kivi_attend(
     query, there = (batch.query + at)[:, None], row_valid[:, None] & channel_there[None, :]
     low_query = tl.load(query + low_channel[None, :], there, 0.0).to(DTYPE)
     high_query = tl.load(query + high_channel[None, :], there, 0.0).to(DTYPE)
-    table = batch.block_table + sequence.to(tl.int64) * batch.table_stride
-    residual_table = residual.block_table + sequence.to(tl.int64) * residual.table_stride
+    table = batch.block_table + sequence.to(tl.int64) * table_stride
+    residual_table = residual.block_table + sequence.to(tl.int64) * residual_stride
 
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -188,11 +194,11 @@ def kivi_attend(
         value = tl.load(values + value_channel[None, :], valid[:, None] & value_there[None, :], 0.0)
         sums += tl.dot(weight.to(DTYPE), value.to(DTYPE), input_precision=PRECISION)
 
-    if SPLITS > 1:
+    if SPLIT:
         tl.store(stats, largest, row_valid)
         tl.store(stats + 1, total, row_valid)
         width: tl.constexpr = VALUE_GROUPS * VALUE_CHANNELS
-        at = partial.sums + (row * SPLITS + split)[:, None] * width + tl.arange(0, width)[None, :]
+        at = partial.sums + (row * splits + split)[:, None] * width + tl.arange(0, width)[None, :]
         tl.store(at, sums, row_valid[:, None])
     else:
         # A query always sees itself; only padding rows would divide by 0.

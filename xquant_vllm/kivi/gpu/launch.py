@@ -9,7 +9,7 @@ from xquant_vllm.attention.gpu import workspace
 from xquant_vllm.attention.gpu.arguments import describe_batch, describe_scores, products
 from xquant_vllm.attention.gpu.decode.merge import merge
 from xquant_vllm.attention.gpu.device.arguments import Partial
-from xquant_vllm.attention.gpu.tiling import decodes, shape_of
+from xquant_vllm.attention.gpu.tiling import shape_of
 from xquant_vllm.kivi.gpu.arguments import describe_quantized, describe_residual
 from xquant_vllm.kivi.gpu.kivi_attend import kivi_attend
 from xquant_vllm.kivi.gpu.kivi_gpu_plan import KiviGpuPlan, prepare
@@ -29,9 +29,10 @@ def paged_attention(
 ) -> None:
     """Causal attention of query tokens over their sequences' pages; see :func:`reference.paged_attention`.
 
-    Leading sequences with few query tokens *decode*: their contexts are split among programs. Others *prefill*: their
-    queries are. Where a batch only decodes, nothing is read from the device and no launch depends on what is there, so
-    that a CUDA graph can hold the call.
+    Leading sequences with few query tokens *decode*: their contexts are split among programs. From the first that has
+    more on all *prefill*: their queries are split. Cached tokens are counted on the device in both cases. Where a batch
+    only decodes, nothing is read from the device and no launch depends on what is there, so that a CUDA graph can hold
+    the call.
     """
     sequences = batch.sequences.seq_lens.shape[0]
     if not query.shape[0] or not sequences:
@@ -39,13 +40,14 @@ def paged_attention(
     gpu_plan = prepare(plan, query.dtype, query.device)
     group = plan.num_heads // plan.num_kv_heads
     arguments = _arguments(query, pages, residual_pages, plan, gpu_plan, batch)
-    leading, longest = decodes(batch.sequences, group)
+    run = batch.sequences.decoding.leading
+    leading = run.stop
     if leading:
-        rows, tiles, splits = shape_of(group, plan.num_kv_heads, leading, longest)
+        rows, tiles, splits = shape_of(group, plan.num_kv_heads, leading, run.longest, batch.sequences.decode_tokens)
         partial = None
         if splits > 1:
             # Tokens of these sequences come first, but how many they are the host need not know.
-            tokens = min(query.shape[0], leading * longest)
+            tokens = min(query.shape[0], leading * run.longest)
             partial = Partial(*workspace.take(query.device, *workspace_parts(plan, gpu_plan, tokens, splits)))
         _launch_attention(arguments, plan, gpu_plan, partial, output, 0, leading, rows, tiles, splits)
         if partial is not None:
@@ -85,6 +87,8 @@ def _arguments(
         gpu_plan.tail,
         describe_scores(plan),
         plan.residual_tokens,
+        batch.sequences.block_table.stride(0),
+        batch.residual_block_table.stride(0),
     )
 
 
@@ -108,9 +112,10 @@ def _launch_attention(
         output.stride(1),
         first_sequence,
         tiles,
+        splits,
         GROUP=plan.num_heads // plan.num_kv_heads,
         ROWS=rows,
-        SPLITS=splits,
+        SPLIT=partial is not None,
         EXACT_STEP=plan.exact_step,
         SOFT_CAP=bool(plan.logits_soft_cap),
         WINDOW=bool(plan.sliding_window),
@@ -145,10 +150,10 @@ def _launch_merge(
         output.stride(0),
         output.stride(1),
         plan.num_heads,
+        splits,
         GROUP=group,
         ROWS=max(16, triton.next_power_of_2(group)),
         HALF=gpu_plan.value_width // 2,
-        SPLITS=splits,
         WIDTH=0,
         ABSORB_VALUE=False,
         PROJECT_VALUE=False,

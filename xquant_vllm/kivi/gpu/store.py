@@ -73,6 +73,7 @@ def store(
         num_sequences,
         sequences.block_table,
         sequences.block_table.stride(0),
+        batch.residual_block_table.stride(0),
         quantized,
         residual,
         TOKENS=of_group,

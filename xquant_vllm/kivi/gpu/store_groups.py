@@ -25,13 +25,14 @@ def _find(query_start_loc, num_sequences, index, KEY_GROUP: tl.constexpr):
     return sequence, index - (tl.load(query_start_loc + sequence) // KEY_GROUP + sequence)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "table_stride", "residual_stride"])
 def store_groups(
     query_start_loc,
     seq_lens,
     num_sequences,
     block_table,
     table_stride,
+    residual_stride,
     quantized,
     residual,
     TOKENS: tl.constexpr,
@@ -47,6 +48,7 @@ def store_groups(
     pages, which hold all tokens of the groups; writes quantized ones, whose block table is ``block_table``.
 
     Args:
+        residual_stride: of the residual pages' block table.
         TOKENS: a power of two of at least ``KEY_GROUP``.
         BYTES: bytes of a token's codes that a program packs, a power of two.
     """
@@ -65,7 +67,7 @@ def store_groups(
     channel, there = part * row_bytes + byte, byte < row_bytes
     token = tl.arange(0, TOKENS)
     counts = token < KEY_GROUP
-    table = residual.block_table + sequence.to(tl.int64) * residual.table_stride
+    table = residual.block_table + sequence.to(tl.int64) * residual_stride
     at = exact_rows(residual, 0, table, head, group * KEY_GROUP + token, counts, HEAD_SIZE, RESIDUAL)
     x = tl.load(at[None, :] + channel[:, None], there[:, None] & counts[None, :], 0.0).to(tl.float32)
     scale, zero = fit_group(x, counts[None, :], (1 << BITS) - 1)

@@ -9,7 +9,7 @@ import triton.language as tl
 from xquant_vllm.attention.gpu.device.fit import fit_group, uniform_codes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def store_tokens(
     keys,
     key_token_stride,

@@ -54,6 +54,11 @@ class KiviImpl(PagedImpl):
         """
         self.residual_name, self.plan = name, replace(self.plan, rope=rope)
 
+    def reserve(self, device: torch.device) -> None:
+        """Take the memory that the kernels need for the largest batch."""
+        scheduler, dtype = self.vllm_config.scheduler_config, self.vllm_config.model_config.dtype
+        dispatch.reserve(self.plan, scheduler.max_num_batched_tokens, scheduler.max_num_seqs, dtype, device)
+
     def forward(
         self,
         layer: AttentionLayer,
@@ -81,6 +86,8 @@ class KiviImpl(PagedImpl):
         """
         refuse_output_scales(KIVI_BACKEND_NAME, output_scale, output_block_scale)
         if attn_metadata is None:
+            # vLLM measures what is left for the cache: what the kernels need must be there by now.
+            self.reserve(query.device)
             return output.zero_()
         batch, residual_pages, _ = self._residual(attn_metadata)
         tokens = attn_metadata.num_actual_tokens

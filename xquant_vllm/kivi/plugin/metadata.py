@@ -1,15 +1,13 @@
 """Per-batch metadata of the quantized pages; the residual's are built by the same class without the check."""
 
-from typing import Any
-
 import torch
-from vllm.config import VllmConfig, get_layers_from_vllm_config
-from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from xquant_vllm.errors import UnsupportedError
-from xquant_vllm.plugin.backend.metadata import PagedMetadataBuilder
+from xquant_vllm.kivi import dispatch
+from xquant_vllm.plugin.backend.metadata import PagedMetadata, PagedMetadataBuilder
 from xquant_vllm.plugin.refusals import announced
 
 
@@ -22,16 +20,23 @@ class KiviMetadataBuilder(PagedMetadataBuilder):
     ) -> None:
         """Check that the loader hook saw every layer."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        missed = [name for name, layer in layers.items() if layer.impl.residual_name is None]
+        missed = [name for name, layer in self._layers.items() if layer.impl.residual_name is None]
         if missed:
             raise UnsupportedError(
                 f"kivi: {missed[0]} (and {len(missed) - 1} more layers) were given no residual: "
                 f"--load-format {vllm_config.load_config.load_format} loads without vLLM's post-processing of weights; "
                 "use --load-format auto"
             )
+        for layer in self._layers.values():
+            layer.impl.reserve(device)
 
-    @classmethod
-    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
-        """None: the reference reads lengths on the host."""
-        return AttentionCGSupport.NEVER
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> PagedMetadata:
+        """Pick what the attention call needs from vLLM's metadata."""
+        # All layers have reserved what they need, and a graph may be captured with this batch.
+        dispatch.fix(self.device)
+        return super().build(common_prefix_len, common_attn_metadata, fast_build)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
 from xquant_vllm.kivi.pages import ResidualLayout
@@ -20,11 +20,6 @@ from xquant_vllm.plugin.backend.metadata import PagedMetadataBuilder
 
 class ResidualMetadataBuilder(PagedMetadataBuilder):
     """Gives the residual's block table."""
-
-    @classmethod
-    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
-        """As the quantized pages' builder, which decides."""
-        return AttentionCGSupport.ALWAYS
 
 
 class ResidualBackend(PagedBackend):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from vllm.v1.attention.backend import AttentionLayer
+from vllm.v1.attention.backend import AttentionLayer, max_decode_query_len
 
 from xquant_vllm.attention import dispatch, reference
 from xquant_vllm.attention.hot.tokens import HotTokens
@@ -136,8 +136,7 @@ class XQuantImpl(PagedImpl):
         """More query tokens than a decoding sequence has are a prompt's."""
         if self.settings.prompt == "cached":
             return None
-        speculative = self.vllm_config.speculative_config
-        return 2 + (speculative.num_speculative_tokens if speculative is not None else 0)
+        return 1 + max_decode_query_len(self.vllm_config)
 
     def reserve(self, block_size: int, device: torch.device) -> None:
         """Take the memory that the kernels need for the largest batch.

@@ -11,12 +11,14 @@ from vllm.v1.attention.backend import (
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
+    max_decode_query_len,
 )
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from xquant_vllm.attention import dispatch
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.errors import UnsupportedError
+from xquant_vllm.plugin.backend.warm_up import builders_of
 from xquant_vllm.plugin.backend.wrappers import PACKAGE, raise_for_wrapper
 from xquant_vllm.plugin.hot.budget import of_a_draft, rows_on_device
 from xquant_vllm.plugin.hot.cpu import HotBuilder
@@ -40,7 +42,11 @@ class PagedMetadata(AttentionMetadata):
 
 
 class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
-    """Builds :class:`PagedMetadata`; reads nothing back from a device."""
+    """Builds :class:`PagedMetadata`; reads nothing back from a device.
+
+    Attributes:
+        decode_tokens: query tokens of a decoding sequence at most: one, and those drafted for it.
+    """
 
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -53,6 +59,18 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
         if not type(self).__module__.startswith(f"{PACKAGE}."):
             raise_for_wrapper(type(self))
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        refuse_bypass(self._layers)
+        builders_of(vllm_config.compilation_config)[tuple(layer_names)] = self
+        self.decode_tokens = max_decode_query_len(vllm_config)
+        if device.type == "cuda":
+            # vLLM puts decoding sequences first.
+            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
+        """Batches whose sequences have the same few query tokens: their launches depend on nothing else."""
+        return AttentionCGSupport.UNIFORM_BATCH
 
     def build(
         self,
@@ -75,18 +93,24 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
                 common.seq_lens,
                 common.block_table_tensor,
                 common.max_query_len,
-                _lengths(common),
+                self._lengths(common),
+                self.decode_tokens,
             ),
         )
+
+    def _lengths(self, common: CommonAttentionMetadata) -> tuple[tuple[int, int], ...] | None:
+        """Query tokens and cached tokens of every sequence, as the host knows them; None where all decode.
+
+        vLLM may not know yet how many drafted tokens a decoding sequence kept, but it knows of one that prefills.
+        """
+        if common.max_query_len <= self.decode_tokens or common.seq_lens_cpu_upper_bound is None:
+            return None
+        query_lens = (common.query_start_loc_cpu[1:] - common.query_start_loc_cpu[:-1]).tolist()
+        return tuple(zip(query_lens, common.seq_lens_cpu_upper_bound[: len(query_lens)].tolist(), strict=True))
 
 
 class XQuantMetadataBuilder(PagedMetadataBuilder):
     """Makes sure that every layer has its projections and its memory."""
-
-    @classmethod
-    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
-        """Batches whose sequences have the same few query tokens: their launches depend on nothing else."""
-        return AttentionCGSupport.UNIFORM_BATCH
 
     @announced()
     def __init__(
@@ -94,10 +118,7 @@ class XQuantMetadataBuilder(PagedMetadataBuilder):
     ) -> None:
         """Check that the loader hook saw every layer: latents cannot be attended without their projections."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        if device.type == "cuda":
-            # Leading sequences with few query tokens decode, the rest prefills.
-            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        layers = self._layers
         missed = [name for name, layer in layers.items() if layer.impl.scheme is None]
         if missed:
             raise UnsupportedError(
@@ -132,12 +153,15 @@ class XQuantMetadataBuilder(PagedMetadataBuilder):
         return metadata if self._hot is None else replace(metadata, hot=self._hot.build(common_attn_metadata))
 
 
-def _lengths(common: CommonAttentionMetadata) -> tuple[tuple[int, int], ...] | None:
-    """Query tokens and cached tokens of every sequence, as the host knows them; None where none prefills.
+def refuse_bypass(layers: dict[str, Any]) -> None:
+    """Refuse layers whose cache the model writes itself; vLLM has such from 0.33 on.
 
-    vLLM may not know yet how many drafted tokens a decoding sequence kept, but it knows of one that prefills.
+    Raises:
+        UnsupportedError: the layer by name.
     """
-    if common.max_query_len <= 1 or common.seq_lens_cpu_upper_bound is None:
-        return None
-    query_lens = (common.query_start_loc_cpu[1:] - common.query_start_loc_cpu[:-1]).tolist()
-    return tuple(zip(query_lens, common.seq_lens_cpu_upper_bound[: len(query_lens)].tolist(), strict=True))
+    for name, layer in layers.items():
+        if getattr(layer, "kv_cache_update_bypass", False):
+            raise UnsupportedError(
+                f"xquant: the model itself writes keys and values of {name} to the cache (kv_cache_update_bypass), in "
+                "a format that no backend here reads; use another attention backend for this model"
+            )

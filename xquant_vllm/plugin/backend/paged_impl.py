@@ -8,6 +8,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from xquant_vllm.plugin.backend.frame_room import give_forward_room
 from xquant_vllm.plugin.backend.metadata import PagedMetadata
+from xquant_vllm.plugin.backend.warm_up import WARM_UP
 from xquant_vllm.plugin.checks import unsupported_model
 from xquant_vllm.plugin.ranks import check_rank
 
@@ -62,6 +63,7 @@ class PagedImpl(AttentionImpl[PagedMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.logits_soft_cap = logits_soft_cap or None
         give_forward_room()
+        WARM_UP.register_warmup()
 
 
 def pages_of(kv_cache: torch.Tensor) -> torch.Tensor:

@@ -6,10 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tests.attention.attention_cases import Spec, make_plan, random_runs, random_spec
+from tests.attention.attention_cases import make_plan, random_runs, random_spec
 from xquant_vllm.attention.gpu import tiling, workspace
-from xquant_vllm.attention.gpu.decode import decode
-from xquant_vllm.attention.gpu.gpu_plan import prepare
 from xquant_vllm.attention.gpu.prefill.spans import rounds
 from xquant_vllm.attention.gpu.tables.bit_addresses import bit_addresses
 from xquant_vllm.attention.gpu.tables.code_bytes import code_bytes
@@ -164,16 +162,21 @@ def test_workspace() -> None:
     workspace.release(CPU)
 
 
-@pytest.mark.parametrize("longest", [1, 4, 64])
-@pytest.mark.parametrize("sequences", [1, 7, 300])
-def test_largest_batches(sequences: int, longest: int) -> None:
-    plan = make_plan(Spec(kv_heads=3))
-    gpu_plan = prepare(plan, torch.float32)
+@pytest.mark.parametrize(("group", "kv_heads"), [(3, 3), (4, 8), (48, 1), (1, 32), (80, 2)])
+@pytest.mark.parametrize("tokens", [7, 100])
+def test_reserved_splits(group: int, kv_heads: int, tokens: int) -> None:
+    """No batch needs more, however many sequences and query tokens it has; and some need nearly as much."""
+    reserved, most = tokens * tiling.most_splits(group, kv_heads, tokens), 0
+    for sequences in range(1, tokens + 1):
+        for longest in range(1, tokens + 1):
+            for decode_tokens in (1, 5, 100):
+                splits = tiling.shape_of(group, kv_heads, sequences, longest, decode_tokens)[2]
+                most = max(most, min(tokens, sequences * longest) * splits)
+    assert reserved / 2 - tokens <= most <= reserved
 
-    def size(count: int) -> int:
-        splits = tiling.shape_of(3, 3, count, longest)[2]
-        return workspace.bytes_of(*decode.workspace_parts(plan, gpu_plan, count * longest, splits))
 
-    tried = tiling.largest_batches(3, 3, sequences, longest)
-    assert tried <= set(range(1, sequences + 1))
-    assert max(map(size, tried)) == max(map(size, range(1, sequences + 1)))
+def test_tiles_are_few() -> None:
+    """Kernels are compiled for them."""
+    for group, decode_tokens in ((1, 1), (4, 6), (8, 41), (48, 2)):
+        found = {tiling.shape_of(group, 2, n, t + 1, decode_tokens)[0] for n in (1, 9) for t in range(decode_tokens)}
+        assert len(found) <= 2

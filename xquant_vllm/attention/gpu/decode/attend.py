@@ -51,7 +51,7 @@ def _absorbed_scores(
     return product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "query_tiles", "splits"])
 def attend(
     batch,
     columns,
@@ -62,12 +62,13 @@ def attend(
     absorbed,
     partial,
     scores,
+    table_stride,
     query_tiles,
+    splits,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     HALF: tl.constexpr,
-    SPLITS: tl.constexpr,
     KEY_WIDTH: tl.constexpr,
     KEY_KINDS: tl.constexpr,
     KEY_HIGH: tl.constexpr,
@@ -89,7 +90,7 @@ def attend(
 ):
     """Attend over one split of one sequence, for one kv head and a tile of query tokens.
 
-    Grid: ``(sequences * query_tiles, num_kv_heads, SPLITS)``; ``query_tiles`` is how many tiles of query tokens a
+    Grid: ``(sequences * query_tiles, num_kv_heads, splits)``; ``query_tiles`` is how many tiles of query tokens a
     sequence may have. Reads queries and pages, and ``absorbed`` if ``ABSORB_KEY``; writes ``partial``.
 
     Args:
@@ -117,11 +118,11 @@ def attend(
     if WINDOW:
         oldest = tl.maximum(0, past + tile_first - scores.window + 1)
     tiles = tl.cdiv(end - oldest, TOKENS)
-    of_split = tl.cdiv(tiles, SPLITS) * TOKENS
+    of_split = tl.cdiv(tiles, splits) * TOKENS
     begin = oldest + split * of_split
     stop = tl.minimum(end, begin + of_split)
 
-    stats = partial.stats + (row.to(tl.int64) * SPLITS + split) * 3
+    stats = partial.stats + (row.to(tl.int64) * splits + split) * 3
     if begin >= stop:
         tl.store(stats, tl.full([ROWS], float("-inf"), tl.float32), row_valid)
         return
@@ -153,7 +154,7 @@ def attend(
     for start in range(begin, stop, TOKENS):
         position = start + tl.arange(0, TOKENS)
         valid = position < stop
-        of_table = batch.block_table + sequence.to(tl.int64) * batch.table_stride + position // pages.block_size
+        of_table = batch.block_table + sequence.to(tl.int64) * table_stride + position // pages.block_size
         block = tl.load(of_table, valid, 0).to(tl.int64)
         within = position % pages.block_size
         if ABSORB_KEY:
@@ -204,7 +205,7 @@ def attend(
     tl.store(stats, largest, row_valid)
     tl.store(stats + 1, total, row_valid)
     tl.store(stats + 2, zeros, row_valid)
-    at = partial.sums + (row.to(tl.int64) * SPLITS + split)[:, None] * (VALUE_WIDTH if ABSORB_VALUE else 2 * HALF)
+    at = partial.sums + (row.to(tl.int64) * splits + split)[:, None] * (VALUE_WIDTH if ABSORB_VALUE else 2 * HALF)
     if ABSORB_VALUE:
         tl.store(at + tl.arange(0, VALUE_WIDTH)[None, :], sums, row_valid[:, None])
     else:

@@ -61,7 +61,7 @@ def decode(
     tokens = min(query.shape[0], sequences * longest)
     group, half = num_heads // kv_heads, gpu_plan.half
     key, value = gpu_plan.key, gpu_plan.value
-    rows, tiles, splits = shape_of(group, kv_heads, sequences, longest)
+    rows, tiles, splits = shape_of(group, kv_heads, sequences, longest, batch.decode_tokens)
     of_batch = describe_batch(query, batch)
     sums, stats, absorbed_query, absorbed_sums = workspace.take(
         query.device, *workspace_parts(plan, gpu_plan, tokens, splits)
@@ -94,10 +94,11 @@ def decode(
             absorbed,
             partial,
             describe_scores(plan),
+            batch.block_table.stride(0),
             tiles,
+            splits,
             GROUP=group,
             ROWS=rows,
-            SPLITS=splits,
             ABSORB_KEY=gpu_plan.absorb_key,
             ABSORB_VALUE=gpu_plan.absorb_value,
             SHARED=gpu_plan.shared and not gpu_plan.absorb_key,
@@ -118,10 +119,10 @@ def decode(
         output.stride(0),
         output.stride(1),
         num_heads,
+        splits,
         GROUP=group,
         ROWS=of_token,
         HALF=half,
-        SPLITS=splits,
         WIDTH=value.width,
         ABSORB_VALUE=gpu_plan.absorb_value,
         PROJECT_VALUE=gpu_plan.project_value,

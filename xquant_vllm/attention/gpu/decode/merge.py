@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "splits"])
 def merge(
     partial,
     value,
@@ -21,10 +21,10 @@ def merge(
     token_stride,
     head_stride,
     num_heads,
+    splits,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HALF: tl.constexpr,
-    SPLITS: tl.constexpr,
     WIDTH: tl.constexpr,
     ABSORB_VALUE: tl.constexpr,
     PROJECT_VALUE: tl.constexpr,
@@ -58,8 +58,8 @@ def merge(
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     if SINKS:
         largest = tl.load(sinks + query_head, row_valid, 0.0)
-    for split in range(SPLITS):
-        largest = tl.maximum(largest, tl.load(partial.stats + (row * SPLITS + split) * 3, row_valid, float("-inf")))
+    for split in range(splits):
+        largest = tl.maximum(largest, tl.load(partial.stats + (row * splits + split) * 3, row_valid, float("-inf")))
     largest = tl.where(largest == float("-inf"), 0.0, largest)
     total = tl.zeros([ROWS], tl.float32)
     zeros = tl.zeros([ROWS], tl.float32)
@@ -70,15 +70,15 @@ def merge(
         high = tl.zeros([ROWS, HALF], tl.float32)
     # Of latents those that are not stored may be missing at the end.
     COLUMNS: tl.constexpr = WIDTH if ABSORB_VALUE else 2 * HALF
-    for split in range(SPLITS):
-        stats = partial.stats + (row * SPLITS + split) * 3
+    for split in range(splits):
+        stats = partial.stats + (row * splits + split) * 3
         reached = tl.load(stats, row_valid, float("-inf"))
         there = row_valid & (reached > float("-inf"))
         factor = tl.exp(reached - largest)
         total += factor * tl.load(stats + 1, there, 0.0)
         if ABSORB_VALUE:
             zeros += factor * tl.load(stats + 2, there, 0.0)
-        at = partial.sums + (row * SPLITS + split)[:, None] * COLUMNS
+        at = partial.sums + (row * splits + split)[:, None] * COLUMNS
         if ABSORB_VALUE and PROJECT_VALUE:
             sums += factor[:, None] * tl.load(at + tl.arange(0, WIDTH)[None, :], there[:, None], 0.0)
         else:

@@ -11,8 +11,7 @@ class Batch(NamedTuple):
     head_stride: Any
     query_start_loc: Any  # int32 [sequences + 1]
     seq_lens: Any  # int32 [sequences]
-    block_table: Any  # int32 [sequences, max_blocks]
-    table_stride: Any
+    block_table: Any  # int32 [sequences, max_blocks]; its stride is an argument of its own, never specialized on
     num_heads: Any
 
 

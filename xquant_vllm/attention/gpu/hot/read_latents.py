@@ -14,7 +14,7 @@ _FIRST = tl.constexpr(SEGMENT_FIELDS.index("first"))
 _CHANNELS = tl.constexpr(SEGMENT_FIELDS.index("channels"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def read_latents(
     slots,
     hot_slots,

@@ -4,7 +4,7 @@ The host decides which blocks are hot. It need not know the order of the rows fo
 sequence has kept, so nothing is read back: a row is hot if all blocks that it sees are.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -18,7 +18,7 @@ _TILE = 128
 _NEVER = 1 << 30
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "num_columns", "hot_stride"])
 def locate_rows(
     query_start_loc,
     seq_lens,
@@ -176,10 +176,9 @@ class HotRowTensors:
             hot_tokens.view(torch.int8),
             TILE=_TILE,
         )
-        starts, longest, lengths = batch.query_start_loc, batch.max_query_len, batch.lengths
         return LocatedRows(
             HotTokens(slots, positions, hot_slots),
-            AttentionBatch(starts, hot_lens, table, longest, lengths),
-            AttentionBatch(starts, cold_lens, batch.block_table, longest, lengths),
+            replace(batch, seq_lens=hot_lens, block_table=table),
+            replace(batch, seq_lens=cold_lens),
             hot_tokens,
         )

@@ -17,7 +17,8 @@ def _load_halves(source, row, columns, valid, HALF: tl.constexpr):
     return low_part, high_part
 
 
-@triton.jit
+# The strides between heads are products of the number of tokens where every head has a matrix of its own.
+@triton.jit(do_not_specialize=["key_head_stride", "value_head_stride", "num_tokens"])
 def write_pool(
     keys,
     key_token_stride,

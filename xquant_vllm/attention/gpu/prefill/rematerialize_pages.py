@@ -25,7 +25,7 @@ def load_span(spans, index):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def rematerialize_pages(
     spans,
     columns,

@@ -21,7 +21,7 @@ _FIRST = tl.constexpr(SEGMENT_FIELDS.index("first"))
 _CHANNELS = tl.constexpr(SEGMENT_FIELDS.index("channels"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def subtract_terms(
     x,
     token_stride,
@@ -69,7 +69,7 @@ def subtract_terms(
     tl.store(rows + token.to(tl.int64)[:, None] * row_stride + first + channel[None, :], of_rows, there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def subtract_product(
     x,
     token_stride,

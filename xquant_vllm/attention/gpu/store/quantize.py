@@ -125,7 +125,7 @@ def quantize_rows(
         tl.store(to[:, None] + byte[None, :], packed.to(tl.uint8), valid[:, None] & (bits > 0)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def quantize(
     rows,
     token_stride,

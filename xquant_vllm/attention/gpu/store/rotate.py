@@ -51,7 +51,7 @@ def rotate_token(
     return tl.dot(left, half, input_precision=PRECISION), channel, there
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def rotate(
     x,
     token_stride,

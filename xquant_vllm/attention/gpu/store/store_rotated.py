@@ -11,7 +11,7 @@ from xquant_vllm.attention.gpu.store.quantize import SCALE_GROUP_FIELDS, quantiz
 from xquant_vllm.attention.gpu.store.rotate import rotate_token
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def store_rotated(
     x,
     token_stride,
