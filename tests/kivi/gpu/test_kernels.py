@@ -107,7 +107,8 @@ def test_long_drafts(drafted: int, group: int) -> None:
 
 
 class Nulled(Triton):
-    """Block tables as vLLM leaves them: entries behind a window are a block that no sequence has and that holds anything."""
+    """Block tables as vLLM leaves them: entries behind a window are a block that no sequence has and that holds anything.
+    """
 
     def __init__(self, sequences: Sequences) -> None:
         super().__init__()
