@@ -69,7 +69,7 @@ class Pair:
 
     def await_all(self):
         for server in self.servers:
-            server.wait(server.is_healthy, "it answered", 240, Progress(server.log.stem))
+            server.wait(server.is_healthy, "it answered", 300, Progress(server.log.stem))
 
     @staticmethod
     def ask(server, prompt, transfer=None, max_tokens=8):

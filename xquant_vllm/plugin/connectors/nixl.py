@@ -8,7 +8,7 @@ fingerprint beside vLLM's hash. All else is vLLM's own.
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, group_kernel_blocks
 
 from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.plugin.connectors.fingerprint import different_parts, fingerprint_parts
-from xquant_vllm.plugin.connectors.groups import page_groups, pages_of
+from xquant_vllm.plugin.connectors.groups import PageGroup, page_groups, pages_of
 from xquant_vllm.plugin.connectors.names import NIXL_CONNECTOR, XQUANT_CONNECTOR
 from xquant_vllm.plugin.refusals import announced
 
@@ -44,30 +44,24 @@ class NixlConnector(NixlPullConnector):
             UnsupportedError: a layer keeps something else than a page for every block of tokens, or blocks have
                 several sizes.
         """
-        groups = page_groups(kv_cache_config, NIXL_CONNECTOR)
-        sizes = sorted({group.block_size for group in groups})
-        if len(sizes) > 1:
-            raise UnsupportedError(
-                f"xquant: the connector {NIXL_CONNECTOR} does not support layers with blocks of {sizes[0]} and "
-                f"{sizes[-1]} tokens beside each other; leave backend_per_kind out, or use {XQUANT_CONNECTOR}"
-            )
+        groups = _groups(kv_cache_config)
         # Not the pull connector's own, which would make a worker of vLLM's, and that one an agent of NIXL.
         NixlBaseConnector.__init__(self, vllm_config, role, kv_cache_config)
         if role == KVConnectorRole.SCHEDULER:
             self.connector_scheduler = NixlPullConnectorScheduler(vllm_config, self.engine_id, kv_cache_config)
         else:
-            self.connector_worker = FingerprintedWorker(vllm_config, self.engine_id, kv_cache_config)
-            self.connector_worker.page_groups = groups
+            self.connector_worker = FingerprintedWorker(vllm_config, self.engine_id, kv_cache_config, groups)
 
 
 class FingerprintedWorker(NixlPullConnectorWorker):
-    """Reads pages only from a rank with the same fingerprint.
+    """Reads pages only from a rank with the same fingerprint."""
 
-    Attributes:
-        page_groups: the engine's groups of layers.
-    """
-
-    page_groups: Any = ()
+    def __init__(
+        self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig, groups: Sequence[PageGroup]
+    ) -> None:
+        """As vLLM's; ``groups`` are the engine's groups of layers."""
+        super().__init__(vllm_config, engine_id, kv_cache_config)
+        self._groups = groups
 
     @announced()
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -78,7 +72,7 @@ class FingerprintedWorker(NixlPullConnectorWorker):
         """
         super().register_kv_caches(kv_caches)
         blocks = {name: group_kernel_blocks(cache, self._logical_num_blocks) for name, cache in kv_caches.items()}
-        parts = fingerprint_parts(self.vllm_config, pages_of(self.page_groups, blocks))
+        parts = fingerprint_parts(self.vllm_config, pages_of(self._groups, blocks))
         self.compat_hash = compared({_VLLM: self.compat_hash, **parts})
         self.xfer_handshake_metadata = dataclasses.replace(
             self.xfer_handshake_metadata, compatibility_hash=self.compat_hash
@@ -99,6 +93,17 @@ class FingerprintedWorker(NixlPullConnectorWorker):
                 raise
             refusal = refusal_of(f"{host}:{port}", self.compat_hash, found.group(1))
         raise refusal
+
+
+def _groups(kv_cache_config: KVCacheConfig) -> Sequence[PageGroup]:
+    groups = page_groups(kv_cache_config, NIXL_CONNECTOR)
+    sizes = sorted({group.block_size for group in groups})
+    if len(sizes) > 1:
+        raise UnsupportedError(
+            f"xquant: the connector {NIXL_CONNECTOR} does not support layers with blocks of {sizes[0]} and {sizes[-1]} "
+            f"tokens beside each other; leave backend_per_kind out, or use {XQUANT_CONNECTOR}"
+        )
+    return groups
 
 
 def compared(parts: Mapping[str, Any]) -> str:
