@@ -75,7 +75,8 @@ class Pair:
     def ask(server, prompt, transfer=None, max_tokens=8):
         """Tokens, their log-probabilities, and where a prefilled prompt is."""
         body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "logprobs": 5}
-        body |= {"ignore_eos": True, "return_token_ids": True, "kv_transfer_params": transfer}
+        body |= {"ignore_eos": True, "return_token_ids": True, "return_tokens_as_token_ids": True}
+        body |= {"kv_transfer_params": transfer}
         request = urllib.request.Request(
             f"{server.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
