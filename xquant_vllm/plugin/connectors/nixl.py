@@ -56,6 +56,10 @@ class NixlConnector(NixlPullConnector):
 class FingerprintedWorker(NixlPullConnectorWorker):
     """Reads pages only from a rank with the same fingerprint."""
 
+    # vLLM's.
+    compat_hash: Any
+    xfer_handshake_metadata: Any
+
     def __init__(
         self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig, groups: Sequence[PageGroup]
     ) -> None:
