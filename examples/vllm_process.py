@@ -209,7 +209,8 @@ class VllmServer:
         for pid in self._left():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        if not self._ended_within(10):
+        # A killed process must get a processor once more, to give its memory back.
+        if not self._ended_within(60):
             raise ServerError(f"processes {self._left()} of vLLM do not end, not even when killed")
         return False
 

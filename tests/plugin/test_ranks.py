@@ -174,6 +174,8 @@ def test_ranks_that_are_started_by_hand_ask_each_other(tiny, folder, monkeypatch
         * 3
     )
     configs = [configure(folder), configure(folder)]
+    for config in configs:
+        del config.additional_config[ranks.FACTS_KEY]
     found = {0: ranks.factors_of(configs[0]), 1: (folder, None)}
     monkeypatch.setattr(ranks, "factors_of", lambda config: found[config.parallel_config.rank])
     assert (
@@ -183,6 +185,19 @@ def test_ranks_that_are_started_by_hand_ask_each_other(tiny, folder, monkeypatch
             "the same; copy one folder to every node, or put it where all nodes read it"
         ]
         * 2
+    )
+
+
+def test_all_ranks_say_that_one_is_unlike_its_engine(tiny, monkeypatch):
+    """That one does not end alone, which would leave the others with a connection that was closed."""
+    configs = [configure(tiny[0], tensor_parallel_size=2) for _ in range(2)]
+    configs[1].additional_config[ranks.FACTS_KEY]["variables"]["XQUANT_ATTENTION_KERNELS"] = "portable"
+    for config in configs:
+        build_layer(config)
+    (said,) = set(ask_each_other(monkeypatch, configs))
+    assert said == (
+        f"xquant: rank 1 on {platform.node()} runs with no XQUANT_ATTENTION_KERNELS, the engine with "
+        "XQUANT_ATTENTION_KERNELS=portable; set it alike on every node"
     )
 
 

@@ -41,33 +41,52 @@ def write_facts(vllm_config: Any) -> None:
 
 @per_object
 def check_rank(vllm_config: Any) -> None:
-    """Refuse a rank that is not set up like its engine.
+    """Refuse a rank that is not set up like its engine, when its first layer is built.
+
+    Ranks of tensor parallelism wait for :func:`check_neighbours`: if one of them ended alone, the others would say no
+    more than that a connection was closed.
 
     Raises:
         SettingsError: it names the rank, its machine, what differs, and what to do.
     """
-    additional = vllm_config.additional_config
-    if isinstance(additional, Mapping) and FACTS_KEY in additional:
-        engine = {"version": additional[VERSION_KEY], **additional[FACTS_KEY]}
-        _compare(_who(vllm_config), {"version": __version__, **_facts(vllm_config)}, "the engine", engine)
+    if vllm_config.parallel_config.tensor_parallel_size == 1:
+        _compare_with_engine(vllm_config)
 
 
 def check_neighbours(vllm_config: Any) -> None:
-    """Refuse ranks of tensor parallelism that are not set up alike; all of them call this, and all are refused.
+    """Refuse ranks of tensor parallelism that are not set up alike, or not like their engine.
+
+    All of them call this, and all are refused, with the same words.
 
     Raises:
-        SettingsError: likewise, of the first rank that is not like the first of all.
+        SettingsError: likewise, of the first rank that is not like its engine, or else not like the first of all.
     """
     size = vllm_config.parallel_config.tensor_parallel_size
     if size == 1:
         return
     from vllm.distributed import get_tp_group
 
-    own = _who(vllm_config), {"version": __version__, **_facts(vllm_config)}
+    unlike_engine = None
+    try:
+        _compare_with_engine(vllm_config)
+    except SettingsError as error:
+        unlike_engine = str(error)
+    own = _who(vllm_config), {"version": __version__, **_facts(vllm_config)}, unlike_engine
     found: list[Any] = [None] * size
     torch.distributed.all_gather_object(found, own, group=get_tp_group().cpu_group)
-    for who, facts in found[1:]:
-        _compare(who, facts, *found[0])
+    for *_, problem in found:
+        if problem is not None:
+            raise SettingsError(problem)
+    first, expected, _ = found[0]
+    for who, facts, _ in found[1:]:
+        _compare(who, facts, first, expected)
+
+
+def _compare_with_engine(vllm_config: Any) -> None:
+    additional = vllm_config.additional_config
+    if isinstance(additional, Mapping) and FACTS_KEY in additional:
+        engine = {"version": additional[VERSION_KEY], **additional[FACTS_KEY]}
+        _compare(_who(vllm_config), {"version": __version__, **_facts(vllm_config)}, "the engine", engine)
 
 
 def _who(vllm_config: Any) -> str:

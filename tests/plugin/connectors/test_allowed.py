@@ -1,14 +1,18 @@
 """Which KV connectors are served, as vLLM's own configuration of a real engine says it."""
 
 import os
+import re
 
 import pytest
+from vllm.config.kv_transfer import KVTransferConfig
+from vllm.distributed import nixl_utils
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.plugin.connectors.allowed import connector_problems
-from xquant_vllm.plugin.connectors.names import XQUANT_CONNECTOR_MODULE
+from xquant_vllm.plugin.connectors.names import NIXL_CONNECTOR_MODULE, XQUANT_CONNECTOR_MODULE
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +54,22 @@ def test_windows_keep_blocks_of_their_own(tmp_path):
     assert not config.scheduler_config.disable_hybrid_kv_cache_manager
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["ExampleConnector", "NixlConnector", "LMCacheConnectorV1", "MultiConnector", "SimpleCPUOffloadConnector",
-     "DecodeBenchConnector", "NobodyKnowsThis"],
-)  # fmt: skip
+# Of vLLM's, with conditions of their own below.
+SERVED = ("NixlConnector", "OffloadingConnector")
+
+
+def test_of_all_connectors_that_vllm_knows_only_these_are_served(tiny):
+    """vLLM's own list: one that a new version brings is refused until it is looked at."""
+    known = sorted(KVConnectorFactory._registry)
+    assert {*SERVED, "ExampleConnector", "LMCacheConnectorV1", "MultiConnector"} < {*known}
+    config = configure(tiny)
+    for name in {*known} - {*SERVED}:
+        config.kv_transfer_config = KVTransferConfig(kv_connector=name, kv_role="kv_both")
+        (problem,) = connector_problems(config)
+        assert problem.startswith(f"the KV connector {name} is not supported: it does not know what pages of this")
+
+
+@pytest.mark.parametrize("name", ["LMCacheConnectorV1", "NobodyKnowsThis"])
 @pytest.mark.parametrize("backend", ["xquant", "kivi"])
 def test_others_are_refused_by_name(tiny, name, backend):
     said = refusal(tiny, attention_backend=backend, kv_transfer_config={"kv_connector": name, "kv_role": "kv_both"})
@@ -122,8 +137,6 @@ def problems(tiny, monkeypatch, **arguments):
     for name, value in cache.items():
         monkeypatch.setattr(config.cache_config, name, value)
     if "kv_transfer_config" in arguments:
-        from vllm.config.kv_transfer import KVTransferConfig
-
         config.kv_transfer_config = KVTransferConfig(**arguments["kv_transfer_config"])
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     found = list(connector_problems(config))
@@ -161,3 +174,55 @@ def test_the_simple_offloading_is_refused(tiny, monkeypatch):
     monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", "1")
     (problem,) = problems(tiny, monkeypatch, kv_offloading_size=4)
     assert "unset VLLM_USE_SIMPLE_KV_OFFLOAD" in problem
+
+
+def nixl(**more):
+    return {"kv_connector": "NixlConnector", "kv_role": "kv_producer", **more}
+
+
+def test_nixl_is_this_package_s_class(tiny, monkeypatch):
+    monkeypatch.setattr(nixl_utils, "is_nixl_available", lambda: True)
+    known = {"backends": ["UCX"], "num_threads": 2, "kv_lease_duration": 60, "enforce_handshake_compat": True}
+    config = configure(tiny, kv_transfer_config=nixl(kv_connector_extra_config=known))
+    assert config.kv_transfer_config.kv_connector_module_path == NIXL_CONNECTOR_MODULE
+    assert KVConnectorFactory.get_connector_class(config.kv_transfer_config).__module__ == NIXL_CONNECTOR_MODULE
+    # What becomes of a request that gets no pages is for its user to say.
+    assert config.kv_transfer_config.kv_load_failure_policy == "fail"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            {"kv_connector_extra_config": {"enforce_handshake_compat": False}},
+            "engines with other factors would exchange",
+        ),
+        (
+            {"kv_connector_extra_config": {"bidirectional_kv_xfer": True}},
+            "NixlConnector with bidirectional_kv_xfer is not",
+        ),
+        ({"kv_buffer_device": "cuda"}, "with kv_buffer_device cuda is not supported: .*; set cpu, or leave it out"),
+        ({"enable_permute_local_kv": True}, "with enable_permute_local_kv is not supported"),
+        (
+            {"kv_connector_module_path": "x.y"},
+            "kv_connector_module_path x.y is not where NixlConnector is; leave it out",
+        ),
+    ],
+)
+def test_nixl_with_what_would_hand_pages_to_others_is_refused(tiny, monkeypatch, more, said):
+    monkeypatch.setattr(nixl_utils, "is_nixl_available", lambda: True)
+    config = configure(tiny)
+    config.kv_transfer_config = KVTransferConfig(**nixl(**more))
+    (problem,) = connector_problems(config)
+    assert re.search(said, problem)
+
+
+def test_nixl_without_its_package_with_stages_and_adapters(tiny, monkeypatch):
+    config = configure(tiny, enable_lora=True)
+    config.kv_transfer_config = KVTransferConfig(**nixl())
+    config.parallel_config.pipeline_parallel_size = 2
+    monkeypatch.setattr(nixl_utils, "is_nixl_available", lambda: False)
+    package, stages, adapters = connector_problems(config)
+    assert "needs the package nixl; install it with `pip install nixl`, or share pages through a folder" in package
+    assert "not supported with --pipeline-parallel-size 2; set 1" in stages
+    assert "not supported with --enable-lora" in adapters

@@ -13,7 +13,9 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from xquant_vllm.errors import UnsupportedError
-from xquant_vllm.plugin.connectors.groups import PageGroup, common_end, common_step, page_groups
+from xquant_vllm.plugin.connectors.groups import PageGroup, common_end, common_step, page_groups, pages_of
+
+NAME = "XQuantConnector"
 
 
 def spec(kind=FullAttentionSpec, block_size=16, state_bytes=24, **more):
@@ -30,13 +32,14 @@ def config(*groups, cacheable=None):
 def test_groups_are_read():
     different = {"a": spec(state_bytes=24), "b": spec(state_bytes=16)}
     uniform = UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs=different)
-    groups = page_groups(config((uniform, ["a", "b"]), (spec(SlidingWindowSpec, 48, sliding_window=40), ["c"])))
+    described = config((uniform, ["a", "b"]), (spec(SlidingWindowSpec, 48, sliding_window=40), ["c"]))
+    groups = page_groups(described, NAME)
     assert groups == (PageGroup(16, None, ("a", "b")), PageGroup(48, 40, ("c",)))
     assert (common_step(groups), common_end(groups)) == (16, 48)
 
 
 def test_windows_that_are_kept_like_full_attention_have_all_blocks():
-    assert page_groups(config((spec(sliding_window=40), ["a"])))[0].window is None
+    assert page_groups(config((spec(sliding_window=40), ["a"])), NAME)[0].window is None
 
 
 @pytest.mark.parametrize(
@@ -46,12 +49,21 @@ def test_other_kinds_are_refused_by_name(kind, more):
     with pytest.raises(
         UnsupportedError, match=rf"XQuantConnector does not support .*: a keeps .* {kind.__name__}; leave"
     ):
-        page_groups(config((spec(kind, **more), ["a"])))
+        page_groups(config((spec(kind, **more), ["a"])), NAME)
 
 
 def test_groups_without_prefix_caching_are_refused():
     with pytest.raises(UnsupportedError, match="b shares its block table"):
-        page_groups(config((spec(), ["a"]), (spec(), ["b"]), cacheable=[0]))
+        page_groups(config((spec(), ["a"]), (spec(), ["b"]), cacheable=[0]), NAME)
+
+
+def test_pages_are_described_by_their_bytes():
+    groups = (PageGroup(16, None, ("a",)), PageGroup(48, 40, ("b",)))
+    caches = {"a": torch.empty(7, 16, 24, dtype=torch.uint8), "b": torch.empty(7, 48, 8, dtype=torch.float16)}
+    assert pages_of(groups, caches) == [
+        [16, None, [["a", [16, 24], "torch.uint8"]]],
+        [48, 40, [["b", [48, 8], "torch.float16"]]],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Which KV connectors are served: those of which it is known what they do to pages. Any other is refused by name.
 
-A connector that moves keys and values must know what a page is. And none but this package's own knows that pages mean
-nothing without the factors that they were made with, so no other may hand them to another engine.
+A connector that moves keys and values must know what a page is. And pages mean nothing without the factors that they
+were made with, so none may hand them to another engine without asking for those: this package's own does, and vLLM's
+NixlConnector in the form that this package gives it.
 """
 
 import os
@@ -10,6 +11,8 @@ from typing import Any
 
 from xquant_vllm.errors import SettingsError
 from xquant_vllm.plugin.connectors.names import (
+    NIXL_CONNECTOR,
+    NIXL_CONNECTOR_MODULE,
     OFFLOADING_CONNECTOR,
     XQUANT_CONNECTOR,
     XQUANT_CONNECTOR_MODULE,
@@ -24,6 +27,9 @@ _INSTEAD = (
 _OWN_MEMORY = "CPUOffloadingSpec"
 _KNOWN_SETTINGS = ("spec_name", "cpu_bytes_to_use", "block_size", "blocks_per_chunk", "eviction_policy",
                    "store_threshold", "max_tracker_size")  # fmt: skip
+# Of vLLM's NixlConnector, what changes nothing about what is read; and what turns its comparison of engines off.
+_NIXL_SETTINGS = ("backends", "num_threads", "kv_lease_duration", "engine_ttl", "kv_recompute_threshold")
+_NIXL_COMPARES = "enforce_handshake_compat"
 _WITHOUT_DRAFT_LAYERS = ("ngram", "suffix")
 
 
@@ -41,6 +47,8 @@ def connector_problems(vllm_config: Any) -> Iterator[str]:
     name = None if transfer is None else transfer.kv_connector
     if name == XQUANT_CONNECTOR:
         yield from _own(vllm_config, transfer)
+    elif name == NIXL_CONNECTOR:
+        yield from _nixl(vllm_config, transfer)
     elif name == OFFLOADING_CONNECTOR and not transfer.kv_connector_module_path:
         yield from _offloading(f"the KV connector {name}", transfer.kv_connector_extra_config)
     elif name is not None:
@@ -51,9 +59,11 @@ def connector_problems(vllm_config: Any) -> Iterator[str]:
 
 
 def prepare_connector(vllm_config: Any) -> None:
-    """Complete the configuration of this package's connector, if it is asked for, before vLLM looks for it."""
+    """Say where a connector is that this package has a class of, if it is asked for, before vLLM looks for it."""
     transfer = vllm_config.kv_transfer_config
-    if transfer is not None and transfer.kv_connector == XQUANT_CONNECTOR:
+    if transfer is not None and transfer.kv_connector == NIXL_CONNECTOR:
+        transfer.kv_connector_module_path = NIXL_CONNECTOR_MODULE
+    elif transfer is not None and transfer.kv_connector == XQUANT_CONNECTOR:
         transfer.kv_connector_module_path = XQUANT_CONNECTOR_MODULE
         # Of a bad file the tokens are computed; vLLM's default is that the request ends with an error.
         transfer.kv_load_failure_policy = "recompute"
@@ -69,11 +79,7 @@ def any_connector(vllm_config: Any) -> str | None:
 
 
 def _own(vllm_config: Any, transfer: Any) -> Iterator[str]:
-    if transfer.kv_connector_module_path not in (None, XQUANT_CONNECTOR_MODULE):
-        yield (
-            f"kv_connector_module_path {transfer.kv_connector_module_path} is not where {XQUANT_CONNECTOR} is; leave "
-            "it out"
-        )
+    yield from _elsewhere(transfer, XQUANT_CONNECTOR_MODULE)
     folder = connector_settings(vllm_config).folder
     existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
     if not existing.is_dir():
@@ -87,13 +93,60 @@ def _own(vllm_config: Any, transfer: Any) -> Iterator[str]:
             f"xquant: kv_connector_extra_config: setting 'folder': {str(folder)!r} cannot work: this user may not "
             f"{'write to' if needs & os.W_OK else 'read'} {existing}; set another folder, or give the right to this one"
         )
+    yield from _with_draft_layers(vllm_config, XQUANT_CONNECTOR)
+
+
+def _elsewhere(transfer: Any, module: str) -> Iterator[str]:
+    """A class of the same name that is none of this package."""
+    if transfer.kv_connector_module_path not in (None, module):
+        yield (
+            f"kv_connector_module_path {transfer.kv_connector_module_path} is not where {transfer.kv_connector} is; "
+            "leave it out"
+        )
+
+
+def _with_draft_layers(vllm_config: Any, name: str) -> Iterator[str]:
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method not in _WITHOUT_DRAFT_LAYERS:
         yield (
-            f"the KV connector {XQUANT_CONNECTOR} is not supported with speculative decoding by "
-            f"{speculative.method!r}, whose draft layers have pages that end a token later; use one of "
-            f"{', '.join(_WITHOUT_DRAFT_LAYERS)}"
+            f"the KV connector {name} is not supported with speculative decoding by {speculative.method!r}, whose "
+            f"draft layers have pages that end a token later; use one of {', '.join(_WITHOUT_DRAFT_LAYERS)}"
         )
+
+
+def _nixl(vllm_config: Any, transfer: Any) -> Iterator[str]:
+    """The connector of vLLM between the memories of two engines."""
+    from vllm.distributed.nixl_utils import is_nixl_available
+    from vllm.platforms import current_platform
+
+    what, settings = f"the KV connector {NIXL_CONNECTOR}", transfer.kv_connector_extra_config
+    yield from _elsewhere(transfer, NIXL_CONNECTOR_MODULE)
+    if not is_nixl_available():
+        yield f"{what} needs the package nixl; install it with `pip install nixl`, or {_INSTEAD}"
+    if not settings.get(_NIXL_COMPARES, True):
+        yield (
+            f"{what} with {_NIXL_COMPARES} false is not supported: engines with other factors would exchange pages; "
+            "leave it out"
+        )
+    for name in sorted(set(settings) - {*_NIXL_SETTINGS, _NIXL_COMPARES}):
+        yield f"{what} with {name} is not supported, because it is not known what it does to pages; leave it out"
+    device = current_platform.device_type
+    if transfer.kv_buffer_device != device:
+        yield (
+            f"{what} with kv_buffer_device {transfer.kv_buffer_device} is not supported: pages are read from where "
+            f"they are; set {device}, or leave it out"
+        )
+    if transfer.enable_permute_local_kv:
+        yield f"{what} with enable_permute_local_kv is not supported: it turns keys, and pages have none; leave it out"
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages > 1:
+        yield f"{what} is not supported with --pipeline-parallel-size {stages}; set 1, or {_INSTEAD}"
+    if vllm_config.lora_config is not None:
+        yield (
+            f"{what} is not supported with --enable-lora: pages of a request depend on its adapter, which another "
+            "engine may have in another form; leave one of them out"
+        )
+    yield from _with_draft_layers(vllm_config, NIXL_CONNECTOR)
 
 
 def _offloading_option(cache: Any) -> Iterator[str]:

@@ -19,9 +19,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.kv_cache_interface import KVCacheConfig, group_kernel_blocks
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from xquant_vllm.plugin.connectors.fingerprint import fingerprint_of, fingerprint_parts
+from xquant_vllm.plugin.connectors.fingerprint import different_parts, fingerprint_of, fingerprint_parts
 from xquant_vllm.plugin.connectors.folder_size import FolderSize
-from xquant_vllm.plugin.connectors.groups import page_groups
+from xquant_vllm.plugin.connectors.groups import page_groups, pages_of
+from xquant_vllm.plugin.connectors.names import XQUANT_CONNECTOR
 from xquant_vllm.plugin.connectors.page_files import PageFolder
 from xquant_vllm.plugin.connectors.scheduler_side import SchedulerSide
 from xquant_vllm.plugin.connectors.settings import connector_settings
@@ -54,7 +55,7 @@ class XQuantConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self._config, self._num_blocks = vllm_config, kv_cache_config.num_blocks
         self._settings = connector_settings(vllm_config)
-        self._groups = page_groups(kv_cache_config)
+        self._groups = page_groups(kv_cache_config, XQUANT_CONNECTOR)
         transfer = vllm_config.kv_transfer_config
         self._transfers = PageTransfers()
         self._read: set[str] = set()
@@ -91,11 +92,7 @@ class XQuantConnector(KVConnectorBase_V1, SupportsHMA):
         """
         blocks = {name: group_kernel_blocks(cache, self._num_blocks) for name, cache in kv_caches.items()}
         groups = [GroupPages(group, blocks) for group in self._groups]
-        pages = [
-            [group.block_size, group.window, [_page_of(name, blocks[name]) for name in group.layers]]
-            for group in self._groups
-        ]
-        parts = self.fingerprint_parts(pages)
+        parts = self.fingerprint_parts(pages_of(self._groups, blocks))
         fingerprint = fingerprint_of(parts)
         self._rank_pages = RankPages(fingerprint, tuple(group.page_bytes for group in groups))
         folder = PageFolder(self._settings.folder, fingerprint, self._rank_pages.page_bytes)
@@ -189,11 +186,6 @@ class XQuantConnector(KVConnectorBase_V1, SupportsHMA):
         return self.request_finished(request, [])
 
 
-def _page_of(layer: str, cache: torch.Tensor) -> list[Any]:
-    """What is known of a layer's pages, as JSON has it."""
-    return [layer, list(cache.shape[1:]), str(cache.dtype)]
-
-
 def _write_about(folder: Path, parts: Mapping[str, str]) -> None:
     """Say in the folder what its pages are of, for people and for :func:`_say`."""
     with contextlib.suppress(OSError):
@@ -214,5 +206,5 @@ def _say(folder: Path, parts: Mapping[str, str]) -> None:
                 theirs = json.loads(other.read_text())
                 # Ranks of one engine have different weights, so they would always differ.
                 if theirs.get("rank") == parts["rank"] and theirs.get("model") == parts["model"]:
-                    differ = sorted(name for name in parts if theirs.get(name) != parts[name])
-                    logger.info("xquant: not with those in %s, which have other: %s", other.parent, ", ".join(differ))
+                    differ = different_parts(parts, theirs)
+                    logger.info("xquant: not with those in %s, which have other: %s", other.parent, differ)

@@ -18,7 +18,7 @@ from torch import nn
 from xquant_vllm import __version__
 from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.errors import UnsupportedError
-from xquant_vllm.plugin.connectors.names import XQUANT_CONNECTOR
+from xquant_vllm.plugin.connectors.names import SHARING_CONNECTORS
 from xquant_vllm.plugin.engine_settings import settings_of
 from xquant_vllm.projection.factor_file import tensor_bytes
 from xquant_vllm.scheme.layer_scheme import LayerScheme
@@ -61,7 +61,7 @@ def note_weights(vllm_config: Any, *modules: nn.Module) -> None:
         modules: their owners, in an order that is the same in every engine.
     """
     transfer = getattr(vllm_config, "kv_transfer_config", None)
-    if transfer is None or transfer.kv_connector != XQUANT_CONNECTOR:
+    if transfer is None or transfer.kv_connector not in SHARING_CONNECTORS:
         return
     for module in modules:
         loaded_weights(vllm_config).add(module)
@@ -82,8 +82,9 @@ def fingerprint_parts(vllm_config: Any, pages: Iterable[Any]) -> dict[str, str]:
     schemes = {name: scheme for name, layer in layers.items() if (scheme := _scheme_of(layer)) is not None}
     if not weights or not schemes:
         raise UnsupportedError(
-            f"xquant: the connector {XQUANT_CONNECTOR} moves the pages of --attention-backend xquant, and no layer of "
-            "this model has any; set --attention-backend xquant, or leave --kv-transfer-config out"
+            f"xquant: the connector {vllm_config.kv_transfer_config.kv_connector} moves the pages of "
+            "--attention-backend xquant, and no layer of this model has any; set --attention-backend xquant, or leave "
+            "--kv-transfer-config out"
         )
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     settings = settings_of(vllm_config).model_dump(mode="json", exclude=_NOT_OF_PAGES)
@@ -102,6 +103,11 @@ def fingerprint_parts(vllm_config: Any, pages: Iterable[Any]) -> dict[str, str]:
 def fingerprint_of(parts: Mapping[str, str]) -> bytes:
     """The fingerprint, ``[16]``."""
     return hashlib.sha256(json.dumps(dict(parts), sort_keys=True).encode()).digest()[:FINGERPRINT_BYTES]
+
+
+def different_parts(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
+    """Names of the parts that are not the same, for people."""
+    return ", ".join(sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)))
 
 
 def _scheme_of(layer: Any) -> LayerScheme | None:

@@ -59,6 +59,9 @@ def blocks_written(metadata: Any) -> list[int] | None:
         return []
     if isinstance(metadata, PageTransfers):
         return [page.block for pages in metadata.loads.values() for page in pages]
+    reads = getattr(metadata, "reqs_to_recv", None)  # of vLLM's NixlConnector
+    if reads is not None:
+        return [block for read in reads.values() for group in read.local_block_ids for block in group]
     jobs = getattr(metadata, "load_jobs", None)  # of vLLM's OffloadingConnector
     if jobs is None:
         return None
