@@ -6,6 +6,7 @@ They need the package nixl, which is not installed with the tests: `pip install 
 import importlib.util
 import json
 import re
+import urllib.error
 import urllib.request
 
 import pytest
@@ -87,8 +88,15 @@ class Pair:
 
     def go_on(self, prefill, decode, prompt):
         """What the second server answers for a prompt that the first one computes."""
-        _, transfer = self.ask(prefill, prompt, PREFILL, 1)
-        return self.ask(decode, prompt, transfer)[0]
+        for attempt in range(5):
+            _, transfer = self.ask(prefill, prompt, PREFILL, 1)
+            try:
+                return self.ask(decode, prompt, transfer)[0]
+            except urllib.error.HTTPError as error:
+                # vLLM waits 5 s for the other engine's answer, which may come later on a machine that is busy.
+                if error.code != 500 or attempt == 4 or not decode.find("zmq.error.Again"):
+                    raise
+        raise AssertionError
 
     @staticmethod
     def tokens_read(server):
@@ -134,8 +142,11 @@ def test_engines_with_other_factors_refuse_each_other(pair, tmp_path):
     pair.await_all()
     refused = r"ERROR .*xquant: no pages are read from the engine at 127\.0\.0\.1:\d+, which has other: "
     # vLLM ends the request, unless it is told to compute its prompt.
-    with pytest.raises(OSError, match="500"):
-        pair.ask(other_weights, WHOLE, transfer)
+    for _ in range(5):
+        with pytest.raises(OSError, match="500"):
+            pair.ask(other_weights, WHOLE, transfer)
+        if not other_weights.find("zmq.error.Again") or other_weights.find(refused):
+            break
     assert other_weights.find(refused + "factors, weights; start both"), other_weights.tail()
     computed = pair.ask(other_bits, WHOLE, transfer)[0]
     assert other_bits.find(refused + "factors, pages, settings, weights; start both"), other_bits.tail()
