@@ -98,7 +98,7 @@ def test_special(name: str) -> None:
 
 
 @pytest.mark.usefixtures("_few_programs")
-@pytest.mark.parametrize(("drafted", "group"), [(16, 4), (1, 48)])
+@pytest.mark.parametrize(("drafted", "group"), [pytest.param(16, 4, marks=pytest.mark.nightly), (1, 48)])
 def test_long_drafts(drafted: int, group: int) -> None:
     """More rows than a tile has decode, alone and beside a prompt."""
     new = 1 + drafted
@@ -107,7 +107,7 @@ def test_long_drafts(drafted: int, group: int) -> None:
 
 
 class Nulled(Triton):
-    """Block tables as vLLM leaves them: entries behind a window are a block that no sequence has, with anything in it."""
+    """Block tables as vLLM leaves them: entries behind a window are a block that no sequence has, with any bytes."""
 
     def __init__(self, sequences: Sequences) -> None:
         super().__init__()
