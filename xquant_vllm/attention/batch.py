@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ class AttentionBatch:
             tokens of sequences that decode may be overstated.
         decode_tokens: sequences with so many query tokens at most *decode*. The others *prefill*, unless ``lengths``
             are not known: then all decode.
+        prefill: what kernels made of the lengths, once for all layers (gpu/prefill/step.py); None: nothing was made.
     """
 
     query_start_loc: torch.Tensor
@@ -29,6 +31,7 @@ class AttentionBatch:
     max_query_len: int | None = None
     lengths: tuple[tuple[int, int], ...] | None = None
     decode_tokens: int = 1
+    prefill: Any = None
 
     @cached_property
     def decoding(self) -> "Decoding":
@@ -81,3 +84,20 @@ class Decoding:
 
     leading: DecodingRun
     later: tuple[DecodingRun, ...]
+
+
+@dataclass(frozen=True)
+class WholeSequences:
+    """Sequences whose keys and values are all there, side by side in the order of their queries.
+
+    Attributes:
+        query_starts: ``[sequences + 1]`` int32, first query token of every sequence.
+        key_starts: ``[sequences + 1]`` int32, its first key.
+        query_lens: query tokens of every sequence.
+        key_lens: its keys; 0 where nothing is to be attended to.
+    """
+
+    query_starts: torch.Tensor
+    key_starts: torch.Tensor
+    query_lens: tuple[int, ...]
+    key_lens: tuple[int, ...]

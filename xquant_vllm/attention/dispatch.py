@@ -2,8 +2,8 @@
 
 import functools
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
@@ -153,6 +153,19 @@ class Dispatch(Generic[_Kernels]):
         if take is not None:
             take(plan, tokens, sequences, dtype, device)
 
+    def steps(self, plans: Iterable[Any], device: torch.device) -> Callable[[AttentionBatch], AttentionBatch]:
+        """What makes of every batch, once for some layers, what these have in common.
+
+        Args:
+            plans: of the layers; they are not kept.
+            device: where.
+        """
+        make = getattr(self.select(device.type), "PrefillSteps", None)
+        if make is None:
+            return lambda batch: batch
+        steps = make(plans)
+        return lambda batch: replace(batch, prefill=steps.make(batch))
+
     def fix(self, device: torch.device) -> None:
         """From now on the kernels may not allocate."""
         hold = getattr(self.select(device.type), "fix", None)
@@ -175,3 +188,4 @@ def _load_triton() -> AttentionKernels:
 _dispatch = Dispatch(cast(AttentionKernels, reference), _load_cpu, _load_triton)
 _choose = _dispatch.choice
 select, describe, reserve, fix = _dispatch.select, _dispatch.describe, _dispatch.reserve, _dispatch.fix
+steps = _dispatch.steps

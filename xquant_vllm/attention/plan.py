@@ -1,13 +1,39 @@
 """What an attention call needs to know of its layer."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from xquant_vllm.attention.batch import WholeSequences
 from xquant_vllm.attention.latents import LatentTerm, Prediction, check_terms
 from xquant_vllm.codec.layout import PageLayout
 from xquant_vllm.codec.rotation import HadamardRotation
 from xquant_vllm.projection.rematerialize import LayerProjection
+
+
+class WholeAttention(Protocol):
+    """Causal attention of sequences whose keys and values are there as such."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        output: torch.Tensor,
+        sequences: WholeSequences,
+        plan: "AttentionLayerPlan",
+    ) -> None:
+        """Attend; a sequence's last query token is its last key.
+
+        Args:
+            query: ``[tokens, num_heads, head_size]``, after RoPE.
+            keys: ``[keys, num_kv_heads, head_size]``, in the queries' dtype.
+            values: likewise.
+            output: like the query; written.
+            sequences: the sequences.
+            plan: the layer's plan: scale, window, soft cap, sinks.
+        """
 
 
 @dataclass(frozen=True)
@@ -33,6 +59,8 @@ class AttentionLayerPlan:
         exact_from: a sequence with at least so many query tokens attends to these as they were computed, not as they
             are cached: a prompt. None: all tokens are read from pages, so that an output does not depend on how its
             prompt was cut into steps.
+        attend_whole: what attends to rematerialized keys and values in 16 bits, handed in by who has something better
+            than PyTorch has; it takes whatever else the plan says. None: nothing.
     """
 
     layouts: tuple[PageLayout, ...]
@@ -48,6 +76,7 @@ class AttentionLayerPlan:
     sinks: torch.Tensor | None = None
     kernel_device: torch.device | None = None
     exact_from: int | None = None
+    attend_whole: WholeAttention | None = None
 
     def __post_init__(self) -> None:
         """Refuse terms that do not fit together."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from xquant_vllm.attention.latents import LatentTerm, Prediction
-from xquant_vllm.attention.plan import AttentionLayerPlan
+from xquant_vllm.attention.plan import AttentionLayerPlan, WholeAttention
 from xquant_vllm.codec.layout import PageLayout
 from xquant_vllm.codec.rotation import HadamardRotation
 from xquant_vllm.projection.key_scale import KeyScale
@@ -105,6 +105,7 @@ class LayerScheme:
         logits_soft_cap: float | None,
         sinks: torch.Tensor | None = None,
         exact_from: int | None = None,
+        attend_whole: WholeAttention | None = None,
     ) -> AttentionLayerPlan:
         """The plan for pages of a block size.
 
@@ -117,6 +118,7 @@ class LayerScheme:
             logits_soft_cap: cap of the scores, or None.
             sinks: ``[num_heads]``, FP32, on the kernels' device: a score of every query head without a value, or None.
             exact_from: query tokens from which on a sequence attends to them exactly, or None.
+            attend_whole: see ``AttentionLayerPlan.attend_whole``.
         """
         return AttentionLayerPlan(
             layouts=tuple(PageLayout(form.streams, block_size) for form in (self.format, *earlier)),
@@ -132,4 +134,5 @@ class LayerScheme:
             sinks=sinks,
             kernel_device=self.kernel_device,
             exact_from=exact_from,
+            attend_whole=attend_whole,
         )

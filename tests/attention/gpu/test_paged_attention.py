@@ -11,6 +11,7 @@ from xquant_vllm.attention.batch import Decoding, DecodingRun
 from xquant_vllm.attention.gpu import launch, tiling
 from xquant_vllm.attention.gpu.gpu_plan import _gpu_plan, prepare
 from xquant_vllm.attention.gpu.prefill.prefill import prefill
+from xquant_vllm.attention.gpu.prefill.step import PrefillStep, View
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -53,8 +54,10 @@ class Prefill:
     def __init__(self, room: int) -> None:
         self.room = room
 
-    def paged_attention(self, query, pages, plan, batch, output) -> None:
-        prefill(query, pages, plan, prepare(plan, query.dtype), batch, output, room=self.room)
+    def paged_attention(self, query, pages, plan, batch, output, inputs=None) -> None:
+        batch = replace(batch, decode_tokens=0)
+        rounds = PrefillStep(batch, [View.of(plan)], self.room).rounds(View.of(plan))
+        prefill(query, pages, plan, prepare(plan, query.dtype), batch, rounds, output, inputs, self.room)
 
 
 @pytest.mark.parametrize("seed", range(60, 70))
@@ -78,10 +81,7 @@ def test_exact_prompts(seed: int) -> None:
 def test_exact_prompt_in_spans() -> None:
     """Context and prompt pass through the workspace in several rounds."""
     case = with_lengths(make_case(Spec(seqs=((90, 40), (20, 20), (60, 2)), bias=True, window=70, exact_from=2)))
-    output = torch.full(case.query.shape, 77.0)
-    gpu_plan = prepare(case.plan, case.query.dtype)
-    prefill(case.query, case.pages, case.plan, gpu_plan, case.batch, output, case.inputs, room=50)
-    assert_close(output, case.run(reference))
+    assert_close(case.run(Prefill(50)), case.run(reference))
 
 
 SPECS = {

@@ -9,12 +9,13 @@ from xquant_vllm.attention.gpu.decode import decode
 from xquant_vllm.attention.gpu.gpu_plan import prepare
 from xquant_vllm.attention.gpu.launch import paged_attention
 from xquant_vllm.attention.gpu.prefill import prefill
+from xquant_vllm.attention.gpu.prefill.step import ROOM, PrefillSteps
 from xquant_vllm.attention.gpu.store.store import store, workspace_parts
 from xquant_vllm.attention.gpu.store.store_tables import prepare_store
 from xquant_vllm.attention.gpu.tiling import most_splits
 from xquant_vllm.attention.plan import AttentionLayerPlan
 
-__all__ = ["HOT_ROWS_ON_DEVICE", "fix", "paged_attention", "reserve", "store"]
+__all__ = ["HOT_ROWS_ON_DEVICE", "PrefillSteps", "fix", "paged_attention", "reserve", "store"]
 
 HOT_ROWS_ON_DEVICE = True
 """Kernels find out which rows are attended from a pool of hot blocks, see gpu/hot/rows.py; read by the plugin."""
@@ -34,7 +35,7 @@ def reserve(plan: AttentionLayerPlan, tokens: int, sequences: int, dtype: torch.
     prepare_store(plan)
     if cuda_library.available(plan.device):
         cuda_decode.prepare(plan, gpu_plan.dtype)
-    sizes = [workspace.bytes_of(*prefill.workspace_parts(plan, gpu_plan, tokens, prefill.ROOM))]
+    sizes = [workspace.bytes_of(*prefill.workspace_parts(plan, gpu_plan, tokens, ROOM))]
     sizes.append(workspace.bytes_of(*workspace_parts(plan, tokens)))
     kv_heads = plan.projection.num_kv_heads
     splits = most_splits(plan.num_heads // kv_heads, kv_heads, tokens)

@@ -9,6 +9,7 @@ from xquant_vllm.attention.batch import AttentionBatch, DecodingRun
 from xquant_vllm.attention.gpu.decode.decode import decode
 from xquant_vllm.attention.gpu.gpu_plan import GpuPlan, prepare
 from xquant_vllm.attention.gpu.prefill.prefill import prefill
+from xquant_vllm.attention.gpu.prefill.step import PrefillStep, View
 from xquant_vllm.attention.plan import AttentionLayerPlan
 
 
@@ -34,7 +35,9 @@ def paged_attention(
     if leading.stop:
         decode(query, pages, plan, gpu_plan, batch, output, leading.stop, leading.longest)
     if leading.stop < sequences:
-        prefill(query, pages, plan, gpu_plan, batch, output, inputs, first_sequence=leading.stop)
+        view = View.of(plan)
+        step = batch.prefill or PrefillStep(batch, (view,))
+        prefill(query, pages, plan, gpu_plan, batch, step.rounds(view), output, inputs)
     for run in batch.decoding.later:
         _decode_run(query, pages, plan, gpu_plan, batch, output, run)
 
@@ -48,7 +51,7 @@ def _decode_run(
     output: torch.Tensor,
     run: DecodingRun,
 ) -> None:
-    """Decode sequences that are behind others, over what prefill has made of them by lengths that may be too large."""
+    """Decode sequences that are behind others. Prefill has left them alone, or written zeros where they are between."""
     assert batch.lengths is not None
     before, tokens = (
         sum(query_len for query_len, _ in of)

@@ -13,6 +13,7 @@ from xquant_vllm.plugin.backend.metadata import PagedMetadata
 from xquant_vllm.plugin.backend.paged_impl import PagedImpl, pages_of, refuse_output_scales
 from xquant_vllm.plugin.checks import unsupported_model
 from xquant_vllm.plugin.engine_settings import settings_of
+from xquant_vllm.plugin.flash import attend_whole_for
 from xquant_vllm.plugin.hot.budget import rows_on_device
 from xquant_vllm.plugin.hot.worker import keep_pool_back
 from xquant_vllm.plugin.load.loader import install_loader_hook
@@ -53,6 +54,9 @@ class XQuantImpl(PagedImpl):
         self.settings = settings_of(self.vllm_config)
         self.scheme: LayerScheme | None = None
         self._own_sinks, self._sinks = sinks, sinks
+        self._attend_whole = attend_whole_for(
+            self.vllm_config.model_config.dtype, self.head_size, self.num_heads, self.has_sinks, self.logits_soft_cap
+        )
         self._earlier: tuple[Any, ...] = ()
         self._plans: dict[int, AttentionLayerPlan] = {}
         self._known_pages: tuple[list[torch.Tensor], tuple[torch.Tensor, ...]] = ([], ())
@@ -128,6 +132,7 @@ class XQuantImpl(PagedImpl):
                 logits_soft_cap=self.logits_soft_cap,
                 sinks=self._sinks,
                 exact_from=self._exact_from,
+                attend_whole=self._attend_whole,
             )
         return plan
 

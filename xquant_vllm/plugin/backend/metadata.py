@@ -128,7 +128,10 @@ class XQuantMetadataBuilder(PagedMetadataBuilder):
             )
         for layer in layers.values():
             layer.impl.reserve(kv_cache_spec.block_size, device)
+        block_size = kv_cache_spec.block_size
+        self._steps = dispatch.steps([layer.impl.plan(block_size) for layer in layers.values()], device)
         own = {name: layer.impl for name, layer in layers.items() if not of_a_draft(layer.impl, vllm_config)}
+        self._some_without_pool = len(own) < len(layers)
         self._hot: HotBuilder | None = None
         self._hot_gpu: Any = None
         if own and rows_on_device():
@@ -149,8 +152,15 @@ class XQuantMetadataBuilder(PagedMetadataBuilder):
         dispatch.fix(self.device)
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         if self._hot_gpu is not None:
-            return replace(metadata, hot=self._hot_gpu.build(common_attn_metadata, metadata.batch))
-        return metadata if self._hot is None else replace(metadata, hot=self._hot.build(common_attn_metadata))
+            hot = self._hot_gpu.build(common_attn_metadata, metadata.batch)
+            if hot.cold is not None and hot.hot is not None:
+                hot = replace(hot, cold=self._steps(hot.cold))
+            # Layers of a draft model have no pool, nor has any if nothing is hot.
+            if hot.hot is None or self._some_without_pool:
+                metadata = replace(metadata, batch=self._steps(metadata.batch))
+            return replace(metadata, hot=hot)
+        hot = None if self._hot is None else self._hot.build(common_attn_metadata)
+        return replace(metadata, batch=self._steps(metadata.batch), hot=hot)
 
 
 def refuse_bypass(layers: dict[str, Any]) -> None:

@@ -7,8 +7,8 @@ import torch
 
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.hot.attend import attend_pool
-from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.attention.plan import AttentionLayerPlan
+from xquant_vllm.plugin.flash import flash_attention, flash_refusal, flash_version
 
 
 def flash_unsupported(dtype: torch.dtype, impls: Sequence[Any], block_size: int) -> str | None:
@@ -23,38 +23,12 @@ def flash_unsupported(dtype: torch.dtype, impls: Sequence[Any], block_size: int)
 
     if not current_platform.is_cuda():
         return None  # the twin has no limits
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"vLLM's FlashAttention does not support {dtype}"
     for impl in impls:
-        if impl.head_size % 8 or impl.head_size > 256:
-            return f"vLLM's FlashAttention does not support heads of {impl.head_size} channels"
         version = flash_version(impl.head_size, impl.has_sinks, impl.logits_soft_cap, block_size)
-        if version is None:
-            return "vLLM's FlashAttention does not support this GPU"
-        if impl.has_sinks and version < 3:
-            return f"vLLM's FlashAttention {version}, the one for this GPU, does not support attention sinks"
+        reason = flash_refusal(dtype, impl.head_size, impl.num_heads, impl.has_sinks, version)
+        if reason is not None:
+            return reason
     return None
-
-
-def flash_version(head_size: int, sinks: bool, soft_cap: float | None, block_size: int) -> int | None:
-    """Which FlashAttention vLLM takes for a 16-bit cache; None where there is none. Asks vLLM's current configuration.
-
-    Args:
-        head_size: channels of a head.
-        sinks: whether there are attention sinks.
-        soft_cap: bound of the scores, or None.
-        block_size: tokens of a block.
-    """
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cuda():
-        return None
-    from vllm.v1.attention.backends import fa_utils
-
-    version: int | None = fa_utils.get_flash_attn_version(
-        head_size=head_size, has_sinks=sinks, requires_softcap=bool(soft_cap), kv_cache_block_size=block_size
-    )
-    return version
 
 
 def attend_hot(
@@ -97,30 +71,16 @@ def attend_hot(
             sinks=plan.sinks,
         )
         return
-    from vllm.v1.attention.backends import fa_utils
-
-    window = plan.sliding_window
-    fa_utils.flash_attn_varlen_func(
-        q=query,
-        k=keys,
-        v=values,
-        out=output,
+    flash_attention(
+        query,
+        keys,
+        values,
+        output,
+        plan,
+        version,
         cu_seqlens_q=batch.query_start_loc,
         max_seqlen_q=batch.max_query_len,
         seqused_k=batch.seq_lens,
         max_seqlen_k=longest,
-        softmax_scale=plan.scale,
-        causal=True,
-        # A window counts the query itself, this count does not.
-        window_size=[-1, -1] if window is None else [window - 1, 0],
         block_table=batch.block_table,
-        softcap=plan.logits_soft_cap or 0.0,
-        fa_version=version,
-        s_aux=_sinks(plan),
     )
-
-
-@per_object
-def _sinks(plan: AttentionLayerPlan) -> torch.Tensor | None:
-    """As FlashAttention takes them."""
-    return None if plan.sinks is None else plan.sinks.to(torch.bfloat16)

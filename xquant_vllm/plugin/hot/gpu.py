@@ -1,7 +1,7 @@
 """Hot blocks on GPUs: pools that FlashAttention attends to (flash.py), and what a step does (see gpu_steps.py)."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from xquant_vllm.attention.hot.policy import PROMOTED_TOKENS, HotMap
 from xquant_vllm.attention.hot.tokens import HotTokens
 from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.attention.plan import AttentionLayerPlan
+from xquant_vllm.plugin.flash import flash_version
 from xquant_vllm.plugin.hot.budget import hot_memory
-from xquant_vllm.plugin.hot.flash import attend_hot, flash_version
+from xquant_vllm.plugin.hot.flash import attend_hot
 from xquant_vllm.plugin.hot.gpu_memory import HotGpuMemory, plans_of, step_tokens
 from xquant_vllm.plugin.hot.log import HotLog
 
@@ -119,6 +120,7 @@ class HotGroup:
         exact_from: rows with so many query tokens are attended from pages.
         hot_of: ``[blocks]`` int32, hot blocks by block, on the device; 0: none.
         decided: of the step that runs whether "all" of its rows are hot, "none" or "some"; None: not known.
+        hot_lengths: query tokens and tokens of rows that are hot, whichever rows of the step have as many.
     """
 
     def __init__(
@@ -133,13 +135,14 @@ class HotGroup:
         self.layer_names, self.hot_map, self.log = tuple(layer_names), hot_map, HotLog()
         self.exact_from = exact_from
         self.decided: str | None = None
+        self.hot_lengths: Set[tuple[int, int]] = frozenset()
         self.hot_of = torch.zeros(num_blocks, dtype=torch.int32, device=device)
         self._blocks = np.arange(num_blocks)
         self._shown = np.zeros(num_blocks, np.int32)
 
-    def decide(self, hot: str | None) -> None:
-        """Note what is decided of a step, see :attr:`decided`."""
-        self.decided = hot
+    def decide(self, hot: str | None, hot_lengths: Set[tuple[int, int]] = frozenset()) -> None:
+        """Note what is decided of a step, see :attr:`decided` and :attr:`hot_lengths`."""
+        self.decided, self.hot_lengths = hot, hot_lengths
 
     def show(self) -> None:
         """Bring the device's map up to date, in the order of its stream and without waiting for it."""
@@ -235,5 +238,16 @@ class HotGpuBuilder:
         if group.decided == "none":
             return HotGpuBatch(rows.written, None, rows.cold)
         hot = HotGpuRows(rows.hot, rows.hot_tokens, common.max_seq_len)
-        certain = group.decided == "all" and not self._device_decides
-        return HotGpuBatch(rows.written, hot, None if certain else rows.cold)
+        if self._device_decides:
+            return HotGpuBatch(rows.written, hot, rows.cold)
+        return HotGpuBatch(rows.written, hot, None if group.decided == "all" else self._without_hot(rows.cold))
+
+    def _without_hot(self, cold: AttentionBatch) -> AttentionBatch:
+        """Rows that prefill and are known to be hot have no tokens here, so nothing is launched for them.
+
+        The host does not know which request a row is of, but how long a row that prefills is.
+        """
+        known = self._group.hot_lengths
+        if not known or cold.lengths is None:
+            return cold
+        return replace(cold, lengths=tuple((of[0], 0) if of in known else of for of in cold.lengths))

@@ -132,7 +132,10 @@ def _plan(group: HotGroup, table: np.ndarray, lengths: np.ndarray, counts: np.nd
     step = group.hot_map.plan(table, lengths, counts, exact)
     group.show()
     hot = int(step.hot.sum())
-    group.decide("all" if hot == len(counts) else "some" if hot else "none")
+    rows = list(zip(counts.tolist(), lengths.tolist(), step.hot.tolist(), strict=True))
+    hot_lengths = {(count, length) for count, length, is_hot in rows if is_hot}
+    hot_lengths -= {(count, length) for count, length, is_hot in rows if not is_hot}
+    group.decide("all" if hot == len(counts) else "some" if hot else "none", hot_lengths)
     group.log.say(group.hot_map)
     if step.promoted:
         _promote(group, step, layers)

@@ -1,14 +1,12 @@
-"""What the host makes for the Triton kernels: tables, spans of prefill, workspace. No kernel runs."""
+"""What the host makes for the Triton kernels: tables, workspace. No kernel runs."""
 
 import random
-from itertools import pairwise
 
 import pytest
 import torch
 
 from tests.attention.attention_cases import make_plan, random_runs, random_spec
 from xquant_vllm.attention.gpu import tiling, workspace
-from xquant_vllm.attention.gpu.prefill.spans import rounds
 from xquant_vllm.attention.gpu.tables.bit_addresses import bit_addresses
 from xquant_vllm.attention.gpu.tables.code_bytes import code_bytes
 from xquant_vllm.attention.gpu.tables.latent_tables import latent_bands
@@ -106,45 +104,6 @@ def test_pairs(rotary: int, interleaved: bool) -> None:
     found = arranged(x, columns)
     assert (found[:, columns < 0] == 0).all()
     assert torch.equal(found[:, columns >= 0], x[:, columns[columns >= 0].long()])
-
-
-def test_rounds() -> None:
-    found = rounds([(0, 0, 5, 5), (2, 10, 40, 30), (3, 0, 6, 0)], 16)
-    assert all(sum(span.stop - span.begin for span in spans) <= 16 for spans in found)
-    whole = [span for spans in found for span in spans]
-    for sequence, oldest, length in ((0, 0, 5), (2, 10, 40), (3, 0, 6)):
-        own = [span for span in whole if span.sequence == sequence]
-        assert own[0].begin == oldest
-        assert own[-1].stop == length
-        assert [span.first for span in own] == [True] + [False] * (len(own) - 1)
-        assert [span.last for span in own] == [False] * (len(own) - 1) + [True]
-        assert all(before.stop == after.begin for before, after in pairwise(own))
-    assert found[0][1].offset == 5
-    assert {(span.sequence, span.exact) for span in whole} == {(0, 5), (2, 30), (3, 0)}
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_random_rounds(seed: int) -> None:
-    """Every round fits, spans do not overlap, and together they are the contexts in order."""
-    choose = random.Random(seed)
-    room = choose.choice((16, 50, 100))
-    contexts = []
-    for sequence in range(choose.randint(1, 6)):
-        oldest = choose.randint(0, 40)
-        length = oldest + choose.randint(1, 200)
-        contexts.append((sequence, oldest, length, choose.randint(oldest, length)))
-    found = rounds(contexts, room)
-    for spans in found:
-        assert [span.offset for span in spans] == [
-            sum(before.stop - before.begin for before in spans[:index]) for index in range(len(spans))
-        ]
-        assert spans[-1].offset + spans[-1].stop - spans[-1].begin <= room
-    passed = [
-        (span.sequence, at, span.exact) for spans in found for span in spans for at in range(span.begin, span.stop)
-    ]
-    assert passed == [
-        (sequence, at, exact) for sequence, oldest, length, exact in contexts for at in range(oldest, length)
-    ]
 
 
 def test_workspace() -> None:

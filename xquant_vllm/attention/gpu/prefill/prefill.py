@@ -20,12 +20,10 @@ from xquant_vllm.attention.gpu.page_pointers import page_pointers
 from xquant_vllm.attention.gpu.prefill.dense import Carried, dense
 from xquant_vllm.attention.gpu.prefill.project_inputs import project_inputs
 from xquant_vllm.attention.gpu.prefill.rematerialize_pages import rematerialize_pages
-from xquant_vllm.attention.gpu.prefill.spans import SPAN_FIELDS, Span, rounds
-from xquant_vllm.attention.gpu.prefill.varlen import use_library
+from xquant_vllm.attention.gpu.prefill.step import ROOM, Round
+from xquant_vllm.attention.gpu.prefill.varlen import library
 from xquant_vllm.attention.plan import AttentionLayerPlan
 
-# Cached tokens in the workspace at a time.
-ROOM = 16384
 _QUERIES, _KEYS = 64, 64
 
 
@@ -50,52 +48,42 @@ def prefill(
     plan: AttentionLayerPlan,
     gpu_plan: GpuPlan,
     batch: AttentionBatch,
+    rounds: Sequence[Round],
     output: torch.Tensor,
     inputs: Sequence[torch.Tensor] | None = None,
-    first_sequence: int = 0,
     room: int = ROOM,
 ) -> None:
-    """Causal attention of the sequences from ``first_sequence`` on; needs ``batch.lengths``.
+    """Causal attention of the sequences that are in ``rounds``.
 
     Args:
         query: ``[num_tokens, num_heads, head_size]``, after RoPE.
         pages: for every layout of the plan ``[num_blocks, page_bytes]`` uint8.
         plan: the layer's plan.
         gpu_plan: what kernels read of it.
-        batch: the sequences; those before ``first_sequence`` are left alone.
+        batch: the sequences; those that are in no round are left alone.
+        rounds: of the batch as the layer views it, see :class:`PrefillStep`.
         output: ``[num_tokens, num_heads, head_size]``, written.
         inputs: what was stored of these tokens; required if a sequence attends to its own exactly.
-        first_sequence: first sequence to attend for.
         room: tokens of the workspace.
     """
-    assert batch.lengths is not None
-    window, exact_from = plan.sliding_window, plan.exact_from
-    contexts, longest_query = [], 0
-    for sequence, (query_len, seq_len) in enumerate(batch.lengths[first_sequence:], first_sequence):
-        if query_len:
-            oldest = max(0, seq_len - query_len - window + 1) if window else 0
-            exact = seq_len
-            if exact_from is not None and query_len >= exact_from:
-                exact = seq_len - query_len
-            contexts.append((sequence, oldest, seq_len, exact))
-            longest_query = max(longest_query, query_len)
     keys, values, *carried = workspace.take(query.device, *workspace_parts(plan, gpu_plan, query.shape[0], room))
     of_batch = describe_batch(query, batch)
-    for spans in rounds(contexts, room):
-        described = torch.tensor([[int(getattr(p, name)) for name in SPAN_FIELDS] for p in spans], dtype=torch.int32)
-        if query.device.type == "cuda":
-            described = described.pin_memory().to(query.device, non_blocking=True)
-        _rematerialize(described, spans, pages, plan, gpu_plan, batch, keys, values)
-        if any(span.exact < span.stop for span in spans):
+    attend_whole = library(query, keys, output, plan)
+    for part in rounds:
+        _rematerialize(part, pages, plan, gpu_plan, batch, keys, values)
+        if part.longest_exact:
             assert inputs is not None
-            project_inputs(described, spans, inputs, gpu_plan, batch, keys, values)
-        if not use_library(query, keys, values, plan, batch, spans, output):
-            _dense(described, spans, of_batch, keys, values, Carried(*carried), plan, gpu_plan, longest_query, output)
+            project_inputs(part, inputs, gpu_plan, batch, keys, values)
+        whole = part.whole
+        if attend_whole is None or whole is None:
+            _dense(part, of_batch, keys, values, Carried(*carried), plan, gpu_plan, output)
+        else:
+            at, there = whole.tokens, slice(whole.keys)
+            attend_whole(query[at], keys[there], values[there], output[at], whole.sequences, plan)
 
 
 def _rematerialize(
-    described: torch.Tensor,
-    spans: Sequence[Span],
+    part: Round,
     pages: Sequence[torch.Tensor],
     plan: AttentionLayerPlan,
     gpu_plan: GpuPlan,
@@ -104,9 +92,9 @@ def _rematerialize(
     values: torch.Tensor,
 ) -> None:
     """Fill the workspace with a round's keys and values."""
-    tiles = max(triton.cdiv(span.stop - span.begin, TOKENS) for span in spans)
-    rematerialize_pages[(tiles, len(spans), plan.projection.num_kv_heads)](
-        described,
+    tiles = triton.cdiv(part.longest, TOKENS)
+    rematerialize_pages[(tiles, part.spans.shape[0], plan.projection.num_kv_heads)](
+        part.spans,
         gpu_plan.columns,
         gpu_plan.value_columns,
         page_pointers(pages, plan.layout.block_size),
@@ -128,21 +116,19 @@ def _rematerialize(
 
 
 def _dense(
-    described: torch.Tensor,
-    spans: Sequence[Span],
+    part: Round,
     of_batch: Batch,
     keys: torch.Tensor,
     values: torch.Tensor,
     carried: Carried,
     plan: AttentionLayerPlan,
     gpu_plan: GpuPlan,
-    longest_query: int,
     output: torch.Tensor,
 ) -> None:
     """Attend to a round's keys and values."""
     head_size = plan.projection.head_size
-    dense[(triton.cdiv(longest_query, _QUERIES), len(spans), plan.num_heads)](
-        described,
+    dense[(triton.cdiv(part.longest_query, _QUERIES), part.spans.shape[0], plan.num_heads)](
+        part.spans,
         of_batch,
         keys,
         values,

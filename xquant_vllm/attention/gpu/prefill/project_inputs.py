@@ -12,7 +12,7 @@ from xquant_vllm.attention.gpu.arguments import products
 from xquant_vllm.attention.gpu.device.rematerialize import finish_keys, store_pairs
 from xquant_vllm.attention.gpu.gpu_plan import GpuPlan
 from xquant_vllm.attention.gpu.prefill.rematerialize_pages import load_span
-from xquant_vllm.attention.gpu.prefill.spans import Span
+from xquant_vllm.attention.gpu.prefill.step import Round
 from xquant_vllm.attention.gpu.tables.input_projection import InputProjection
 
 # Tokens and channels that a program multiplies at a time.
@@ -109,8 +109,7 @@ def project_spans(
 
 
 def project_inputs(
-    described: torch.Tensor,
-    spans: Sequence[Span],
+    part: Round,
     inputs: Sequence[torch.Tensor],
     gpu_plan: GpuPlan,
     batch: AttentionBatch,
@@ -120,8 +119,7 @@ def project_inputs(
     """Fill the workspace with a round's exact keys and values.
 
     Args:
-        described: the spans, as kernels read them.
-        spans: the round's spans.
+        part: the round.
         inputs: what was stored of the query tokens, for every stream ``[num_tokens, ...]``.
         gpu_plan: what kernels read of a plan that says ``exact_from``.
         batch: the sequences.
@@ -130,9 +128,9 @@ def project_inputs(
     """
     assert gpu_plan.exact_key is not None
     assert gpu_plan.exact_value is not None
-    longest = max(span.stop - max(span.begin, span.exact) for span in spans)
-    project_spans[(triton.cdiv(longest, _TOKENS), len(spans), gpu_plan.exact_key.up.shape[0])](
-        described,
+    tiles = triton.cdiv(part.longest_exact, _TOKENS)
+    project_spans[(tiles, part.spans.shape[0], gpu_plan.exact_key.up.shape[0])](
+        part.spans,
         gpu_plan.columns,
         gpu_plan.value_columns,
         batch.query_start_loc,

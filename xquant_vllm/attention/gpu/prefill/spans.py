@@ -34,6 +34,9 @@ class Span:
 def rounds(contexts: Sequence[tuple[int, int, int, int]], room: int) -> list[list[Span]]:
     """Pack contexts into rounds through the workspace, in order.
 
+    Contexts that fit share rounds and are never cut, so that a library can attend to a round. A longer one has rounds
+    of its own.
+
     Args:
         contexts: of every sequence its index, the oldest position that it attends to, its length, and the first exact
             position.
@@ -45,6 +48,8 @@ def rounds(contexts: Sequence[tuple[int, int, int, int]], room: int) -> list[lis
     result: list[list[Span]] = []
     free = 0
     for sequence, oldest, length, exact in contexts:
+        if length - oldest > free:
+            free = 0
         begin = oldest
         while begin < length:
             if not free:
@@ -54,4 +59,6 @@ def rounds(contexts: Sequence[tuple[int, int, int, int]], room: int) -> list[lis
             result[-1].append(Span(sequence, begin, stop, room - free, begin == oldest, stop == length, exact))
             free -= stop - begin
             begin = stop
+        if length - oldest > room:
+            free = 0
     return result
