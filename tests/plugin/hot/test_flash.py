@@ -14,7 +14,7 @@ from xquant_vllm.plugin.hot import flash
 
 
 def layer(**changes) -> SimpleNamespace:
-    return SimpleNamespace(**({"head_size": 64, "has_sinks": False, "logits_soft_cap": None} | changes))
+    return SimpleNamespace(**({"head_size": 64, "num_heads": 8, "has_sinks": False, "logits_soft_cap": None} | changes))
 
 
 @pytest.fixture

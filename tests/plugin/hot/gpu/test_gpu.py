@@ -90,6 +90,7 @@ class Engine:
         self.finished: set[str] = set()
         self.known: dict[str, int] = {}  # blocks that a request's outputs have named
         self.started = 0
+        self.left_out = 0  # rows that prefill and of which pages are known not to be needed
 
     def new_request(self) -> None:
         """Sometimes with blocks of another request's prefix, as prefix hits have it."""
@@ -198,6 +199,8 @@ class Engine:
         self.layer.write_hot(self.layer.kv_cache, hot.written)
         if hot.hot is None:
             return expected, expected
+        if hot.cold is not None:
+            self.left_out += sum(count > 1 and not length for count, length in hot.cold.lengths)
         self.layer.pool.attend(query, pages, plan, hot, actual)
         return actual, expected
 
@@ -241,6 +244,7 @@ def test_every_step_is_as_without_a_pool(spec: Spec, pool: int) -> None:
     assert counts.hot_rows > 10
     if small:
         assert counts.cold_rows > 5
+        assert engine.left_out > 0
         assert counts.promoted_tokens > 0
 
 

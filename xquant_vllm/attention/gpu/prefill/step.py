@@ -108,9 +108,7 @@ class PrefillSteps:
         return None if batch.lengths is None else PrefillStep(batch, self._views, self._room)
 
 
-def contexts(
-    lengths: Sequence[tuple[int, int]], decode_tokens: int, view: View
-) -> list[tuple[int, int, int, int]]:
+def contexts(lengths: Sequence[tuple[int, int]], decode_tokens: int, view: View) -> list[tuple[int, int, int, int]]:
     """What :func:`rounds` packs: what the sequences that prefill attend to.
 
     Args:
