@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.gpu.layers import Model
 from xquant_vllm.attention.batch import AttentionBatch
-from xquant_vllm.attention.plan import AttentionLayerPlan
+from xquant_vllm.attention.plan import AttentionLayerPlan, WholeAttention
 
 Attention = Callable[
     [torch.Tensor, Sequence[torch.Tensor], AttentionLayerPlan, AttentionBatch, torch.Tensor],
@@ -40,3 +41,21 @@ def triton_kernels() -> Kernels:
 
 KERNELS: dict[str, Callable[[], Kernels]] = {"triton": triton_kernels}
 """By name, so that another process can find them."""
+
+
+def attend_whole_of(model: Model, device: torch.device, dtype: torch.dtype) -> WholeAttention | None:
+    """What a served layer attends to rematerialized keys and values with: vLLM's FlashAttention, where it is installed.
+
+    Args:
+        model: whose layer.
+        device: where.
+        dtype: of the queries.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        from xquant_vllm.plugin.flash import attend_whole_for
+
+        return attend_whole_for(dtype, model.head_size, model.heads, sinks=False, soft_cap=None)
+    except ImportError:
+        return None

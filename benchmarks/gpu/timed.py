@@ -11,12 +11,13 @@ import torch
 from benchmarks.gpu.baselines import BASELINES, Baseline
 from benchmarks.gpu.checks import relative_errors, stored_numbers
 from benchmarks.gpu.cost import Cost, Roofs, attention_cost, dense_attention_cost, floor, store_cost
-from benchmarks.gpu.kernels import KERNELS
+from benchmarks.gpu.kernels import KERNELS, attend_whole_of
 from benchmarks.gpu.layers import DECODE_TOKENS, Model, Shape, fill_pages, make_layer, page_bytes_of
 from benchmarks.gpu.problem import Prepared, Problem
 from benchmarks.gpu.timing import Calls, Timing, measure
 from xquant_vllm.attention import reference
 from xquant_vllm.attention.batch import AttentionBatch
+from xquant_vllm.attention.gpu.prefill.step import PrefillSteps
 from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.pages import load_slots
 
@@ -91,7 +92,8 @@ def row_of(request: Request, variant: str, kind: str, **more: Any) -> Row:
 @functools.cache
 def _layer(model: Model, name: str, block_size: int, device: torch.device, seed: int) -> AttentionLayerPlan:
     """Kept while the process lives: describing thousands of bands to the kernels takes seconds."""
-    return make_layer(model, name, _POSITIONS, block_size, device, seed)
+    plan = make_layer(model, name, _POSITIONS, block_size, device, seed)
+    return replace(plan, attend_whole=attend_whole_of(model, device, _operand_dtype()))
 
 
 def _device() -> torch.device:
@@ -327,6 +329,9 @@ def _ours(
     # As the kernels are told: not where all sequences decode.
     on_host = ((shape.query_len, shape.seq_len),) * batch if shape.query_len > DECODE_TOKENS else None
     batches = [AttentionBatch(starts, lengths, table, shape.query_len, on_host, DECODE_TOKENS) for table in tables]
+    # Made once per step, not per layer, so it is not timed.
+    step = PrefillSteps([plan]).make(batches[0])
+    batches = [replace(of, prefill=step) for of in batches]
 
     def call(index: int) -> None:
         attention(flat[index], pages, plan, batches[index], outputs[index])

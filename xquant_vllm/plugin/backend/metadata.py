@@ -126,9 +126,9 @@ class XQuantMetadataBuilder(PagedMetadataBuilder):
                 f"--load-format {vllm_config.load_config.load_format} loads without vLLM's post-processing of weights; "
                 "use --load-format auto"
             )
-        for layer in layers.values():
-            layer.impl.reserve(kv_cache_spec.block_size, device)
         block_size = kv_cache_spec.block_size
+        for layer in layers.values():
+            layer.impl.reserve(block_size, device)
         self._steps = dispatch.steps([layer.impl.plan(block_size) for layer in layers.values()], device)
         own = {name: layer.impl for name, layer in layers.items() if not of_a_draft(layer.impl, vllm_config)}
         self._some_without_pool = len(own) < len(layers)
