@@ -9,6 +9,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from tests.attention.attention_cases import Spec, make_plan
 from xquant_vllm.attention import dispatch
+from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu import kernels, staging
 from xquant_vllm.attention.gpu.prefill.step import View
 from xquant_vllm.plugin.backend.metadata import XQuantMetadataBuilder
@@ -59,21 +60,28 @@ def test_once_per_step(builder) -> None:
     assert len(builder.sent) == 1
 
 
-@pytest.mark.parametrize("drafts", [False, True])
-def test_with_a_pool(builder, drafts: bool) -> None:
-    """Of rows that are not hot, and of all rows for layers without a pool or where none is hot; not where all are."""
-    builder._some_without_pool = drafts
-    some = lambda batch: HotGpuBatch(None, HotGpuRows(batch, None, 50), replace(batch, lengths=((20, 0), (9, 9))))  # noqa: E731
-    none = lambda batch: HotGpuBatch(None, None, batch)  # noqa: E731
-    all_hot = lambda batch: HotGpuBatch(None, HotGpuRows(batch, None, 50), None)  # noqa: E731
-    for hot_of, of_cold, of_all in ((some, [9], [50, 9] if drafts else None), (none, None, [50, 9]),
-                                    (all_hot, None, [50, 9] if drafts else None)):  # fmt: skip
-        builder._hot_gpu = SimpleNamespace(build=lambda common, batch, hot_of=hot_of: hot_of(batch))
-        metadata = builder.build(0, common_of((20, 50), (9, 9)))
-        cold = metadata.hot.cold if metadata.hot.hot is not None else None
-        for batch, expected in ((cold, of_cold), (metadata.batch, of_all)):
-            if batch is None or batch.prefill is None:
-                assert expected is None
-            else:
-                (part,) = batch.prefill.rounds(View(None, None))
-                assert list(part.whole.sequences.key_lens) == expected
+def hot_batch(hot: str, batch: AttentionBatch) -> HotGpuBatch:
+    rows = None if hot == "none" else HotGpuRows(batch, None, 50)
+    cold = {"none": batch, "some": replace(batch, lengths=((20, 0), (9, 9))), "all": None}
+    return HotGpuBatch(None, rows, cold[hot])
+
+
+@pytest.mark.parametrize(
+    ("hot", "without_pool", "of_cold", "of_all"),
+    [
+        ("none", False, None, (50, 9)),
+        ("some", False, (9,), None),
+        ("some", True, (9,), (50, 9)),
+        ("all", False, None, None),
+        ("all", True, None, (50, 9)),
+    ],
+)
+def test_with_a_pool(builder, hot: str, without_pool: bool, of_cold, of_all) -> None:
+    """Keys of the rows that are not hot, and of all rows if any layer attends to all of them from pages."""
+    builder._some_without_pool = without_pool
+    builder._hot_gpu = SimpleNamespace(build=lambda common, batch: hot_batch(hot, batch))
+    metadata = builder.build(0, common_of((20, 50), (9, 9)))
+    found = [None if batch is None or batch.prefill is None else batch.prefill.rounds(View(None, None))[0]
+             for batch in (metadata.hot.cold if hot == "some" else None, metadata.batch)]  # fmt: skip
+    assert [None if part is None else part.whole.sequences.key_lens for part in found] == [of_cold, of_all]
+    assert len(builder.sent) == sum(of is not None for of in (of_cold, of_all))

@@ -10,7 +10,8 @@ class _Buffer:
     """Memory of the host, and when its last copy is done."""
 
     def __init__(self, size: int, on_cuda: bool) -> None:
-        self.numbers = torch.empty(size, dtype=torch.int32, pin_memory=on_cuda)
+        with torch.inference_mode(False):  # else nothing else could be written to it outside of that mode
+            self.numbers = torch.empty(size, dtype=torch.int32, pin_memory=on_cuda)
         self.copied = torch.cuda.Event() if on_cuda else None
 
     def free(self) -> bool:

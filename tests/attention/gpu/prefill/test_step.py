@@ -115,6 +115,8 @@ def test_nothing_is_written_over_a_copy_under_way(monkeypatch) -> None:
 def test_what_was_sent_stays() -> None:
     """Memory of the host is used again; that of the device is each step's own. A longer table gets more memory."""
     on_the_way = staging.Staging(CPU)
+    with torch.inference_mode():
+        on_the_way.send([1])
     steps = [on_the_way.send([number] * count) for number, count in enumerate((3, 5, 5000, 2))]
     assert [of.tolist() for of in steps] == [[0] * 3, [1] * 5, [2] * 5000, [3] * 2]
     assert [of.numbers.numel() for of in on_the_way._buffers] == [8192]
