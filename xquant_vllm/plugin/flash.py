@@ -78,7 +78,7 @@ def attend_whole_for(
 
 
 def _attend_whole(
-    version: int,
+    version: int | None,
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,

@@ -6,6 +6,7 @@ sequence's keys and values are all in the workspace; what none of them does is l
 
 import functools
 import inspect
+from typing import Any
 
 import torch
 
@@ -48,6 +49,7 @@ def _flash() -> WholeAttention:
     """PyTorch's own FlashAttention (2.11 and later); causal, aligned to the last token."""
     from torch.nn.attention.varlen import varlen_attn_out
 
+    # Older ones do not ask whether heads share keys, and take them either way.
     asks = "enable_gqa" in inspect.signature(varlen_attn_out).parameters
 
     def attend(
@@ -59,6 +61,7 @@ def _flash() -> WholeAttention:
         plan: AttentionLayerPlan,
     ) -> None:
         window = plan.sliding_window
+        grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != keys.shape[1]} if asks else {}
         varlen_attn_out(
             output,
             query,
@@ -71,7 +74,7 @@ def _flash() -> WholeAttention:
             scale=plan.scale,
             # A window counts the query itself, this count does not.
             window_size=(window - 1 if window else -1, 0),
-            **({"enable_gqa": query.shape[1] != keys.shape[1]} if asks else {}),
+            **grouped,
         )
 
     return attend
