@@ -12,8 +12,11 @@ from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
 
-# Channels of a band of keys, at most. With 128 the unpacking of a tile took more registers than there are.
-_KEY_BAND = 64
+# Channels of a band, at most. With 128 of keys the unpacking of a tile took more registers than there are.
+_KEY_BAND, _VALUE_BAND = 64, 128
+# Bytes of the rows of up-projections that a band meets at a time, at most: they pass through shared memory.
+_BAND_BYTES = 32768
+_SMALLEST_BAND = 16
 # Value latents up to this many channels are weighed as they are: their sums stay in registers.
 _MOST_ABSORBED = 256
 
@@ -67,18 +70,21 @@ class GpuPlan:
         self.absorb_value = _one_scale(plan.layouts, plan.value_terms, projection.value_width)
         self.project_value = projection.up_value is not None or not self.absorb_value
         self.shared = plan.key_terms == plan.value_terms and not self.absorb_value
+        row_bytes = 2 * self.half * dtype.itemsize * (2 if self.shared else 1)
+        fitting = max(_SMALLEST_BAND, _BAND_BYTES // row_bytes)
+        key_band, value_band = min(_KEY_BAND, fitting), min(_VALUE_BAND, fitting)
         up_value = projection.up_value
         if up_value is None:
             up_value = torch.eye(head_size).expand(projection.num_kv_heads, -1, -1)
         self.key = latent_tables(
-            plan.layouts, plan.key_terms, arranged(projection.up_key.to(device), columns), dtype, _KEY_BAND
+            plan.layouts, plan.key_terms, arranged(projection.up_key.to(device), columns), dtype, key_band
         )
         self.value = latent_tables(
             plan.layouts,
             plan.value_terms,
             arranged(up_value.to(device), value_columns),
             dtype,
-            at_most=_MOST_ABSORBED if self.absorb_value else _KEY_BAND if self.shared else 128,
+            at_most=_MOST_ABSORBED if self.absorb_value else key_band if self.shared else value_band,
         )
         nothing = torch.zeros(1, device=device)
         self.value_factors = nothing

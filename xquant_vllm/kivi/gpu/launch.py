@@ -9,6 +9,7 @@ from xquant_vllm.attention.gpu import workspace
 from xquant_vllm.attention.gpu.arguments import describe_batch, describe_scores, products
 from xquant_vllm.attention.gpu.decode.merge import merge
 from xquant_vllm.attention.gpu.device.arguments import Partial
+from xquant_vllm.attention.gpu.limits import refusing_what_does_not_fit
 from xquant_vllm.attention.gpu.tiling import decodes, shape_of
 from xquant_vllm.kivi.gpu.arguments import describe_quantized, describe_residual
 from xquant_vllm.kivi.gpu.kivi_attend import kivi_attend
@@ -17,8 +18,11 @@ from xquant_vllm.kivi.plan import KiviBatch, KiviLayerPlan
 
 # Rows of a tile of prefilling queries, and numbers of their sums at most.
 _PREFILL_ROWS, _MOST_SUMS = 128, 16384
+# Of these sums, those that four warps have registers for.
+_OF_FOUR_WARPS = 4096
 
 
+@refusing_what_does_not_fit
 def paged_attention(
     query: torch.Tensor,
     pages: torch.Tensor,
@@ -116,7 +120,7 @@ def _launch_attention(
         WINDOW=bool(plan.sliding_window),
         **gpu_plan.constants,
         **products(gpu_plan.dtype),
-        num_warps=8 if rows > 64 else 4,
+        num_warps=8 if rows * gpu_plan.value_width > _OF_FOUR_WARPS else 4,
         num_stages=2,
     )
 

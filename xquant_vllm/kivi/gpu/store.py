@@ -7,7 +7,8 @@ hold these calls.
 import torch
 import triton
 
-from xquant_vllm.attention.gpu.operands import operand_type
+from xquant_vllm.attention.gpu.limits import refusing_what_does_not_fit
+from xquant_vllm.attention.gpu.operands import STORES, operand_type
 from xquant_vllm.kivi.gpu.arguments import describe_quantized, describe_residual
 from xquant_vllm.kivi.gpu.kivi_gpu_plan import padded_groups, page_constants
 from xquant_vllm.kivi.gpu.store_groups import store_groups
@@ -20,6 +21,7 @@ _MANY_TOKENS, _OF_PROGRAM = 256, 8
 _NUMBERS, _OF_WARP = 4096, 512
 
 
+@refusing_what_does_not_fit
 def store(
     pages: torch.Tensor,
     residual_pages: torch.Tensor,
@@ -60,6 +62,7 @@ def store(
         VALUE_GROUP=layout.value_group_size,
         **constants,
         num_warps=4 if of_program > 1 else 1,
+        **STORES,
     )
 
     sequences = batch.sequences
@@ -80,6 +83,7 @@ def store(
         KEY_GROUP=group_size,
         **constants,
         num_warps=max(1, min(8, numbers // _OF_WARP)),
+        **STORES,
     )
 
 
