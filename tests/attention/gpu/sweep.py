@@ -15,13 +15,24 @@ from tests.attention.gpu.compiled import Compiled, compile_call
 from tests.attention.gpu.sweep_cases import DTYPES, calls, configurations, rotated_stores
 from xquant_vllm.attention.gpu.limits import SHARED_MEMORY
 
-# Bytes of spilled registers that a thread of a kernel may have; 0 where it is not named.
-SPILLS: dict[str, int] = {}
+# Bytes of spilled registers that a thread of a kernel may have; 0 where it is not named. All of these keep 64 rows or
+# two products in registers, of which they have 255 in use: with fewer rows they would read every byte more often.
+SPILLS = {
+    "attend": 256,
+    "dense": 64,
+    "kivi_attend": 1536,
+    "project_spans": 128,
+    "rematerialize_pages": 128,
+    "store_rotated": 384,
+}
+# In FP32 products are no tensor cores': it has to be right, not fast.
+SPILLS_OF_FLOAT32 = 2048
 
 
 def problem(kernel: Compiled) -> str | None:
     """What is wrong with a kernel, or None."""
-    limit, spills = SHARED_MEMORY[kernel.capability], SPILLS.get(kernel.kernel, 0)
+    limit = SHARED_MEMORY[kernel.capability]
+    spills = SPILLS_OF_FLOAT32 if "fp32" in kernel.case else SPILLS.get(kernel.kernel, 0)
     if kernel.shared > limit:
         return f"takes {kernel.shared} bytes of shared memory of {limit}"
     if kernel.stack > spills:
@@ -46,12 +57,18 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print every kernel, one line of JSON each")
     options = parser.parse_args()
     found: dict[str, str] = {}
-    kernels = 0
+    kernels = refused = 0
     for capability in options.capability:
         for name, call in cases(every=not options.spread):
             if not any(part in name for part in options.only):
                 continue
-            for kernel in compile_call(name, call, capability):
+            try:
+                compiled = compile_call(name, call, capability)
+            except ValueError as error:  # at start-up, by name
+                refused += 1
+                print(f"{capability} refuses {name}: {error}", flush=True)
+                continue
+            for kernel in compiled:
                 kernels += 1
                 if options.json:
                     print(json.dumps(asdict(kernel)), flush=True)
@@ -60,7 +77,7 @@ def main() -> int:
                     line = f"{capability} {kernel.kernel}, {name}: {text}"
                     found[line] = text
                     print(line, flush=True)
-    print(f"{kernels} kernels compiled, {len(found)} with a problem")
+    print(f"{kernels} kernels compiled, {len(found)} with a problem, {refused} calls refused")
     return 1 if found or not kernels else 0
 
 

@@ -16,7 +16,6 @@ from xquant_vllm.attention.gpu.arguments import describe_batch, describe_latent,
 from xquant_vllm.attention.gpu.device.arguments import Batch
 from xquant_vllm.attention.gpu.gpu_plan import GpuPlan
 from xquant_vllm.attention.gpu.limits import shared_memory
-from xquant_vllm.attention.gpu.operands import TOKENS
 from xquant_vllm.attention.gpu.page_pointers import page_pointers
 from xquant_vllm.attention.gpu.prefill.dense import Carried, dense
 from xquant_vllm.attention.gpu.prefill.project_inputs import project_inputs
@@ -105,7 +104,7 @@ def _rematerialize(
     values: torch.Tensor,
 ) -> None:
     """Fill the workspace with a round's keys and values."""
-    tiles = max(triton.cdiv(span.stop - span.begin, TOKENS) for span in spans)
+    tiles = max(triton.cdiv(span.stop - span.begin, gpu_plan.tokens) for span in spans)
     rematerialize_pages[(tiles, len(spans), plan.projection.num_kv_heads)](
         described,
         gpu_plan.columns,
