@@ -98,7 +98,7 @@ def summary(kernels: list[dict[str, Any]]) -> dict[str, Any]:
         "kernels": len(kernels),
         "most_shared": max(of["shared"] for of in kernels),
         "spilled": dict(spilled),
-        "fused_in_stores": sum(of["fused"] for of in kernels if of["case"].startswith("store")),
+        "fused_stores": sum(of["fused"] for of in kernels if of["case"].startswith("store")),
     }
 
 

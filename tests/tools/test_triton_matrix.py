@@ -32,10 +32,10 @@ def test_its_tests_exist() -> None:
 
 def test_summary() -> None:
     kernels = [
-        {"kernel": "attend", "case": "decode x", "stack": 8, "shared": 100, "fused": 3},
-        {"kernel": "attend", "case": "decode y", "stack": 16, "shared": 200, "fused": 3},
-        {"kernel": "quantize", "case": "store x", "stack": 0, "shared": 0, "fused": 2},
+        {"kernel": "attend", "case": "decode x", "stack": 8, "shared": 100, "fused": True},
+        {"kernel": "attend", "case": "decode y", "stack": 16, "shared": 200, "fused": True},
+        {"kernel": "quantize", "case": "store x", "stack": 0, "shared": 0, "fused": False},
     ]
     assert matrix.summary(kernels) == {
-        "kernels": 3, "most_shared": 200, "spilled": {"attend": 16}, "fused_in_stores": 2,
+        "kernels": 3, "most_shared": 200, "spilled": {"attend": 16}, "fused_stores": 0,
     }  # fmt: skip

@@ -41,7 +41,7 @@ class Compiled:
         stack: bytes of a thread, spilled registers.
         shared: bytes of shared memory of a program.
         warps: of a program.
-        fused: products and sums that are rounded together, as PTX has them.
+        fused: whether a product and a sum may be rounded together.
     """
 
     kernel: str
@@ -51,7 +51,7 @@ class Compiled:
     stack: int
     shared: int
     warps: int
-    fused: int
+    fused: bool
 
 
 class GPUlessDriver:
@@ -135,7 +135,7 @@ def compile_call(case: str, call: Callable[[], None], capability: int) -> list[C
     return [
         Compiled(
             name, case, capability, *resources(binary.asm["cubin"]), binary.metadata.shared, binary.metadata.num_warps,
-            binary.asm["ptx"].count("fma.rn."),
+            binary.metadata.enable_fp_fusion,
         )
         for name, binary in kernels.values()
     ]  # fmt: skip

@@ -24,6 +24,7 @@ SPILLS = {
     "project_spans": 128,
     "rematerialize_pages": 128,
     "store_rotated": 384,
+    "subtract_product": 16,
 }
 # In FP32 products are no tensor cores': it has to be right, not fast.
 SPILLS_OF_FLOAT32 = 2048

@@ -16,3 +16,4 @@ def test_compiles(capability: int) -> None:
     kernels = compiled(compile_cases, capability, NAMES[capability])
     assert max(of["shared"] for of in kernels) <= SHARED_MEMORY[capability]
     assert all(of["stack"] == 0 for of in kernels if of["case"].startswith("hot")), "spilled registers"
+    assert not any(of["fused"] for of in kernels if of["case"].startswith("store")), "see operands.py"

@@ -18,3 +18,4 @@ def test_compiles(capability: int) -> None:
     # Prefill on 8.0 spills some, see docs/kernels/triton.md.
     spilled = {of["case"] for of in kernels if of["stack"]}
     assert spilled <= ({"prefill KIVI* 2"} if capability == 80 else set())
+    assert not any(of["fused"] for of in kernels if of["case"].startswith("store")), "see operands.py"

@@ -15,8 +15,8 @@ Arguments = ParamSpec("Arguments")
 # Bytes of shared memory that a program may have, by compute capability: NVIDIA's CUDA C++ programming guide, "Technical
 # Specifications per Compute Capability". Only where kernels are compiled without a GPU; a GPU says it itself.
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-# Wide heads have more channels; what 64 rows of queries in FP32 take then, with keys and values.
-_WIDE, _OF_WIDE_FLOAT32 = 128, 163840
+# Wide heads have more channels. In FP32 64 rows of queries take so many bytes then, with keys and values.
+_WIDE, _OF_WIDE_FLOAT32 = 128, 114816
 
 
 def shared_memory(device: torch.device) -> int:
