@@ -7,13 +7,11 @@ import torch
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu.decode.decode import decode
 from xquant_vllm.attention.gpu.gpu_plan import prepare
-from xquant_vllm.attention.gpu.limits import refusing_what_does_not_fit
 from xquant_vllm.attention.gpu.prefill.prefill import prefill
 from xquant_vllm.attention.gpu.tiling import decodes
 from xquant_vllm.attention.plan import AttentionLayerPlan
 
 
-@refusing_what_does_not_fit
 def paged_attention(
     query: torch.Tensor,
     pages: Sequence[torch.Tensor],

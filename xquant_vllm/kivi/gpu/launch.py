@@ -9,7 +9,6 @@ from xquant_vllm.attention.gpu import workspace
 from xquant_vllm.attention.gpu.arguments import describe_batch, describe_scores, products
 from xquant_vllm.attention.gpu.decode.merge import merge
 from xquant_vllm.attention.gpu.device.arguments import Partial
-from xquant_vllm.attention.gpu.limits import refusing_what_does_not_fit
 from xquant_vllm.attention.gpu.tiling import decodes, shape_of
 from xquant_vllm.kivi.gpu.arguments import describe_quantized, describe_residual
 from xquant_vllm.kivi.gpu.kivi_attend import kivi_attend
@@ -22,7 +21,6 @@ _PREFILL_ROWS, _MOST_SUMS = 128, 16384
 _OF_FOUR_WARPS = 4096
 
 
-@refusing_what_does_not_fit
 def paged_attention(
     query: torch.Tensor,
     pages: torch.Tensor,

@@ -7,7 +7,6 @@ hold these calls.
 import torch
 import triton
 
-from xquant_vllm.attention.gpu.limits import refusing_what_does_not_fit
 from xquant_vllm.attention.gpu.operands import STORES, operand_type
 from xquant_vllm.kivi.gpu.arguments import describe_quantized, describe_residual
 from xquant_vllm.kivi.gpu.kivi_gpu_plan import padded_groups, page_constants
@@ -21,7 +20,6 @@ _MANY_TOKENS, _OF_PROGRAM = 256, 8
 _NUMBERS, _OF_WARP = 4096, 512
 
 
-@refusing_what_does_not_fit
 def store(
     pages: torch.Tensor,
     residual_pages: torch.Tensor,

@@ -14,7 +14,6 @@ import triton.language as tl
 from xquant_vllm.attention.gpu import workspace
 from xquant_vllm.attention.gpu.arguments import describe_latent
 from xquant_vllm.attention.gpu.cuda import store as cuda_store
-from xquant_vllm.attention.gpu.limits import refusing_what_does_not_fit
 from xquant_vllm.attention.gpu.operands import STORES, operand_type
 from xquant_vllm.attention.gpu.page_pointers import page_pointers
 from xquant_vllm.attention.gpu.store.predict import subtract_product, subtract_terms
@@ -42,7 +41,6 @@ _PRECISION = "tf32x3"
 _COLUMNS = 64
 
 
-@refusing_what_does_not_fit
 def store(
     pages: Sequence[torch.Tensor],
     plan: AttentionLayerPlan,
