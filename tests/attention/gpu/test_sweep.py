@@ -11,7 +11,6 @@ import pytest
 WORST = [
     "prefill: 4 bits, heads of 128 by 4 in fp32",
     "prefill: 4 bits, heads of 256 by 4 in bf16",
-    "drafts: X, heads of 256 by 4 in bf16",
 ]
 
 
