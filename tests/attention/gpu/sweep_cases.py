@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -18,8 +19,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Channels of layer inputs: of Llama-3.2-1B, Llama-3.2-3B, Qwen2.5-7B, Llama-3.1-8B, Qwen3-14B and Llama-3.1-70B.
 HIDDEN_SIZES = (2048, 3072, 3584, 4096, 5120, 8192)
 
-_CHAIN = {"kind": "chain", "joint": True, "key_bits": 2, "earlier": (4, 4, 4)}
-_X = {"kind": "x", "key_outliers": 0}
+_CHAIN: dict[str, Any] = {"kind": "chain", "joint": True, "key_bits": 2, "earlier": (4, 4, 4)}
+_X: dict[str, Any] = {"kind": "x", "key_outliers": 0}
 # What attention reads. "4 bits" is what is served if nothing is said: one outlier channel of keys, values folded.
 _FORMATS = {
     "4 bits": Spec(folded=True),
@@ -42,7 +43,7 @@ _FORMATS = {
     "chain": Spec(**_CHAIN),
     "chain allocated": Spec(**_CHAIN, allocated=1.0, seed=2),
 }
-_STARRED = {"bits": 2, "block_size": 128, "residual_tokens": 128, "key_group_size": 128, "rope": "neox"}
+_STARRED: dict[str, Any] = {"bits": 2, "block_size": 128, "residual_tokens": 128, "key_group_size": 128, "rope": "neox"}
 _KIVI_FORMATS = {
     "KIVI 4": KiviSpec(bits=4),
     "KIVI 2": KiviSpec(bits=2),
