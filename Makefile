@@ -18,6 +18,9 @@ BENCH_ARGS ?=
 # Of `make soak`, shared by the caches, and more options for benchmarks/soak
 REQUESTS ?= 200
 SOAK_ARGS ?=
+# Compute capabilities and options of `make gpu-sweep`, and options of `make triton-matrix`
+SWEEP_ARGS ?= 80 86 89 90 100
+MATRIX_ARGS ?=
 # More options for pytest, e.g. make test TEST_ARGS="-m 'not e2e'"
 TEST_ARGS ?=
 
@@ -29,9 +32,11 @@ SETUP_FILES := pyproject.toml setup.py tools/setup_env.py $(wildcard tools/envse
 # What the tests read; prepared before them, so that no test's time is spent on downloads.
 TEST_MODELS := smollm2 smollm2-mha gemma3
 DOCKERFILES := docker/Dockerfile docker/Dockerfile.cpu
+# In a process of their own: Triton decides when it is imported whether it interprets.
+TRITON_TESTS := tests/attention/gpu tests/kivi/gpu tests/plugin/hot/gpu
 LINTED := xquant_vllm tests tools examples benchmarks docker setup.py
 
-.PHONY: help venv kernels cuda-check model demo serve test test-models test-gpu test-docs test-scale test-nightly accuracy pictures bench-cpu \
+.PHONY: help venv kernels cuda-check gpu-sweep triton-matrix model demo serve test test-models test-gpu test-docs test-scale test-nightly accuracy pictures bench-cpu \
 	families families-write families-all soak sanitize dist lint clean
 
 help: ## list the targets
@@ -46,6 +51,13 @@ kernels: $(KERNELS) ## compile csrc/cpu, if it changed (XQUANT_BUILD_KERNELS=1: 
 
 $(KERNELS): setup.py $(wildcard csrc/cpu/* csrc/cpu/*/*) | $(READY)
 	$(VENV)/bin/python setup.py --quiet build_kernels --inplace
+
+# Hours: every format, head size, group and dtype, for every GPU. `SWEEP_ARGS="90 --spread"` takes a tenth, for one.
+gpu-sweep: venv ## compile the Triton kernels of all that can be served, for every GPU; fail on what does not fit
+	OMP_NUM_THREADS=1 TRITON_CACHE_DIR=build/triton/cache $(VENV)/bin/python -m tests.attention.gpu.sweep $(SWEEP_ARGS)
+
+triton-matrix: venv ## compile and interpret the Triton kernels by Triton 3.7, 3.8 and 3.9 (downloads 0.5 GB into build)
+	$(VENV)/bin/python tools/triton_matrix.py $(MATRIX_ARGS)
 
 cuda-check: venv ## compile csrc/cuda for every GPU it is built for, and fail on spilled registers (needs nvcc, no GPU)
 	$(VENV)/bin/python tools/cuda_check.py
@@ -68,9 +80,8 @@ test: test-models ## run the tests
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 	$(MAKE) test-gpu
 
-# In a process of its own: Triton decides when it is imported whether it interprets.
 test-gpu: venv ## run the tests of the Triton kernels, without a GPU in Triton's interpreter
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/attention/gpu tests/kivi/gpu tests/plugin/hot/gpu -n 2
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest $(TRITON_TESTS) -n 2
 
 test-docs: venv ## run the tests of the documentation: its commands, its Python, its paths, and what it says of vLLM
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/docs
@@ -105,6 +116,7 @@ families-all: venv ## try every family of the model hub in vLLM, and write what 
 
 test-nightly: venv ## run the tests that are left out of `make test` because they take long and many are alike
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m nightly -n 2 --dist loadfile $(TEST_ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m nightly -n 2 $(TRITON_TESTS) $(TEST_ARGS)
 
 soak: venv ## serve REQUESTS (default 200) mixed requests, with faults, by every cache in turn; the last line is JSON
 	$(VENV)/bin/python tools/prepare_model.py --model smollm2

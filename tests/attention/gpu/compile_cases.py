@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -81,21 +82,32 @@ def _locate(rows: int) -> None:
     tensors.locate(batch, torch.zeros(rows, dtype=torch.int64), torch.zeros(9, dtype=torch.int32), 16, 100, None)
 
 
-def _case(function: Callable[..., None], *arguments: object) -> Callable[[], None]:
-    return lambda: function(*arguments)
+def attention_call(spec: Spec, lengths: list[int]) -> Callable[[], None]:
+    """Attention of sequences of ``lengths`` query tokens."""
+    return partial(_attention, spec, lengths)
+
+
+def store_call(spec: Spec, tokens: int) -> Callable[[], None]:
+    """Storing so many tokens."""
+    return partial(_store, spec, tokens)
+
+
+def hot_call(spec: Spec, tokens: int) -> Callable[[], None]:
+    """Writing so many tokens to a pool of hot blocks."""
+    return partial(_hot, spec, tokens)
 
 
 CASES: dict[str, Callable[[], None]] = {}
 for _name, _spec in SPECS.items():
-    CASES[f"decode {_name}"] = _case(_attention, _spec, [1, 1, 1, 1])
+    CASES[f"decode {_name}"] = attention_call(_spec, [1, 1, 1, 1])
     if _name == "x without rope":  # another kernel before that of attention
         continue
-    CASES[f"prefill {_name}"] = _case(_attention, _spec, [256])
-    CASES[f"store {_name}"] = _case(_store, _spec, 4)
+    CASES[f"prefill {_name}"] = attention_call(_spec, [256])
+    CASES[f"store {_name}"] = store_call(_spec, 4)
     if _name in ("uniform", "x"):
-        CASES[f"prefill exact {_name}"] = _case(_attention, replace(_spec, exact_from=2), [256])
-    CASES[f"store many {_name}"] = _case(_store, _spec, 256)
-    CASES[f"hot {_name}"] = _case(_hot, _spec, 4)
+        CASES[f"prefill exact {_name}"] = attention_call(replace(_spec, exact_from=2), [256])
+    CASES[f"store many {_name}"] = store_call(_spec, 256)
+    CASES[f"hot {_name}"] = hot_call(_spec, 4)
     if _name in ("allocated", "x", "deltas"):
-        CASES[f"hot many {_name}"] = _case(_hot, _spec, 256)
-CASES["hot rows"] = _case(_locate, 4)
+        CASES[f"hot many {_name}"] = hot_call(_spec, 256)
+CASES["hot rows"] = partial(_locate, 4)

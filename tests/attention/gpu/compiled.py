@@ -6,6 +6,7 @@ launch becomes a compilation for compute capability 9.0, by the ptxas that comes
 one line of JSON per kernel. Must run without TRITON_INTERPRET.
 """
 
+import functools
 import importlib
 import json
 import os
@@ -13,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,13 +26,23 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, MockTensor
 
-# Bytes of shared memory that a program may have. 8.6 and 8.9, which run what is compiled for 8.0, have 101376.
-SHARED = {80: 101376, 90: 232448, 100: 232448}
+from xquant_vllm.attention.gpu.limits import SHARED_MEMORY
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled kernel: per thread registers and bytes of stack (spilled registers), bytes of shared memory, warps."""
+    """A compiled kernel.
+
+    Attributes:
+        kernel: its name.
+        case: what launches it.
+        capability: compute capability, times ten.
+        registers: of a thread.
+        stack: bytes of a thread, spilled registers.
+        shared: bytes of shared memory of a program.
+        warps: of a program.
+        fused: whether a product and a sum may be rounded together.
+    """
 
     kernel: str
     case: str
@@ -40,6 +51,7 @@ class Compiled:
     stack: int
     shared: int
     warps: int
+    fused: bool
 
 
 class GPUlessDriver:
@@ -47,6 +59,13 @@ class GPUlessDriver:
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
+
+    @property
+    def utils(self) -> "GPUlessDriver":
+        return self
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED_MEMORY[self.target.arch]}
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -83,6 +102,7 @@ def compiled_launches(capability: int) -> Iterator[list[tuple[str, Any]]]:
     run, found = JITFunction.run, []
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        assert "enable_fp_fusion" in kwargs, f"{self.__name__}: the default is another from version to version"
         result = run(self, *map(_mocked, args), grid=grid, warmup=True, **kwargs)
         found.append((self.__name__, result))
         return result
@@ -94,6 +114,7 @@ def compiled_launches(capability: int) -> Iterator[list[tuple[str, Any]]]:
         JITFunction.run = run
 
 
+@functools.cache
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of stack of a thread."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -104,6 +125,20 @@ def resources(cubin: bytes) -> tuple[int, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found, text
     return int(found[1]), int(found[2])
+
+
+def compile_call(case: str, call: Callable[[], None], capability: int) -> list[Compiled]:
+    """Compile what a call launches, every kernel once."""
+    with compiled_launches(capability) as launches:
+        call()
+    kernels = {binary.hash: (name, binary) for name, binary in launches}
+    return [
+        Compiled(
+            name, case, capability, *resources(binary.asm["cubin"]), binary.metadata.shared, binary.metadata.num_warps,
+            binary.metadata.enable_fp_fusion,
+        )
+        for name, binary in kernels.values()
+    ]  # fmt: skip
 
 
 def compiled(module: ModuleType, capability: int, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -132,17 +167,8 @@ def main() -> None:
     module, capability, names = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
     cases = importlib.import_module(module).CASES
     for name in names or cases:
-        with compiled_launches(capability) as launches:
-            cases[name]()
-        seen = set()
-        for kernel, binary in launches:
-            if binary.hash in seen:
-                continue
-            seen.add(binary.hash)
-            registers, stack = resources(binary.asm["cubin"])
-            metadata = binary.metadata
-            line = Compiled(kernel, name, capability, registers, stack, metadata.shared, metadata.num_warps)
-            print(json.dumps(asdict(line)), flush=True)
+        for kernel in compile_call(name, cases[name], capability):
+            print(json.dumps(asdict(kernel)), flush=True)
 
 
 if __name__ == "__main__":

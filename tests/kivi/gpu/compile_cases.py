@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -52,13 +53,19 @@ def _store(spec: Spec, tokens: int) -> None:
     store(*_pages(plan), plan, _batch([1] * tokens), slots, slots, keys, keys)
 
 
-def _case(function: Callable[..., None], *arguments: object) -> Callable[[], None]:
-    return lambda: function(*arguments)
+def attention_call(spec: Spec, lengths: list[int]) -> Callable[[], None]:
+    """Attention of sequences of ``lengths`` query tokens."""
+    return partial(_attention, spec, lengths)
+
+
+def store_call(spec: Spec, tokens: int) -> Callable[[], None]:
+    """Storing so many tokens, of as many sequences."""
+    return partial(_store, spec, tokens)
 
 
 CASES: dict[str, Callable[[], None]] = {}
 for _name, _spec in SPECS.items():
-    CASES[f"decode {_name}"] = _case(_attention, _spec, [1, 1, 1, 1])
-    CASES[f"prefill {_name}"] = _case(_attention, _spec, [256])
-    CASES[f"store {_name}"] = _case(_store, _spec, 4)
-    CASES[f"store many {_name}"] = _case(_store, _spec, 256)
+    CASES[f"decode {_name}"] = attention_call(_spec, [1, 1, 1, 1])
+    CASES[f"prefill {_name}"] = attention_call(_spec, [256])
+    CASES[f"store {_name}"] = store_call(_spec, 4)
+    CASES[f"store many {_name}"] = store_call(_spec, 256)

@@ -8,7 +8,7 @@ from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu.device.arguments import Batch, Scores
 from xquant_vllm.attention.gpu.device.unpack import Latent
 from xquant_vllm.attention.gpu.gpu_plan import GpuPlan
-from xquant_vllm.attention.gpu.operands import LAUNCH, TOKENS, operand_type, precision
+from xquant_vllm.attention.gpu.operands import ATTENDS, LAUNCH, operand_type, precision
 from xquant_vllm.attention.gpu.tables.latent_tables import LatentTables
 
 
@@ -52,15 +52,15 @@ def describe_scores(plan: Scored) -> Scores:
 
 
 def products(dtype: torch.dtype) -> dict[str, Any]:
-    """Operands and precision of a kernel's products of operands of a dtype."""
-    return {"DTYPE": operand_type(dtype), "PRECISION": precision(dtype)}
+    """Operands and precision of an attention kernel's products of operands of a dtype, and how it rounds."""
+    return {"DTYPE": operand_type(dtype), "PRECISION": precision(dtype), **ATTENDS}
 
 
 def unpacking(gpu_plan: GpuPlan) -> dict[str, Any]:
     """What kernels that rematerialize keys and values from pages are compiled for, and how they are launched."""
     key, value = gpu_plan.key, gpu_plan.value
     return {
-        "TOKENS": TOKENS,
+        "TOKENS": gpu_plan.tokens,
         "HALF": gpu_plan.half,
         "KEY_WIDTH": key.width,
         "KEY_KINDS": key.kinds,

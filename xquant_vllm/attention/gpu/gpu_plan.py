@@ -3,7 +3,8 @@
 import torch
 
 from xquant_vllm.attention.gpu.device.rematerialize import KeyTail
-from xquant_vllm.attention.gpu.operands import product_dtype
+from xquant_vllm.attention.gpu.limits import refuse_wide_float32, shared_memory
+from xquant_vllm.attention.gpu.operands import product_dtype, tokens_of_tile
 from xquant_vllm.attention.gpu.tables.input_projection import of_inputs
 from xquant_vllm.attention.gpu.tables.latent_tables import band_factors, latent_tables
 from xquant_vllm.attention.gpu.tables.pairs import arranged, pair_columns, plain_columns
@@ -12,8 +13,12 @@ from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
 
-# Channels of a band of keys, at most. With 128 the unpacking of a tile took more registers than there are.
-_KEY_BAND = 64
+# Channels of a band, at most. With 128 of keys the unpacking of a tile took more registers than there are.
+_KEY_BAND, _VALUE_BAND = 64, 128
+_SMALLEST_BAND = 16
+# Of the shared memory that a program may have, what the rows of up-projections may take that a band meets: queries and
+# keys of FP32 need more of the rest.
+_SHARE_OF_BAND = {2: 1 / 3, 4: 1 / 6}
 # Value latents up to this many channels are weighed as they are: their sums stay in registers.
 _MOST_ABSORBED = 256
 
@@ -24,6 +29,7 @@ class GpuPlan:
     Attributes:
         dtype: of the products' operands.
         half: columns of half a head.
+        tokens: cached tokens of a tile.
         columns: int32 ``[2 * half]``: channels of queries and keys in the kernels' order; -1 is padding.
         value_columns: int32 ``[2 * half]``: channels of values and outputs, which are in the model's order.
         key: the key latents, times the up-projection.
@@ -63,22 +69,28 @@ class GpuPlan:
         self.absorb_key = rope is None and norm is None and not plan.key_bias_matters
         columns = pair_columns(head_size, rope)
         self.half = columns.numel() // 2
+        self.tokens = tokens_of_tile(self.half)
         value_columns = plain_columns(head_size, self.half)
         self.absorb_value = _one_scale(plan.layouts, plan.value_terms, projection.value_width)
         self.project_value = projection.up_value is not None or not self.absorb_value
         self.shared = plan.key_terms == plan.value_terms and not self.absorb_value
+        if self.shared:
+            refuse_wide_float32(dtype, 2 * self.half, device)
+        row_bytes = 2 * self.half * dtype.itemsize * (1 + self.shared)
+        fitting = int(_SHARE_OF_BAND[dtype.itemsize] * shared_memory(device)) // row_bytes
+        key_band, value_band = (_power_of_two(min(most, fitting)) for most in (_KEY_BAND, _VALUE_BAND))
         up_value = projection.up_value
         if up_value is None:
             up_value = torch.eye(head_size).expand(projection.num_kv_heads, -1, -1)
         self.key = latent_tables(
-            plan.layouts, plan.key_terms, arranged(projection.up_key.to(device), columns), dtype, _KEY_BAND
+            plan.layouts, plan.key_terms, arranged(projection.up_key.to(device), columns), dtype, key_band
         )
         self.value = latent_tables(
             plan.layouts,
             plan.value_terms,
             arranged(up_value.to(device), value_columns),
             dtype,
-            at_most=_MOST_ABSORBED if self.absorb_value else _KEY_BAND if self.shared else 128,
+            at_most=_MOST_ABSORBED if self.absorb_value else key_band if self.shared else value_band,
         )
         nothing = torch.zeros(1, device=device)
         self.value_factors = nothing
@@ -106,6 +118,11 @@ class GpuPlan:
         if plan.exact_from is not None:
             self.exact_key = of_inputs(plan, plan.key_terms, projection.up_key, columns, dtype)
             self.exact_value = of_inputs(plan, plan.value_terms, up_value, value_columns, dtype)
+
+
+def _power_of_two(channels: int) -> int:
+    """The largest that is no larger, but at least what products take."""
+    return max(_SMALLEST_BAND, 1 << (channels.bit_length() - 1))
 
 
 def _one_scale(layouts: tuple[PageLayout, ...], terms: tuple[LatentTerm, ...], width: int) -> bool:

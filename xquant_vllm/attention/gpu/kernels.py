@@ -7,15 +7,20 @@ from xquant_vllm.attention.gpu.cuda import decode as cuda_decode
 from xquant_vllm.attention.gpu.cuda import library as cuda_library
 from xquant_vllm.attention.gpu.decode import decode
 from xquant_vllm.attention.gpu.gpu_plan import prepare
-from xquant_vllm.attention.gpu.launch import paged_attention
+from xquant_vllm.attention.gpu.launch import paged_attention as _attend
+from xquant_vllm.attention.gpu.limits import refusing_what_does_not_fit
 from xquant_vllm.attention.gpu.prefill import prefill
 from xquant_vllm.attention.gpu.prefill.step import ROOM, PrefillSteps
-from xquant_vllm.attention.gpu.store.store import store, workspace_parts
+from xquant_vllm.attention.gpu.store.store import store as _store
+from xquant_vllm.attention.gpu.store.store import workspace_parts
 from xquant_vllm.attention.gpu.store.store_tables import prepare_store
 from xquant_vllm.attention.gpu.tiling import most_splits
 from xquant_vllm.attention.plan import AttentionLayerPlan
 
 __all__ = ["HOT_ROWS_ON_DEVICE", "PrefillSteps", "fix", "paged_attention", "reserve", "store"]
+
+paged_attention = refusing_what_does_not_fit(_attend)
+store = refusing_what_does_not_fit(_store)
 
 HOT_ROWS_ON_DEVICE = True
 """Kernels find out which rows are attended from a pool of hot blocks, see gpu/hot/rows.py; read by the plugin."""

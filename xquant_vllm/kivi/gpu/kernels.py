@@ -3,14 +3,19 @@
 import torch
 
 from xquant_vllm.attention.gpu import workspace
+from xquant_vllm.attention.gpu.limits import refusing_what_does_not_fit
 from xquant_vllm.attention.gpu.tiling import most_splits
 from xquant_vllm.attention.gpu.workspace import fix
 from xquant_vllm.kivi.gpu.kivi_gpu_plan import prepare
-from xquant_vllm.kivi.gpu.launch import paged_attention, workspace_parts
-from xquant_vllm.kivi.gpu.store import store
+from xquant_vllm.kivi.gpu.launch import paged_attention as _attend
+from xquant_vllm.kivi.gpu.launch import workspace_parts
+from xquant_vllm.kivi.gpu.store import store as _store
 from xquant_vllm.kivi.plan import KiviLayerPlan
 
 __all__ = ["fix", "paged_attention", "reserve", "store"]
+
+paged_attention = refusing_what_does_not_fit(_attend)
+store = refusing_what_does_not_fit(_store)
 
 
 def reserve(plan: KiviLayerPlan, tokens: int, sequences: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -7,14 +7,13 @@ import torch
 import triton
 
 from xquant_vllm.attention.gpu.device.rematerialize import KeyTail
-from xquant_vllm.attention.gpu.operands import operand_type, product_dtype
+from xquant_vllm.attention.gpu.limits import refuse_wide_float32
+from xquant_vllm.attention.gpu.operands import operand_type, product_dtype, tokens_of_tile
 from xquant_vllm.attention.gpu.tables.pairs import pair_columns
 from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.kivi.pages import QuantizedLayout
 from xquant_vllm.kivi.plan import KiviLayerPlan
 
-# Cached tokens of a tile at most. A tile lies in one group of keys, hence in one quantized page.
-_TOKENS = 32
 # Channels of a row of products at least.
 _FEWEST_COLUMNS = 16
 
@@ -46,6 +45,7 @@ class KiviGpuPlan:
         columns = pair_columns(plan.head_size, rope)
         natural = torch.equal(columns, pair_columns(plan.head_size, None))
         self.half = columns.numel() // 2
+        refuse_wide_float32(dtype, 2 * self.half, device)
         self.columns = columns.to(device)
         self.value_columns = value_columns(layout).to(device)
         self.value_width = self.value_columns.numel()
@@ -63,7 +63,8 @@ class KiviGpuPlan:
         self.constants: dict[str, Any] = page_constants(plan) | {
             "KEY_GROUP": layout.key_group_size,
             "VALUE_GROUP": layout.value_group_size,
-            "TOKENS": math.gcd(layout.key_group_size, _TOKENS),
+            # A tile lies in one group of keys, hence in one quantized page.
+            "TOKENS": math.gcd(layout.key_group_size, tokens_of_tile(self.half)),
             "HALF": self.half,
             "VALUE_GROUPS": groups,
             "VALUE_CHANNELS": channels,

@@ -17,6 +17,8 @@ from xquant_vllm.kivi.plan import KiviBatch, KiviLayerPlan
 
 # Rows of a tile of prefilling queries, and numbers of their sums at most.
 _PREFILL_ROWS, _MOST_SUMS = 128, 16384
+# Of these sums, those that four warps have registers for.
+_OF_FOUR_WARPS = 4096
 
 
 def paged_attention(
@@ -121,7 +123,7 @@ def _launch_attention(
         WINDOW=bool(plan.sliding_window),
         **gpu_plan.constants,
         **products(gpu_plan.dtype),
-        num_warps=8 if rows > 64 else 4,
+        num_warps=8 if rows * gpu_plan.value_width > _OF_FOUR_WARPS else 4,
         num_stages=2,
     )
 

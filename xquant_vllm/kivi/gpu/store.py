@@ -7,7 +7,7 @@ hold these calls.
 import torch
 import triton
 
-from xquant_vllm.attention.gpu.operands import operand_type
+from xquant_vllm.attention.gpu.operands import STORES, operand_type
 from xquant_vllm.kivi.gpu.arguments import describe_quantized, describe_residual
 from xquant_vllm.kivi.gpu.kivi_gpu_plan import padded_groups, page_constants
 from xquant_vllm.kivi.gpu.store_groups import store_groups
@@ -60,6 +60,7 @@ def store(
         VALUE_GROUP=layout.value_group_size,
         **constants,
         num_warps=4 if of_program > 1 else 1,
+        **STORES,
     )
 
     sequences = batch.sequences
@@ -81,6 +82,7 @@ def store(
         KEY_GROUP=group_size,
         **constants,
         num_warps=max(1, min(8, numbers // _OF_WARP)),
+        **STORES,
     )
 
 

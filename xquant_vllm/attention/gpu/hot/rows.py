@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from xquant_vllm.attention.batch import AttentionBatch
+from xquant_vllm.attention.gpu.operands import ATTENDS
 from xquant_vllm.attention.hot.tokens import HotTokens
 
 _TILE = 128
@@ -175,6 +176,7 @@ class HotRowTensors:
             hot_slots,
             hot_tokens.view(torch.int8),
             TILE=_TILE,
+            **ATTENDS,
         )
         return LocatedRows(
             HotTokens(slots, positions, hot_slots),

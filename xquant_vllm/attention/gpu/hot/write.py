@@ -16,6 +16,7 @@ from xquant_vllm.attention.gpu.hot.buffers import HotBuffers, carries
 from xquant_vllm.attention.gpu.hot.read_latents import read_latents
 from xquant_vllm.attention.gpu.hot.read_tables import read_tables, width_of
 from xquant_vllm.attention.gpu.hot.write_pool import write_pool
+from xquant_vllm.attention.gpu.operands import ATTENDS
 from xquant_vllm.attention.gpu.page_pointers import page_pointers
 from xquant_vllm.attention.hot.rematerialize import up_projections
 from xquant_vllm.attention.hot.tokens import HotTokens
@@ -155,6 +156,7 @@ def _read(
         OUTLIERS=latent.most_outliers,
         ADDS=tables.adds,
         CARRIES=carry and latents is not rounded,
+        **ATTENDS,
     )
     return rounded
 
@@ -192,4 +194,5 @@ def _write(
         NORM=gpu_plan.norm,
         ROPE=gpu_plan.rotates,
         VALUE_BIAS=gpu_plan.has_value_bias,
+        **ATTENDS,
     )

@@ -15,16 +15,15 @@ from xquant_vllm.attention.gpu import workspace
 from xquant_vllm.attention.gpu.arguments import describe_batch, describe_latent, describe_scores, products, unpacking
 from xquant_vllm.attention.gpu.device.arguments import Batch
 from xquant_vllm.attention.gpu.gpu_plan import GpuPlan
-from xquant_vllm.attention.gpu.operands import TOKENS
+from xquant_vllm.attention.gpu.limits import shared_memory
 from xquant_vllm.attention.gpu.page_pointers import page_pointers
 from xquant_vllm.attention.gpu.prefill.dense import Carried, dense
 from xquant_vllm.attention.gpu.prefill.project_inputs import project_inputs
 from xquant_vllm.attention.gpu.prefill.rematerialize_pages import rematerialize_pages
 from xquant_vllm.attention.gpu.prefill.step import ROOM, Round
+from xquant_vllm.attention.gpu.prefill.tiles import dense_tile
 from xquant_vllm.attention.gpu.prefill.varlen import library
 from xquant_vllm.attention.plan import AttentionLayerPlan
-
-_QUERIES, _KEYS = 64, 64
 
 
 def workspace_parts(
@@ -92,7 +91,7 @@ def _rematerialize(
     values: torch.Tensor,
 ) -> None:
     """Fill the workspace with a round's keys and values."""
-    tiles = triton.cdiv(part.longest, TOKENS)
+    tiles = triton.cdiv(part.longest, gpu_plan.tokens)
     rematerialize_pages[(tiles, part.spans.shape[0], plan.projection.num_kv_heads)](
         part.spans,
         gpu_plan.columns,
@@ -127,7 +126,9 @@ def _dense(
 ) -> None:
     """Attend to a round's keys and values."""
     head_size = plan.projection.head_size
-    dense[(triton.cdiv(part.longest_query, _QUERIES), part.spans.shape[0], plan.num_heads)](
+    width = max(16, triton.next_power_of_2(head_size))
+    tile = dense_tile(width, gpu_plan.dtype, shared_memory(keys.device))
+    dense[(triton.cdiv(part.longest_query, tile.queries), part.spans.shape[0], plan.num_heads)](
         part.spans,
         of_batch,
         keys,
@@ -141,11 +142,13 @@ def _dense(
         plan.projection.num_kv_heads,
         head_size,
         GROUP=plan.num_heads // plan.projection.num_kv_heads,
-        QUERIES=_QUERIES,
-        TOKENS=32 if head_size > 128 else _KEYS,
-        WIDTH=max(16, triton.next_power_of_2(head_size)),
+        QUERIES=tile.queries,
+        TOKENS=tile.tokens,
+        WIDTH=width,
         SOFT_CAP=bool(plan.logits_soft_cap),
         WINDOW=bool(plan.sliding_window),
         SINKS=plan.sinks is not None,
         **products(gpu_plan.dtype),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )

@@ -149,6 +149,7 @@ def project_inputs(
         NORM=gpu_plan.norm,
         ROPE=gpu_plan.rotates,
         **products(gpu_plan.dtype),
+        num_warps=8,
     )
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from xquant_vllm.attention.gpu import workspace
 from xquant_vllm.attention.gpu.arguments import describe_latent
 from xquant_vllm.attention.gpu.cuda import store as cuda_store
-from xquant_vllm.attention.gpu.operands import operand_type
+from xquant_vllm.attention.gpu.operands import STORES, operand_type
 from xquant_vllm.attention.gpu.page_pointers import page_pointers
 from xquant_vllm.attention.gpu.store.predict import subtract_product, subtract_terms
 from xquant_vllm.attention.gpu.store.quantize import quantize
@@ -114,6 +114,7 @@ def _rotation_arguments(tables: RotationTables, dtype: torch.dtype) -> tuple[Rot
         # Triton's interpreter has no products of BF16.
         "DTYPE": tl.float32 if triton.knobs.runtime.interpret else operand_type(dtype),
         "PRECISION": _PRECISION,
+        **STORES,
     }
     return Rotation(tables.signs, tables.left, tables.right, tables.rows, tables.columns), compiled
 
@@ -196,6 +197,7 @@ def _subtract(
         "KINDS": latent.kinds,
         "HIGH": latent.high,
         "OUTLIERS": latent.most_outliers,
+        **STORES,
     }
     if tables.segments is not None:
         of_program = 8 if tokens >= _MANY_TOKENS else 1
@@ -237,6 +239,7 @@ def _quantize(
         TOKENS=of_program,
         num_warps=max(1, min(8, of_program * tables.width // _OF_WARP[tables.kind])),
         **_quantizing(tables),
+        **STORES,
     )
 
 

@@ -150,7 +150,8 @@ def _cut(scale_group: Band, page: int, first_row: int, at_most: int) -> list[Ban
         outliers = min(max(scale_group.fields.get("num_outliers", 0) - begin, 0), end - begin)
         if 0 < outliers < scale_group.fields["num_outliers"]:
             raise ValueError(
-                f"{scale_group.fields['num_outliers']} outlier channels do not fit a band of {at_most} channels"
+                f"setting 'outlier_channels': {scale_group.fields['num_outliers']} cannot work on this model: kernels "
+                f"for GPUs take {at_most} channels at a time; set {at_most} or fewer"
             )
         fields = scale_group.fields | {"page": page, "num_outliers": outliers, "channels": end - begin}
         bands.append(
