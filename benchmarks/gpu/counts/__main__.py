@@ -14,20 +14,19 @@ from benchmarks.gpu.counts.variants import served_variants
 OF_MEMORY, ISSUED = 0.8, 2.5
 """What kernels are taken to reach of the bandwidth of memory, and warp instructions per clock, of 4."""
 
-_FLASH_BYTES = PER * 2 * rows.HEAD_SIZE * 2
 SIMULATION_IS_FAST = 1.25
 """What ``known`` found: by so much the simulation is too fast. Simulated figures are divided by it."""
 
 
-def flash_clocks() -> float:
+def flash_clocks(head_size: int = rows.HEAD_SIZE) -> float:
     """Clocks of an SM of an H100 that 16-bit attention takes for 64 tokens of one kv head: memory binds it."""
-    return _FLASH_BYTES / H100.bytes_per_clock(OF_MEMORY)
+    return PER * 2 * head_size * 2 / H100.bytes_per_clock(OF_MEMORY)
 
 
 def speed(counted: Counted) -> float:
     """Over 16-bit attention, on an H100, if ``ISSUED`` instructions are issued per clock and memory is no slower."""
     memory = PER * counted.row.number_bytes / rows.KV_HEADS / H100.bytes_per_clock(OF_MEMORY)
-    return flash_clocks() / max(counted.instructions / ISSUED, memory)
+    return flash_clocks(counted.row.head_size) / max(counted.instructions / ISSUED, memory)
 
 
 def simulated(counted: Counted) -> str:

@@ -35,6 +35,7 @@ class Row:
         rounds: of loops inside the loop over tokens, in the order of the program.
         kernel: the kernel of those launched; None: the only one that loops over cached tokens.
         capability: what is compiled for.
+        head_size: channels of a head.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Row:
     rounds: tuple[int, ...] = ()
     kernel: str | None = None
     capability: int = 90
+    head_size: int = HEAD_SIZE
 
 
 def served_spec(head_size: int = HEAD_SIZE, **settings: Any) -> Spec:
@@ -124,7 +126,10 @@ def others() -> list[Row]:
     chunk = ((256,), {"kernel": "rematerialize_pages"})
     return [
         *(_row(f"per head, {bits} bits", make_plan(served_spec(bits=bits))) for bits in (2, 3, 8)),
-        *(_row(f"per head, 4 bits, heads of {size}", make_plan(served_spec(size))) for size in (64, 256)),
+        *(
+            _row(f"per head, 4 bits, heads of {size}", make_plan(served_spec(size)), head_size=size)
+            for size in (64, 256)
+        ),
         _row("per head, calibrated 2 bits", _layer("allocated 2")),
         _row("joint, calibrated 4 bits", _layer("joint allocated 4")),
         _row("X, 4 bits", make_plan(replace(served_spec(), kind="x", key_group=128, key_outliers=0))),
