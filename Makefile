@@ -36,7 +36,8 @@ DOCKERFILES := docker/Dockerfile docker/Dockerfile.cpu
 TRITON_TESTS := tests/attention/gpu tests/kivi/gpu tests/plugin/hot/gpu
 LINTED := xquant_vllm tests tools examples benchmarks docker setup.py
 
-.PHONY: help venv kernels cuda-check gpu-sweep triton-matrix model demo serve test test-models test-gpu test-docs test-scale test-nightly accuracy pictures bench-cpu \
+.PHONY: help venv kernels cuda-check gpu-counts gpu-sweep triton-matrix model demo serve \
+	test test-models test-gpu test-docs test-scale test-nightly accuracy pictures bench-cpu \
 	families families-write families-all soak sanitize dist lint clean
 
 help: ## list the targets
@@ -61,6 +62,9 @@ triton-matrix: venv ## compile and interpret the Triton kernels by Triton 3.7, 3
 
 cuda-check: venv ## compile csrc/cuda for every GPU it is built for, and fail on spilled registers (needs nvcc, no GPU)
 	$(VENV)/bin/python tools/cuda_check.py
+
+gpu-counts: venv ## count what the GPU kernels execute, from machine code (5 minutes, no GPU); the last line is JSON
+	$(VENV)/bin/python -m benchmarks.gpu.counts
 
 model: venv ## prepare the checkpoint MODEL (default smollm2; or smollm2-mha, gemma3); the last line is its folder
 	@$(VENV)/bin/python tools/prepare_model.py --model $(MODEL)

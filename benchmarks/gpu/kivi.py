@@ -28,7 +28,7 @@ def prepare(bits: int, problem: Problem) -> Prepared:
 
     sets, batch, query_len, heads, size = problem.queries.shape
     device, dtype, seq_len = problem.queries.device, problem.queries.dtype, problem.seq_len
-    plan = _plan(bits, heads, problem.keys.shape[3], size, dtype)
+    plan = make_plan(bits, heads, problem.keys.shape[3], size, dtype)
     past = seq_len - query_len
     # Only what a query may see exactly stands in residual pages; their table has arbitrary entries before.
     first_exact = max(0, past + 1 - _RESIDUAL_TOKENS) // plan.residual.block_size * plan.residual.block_size
@@ -72,7 +72,8 @@ def prepare(bits: int, problem: Problem) -> Prepared:
     return Prepared(calls, expected, number_bytes=_number_bytes(plan, seq_len, past))
 
 
-def _plan(bits: int, heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> KiviLayerPlan:
+def make_plan(bits: int, heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> KiviLayerPlan:
+    """A layer with groups of 32 channels, fewer where a head is no multiple of these."""
     group = max(channels for channels in range(8, GROUP + 1, 8) if size % channels == 0)
     quantized, residual = choose_block_sizes(
         QuantizedLayout(kv_heads, size, bits, GROUP, group, GROUP),

@@ -110,7 +110,8 @@ def _triton(slow: _Kernels, load: Callable[[], _Kernels], override: str | None) 
             f"be imported ({error}); install the triton that belongs to your torch",
         )
     text = (
-        "attention runs on the Triton kernels, which were checked in Triton's interpreter and have not yet run on a GPU"
+        "attention runs on the Triton kernels: interpreted, compiled and counted without a GPU, and neither run nor "
+        "measured on one yet (docs/gpu.md says what to expect)"
     )
     return Choice(kernels, text)
 
