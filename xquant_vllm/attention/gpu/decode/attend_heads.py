@@ -101,7 +101,7 @@ def _page_of(batch, heads, sequence, position, begin, stop, BLOCK_SIZE: tl.const
     return heads.pages + tl.load(of_table, valid, 0).to(tl.int64) * heads.page_stride, valid
 
 
-@triton.jit(do_not_specialize=["query_tiles"])
+@triton.jit(do_not_specialize=["query_tiles", "splits"])
 def attend_heads(
     batch,
     columns,
@@ -109,11 +109,11 @@ def attend_heads(
     partial,
     scores,
     query_tiles,
+    splits,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     SINGLE: tl.constexpr,
     HALF: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     KEY_BITS: tl.constexpr,
     KEY_UNITS: tl.constexpr,
@@ -139,7 +139,7 @@ def attend_heads(
 ):
     """Attend over one split of one sequence, for one kv head and a tile of query tokens.
 
-    Grid: ``(sequences * query_tiles, num_kv_heads, SPLITS)``, as that of ``attend``. Reads queries and pages, writes
+    Grid: ``(sequences * query_tiles, num_kv_heads, splits)``, as that of ``attend``. Reads queries and pages, writes
     ``partial``: sums over value latents. ``ROWS`` is a power of two of at least 8 here.
 
     Args:
@@ -167,14 +167,14 @@ def attend_heads(
     row_valid = (of_row < TOKENS * GROUP) & (token < query_len)
     query_position = past + token
     row = (first_query + token) * batch.num_heads + head * GROUP + of_row % GROUP
-    stats = partial.stats + (row.to(tl.int64) * SPLITS + split) * 3
+    stats = partial.stats + (row.to(tl.int64) * splits + split) * 3
 
     end = past + tl.minimum(tile_first + TOKENS, query_len)
     oldest = 0
     if WINDOW:
         oldest = tl.maximum(0, past + tile_first - scores.window + 1)
     first_tile, tiles = oldest // _TILE, tl.cdiv(end, _TILE)
-    of_split = tl.cdiv(tiles - first_tile, SPLITS)
+    of_split = tl.cdiv(tiles - first_tile, splits)
     first_tile += split * of_split
     tiles = tl.minimum(tiles, first_tile + of_split)
     if first_tile >= tiles:
@@ -261,8 +261,8 @@ def attend_heads(
         low_key, high_key = turned(low.to(tl.float16), high.to(tl.float16), cos, sin, PTX)
 
         # Queries, turned back to the tile's first position.
-        at = heads.base + tile * (2 * HALF) + 2 * pair
-        base_cos, base_sin = tl.load(at)[:, None], tl.load(at + 1)[:, None]
+        of_tile = heads.base + tile * (2 * HALF) + 2 * pair
+        base_cos, base_sin = tl.load(of_tile)[:, None], tl.load(of_tile + 1)[:, None]
         low_turned = (low_query * base_cos + high_query * base_sin).to(tl.float16)
         high_turned = (high_query * base_cos - low_query * base_sin).to(tl.float16)
 
@@ -306,7 +306,7 @@ def attend_heads(
     tl.store(stats + 2, tl.sum(zeros, 0), row_valid)
     channel, factor = row_channels(VALUE_UNITS, VALUE_ROW_BYTES, VALUE_BITS)
     factor = (factor * 16777216.0)[:, None]
-    at = partial.sums + (row.to(tl.int64) * SPLITS + split)[None, :] * VALUE_WIDTH + channel[:, None]
+    at = partial.sums + (row.to(tl.int64) * splits + split)[None, :] * VALUE_WIDTH + channel[:, None]
     there = row_valid[None, :] & (channel >= 0)[:, None]
     tl.store(at, first_sums * factor, there)
     tl.store(at + 1, second_sums * factor, there)

@@ -13,16 +13,18 @@ from xquant_vllm.attention.plan import AttentionLayerPlan
 _LEAST_ROWS, _MOST_ROWS = 8, 32
 
 
-def tile_of(group: int, longest: int) -> tuple[int, int]:
+def tile_of(group: int, longest: int, decode_tokens: int) -> tuple[int, int]:
     """Rows of a tile of queries, and tiles of a sequence.
 
     Args:
         group: query heads of a kv head.
-        longest: query tokens of a sequence at most.
+        longest: query tokens of a sequence of the batch at most.
+        decode_tokens: of any batch's decoding sequence; the kernel is compiled for one query token, and for so many.
     """
-    rows = min(triton.next_power_of_2(max(longest, 1) * group), _MOST_ROWS)
+    tokens = 1 if longest <= 1 else max(longest, decode_tokens)
+    rows = min(triton.next_power_of_2(tokens * group), _MOST_ROWS)
     rows = max(_LEAST_ROWS, rows, triton.next_power_of_2(group))
-    return rows, 1 if longest == 1 else triton.cdiv(longest, rows // group)
+    return rows, 1 if longest <= 1 else triton.cdiv(longest, rows // group)
 
 
 def launch_heads(
@@ -33,6 +35,7 @@ def launch_heads(
     partial: Partial,
     sequences: int,
     longest: int,
+    decode_tokens: int,
     splits: int,
 ) -> None:
     """Fill ``partial``, as ``attend`` does.
@@ -45,13 +48,14 @@ def launch_heads(
         partial: written.
         sequences: how many of the sequences, from the first on.
         longest: query tokens of one of these at most.
+        decode_tokens: of any batch's decoding sequence at most.
         splits: shares of the cached tokens.
     """
     tables = gpu_plan.heads
     assert tables is not None
     kv_heads = plan.projection.num_kv_heads
     group = plan.num_heads // kv_heads
-    rows, tiles = tile_of(group, longest)
+    rows, tiles = tile_of(group, longest, decode_tokens)
     heads = Heads(
         pages, pages.stride(0), tables.up, tables.rows, tables.factors, tables.rope.base, tables.rope.offset
     )
@@ -63,11 +67,11 @@ def launch_heads(
         partial,
         describe_scores(plan),
         tiles,
+        splits,
         GROUP=group,
         ROWS=rows,
-        SINGLE=longest == 1,
+        SINGLE=longest <= 1,
         HALF=gpu_plan.half,
-        SPLITS=splits,
         BLOCK_SIZE=plan.layout.block_size,
         KEY_BITS=key.bits,
         KEY_UNITS=key.units,

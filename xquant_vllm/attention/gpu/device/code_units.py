@@ -106,12 +106,13 @@ def by_channels(pieces, BYTE: tl.constexpr, UNITS: tl.constexpr, TOKENS: tl.cons
     """
     if BITS == 8:
         return pieces[BYTE]
-    if BITS == 4:
+    elif BITS == 4:
         x = tl.reshape(tl.join(pieces[BYTE], pieces[2 + BYTE]), [UNITS // 8, 8, TOKENS, 2])
         return tl.reshape(tl.permute(x, (0, 3, 1, 2)), [2 * UNITS, TOKENS])
-    x = tl.join(tl.join(pieces[BYTE], pieces[2 + BYTE]), tl.join(pieces[4 + BYTE], pieces[6 + BYTE]))
-    x = tl.permute(tl.reshape(x, [UNITS // 8, 8, TOKENS, 2, 2]), (0, 4, 3, 1, 2))
-    return tl.reshape(x, [4 * UNITS, TOKENS])
+    else:
+        x = tl.join(tl.join(pieces[BYTE], pieces[2 + BYTE]), tl.join(pieces[4 + BYTE], pieces[6 + BYTE]))
+        x = tl.permute(tl.reshape(x, [UNITS // 8, 8, TOKENS, 2, 2]), (0, 4, 3, 1, 2))
+        return tl.reshape(x, [4 * UNITS, TOKENS])
 
 
 @triton.jit
