@@ -1,5 +1,7 @@
 """The kernels compile for every generation of GPUs that vLLM serves on, and fit what these have."""
 
+from typing import Any
+
 import pytest
 
 from tests.attention.gpu import compile_cases
@@ -15,3 +17,21 @@ def test_compiles(capability: int) -> None:
     kernels = compiled(compile_cases, capability, NAMES[capability])
     assert max(of["shared"] for of in kernels) <= SHARED[capability]
     assert all(of["stack"] == 0 for of in kernels if of["case"].startswith("hot")), "spilled registers"
+    assert not too_large(kernels)
+
+
+def too_large(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Programs for latents per head that spill registers, or of which no two fit a multiprocessor of an H100."""
+    return [
+        of
+        for of in kernels
+        if of["kernel"] == "attend_heads"
+        and (of["stack"] or 2 * 32 * of["warps"] * of["registers"] > 1 << 16 or of["shared"] + 1024 > SHARED[90] // 2)
+    ]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("capability", [80, 100])
+def test_latents_per_head_compile(capability: int) -> None:
+    kernels = compiled(compile_cases, capability, ["decode served"])
+    assert not [of for of in kernels if of["kernel"] == "attend_heads" and of["stack"]]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from xquant_vllm.attention.gpu.device.code_units import by_channels, pieces_of, row_channels, turned
+from xquant_vllm.attention.gpu.device.code_units import channels_of, pieces_of, side_by_side, turned
 from xquant_vllm.attention.gpu.device.softmax import capped
 from xquant_vllm.attention.gpu.tables.tile_rotation import TILE
 
@@ -33,27 +33,8 @@ class Heads(NamedTuple):
     up: Any
     rows: Any
     factors: Any
-    base: Any  # FP32 [tiles, HALF, 2]
-    offset: Any  # FP16 [TILE, HALF, 2]
-
-
-@triton.jit
-def _load_pieces(at, step: tl.constexpr, PIECES: tl.constexpr):
-    """Blocks of pointers ``at``, ``at + step``, ...: 2, 4 or 8 of them, as a tuple."""
-    if PIECES == 2:
-        return (tl.load(at), tl.load(at + step))
-    if PIECES == 4:
-        return (tl.load(at), tl.load(at + step), tl.load(at + 2 * step), tl.load(at + 3 * step))
-    return (
-        tl.load(at),
-        tl.load(at + step),
-        tl.load(at + 2 * step),
-        tl.load(at + 3 * step),
-        tl.load(at + 4 * step),
-        tl.load(at + 5 * step),
-        tl.load(at + 6 * step),
-        tl.load(at + 7 * step),
-    )
+    turns: Any
+    base: Any  # FP32 [tiles, HALF, 2]: cosines and sines of every tile's first position
 
 
 @triton.jit
@@ -68,10 +49,20 @@ def _load_units(row, UNITS: tl.constexpr, ROW_BYTES: tl.constexpr):
 
 
 @triton.jit
+def _load_blocks(batch, sequence, position, begin, stop, BLOCK_SIZE: tl.constexpr):
+    """Block ids of positions, int32 ``[TILE]``; 0, which is always there, outside of ``[begin, stop)``."""
+    valid = (position >= begin) & (position < stop)
+    row = batch.block_table + sequence.to(tl.int64) * batch.table_stride
+    return tl.load(row + position // BLOCK_SIZE, valid, 0)
+
+
+@triton.jit
 def _load_parameters(
-    page,
-    within,
-    valid,
+    heads,
+    block,
+    position,
+    begin,
+    stop,
     head,
     BLOCK_SIZE: tl.constexpr,
     KEY_SCALES: tl.constexpr,
@@ -81,24 +72,17 @@ def _load_parameters(
     VALUE_SCALES: tl.constexpr,
     VALUE_ZEROS: tl.constexpr,
 ):
-    """Scales and zero points of keys and values, and the outlier, of every token; FP16 ``[TILE]`` each."""
-    at = page.to(tl.pointer_type(tl.float16)) + head * BLOCK_SIZE + within
-    outlier = tl.load(at + KEY_OUTLIERS // 2, valid & (OUTLIERS > 0), 0.0)
+    """Scales and zero points of keys and values, and the outlier, FP16 ``[TILE]`` each; 0 where there is no token."""
+    valid = (position >= begin) & (position < stop)
+    page = heads.pages + block.to(tl.int64) * heads.page_stride
+    at = page.to(tl.pointer_type(tl.float16)) + head * BLOCK_SIZE + position % BLOCK_SIZE
     return (
         tl.load(at + KEY_SCALES // 2, valid, 0.0),
         tl.load(at + KEY_ZEROS // 2, valid, 0.0),
         tl.load(at + VALUE_SCALES // 2, valid, 0.0),
         tl.load(at + VALUE_ZEROS // 2, valid, 0.0),
-        outlier,
+        tl.load(at + KEY_OUTLIERS // 2, valid & (OUTLIERS > 0), 0.0),
     )
-
-
-@triton.jit
-def _page_of(batch, heads, sequence, position, begin, stop, BLOCK_SIZE: tl.constexpr):
-    """Pointers to the pages of positions, ``[TILE]``: of those outside of ``[begin, stop)`` to page 0."""
-    valid = (position >= begin) & (position < stop)
-    of_table = batch.block_table + sequence.to(tl.int64) * batch.table_stride + position // BLOCK_SIZE
-    return heads.pages + tl.load(of_table, valid, 0).to(tl.int64) * heads.page_stride, valid
 
 
 @triton.jit(do_not_specialize=["query_tiles", "splits"])
@@ -183,23 +167,19 @@ def attend_heads(
 
     pair, distance = tl.arange(0, HALF), tl.arange(0, _TILE)
     # What stays: the up-projection, rows and angles of all distances, queries.
-    KEY_PIECES: tl.constexpr = 16 // KEY_BITS
-    STEP: tl.constexpr = KEY_UNITS * 2 * HALF
-    up = heads.up + head * (KEY_PIECES * STEP) + tl.arange(0, KEY_UNITS)[:, None] * (2 * HALF) + pair[None, :]
-    up_low, up_high = _load_pieces(up, STEP, KEY_PIECES), _load_pieces(up + HALF, STEP, KEY_PIECES)
-    offset = heads.offset + distance[:, None] * (2 * HALF) + 2 * pair[None, :]
-    cos, sin = tl.load(offset), tl.load(offset + 1)
+    KEY_WIDTH: tl.constexpr = 16 // KEY_BITS * KEY_UNITS
+    up = heads.up + (head * KEY_WIDTH + tl.arange(0, KEY_WIDTH)[:, None]) * (2 * HALF) + pair[None, :]
+    up_low, up_high = tl.load(up), tl.load(up + HALF)
+    turns = heads.turns + distance[:, None] * HALF + pair[None, :]
+    cos, sin = tl.load(turns), tl.load(turns + _TILE * HALF)
     NUM_ROWS: tl.constexpr = 1 + OUTLIERS + BIAS
-    of_distance = heads.rows + head * (NUM_ROWS * _TILE * 2 * HALF) + distance[:, None] * (2 * HALF) + pair[None, :]
-    zero_low, zero_high = tl.load(of_distance), tl.load(of_distance + HALF)
+    column = tl.arange(0, 2 * HALF)[None, :]
+    rows = heads.rows + head * (NUM_ROWS * _TILE * 2 * HALF) + distance[:, None] * (2 * HALF) + column
+    zero_row = tl.load(rows)
     if OUTLIERS:
-        outlier_low, outlier_high = (
-            tl.load(of_distance + _TILE * 2 * HALF),
-            tl.load(of_distance + _TILE * 2 * HALF + HALF),
-        )
+        outlier_row = tl.load(rows + _TILE * 2 * HALF)
     if BIAS:
-        of_bias = of_distance + (NUM_ROWS - 1) * _TILE * 2 * HALF
-        bias_low, bias_high = tl.load(of_bias), tl.load(of_bias + HALF)
+        bias_row = tl.load(rows + (NUM_ROWS - 1) * _TILE * 2 * HALF)
     at = batch.query + (first_query + token).to(tl.int64)[None, :] * batch.token_stride
     at += (head * GROUP + of_row % GROUP)[None, :] * batch.head_stride
     low_column, high_column = tl.load(columns + pair)[:, None], tl.load(columns + HALF + pair)[:, None]
@@ -215,49 +195,43 @@ def attend_heads(
         unit *= _LOG2E
     of_head = heads.factors + head * (1 + NUM_ROWS)
     of_codes, of_zero = tl.load(of_head) * unit, tl.load(of_head + 1) * unit
-    of_outlier, of_bias_row = tl.load(of_head + 1 + OUTLIERS) * unit, tl.load(of_head + NUM_ROWS) * unit
+    of_outlier, of_bias = tl.load(of_head + 1 + OUTLIERS) * unit, tl.load(of_head + NUM_ROWS) * unit
 
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([_TILE, ROWS], tl.float32)
     zeros = tl.zeros([_TILE, ROWS], tl.float32)
-    VALUE_ROWS: tl.constexpr = VALUE_UNITS * (8 // VALUE_BITS)
-    first_sums = tl.zeros([VALUE_ROWS, ROWS], tl.float32)
-    second_sums = tl.zeros([VALUE_ROWS, ROWS], tl.float32)
+    sums = tl.zeros([16 // VALUE_BITS * VALUE_UNITS, ROWS], tl.float32)
 
     # Codes come by asynchronous copies. Parameters are loaded one tile ahead, and their block ids two.
     begin, stop = tl.maximum(oldest, first_tile * _TILE), tl.minimum(end, tiles * _TILE)
     position = first_tile * _TILE + distance
-    page, valid = _page_of(batch, heads, sequence, position, begin, stop, BLOCK_SIZE)
+    block = _load_blocks(batch, sequence, position, begin, stop, BLOCK_SIZE)
     key_scale, key_zero, value_scale, value_zero, outlier = _load_parameters(
-        page, position % BLOCK_SIZE, valid, head, BLOCK_SIZE, KEY_SCALES, KEY_ZEROS, KEY_OUTLIERS, OUTLIERS,
+        heads, block, position, begin, stop, head, BLOCK_SIZE, KEY_SCALES, KEY_ZEROS, KEY_OUTLIERS, OUTLIERS,
         VALUE_SCALES, VALUE_ZEROS,
     )  # fmt: skip
-    next_page, next_valid = _page_of(batch, heads, sequence, position + _TILE, begin, stop, BLOCK_SIZE)
+    next_block = _load_blocks(batch, sequence, position + _TILE, begin, stop, BLOCK_SIZE)
     for tile in tl.range(first_tile, tiles, num_stages=STAGES):
         position = tile * _TILE + distance
-        page, valid = _page_of(batch, heads, sequence, position, begin, stop, BLOCK_SIZE)
-        within = position % BLOCK_SIZE
-        codes = page + KEY_CODES + head * (BLOCK_SIZE * KEY_ROW_BYTES) + within * KEY_ROW_BYTES
-        key_units = _load_units(codes, KEY_UNITS, KEY_ROW_BYTES)
-        codes = page + VALUE_CODES + head * (BLOCK_SIZE * VALUE_ROW_BYTES) + within * VALUE_ROW_BYTES
-        value_units = _load_units(codes, VALUE_UNITS, VALUE_ROW_BYTES)
+        valid = (position >= begin) & (position < stop)
+        block = _load_blocks(batch, sequence, position, begin, stop, BLOCK_SIZE)
+        page = heads.pages + block.to(tl.int64) * heads.page_stride
+        row_of_head = head * BLOCK_SIZE + position % BLOCK_SIZE
+        key_units = _load_units(page + KEY_CODES + row_of_head * KEY_ROW_BYTES, KEY_UNITS, KEY_ROW_BYTES)
+        value_units = _load_units(page + VALUE_CODES + row_of_head * VALUE_ROW_BYTES, VALUE_UNITS, VALUE_ROW_BYTES)
         ks, kz = key_scale.to(tl.float32), key_zero.to(tl.float32) + MIDDLE * key_scale.to(tl.float32)
         vs, vz, ko = tl.maximum(value_scale.to(tl.float32), _SMALLEST_SCALE), value_zero.to(tl.float32), outlier
         key_scale, key_zero, value_scale, value_zero, outlier = _load_parameters(
-            next_page, (position + _TILE) % BLOCK_SIZE, next_valid, head, BLOCK_SIZE, KEY_SCALES, KEY_ZEROS,
-            KEY_OUTLIERS, OUTLIERS, VALUE_SCALES, VALUE_ZEROS,
+            heads, next_block, position + _TILE, begin, stop, head, BLOCK_SIZE, KEY_SCALES, KEY_ZEROS, KEY_OUTLIERS,
+            OUTLIERS, VALUE_SCALES, VALUE_ZEROS,
         )  # fmt: skip
-        next_page, next_valid = _page_of(batch, heads, sequence, position + 2 * _TILE, begin, stop, BLOCK_SIZE)
+        next_block = _load_blocks(batch, sequence, position + 2 * _TILE, begin, stop, BLOCK_SIZE)
 
         # Keys, per scale and without what meets the scores.
         if MIDDLE:
             key_units |= tl.where(tl.arange(0, KEY_UNITS) == 0, MIDDLE, 0).to(tl.uint16)[None, :]
-        key_pieces = pieces_of(key_units, KEY_BITS, PTX)
-        low = tl.dot(key_pieces[0], up_low[0])
-        high = tl.dot(key_pieces[0], up_high[0])
-        for piece in tl.static_range(1, KEY_PIECES):
-            low = tl.dot(key_pieces[piece], up_low[piece], low)
-            high = tl.dot(key_pieces[piece], up_high[piece], high)
+        key_codes = side_by_side(pieces_of(key_units, KEY_BITS, PTX), KEY_UNITS, _TILE, KEY_BITS)
+        low, high = tl.dot(key_codes, up_low), tl.dot(key_codes, up_high)
         low_key, high_key = turned(low.to(tl.float16), high.to(tl.float16), cos, sin, PTX)
 
         # Queries, turned back to the tile's first position.
@@ -265,16 +239,15 @@ def attend_heads(
         base_cos, base_sin = tl.load(of_tile)[:, None], tl.load(of_tile + 1)[:, None]
         low_turned = (low_query * base_cos + high_query * base_sin).to(tl.float16)
         high_turned = (high_query * base_cos - low_query * base_sin).to(tl.float16)
+        query = tl.reshape(tl.permute(tl.join(low_turned, high_turned), (2, 0, 1)), [2 * HALF, ROWS])
 
-        product = tl.dot(high_key, high_turned, tl.dot(low_key, low_turned))
-        score = product * (ks * of_codes)[:, None]
-        product = tl.dot(zero_high, high_turned, tl.dot(zero_low, low_turned))
-        score += product * (kz * of_zero)[:, None]
+        key = tl.reshape(tl.permute(tl.join(low_key, high_key), (0, 2, 1)), [_TILE, 2 * HALF])
+        score = tl.dot(key, query) * (ks * of_codes)[:, None]
+        score += tl.dot(zero_row, query) * (kz * of_zero)[:, None]
         if OUTLIERS:
-            product = tl.dot(outlier_high, high_turned, tl.dot(outlier_low, low_turned))
-            score += product * (ko.to(tl.float32) * of_outlier)[:, None]
+            score += tl.dot(outlier_row, query) * (ko.to(tl.float32) * of_outlier)[:, None]
         if BIAS:
-            score += tl.dot(bias_high, high_turned, tl.dot(bias_low, low_turned)) * of_bias_row
+            score += tl.dot(bias_row, query) * of_bias
         if SOFT_CAP:
             score = capped(score, scores.soft_cap) * _LOG2E
 
@@ -294,19 +267,12 @@ def attend_heads(
         total = total * decay + weight * inverse[:, None]
         zeros = zeros * decay + weight * (vz * inverse)[:, None]
 
-        weight = weight.to(tl.float16)
-        value_pieces = pieces_of(tl.trans(value_units), VALUE_BITS, PTX)
-        first = by_channels(value_pieces, 0, VALUE_UNITS, _TILE, VALUE_BITS)
-        second = by_channels(value_pieces, 1, VALUE_UNITS, _TILE, VALUE_BITS)
-        first_sums = tl.dot(first, weight, first_sums * decay)
-        second_sums = tl.dot(second, weight, second_sums * decay)
+        value_codes = side_by_side(pieces_of(value_units, VALUE_BITS, PTX), VALUE_UNITS, _TILE, VALUE_BITS)
+        sums = tl.dot(tl.trans(value_codes), weight.to(tl.float16), sums * decay)
 
     tl.store(stats, largest * _LN2, row_valid)
     tl.store(stats + 1, tl.sum(total, 0), row_valid)
     tl.store(stats + 2, tl.sum(zeros, 0), row_valid)
-    channel, factor = row_channels(VALUE_UNITS, VALUE_ROW_BYTES, VALUE_BITS)
-    factor = (factor * 16777216.0)[:, None]
+    channel, factor = channels_of(VALUE_UNITS, VALUE_ROW_BYTES, VALUE_BITS)
     at = partial.sums + (row.to(tl.int64) * splits + split)[None, :] * VALUE_WIDTH + channel[:, None]
-    there = row_valid[None, :] & (channel >= 0)[:, None]
-    tl.store(at, first_sums * factor, there)
-    tl.store(at + 1, second_sums * factor, there)
+    tl.store(at, sums * factor[:, None], row_valid[None, :] & (channel >= 0)[:, None])

@@ -11,6 +11,8 @@ from xquant_vllm.attention.plan import AttentionLayerPlan
 
 # Rows of a tile of queries: a product has 8 at least, and more than 32 do not fit the registers.
 _LEAST_ROWS, _MOST_ROWS = 8, 32
+# Block ids take half of them: codes are two tiles ahead.
+_STAGES = 5
 
 
 def tile_of(group: int, longest: int, decode_tokens: int) -> tuple[int, int]:
@@ -57,7 +59,7 @@ def launch_heads(
     group = plan.num_heads // kv_heads
     rows, tiles = tile_of(group, longest, decode_tokens)
     heads = Heads(
-        pages, pages.stride(0), tables.up, tables.rows, tables.factors, tables.rope.base, tables.rope.offset
+        pages, pages.stride(0), tables.up, tables.rows, tables.factors, tables.turns, tables.rope.base
     )
     key, value = tables.key, tables.value
     attend_heads[(sequences * tiles, kv_heads, splits)](
@@ -92,8 +94,8 @@ def launch_heads(
         VALUE_WIDTH=gpu_plan.value.width,
         SOFT_CAP=bool(plan.logits_soft_cap),
         WINDOW=bool(plan.sliding_window),
-        STAGES=2,
+        STAGES=_STAGES,
         PTX=not triton.knobs.runtime.interpret,
         num_warps=4,
-        num_stages=2,
+        num_stages=_STAGES,
     )

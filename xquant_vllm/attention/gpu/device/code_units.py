@@ -96,34 +96,28 @@ def turned(low, high, cos, sin, PTX: tl.constexpr):
 
 
 @triton.jit
-def by_channels(pieces, BYTE: tl.constexpr, UNITS: tl.constexpr, TOKENS: tl.constexpr, BITS: tl.constexpr):
-    """Of units ``[UNITS, TOKENS]`` the codes of every first (``BYTE`` 0) or second byte, below each other.
-
-    Eight units of a piece, then the same eight of the next one: a thread that has a unit has all that comes of it.
-
-    Returns:
-        ``[UNITS * (8 // BITS), TOKENS]``, FP16; ``row_channels`` says which channels these are.
-    """
+def side_by_side(pieces, UNITS: tl.constexpr, TOKENS: tl.constexpr, BITS: tl.constexpr):
+    """Pieces ``[TOKENS, UNITS]``, one after another: ``[TOKENS, UNITS * (16 // BITS)]``."""
     if BITS == 8:
-        return pieces[BYTE]
+        x = tl.permute(tl.join(pieces[0], pieces[1]), (0, 2, 1))
     elif BITS == 4:
-        x = tl.reshape(tl.join(pieces[BYTE], pieces[2 + BYTE]), [UNITS // 8, 8, TOKENS, 2])
-        return tl.reshape(tl.permute(x, (0, 3, 1, 2)), [2 * UNITS, TOKENS])
+        x = tl.join(tl.join(pieces[0], pieces[1]), tl.join(pieces[2], pieces[3]))
+        x = tl.permute(x, (0, 3, 2, 1))
     else:
-        x = tl.join(tl.join(pieces[BYTE], pieces[2 + BYTE]), tl.join(pieces[4 + BYTE], pieces[6 + BYTE]))
-        x = tl.permute(tl.reshape(x, [UNITS // 8, 8, TOKENS, 2, 2]), (0, 4, 3, 1, 2))
-        return tl.reshape(x, [4 * UNITS, TOKENS])
+        low = tl.join(tl.join(pieces[0], pieces[1]), tl.join(pieces[2], pieces[3]))
+        high = tl.join(tl.join(pieces[4], pieces[5]), tl.join(pieces[6], pieces[7]))
+        x = tl.permute(tl.join(low, high), (0, 4, 3, 2, 1))
+    return tl.reshape(x, [TOKENS, UNITS * (16 // BITS)])
 
 
 @triton.jit
-def row_channels(UNITS: tl.constexpr, ROW_BYTES: tl.constexpr, BITS: tl.constexpr):
-    """Of the rows of ``by_channels`` for first bytes: channels (those of second bytes follow), and what a code counts.
+def channels_of(UNITS: tl.constexpr, ROW_BYTES: tl.constexpr, BITS: tl.constexpr):
+    """Of the columns of ``side_by_side`` which channels they are, and by what their numbers become codes.
 
     Returns:
-        int32 ``[UNITS * (8 // BITS)]``, -1 where there is none, and FP32 of that shape.
+        int32 ``[UNITS * (16 // BITS)]``, -1 where there is none, and FP32 of that shape.
     """
-    PLACES: tl.constexpr = 8 // BITS
-    row = tl.arange(0, UNITS * PLACES)
-    place, unit = row // 8 % PLACES, row // (8 * PLACES) * 8 + row % 8
-    channel = tl.where(2 * unit < ROW_BYTES, place * ROW_BYTES + 2 * unit, -1)
-    return channel, 1.0 / (1 << (place * BITS)).to(tl.float32)
+    column = tl.arange(0, UNITS * (16 // BITS))
+    piece, unit = column // UNITS, column % UNITS
+    channel = tl.where(2 * unit < ROW_BYTES, piece // 2 * ROW_BYTES + 2 * unit + piece % 2, -1)
+    return channel, 16777216.0 / (1 << (piece // 2 * BITS)).to(tl.float32)

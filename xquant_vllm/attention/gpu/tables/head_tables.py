@@ -74,7 +74,8 @@ class HeadTables:
         rows: FP16 ``[num_kv_heads, num_rows, TILE, 2 * half]``, turned by every distance within a tile: what zero
             points multiply, then outliers, then the bias.
         factors: FP32 ``[num_kv_heads, 1 + num_rows]``: what products of codes count, and the rows.
-        rope: angles of tiles and of distances within a tile.
+        turns: FP16 ``[2, TILE, half]``: cosines and sines of every distance within a tile.
+        rope: angles of tiles, and of distances once more.
     """
 
     key: HeadStream
@@ -83,6 +84,7 @@ class HeadTables:
     up: torch.Tensor
     rows: torch.Tensor
     factors: torch.Tensor
+    turns: torch.Tensor
     rope: RopeArrays
 
 
@@ -165,6 +167,7 @@ def head_tables(plan: AttentionLayerPlan, columns: torch.Tensor) -> HeadTables:
         up=_pieces(torch.cat((lead, rounded), 1), key).half().contiguous(),
         rows=turned.half().contiguous(),
         factors=torch.cat((_SUBNORMAL / unit[:, :, 0], of_rows), 1).contiguous(),
+        turns=rope.offset.permute(2, 0, 1).to(device).contiguous(),
         rope=rope,
     )
 
