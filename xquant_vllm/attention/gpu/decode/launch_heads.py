@@ -58,9 +58,7 @@ def launch_heads(
     kv_heads = plan.projection.num_kv_heads
     group = plan.num_heads // kv_heads
     rows, tiles = tile_of(group, longest, decode_tokens)
-    heads = Heads(
-        pages, pages.stride(0), tables.up, tables.rows, tables.factors, tables.turns, tables.rope.base
-    )
+    heads = Heads(pages, pages.stride(0), tables.up, tables.rows, tables.factors, tables.turns, tables.rope.base)
     key, value = tables.key, tables.value
     attend_heads[(sequences * tiles, kv_heads, splits)](
         batch,
