@@ -7,6 +7,7 @@ import torch
 
 from tests.attention.attention_cases import Spec, make_plan
 from xquant_vllm.attention.gpu.gpu_plan import prepare
+from xquant_vllm.attention.gpu.tables import head_tables as tables
 from xquant_vllm.attention.gpu.tables.head_tables import head_tables, refusal
 from xquant_vllm.attention.gpu.tables.pairs import arranged, pair_columns
 from xquant_vllm.codec.packing import pack
@@ -49,6 +50,18 @@ def test_refuses_angles_that_are_not_proportional() -> None:
     assert "not proportional" in str(refusal(plan, torch.float16))
 
 
+@pytest.mark.parametrize(
+    ("limit", "bias", "taken"), [(101376, False, True), (101376, True, False), (166912, True, True)]
+)
+def test_shared_memory(limit: int, bias: bool, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute capability 8.9 has room for the served default of heads of 128, not for a bias besides."""
+    monkeypatch.setattr(tables, "shared_memory", lambda device: limit)
+    plan = make_plan(replace(TAKEN, head_size=128, key_group=128, value_group=128, bias=bool(bias)))
+    reason = refusal(plan, torch.float16)
+    assert (reason is None) == taken
+    assert taken or "shared memory, more than the 101376 of this GPU" in str(reason)
+
+
 @pytest.mark.parametrize("outliers", [0, 1])
 @pytest.mark.parametrize("channels", [8, 24, 80, 128])
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -60,18 +73,18 @@ def test_pieces(bits: int, channels: int, outliers: int) -> None:
         )
     )
     columns = pair_columns(channels, plan.projection.rope)
-    tables = head_tables(plan, columns)
+    made = head_tables(plan, columns)
     codes = torch.randint(1 << bits, (5, channels))
     codes[:, :outliers] = 0
     units = pack(codes, bits).view(torch.int16).int() & 0xFFFF
-    units = torch.nn.functional.pad(units, (0, tables.key.units - units.shape[1]))
-    units[:, 0] |= tables.middle
+    units = torch.nn.functional.pad(units, (0, made.key.units - units.shape[1]))
+    units[:, 0] |= made.middle
     product = torch.zeros(5, columns.numel())
-    for piece, up in enumerate(tables.up[1]):
+    for piece, up in enumerate(made.up[1]):
         mask = (1 << bits) - 1 << bits * (piece // 2)
         numbers = (units >> 8 * (piece % 2) & mask).to(torch.int16).view(torch.float16)
         product += numbers.float() @ up.float()
-    middle = tables.middle * tables.rows[1, 0, 0].float() * tables.factors[1, 1]
+    middle = made.middle * made.rows[1, 0, 0].float() * made.factors[1, 1]
     expected = codes.float() @ arranged(plan.projection.up_key, columns)[1]
-    found = product * tables.factors[1, 0] + middle
+    found = product * made.factors[1, 0] + middle
     assert (found - expected).norm() <= 1e-3 * expected.norm()

@@ -7,12 +7,12 @@ from xquant_vllm.attention.gpu.arguments import describe_scores
 from xquant_vllm.attention.gpu.decode.attend_heads import Heads, attend_heads
 from xquant_vllm.attention.gpu.device.arguments import Batch, Partial
 from xquant_vllm.attention.gpu.gpu_plan import GpuPlan
+from xquant_vllm.attention.gpu.tables.head_tables import MOST_ROWS, shared_memory
 from xquant_vllm.attention.plan import AttentionLayerPlan
 
-# Rows of a tile of queries: a product has 8 at least, and more than 32 do not fit the registers.
-_LEAST_ROWS, _MOST_ROWS = 8, 32
-# Block ids take half of them: codes are two tiles ahead.
-_STAGES = 5
+_LEAST_ROWS = 8  # of a product
+# Block ids take half of them: codes are two tiles ahead, and one where shared memory is small (8.6 and 8.9).
+_STAGES, _FEW_STAGES, _LARGE_SHARED_MEMORY = 5, 3, 160000
 
 
 def tile_of(group: int, longest: int, decode_tokens: int) -> tuple[int, int]:
@@ -24,7 +24,7 @@ def tile_of(group: int, longest: int, decode_tokens: int) -> tuple[int, int]:
         decode_tokens: of any batch's decoding sequence; the kernel is compiled for one query token, and for so many.
     """
     tokens = 1 if longest <= 1 else max(longest, decode_tokens)
-    rows = min(triton.next_power_of_2(tokens * group), _MOST_ROWS)
+    rows = min(triton.next_power_of_2(tokens * group), MOST_ROWS)
     rows = max(_LEAST_ROWS, rows, triton.next_power_of_2(group))
     return rows, 1 if longest <= 1 else triton.cdiv(longest, rows // group)
 
@@ -60,6 +60,7 @@ def launch_heads(
     rows, tiles = tile_of(group, longest, decode_tokens)
     heads = Heads(pages, pages.stride(0), tables.up, tables.rows, tables.factors, tables.turns, tables.rope.base)
     key, value = tables.key, tables.value
+    stages = _STAGES if shared_memory(plan.device) >= _LARGE_SHARED_MEMORY else _FEW_STAGES
     attend_heads[(sequences * tiles, kv_heads, splits)](
         batch,
         gpu_plan.columns,
@@ -92,8 +93,9 @@ def launch_heads(
         VALUE_WIDTH=gpu_plan.value.width,
         SOFT_CAP=bool(plan.logits_soft_cap),
         WINDOW=bool(plan.sliding_window),
-        STAGES=_STAGES,
+        STAGES=stages,
         PTX=not triton.knobs.runtime.interpret,
         num_warps=4,
-        num_stages=_STAGES,
+        enable_fp_fusion=True,
+        num_stages=stages,
     )

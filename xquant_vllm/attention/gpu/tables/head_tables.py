@@ -28,6 +28,9 @@ BITS = (8, 4, 2)
 MOST_CHANNELS = 128
 # Query heads of a kv head: the scores of more do not, either.
 MOST_GROUP = 16
+# Rows of a tile of queries: more do not fit the registers.
+MOST_ROWS = 32
+_HOPPER_SHARED_MEMORY = 232448
 # Of FP16, with room to round up.
 _LARGEST = 30000.0
 _SUBNORMAL = 2.0**24
@@ -113,9 +116,29 @@ def refusal(plan: AttentionLayerPlan, dtype: torch.dtype) -> str | None:
         reason = _stream_refusal(plan.layout.streams[index], what, projection.num_kv_heads)
         if reason is not None:
             return reason
-    if rope_arrays(projection.rope, pair_columns(projection.head_size, projection.rope).numel() // 2) is None:
+    columns = pair_columns(projection.head_size, projection.rope).numel()
+    if rope_arrays(projection.rope, columns // 2) is None:
         return "angles of RoPE are not proportional to positions"
+    needed, limit = _shared_bytes(plan, columns), shared_memory(plan.device)
+    if needed > limit:
+        return f"it needs {needed} bytes of shared memory, more than the {limit} of this GPU"
     return None
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; on a CPU, where nothing is run but by emulation, those of 9.0."""
+    if device.type != "cuda":
+        return _HOPPER_SHARED_MEMORY
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+def _shared_bytes(plan: AttentionLayerPlan, columns: int) -> int:
+    """What the kernel takes at least, with codes one tile ahead; counted from what it compiles to for 9.0."""
+    key, value = (_stream(plan, terms[0].stream) for terms in (plan.key_terms, plan.value_terms))
+    rows = 1 + key.num_outliers + (plan.projection.key_bias is not None)
+    stays = 2 * columns * (key.units * key.pieces + rows * TILE + MOST_ROWS)
+    codes = max(of.units * of.pieces for of in (key, value))
+    return stays + TILE * (2 * codes + 2 * key.units + 2 * value.units) + 1024
 
 
 def _stream_refusal(stream: Stream, what: str, num_kv_heads: int) -> str | None:
