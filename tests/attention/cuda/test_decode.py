@@ -16,11 +16,12 @@ from xquant_vllm.attention.gpu.cuda import decode as cuda_decode
 from xquant_vllm.attention.gpu.cuda import keys as cuda_keys
 from xquant_vllm.attention.gpu.cuda import library as cuda_library
 from xquant_vllm.attention.gpu.cuda.keys import key_factors
-from xquant_vllm.attention.gpu.cuda.tables import quads, rope_arrays
+from xquant_vllm.attention.gpu.cuda.tables import quads
 from xquant_vllm.attention.gpu.device.arguments import Partial
 from xquant_vllm.attention.gpu.gpu_plan import GpuPlan, prepare
 from xquant_vllm.attention.gpu.tables.bit_addresses import bit_addresses
 from xquant_vllm.attention.gpu.tables.latent_tables import latent_bands
+from xquant_vllm.attention.gpu.tables.tile_rotation import rope_arrays
 from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.allocated import AllocatedFormat
 from xquant_vllm.codec.layout import PageLayout, StreamFormat

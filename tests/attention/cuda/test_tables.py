@@ -17,8 +17,9 @@ from xquant_vllm.codec.packing import pack
 pytest.importorskip("triton")
 from xquant_vllm.attention.gpu.cuda import decode as cuda_decode
 from xquant_vllm.attention.gpu.cuda import store as cuda_store
-from xquant_vllm.attention.gpu.cuda.tables import MOST_OUTLIERS, TOKENS, rope_arrays
+from xquant_vllm.attention.gpu.cuda.tables import MOST_OUTLIERS, TOKENS
 from xquant_vllm.attention.gpu.gpu_plan import prepare
+from xquant_vllm.attention.gpu.tables.tile_rotation import rope_arrays
 
 CSRC = Path(__file__).resolve().parents[3] / "csrc"
 CPU = torch.device("cpu")

@@ -24,6 +24,7 @@ SPECS = {
     "allocated": replace(_LLAMA, allocated=1.0, seed=1),
     "uniform": _LLAMA,
     "folded": replace(_LLAMA, folded=True),
+    "served": replace(_LLAMA, folded=True, key_outliers=1),
     "outliers": replace(_LLAMA, key_outliers=1, key_bits=3),
     "x": replace(_LLAMA, kind="x"),
     "x without rope": replace(_LLAMA, kind="x", rope="none", key_outliers=1),
@@ -37,7 +38,7 @@ def _inputs(spec: Spec, plan: AttentionLayerPlan, tokens: int) -> list[torch.Ten
     return [torch.zeros(tokens, of.num_heads, of.width, dtype=spec.dtype) for of in plan.layout.streams]
 
 
-def _attention(spec: Spec, lengths: list[int]) -> None:
+def _attention(spec: Spec, lengths: list[int], decode_tokens: int = 1) -> None:
     """Sequences of ``lengths`` query tokens, each with 1000 cached ones."""
     plan = make_plan(spec)
     tokens = sum(lengths)
@@ -48,6 +49,7 @@ def _attention(spec: Spec, lengths: list[int]) -> None:
         torch.zeros(len(lengths), 128, dtype=torch.int32),
         max(lengths),
         tuple((length, length + 1000) for length in lengths),
+        decode_tokens,
     )
     query = torch.zeros(tokens, plan.num_heads, spec.head_size, dtype=spec.dtype)
     launch.paged_attention(query, pages, plan, batch, torch.empty_like(query), _inputs(spec, plan, tokens))
@@ -82,9 +84,9 @@ def _locate(rows: int) -> None:
     tensors.locate(batch, torch.zeros(rows, dtype=torch.int64), torch.zeros(9, dtype=torch.int32), 16, 100, None)
 
 
-def attention_call(spec: Spec, lengths: list[int]) -> Callable[[], None]:
-    """Attention of sequences of ``lengths`` query tokens."""
-    return partial(_attention, spec, lengths)
+def attention_call(spec: Spec, lengths: list[int], decode_tokens: int = 1) -> Callable[[], None]:
+    """Attention of sequences of ``lengths`` query tokens, of which decoding ones have up to ``decode_tokens``."""
+    return partial(_attention, spec, lengths, decode_tokens)
 
 
 def store_call(spec: Spec, tokens: int) -> Callable[[], None]:
@@ -100,7 +102,7 @@ def hot_call(spec: Spec, tokens: int) -> Callable[[], None]:
 CASES: dict[str, Callable[[], None]] = {}
 for _name, _spec in SPECS.items():
     CASES[f"decode {_name}"] = attention_call(_spec, [1, 1, 1, 1])
-    if _name == "x without rope":  # another kernel before that of attention
+    if _name in ("x without rope", "served"):  # another kernel before that of attention, or in its place
         continue
     CASES[f"prefill {_name}"] = attention_call(_spec, [256])
     CASES[f"store {_name}"] = store_call(_spec, 4)
@@ -110,4 +112,5 @@ for _name, _spec in SPECS.items():
     CASES[f"hot {_name}"] = hot_call(_spec, 4)
     if _name in ("allocated", "x", "deltas"):
         CASES[f"hot many {_name}"] = hot_call(_spec, 256)
+CASES["decode served, drafts"] = attention_call(SPECS["served"], [4, 4, 4, 4], 4)
 CASES["hot rows"] = partial(_locate, 4)

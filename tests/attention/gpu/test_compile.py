@@ -1,5 +1,7 @@
 """The kernels compile for every generation of GPUs that vLLM serves on, and fit what these have."""
 
+from typing import Any
+
 import pytest
 
 from tests.attention.gpu import compile_cases
@@ -17,3 +19,29 @@ def test_compiles(capability: int) -> None:
     assert max(of["shared"] for of in kernels) <= SHARED_MEMORY[capability]
     assert all(of["stack"] == 0 for of in kernels if of["case"].startswith("hot")), "spilled registers"
     assert not any(of["fused"] for of in kernels if of["case"].startswith("store")), "see operands.py"
+    assert not too_large(kernels)
+
+
+# Bytes of registers that a thread of ``attend_heads`` may spill: before its loop and after it, what only these need.
+_SPILLED = 128
+
+
+def too_large(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Programs for latents per head that spill more, or of which no two fit a multiprocessor of an H100."""
+    return [
+        of
+        for of in kernels
+        if of["kernel"] == "attend_heads"
+        and (
+            of["stack"] > _SPILLED
+            or 2 * 32 * of["warps"] * of["registers"] > 1 << 16
+            or of["shared"] + 1024 > SHARED_MEMORY[90] // 2
+        )
+    ]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("capability", [80, 100])
+def test_latents_per_head_compile(capability: int) -> None:
+    kernels = compiled(compile_cases, capability, ["decode served"])
+    assert not [of for of in kernels if of["kernel"] == "attend_heads" and of["stack"] > _SPILLED]

@@ -5,6 +5,7 @@ import torch
 from xquant_vllm.attention.gpu.device.rematerialize import KeyTail
 from xquant_vllm.attention.gpu.limits import refuse_wide_float32, shared_memory
 from xquant_vllm.attention.gpu.operands import product_dtype, tokens_of_tile
+from xquant_vllm.attention.gpu.tables.head_tables import head_tables, refusal
 from xquant_vllm.attention.gpu.tables.input_projection import of_inputs
 from xquant_vllm.attention.gpu.tables.latent_tables import band_factors, latent_tables
 from xquant_vllm.attention.gpu.tables.pairs import arranged, pair_columns, plain_columns
@@ -49,6 +50,9 @@ class GpuPlan:
         norm: whether keys have a norm.
         has_key_bias: whether keys have a bias that can be seen in the output.
         has_value_bias: whether values have a bias.
+        general_because: why decoding takes ``attend``, the kernel for every format; None where it takes
+            ``attend_heads``, that for latents per head.
+        heads: what ``attend_heads`` reads, or None.
         exact_key: what multiplies the tokens of a step that are attended to exactly, or None.
         exact_value: the same for values.
     """
@@ -114,6 +118,8 @@ class GpuPlan:
         )
         self.sinks = nothing if plan.sinks is None else plan.sinks
         self.columns, self.value_columns = columns.to(device), value_columns.to(device)
+        self.general_because = refusal(plan, dtype)
+        self.heads = None if self.general_because else head_tables(plan, columns)
         self.exact_key = self.exact_value = None
         if plan.exact_from is not None:
             self.exact_key = of_inputs(plan, plan.key_terms, projection.up_key, columns, dtype)

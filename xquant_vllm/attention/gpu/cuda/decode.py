@@ -9,11 +9,12 @@ from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.dtype_codes import DTYPE_CODES
 from xquant_vllm.attention.gpu.cuda import library as cuda_library
 from xquant_vllm.attention.gpu.cuda.keys import key_arrays, key_factors
-from xquant_vllm.attention.gpu.cuda.tables import fits, latent_arrays, rope_arrays
+from xquant_vllm.attention.gpu.cuda.tables import fits, latent_arrays
 from xquant_vllm.attention.gpu.device.arguments import Partial
 from xquant_vllm.attention.gpu.gpu_plan import prepare as prepare_gpu_plan
 from xquant_vllm.attention.gpu.tables.latent_tables import ALLOCATED, latent_bands
 from xquant_vllm.attention.gpu.tables.pairs import arranged
+from xquant_vllm.attention.gpu.tables.tile_rotation import rope_arrays
 from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.attention.plan import AttentionLayerPlan
 

@@ -8,21 +8,17 @@ import torch.nn.functional as F
 
 from xquant_vllm.attention.gpu.tables.bit_addresses import COLUMNS
 from xquant_vllm.attention.gpu.tables.latent_tables import FP16, Band
-from xquant_vllm.attention.per_object import per_object
-from xquant_vllm.projection.rope import RotaryTable
+from xquant_vllm.attention.gpu.tables.tile_rotation import TILE
 
 # As in csrc/cuda/decode: tokens that are worked on at once, how many outlier channels keys may have, and bytes of codes
 # that are unpacked at once, of which products take two.
-TOKENS = 64
+TOKENS = TILE
 MOST_OUTLIERS = 4
 _VECTOR_BYTES = 16
 _LOW, _LOW_MASK, _HIGH, _HIGH_MASK, _HIGH_SHIFT, _LEVELS = range(len(COLUMNS))
 # A fast quad is four neighbouring bytes. As numbers of two bytes the first and the third are unpacked together.
 _FAST_ORDER = {1: (0, 1, 2, 3), 2: (0, 2, 1, 3)}
 _SLOW = 1 << 24
-# By how much a product of cosines and sines may miss the table's. Tables of FP32 angles are that inexact themselves at
-# positions of hundreds of thousands; tables that are no rotation miss by far more.
-_ROPE_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -163,49 +159,3 @@ def fits(bands: list[list[Band]], head_size: int) -> bool:
         and int(of_head[0].addresses[:4].max()) < 1 << 16
         for of_head in bands
     )
-
-
-@dataclass(frozen=True)
-class RopeArrays:
-    """Cosines and sines in two steps: of every 64th position, and of the positions between.
-
-    Attributes:
-        base: FP32 ``[positions / 64, half, 2]``.
-        offset: FP16 ``[64, half, 2]``.
-    """
-
-    base: torch.Tensor
-    offset: torch.Tensor
-
-
-@per_object
-def rope_arrays(table: RotaryTable, half: int) -> RopeArrays | None:
-    """Cut a table up; None where angles are not proportional to positions. Layers share it.
-
-    Args:
-        table: the table.
-        half: pairs of a head; those beyond the table's do not rotate.
-    """
-    positions = table.cos.shape[0]
-    angles = torch.complex(table.cos, table.sin)
-    padded = F.pad(torch.view_as_real(angles), (0, 0, 0, 0, 0, -positions % TOKENS))
-    tiles = torch.view_as_complex(padded).unflatten(0, (-1, TOKENS))
-    # A factor on all cosines and sines (YaRN) is kept by the base.
-    offset = tiles[0] * tiles[0, :1].conj() / tiles[0, :1].abs().square()
-    rounded = torch.view_as_real(offset).to(torch.float16)
-    if positions < TOKENS:
-        rounded[positions:] = 0
-    base = tiles[:, 0].contiguous()
-    for begin in range(0, base.shape[0], 256):
-        product = (base[begin : begin + 256].unsqueeze(1) * offset).flatten(0, 1)
-        expected = angles[begin * TOKENS : (begin + 256) * TOKENS]
-        missed = (product[: expected.shape[0]] - expected).abs()
-        if bool((missed > _ROPE_TOLERANCE * expected.abs().amax(-1, keepdim=True)).any()):
-            return None
-    return RopeArrays(_passing(torch.view_as_real(base), half), _passing(rounded, half))
-
-
-def _passing(x: torch.Tensor, half: int) -> torch.Tensor:
-    """``[..., pairs, 2]`` filled up with pairs that do not rotate."""
-    still = x.new_tensor([1.0, 0.0]).expand(*x.shape[:-2], half - x.shape[-2], 2)
-    return torch.cat((x, still), -2).contiguous()

@@ -11,6 +11,7 @@ from xquant_vllm.attention.gpu.arguments import describe_batch, describe_latent,
 from xquant_vllm.attention.gpu.cuda import decode as cuda_decode
 from xquant_vllm.attention.gpu.decode.absorb import absorb
 from xquant_vllm.attention.gpu.decode.attend import attend
+from xquant_vllm.attention.gpu.decode.launch_heads import launch_heads
 from xquant_vllm.attention.gpu.decode.merge import merge
 from xquant_vllm.attention.gpu.device.arguments import Absorbed, Partial
 from xquant_vllm.attention.gpu.gpu_plan import GpuPlan
@@ -83,6 +84,8 @@ def decode(
         )
     if cuda_decode.takes(plan, gpu_plan.dtype, pages, longest * group):
         cuda_decode.launch(plan, query, pages, batch, partial, sequences, longest * group)
+    elif gpu_plan.heads is not None:
+        launch_heads(of_batch, pages[0], plan, gpu_plan, partial, sequences, longest, batch.decode_tokens, splits)
     else:
         attend[(sequences * tiles, kv_heads, splits)](
             of_batch,

@@ -2,9 +2,10 @@
 
 A kernel's docstring says what a program does, its grid, and what it reads and writes. What its arguments are is said
 here, and at the tuples that carry tensors: ``Pages`` and ``Latent`` (device/unpack.py), ``KeyTail``
-(device/rematerialize.py), ``Batch``, ``Absorbed``, ``Partial`` and ``Scores`` (decode/attend.py), ``Carried``
-(prefill/dense.py), ``Inputs`` (prefill/project_inputs.py), ``Rotation`` (store/rotate.py). A kernel for any tuple takes
-its tensors under the tuple's name in lower case; a latent is ``latent``, or ``key`` and ``value``.
+(device/rematerialize.py), ``Batch``, ``Absorbed``, ``Partial`` and ``Scores`` (device/arguments.py), ``Heads``
+(decode/attend_heads.py), ``Carried`` (prefill/dense.py), ``Inputs`` (prefill/project_inputs.py), ``Rotation``
+(store/rotate.py). A kernel for any tuple takes its tensors under the tuple's name in lower case; a latent is
+``latent``, or ``key`` and ``value``.
 
 Tensors, and numbers that are not constants of a compilation::
 

@@ -9,9 +9,14 @@ def to_scores(product, scores, SOFT_CAP: tl.constexpr):
     """Products ``[ROWS, TOKENS]`` FP32 scaled and capped; ``scores`` is :class:`Scores`."""
     score = product * scores.scale
     if SOFT_CAP:
-        # tanh; exp may overflow, and 1 - 2 / inf is right.
-        score = scores.soft_cap * (1 - 2 / (1 + tl.exp(2 * score / scores.soft_cap)))
+        score = capped(score, scores.soft_cap)
     return score
+
+
+@triton.jit
+def capped(score, cap):
+    """``cap * tanh(score / cap)``; exp may overflow, and 1 - 2 / inf is right."""
+    return cap * (1 - 2 / (1 + tl.exp(2 * score / cap)))
 
 
 @triton.jit

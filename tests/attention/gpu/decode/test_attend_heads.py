@@ -1,0 +1,114 @@
+"""The decode kernel for latents per head, under Triton's interpreter, against the FP32 reference and ``attend``."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.attention.attention_cases import Case, Spec, make_case
+from xquant_vllm.attention import reference
+from xquant_vllm.attention.gpu import launch
+from xquant_vllm.attention.gpu.gpu_plan import prepare
+
+HALF = torch.float16
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def attended(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """By the kernel and by the reference in FP32; padding is left alone."""
+    assert prepare(case.plan, HALF).general_because is None
+    tokens = int(case.batch.query_start_loc[-1])
+    output = case.run(launch)
+    assert (output[tokens:] == 77).all()
+    expected = replace(case, query=case.query.float()).run(reference)
+    return output[:tokens], expected[:tokens]
+
+
+def sized(channels: int, **others) -> Spec:
+    return Spec(head_size=channels, key_group=channels, value_group=channels, dtype=HALF, **others)
+
+
+SPECS = {
+    "served": sized(128, seqs=((150, 1), (33, 1)), kv_heads=1, group=4, folded=True),
+    "2 bits of keys, 8 of values": sized(64, seqs=((70, 1),), key_bits=2, value_bits=8, key_outliers=0),
+    "8 bits of keys, 2 of values": sized(128, seqs=((70, 1),), kv_heads=1, key_bits=8, value_bits=2),
+    "heads of 80": sized(80, seqs=((70, 1),), bias=True, strided=True, block_size=48, group=1),
+    "drafted tokens": sized(96, seqs=((70, 4), (3, 3)), kv_heads=1, soft_cap=20.0, group=16, bias=True),
+    "window": sized(64, seqs=((270, 4), (100, 3)), window=37, kv_heads=1, rope="interleaved", rotary_size=32),
+    "window, one token": sized(64, seqs=((270, 1), (65, 1)), window=70, kv_heads=1, sinks=True),
+    "many splits": sized(64, seqs=((700, 1), (1, 1)), kv_heads=1, group=8),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_special(name: str) -> None:
+    output, expected = attended(make_case(SPECS[name]))
+    assert error(output, expected) <= 2e-3
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(60))
+def test_random(seed: int) -> None:
+    choose = random.Random(seed)
+    channels = choose.choice((8, 16, 24, 64, 72, 80, 96, 128))
+    new = choose.choice(((1,), (1, 0), (1, 2, 3, 5)))
+    seqs = [(choose.choice((0, choose.randint(0, 300))) + count, count) for count in choose.choices(new, k=3)]
+    spec = sized(
+        channels,
+        seqs=(*seqs, (5, 1)),
+        kv_heads=choose.randint(1, 3),
+        group=choose.choice((1, 2, 3, 4, 7, 8, 16)),
+        key_bits=choose.choice((2, 4, 8)),
+        value_bits=choose.choice((2, 4, 8)),
+        key_outliers=choose.randint(0, 1),
+        block_size=choose.choice((16, 32, 48, 64, 128)),
+        bias=choose.random() < 0.3,
+        rope=choose.choice(("neox", "interleaved")),
+        rotary_size=choose.choice((None, channels // 2, 2)),
+        window=choose.choice((None, None, 1, 7, 64, 100)),
+        soft_cap=choose.choice((None, None, 20.0)),
+        strided=choose.random() < 0.5,
+        sinks=choose.random() < 0.3,
+        folded=choose.random() < 0.5,
+        seed=seed,
+    )
+    print(spec)
+    output, expected = attended(make_case(spec))
+    assert error(output, expected) <= 2e-3
+
+
+def test_as_exact_as_the_general_kernel() -> None:
+    """Codes, zero points and outliers meet the scores apart; what rounding leaves of it is no more than elsewhere."""
+    case = make_case(SPECS["served"])
+    output, expected = attended(case)
+    prepare(case.plan, HALF).heads = None
+    tokens = expected.shape[0]
+    assert error(output, expected) <= 1.5 * error(case.run(launch)[:tokens], expected)
+
+
+def test_values_of_one_number() -> None:
+    """A scale of 0: the latent is its zero point, in keys and in values."""
+    case = make_case(sized(64, seqs=((20, 1),), kv_heads=1))
+    offsets, block = case.plan.layout.offsets, case.plan.layout.block_size
+    for page in case.batch.block_table[0, :1].tolist():
+        for index, of in enumerate(offsets):
+            numbers = case.pages[0][page]
+            numbers[of.codes + 32 * 3 : of.codes + 32 * 4] = 0
+            numbers[of.scales + 2 * 3 : of.scales + 2 * 4] = 0
+            assert index < 2
+            assert of.scales + 2 * block == of.zeros
+    output, expected = attended(case)
+    assert error(output, expected) <= 2e-3
+
+
+def test_large_queries() -> None:
+    """FP16 has no room for the products of such queries; softmax is then one token's."""
+    case = make_case(sized(64, seqs=((70, 1),), kv_heads=1))
+    case = replace(case, query=case.query * 8000)
+    assert case.query.isfinite().all()
+    output, expected = attended(case)
+    assert error(output, expected) <= 2e-3

@@ -1,0 +1,103 @@
+"""How the kernel for latents per head is launched; see decode/attend_heads.py."""
+
+import torch
+import triton
+
+from xquant_vllm.attention.gpu.arguments import describe_scores
+from xquant_vllm.attention.gpu.decode.attend_heads import Heads, attend_heads
+from xquant_vllm.attention.gpu.device.arguments import Batch, Partial
+from xquant_vllm.attention.gpu.gpu_plan import GpuPlan
+from xquant_vllm.attention.gpu.limits import shared_memory
+from xquant_vllm.attention.gpu.operands import ATTENDS
+from xquant_vllm.attention.gpu.tables.head_tables import MOST_ROWS
+from xquant_vllm.attention.plan import AttentionLayerPlan
+
+_LEAST_ROWS = 8  # of a product
+# Block ids take half of them: codes are two tiles ahead, and one where shared memory is small (8.6 and 8.9).
+_STAGES, _FEW_STAGES, _LARGE_SHARED_MEMORY = 5, 3, 160000
+
+
+def tile_of(group: int, longest: int, decode_tokens: int) -> tuple[int, int]:
+    """Rows of a tile of queries, and tiles of a sequence.
+
+    Args:
+        group: query heads of a kv head.
+        longest: query tokens of a sequence of the batch at most.
+        decode_tokens: of any batch's decoding sequence; the kernel is compiled for one query token, and for so many.
+    """
+    tokens = 1 if longest <= 1 else max(longest, decode_tokens)
+    rows = min(triton.next_power_of_2(tokens * group), MOST_ROWS)
+    rows = max(_LEAST_ROWS, rows, triton.next_power_of_2(group))
+    return rows, 1 if longest <= 1 else triton.cdiv(longest, rows // group)
+
+
+def launch_heads(
+    batch: Batch,
+    pages: torch.Tensor,
+    plan: AttentionLayerPlan,
+    gpu_plan: GpuPlan,
+    partial: Partial,
+    sequences: int,
+    longest: int,
+    decode_tokens: int,
+    splits: int,
+) -> None:
+    """Fill ``partial``, as ``attend`` does.
+
+    Args:
+        batch: the sequences and their queries.
+        pages: ``[num_blocks, page_bytes]`` uint8: the layer's own.
+        plan: the layer's plan.
+        gpu_plan: what kernels read of it, ``heads`` included.
+        partial: written.
+        sequences: how many of the sequences, from the first on.
+        longest: query tokens of one of these at most.
+        decode_tokens: of any batch's decoding sequence at most.
+        splits: shares of the cached tokens.
+    """
+    tables = gpu_plan.heads
+    assert tables is not None
+    kv_heads = plan.projection.num_kv_heads
+    group = plan.num_heads // kv_heads
+    rows, tiles = tile_of(group, longest, decode_tokens)
+    heads = Heads(pages, pages.stride(0), tables.up, tables.rows, tables.factors, tables.turns, tables.rope.base)
+    key, value = tables.key, tables.value
+    stages = _STAGES if shared_memory(plan.device) >= _LARGE_SHARED_MEMORY else _FEW_STAGES
+    attend_heads[(sequences * tiles, kv_heads, splits)](
+        batch,
+        gpu_plan.columns,
+        heads,
+        partial,
+        describe_scores(plan),
+        tiles,
+        splits,
+        GROUP=group,
+        ROWS=rows,
+        SINGLE=longest <= 1,
+        HALF=gpu_plan.half,
+        BLOCK_SIZE=plan.layout.block_size,
+        KEY_BITS=key.bits,
+        KEY_UNITS=key.units,
+        KEY_ROW_BYTES=key.row_bytes,
+        KEY_CODES=key.codes,
+        KEY_SCALES=key.scales,
+        KEY_ZEROS=key.zeros,
+        KEY_OUTLIERS=key.outliers,
+        OUTLIERS=key.num_outliers,
+        MIDDLE=tables.middle,
+        BIAS=gpu_plan.has_key_bias,
+        VALUE_BITS=value.bits,
+        VALUE_UNITS=value.units,
+        VALUE_ROW_BYTES=value.row_bytes,
+        VALUE_CODES=value.codes,
+        VALUE_SCALES=value.scales,
+        VALUE_ZEROS=value.zeros,
+        VALUE_WIDTH=gpu_plan.value.width,
+        SOFT_CAP=bool(plan.logits_soft_cap),
+        WINDOW=bool(plan.sliding_window),
+        STAGES=stages,
+        PTX=not triton.knobs.runtime.interpret,
+        num_warps=4,
+        num_stages=stages,
+        **ATTENDS,
+    )
