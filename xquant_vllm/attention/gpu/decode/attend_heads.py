@@ -49,10 +49,10 @@ def _load_units(row, UNITS: tl.constexpr, ROW_BYTES: tl.constexpr):
 
 
 @triton.jit
-def _load_blocks(batch, sequence, position, begin, stop, BLOCK_SIZE: tl.constexpr):
+def _load_blocks(batch, table_stride, sequence, position, begin, stop, BLOCK_SIZE: tl.constexpr):
     """Block ids of positions, int32 ``[TILE]``; 0, which is always there, outside of ``[begin, stop)``."""
     valid = (position >= begin) & (position < stop)
-    row = batch.block_table + sequence.to(tl.int64) * batch.table_stride
+    row = batch.block_table + sequence.to(tl.int64) * table_stride
     return tl.load(row + position // BLOCK_SIZE, valid, 0)
 
 
@@ -85,13 +85,14 @@ def _load_parameters(
     )
 
 
-@triton.jit(do_not_specialize=["query_tiles", "splits"])
+@triton.jit(do_not_specialize=["table_stride", "query_tiles", "splits"])
 def attend_heads(
     batch,
     columns,
     heads,
     partial,
     scores,
+    table_stride,
     query_tiles,
     splits,
     GROUP: tl.constexpr,
@@ -205,16 +206,16 @@ def attend_heads(
     # Codes come by asynchronous copies. Parameters are loaded one tile ahead, and their block ids two.
     begin, stop = tl.maximum(oldest, first_tile * _TILE), tl.minimum(end, tiles * _TILE)
     position = first_tile * _TILE + distance
-    block = _load_blocks(batch, sequence, position, begin, stop, BLOCK_SIZE)
+    block = _load_blocks(batch, table_stride, sequence, position, begin, stop, BLOCK_SIZE)
     key_scale, key_zero, value_scale, value_zero, outlier = _load_parameters(
         heads, block, position, begin, stop, head, BLOCK_SIZE, KEY_SCALES, KEY_ZEROS, KEY_OUTLIERS, OUTLIERS,
         VALUE_SCALES, VALUE_ZEROS,
     )  # fmt: skip
-    next_block = _load_blocks(batch, sequence, position + _TILE, begin, stop, BLOCK_SIZE)
+    next_block = _load_blocks(batch, table_stride, sequence, position + _TILE, begin, stop, BLOCK_SIZE)
     for tile in tl.range(first_tile, tiles, num_stages=STAGES):
         position = tile * _TILE + distance
         valid = (position >= begin) & (position < stop)
-        block = _load_blocks(batch, sequence, position, begin, stop, BLOCK_SIZE)
+        block = _load_blocks(batch, table_stride, sequence, position, begin, stop, BLOCK_SIZE)
         page = heads.pages + block.to(tl.int64) * heads.page_stride
         row_of_head = head * BLOCK_SIZE + position % BLOCK_SIZE
         key_units = _load_units(page + KEY_CODES + row_of_head * KEY_ROW_BYTES, KEY_UNITS, KEY_ROW_BYTES)
@@ -225,7 +226,7 @@ def attend_heads(
             heads, next_block, position + _TILE, begin, stop, head, BLOCK_SIZE, KEY_SCALES, KEY_ZEROS, KEY_OUTLIERS,
             OUTLIERS, VALUE_SCALES, VALUE_ZEROS,
         )  # fmt: skip
-        next_block = _load_blocks(batch, sequence, position + 2 * _TILE, begin, stop, BLOCK_SIZE)
+        next_block = _load_blocks(batch, table_stride, sequence, position + 2 * _TILE, begin, stop, BLOCK_SIZE)
 
         # Keys, per scale and without what meets the scores.
         if MIDDLE:

@@ -85,7 +85,18 @@ def decode(
     if cuda_decode.takes(plan, gpu_plan.dtype, pages, longest * group):
         cuda_decode.launch(plan, query, pages, batch, partial, sequences, longest * group)
     elif gpu_plan.heads is not None:
-        launch_heads(of_batch, pages[0], plan, gpu_plan, partial, sequences, longest, batch.decode_tokens, splits)
+        launch_heads(
+            of_batch,
+            batch.block_table.stride(0),
+            pages[0],
+            plan,
+            gpu_plan,
+            partial,
+            sequences,
+            longest,
+            batch.decode_tokens,
+            splits,
+        )
     else:
         attend[(sequences * tiles, kv_heads, splits)](
             of_batch,

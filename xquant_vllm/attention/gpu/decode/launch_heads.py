@@ -33,6 +33,7 @@ def tile_of(group: int, longest: int, decode_tokens: int) -> tuple[int, int]:
 
 def launch_heads(
     batch: Batch,
+    table_stride: int,
     pages: torch.Tensor,
     plan: AttentionLayerPlan,
     gpu_plan: GpuPlan,
@@ -46,6 +47,7 @@ def launch_heads(
 
     Args:
         batch: the sequences and their queries.
+        table_stride: elements from one row of the block table to the next.
         pages: ``[num_blocks, page_bytes]`` uint8: the layer's own.
         plan: the layer's plan.
         gpu_plan: what kernels read of it, ``heads`` included.
@@ -69,6 +71,7 @@ def launch_heads(
         heads,
         partial,
         describe_scores(plan),
+        table_stride,
         tiles,
         splits,
         GROUP=group,

@@ -125,7 +125,6 @@ def refusal(plan: AttentionLayerPlan, dtype: torch.dtype) -> str | None:
     return None
 
 
-
 def _shared_bytes(plan: AttentionLayerPlan, columns: int) -> int:
     """What the kernel takes at least, with codes one tile ahead; counted from what it compiles to for 9.0."""
     key, value = (_stream(plan, terms[0].stream) for terms in (plan.key_terms, plan.value_terms))
