@@ -115,13 +115,6 @@ _REFUSED = {
 }
 
 
-def test_a_draft_is_compressed_or_refused(tiny):
-    draft = {"method": "draft_model", "model": str(tiny), "num_speculative_tokens": 2}
-    with pytest.raises(UnsupportedError, match='set "attention_backend": "xquant" in --speculative-config'):
-        configure(tiny, speculative_config=draft)
-    configure(tiny, speculative_config={**draft, "attention_backend": "xquant"})
-
-
 @pytest.mark.parametrize(
     ("feature", "architecture", "config"),
     [

@@ -7,6 +7,7 @@ from xquant_vllm.codec.layout import BLOCK_SIZE_MULTIPLE
 from xquant_vllm.errors import SettingsError, UnsupportedError
 from xquant_vllm.plugin.attention_kinds import REFUSED_LAYERS
 from xquant_vllm.plugin.connectors.allowed import connector_problems, prepare_connector
+from xquant_vllm.plugin.drafts import SPECULATIVE, unsupported_speculation
 from xquant_vllm.plugin.engine_factors import check_factors
 from xquant_vllm.plugin.engine_settings import settings_of
 from xquant_vllm.plugin.ranks import unsupported_ranks
@@ -15,10 +16,6 @@ from xquant_vllm.scheme.formats import LayerShape, layer_formats
 from xquant_vllm.scheme.settings import XQuantSettings
 
 SUPPORTED_CACHE_DTYPES = ("auto", "bfloat16", "float16")
-# Methods that propose tokens without a model of their own, so without attention layers that would need a cache.
-SPECULATIVE_WITHOUT_DRAFT_MODEL = ("ngram", "suffix")
-# And those whose layers keep a compressed cache of their own.
-SPECULATIVE = (*SPECULATIVE_WITHOUT_DRAFT_MODEL, "draft_model")
 # Engines for weight transfer that hand whole checkpoints to a model's ``load_weights`` while its layers are reloaded.
 WEIGHT_TRANSFER = ("nccl", "ipc")
 
@@ -129,26 +126,6 @@ def unsupported_features(vllm_config: Any, *, turns_keys: bool, with_states: boo
     ):
         if size > 1:
             yield f"{option} {size} is not supported; set 1"
-
-
-def unsupported_speculation(vllm_config: Any, methods: Sequence[str]) -> Iterator[str]:
-    """A line for speculative decoding by another method than these."""
-    speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method not in methods:
-        yield (
-            f"speculative decoding by {speculative.method!r} is not supported, because its draft layers would need a "
-            f"cache of their own; use one of {', '.join(methods)}"
-        )
-    elif speculative is not None and speculative.method == "draft_model" and not _is_compressed(speculative):
-        yield (
-            "a draft model whose layers keep 16-bit keys and values beside compressed ones is not supported; set "
-            '"attention_backend": "xquant" in --speculative-config'
-        )
-
-
-def _is_compressed(speculative: Any) -> bool:
-    """Whether a draft's layers were given this backend, which vLLM does not do by itself."""
-    return getattr(speculative.attention_backend, "name", None) == BACKEND_NAME
 
 
 def scheme_of_checkpoint(model: Any) -> str | None:

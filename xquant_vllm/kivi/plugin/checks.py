@@ -6,13 +6,12 @@ from typing import Any
 from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.kivi.plugin.settings import layouts_of, settings_of
 from xquant_vllm.plugin.checks import (
-    SPECULATIVE_WITHOUT_DRAFT_MODEL,
     SUPPORTED_CACHE_DTYPES,
     scheme_of_checkpoint,
     unsupported_features,
-    unsupported_speculation,
 )
 from xquant_vllm.plugin.connectors.allowed import any_connector
+from xquant_vllm.plugin.drafts import WITHOUT_DRAFT_LAYERS, unsupported_speculation
 
 
 def check_config(vllm_config: Any) -> None:
@@ -37,7 +36,7 @@ def _unsupported(vllm_config: Any, pre_rope: bool) -> Iterator[str]:
     connector = any_connector(vllm_config)
     if connector is not None:
         yield f"{connector} is not supported: a sequence's last tokens are in pages of another kind; leave it out"
-    yield from unsupported_speculation(vllm_config, SPECULATIVE_WITHOUT_DRAFT_MODEL)
+    yield from unsupported_speculation(vllm_config, WITHOUT_DRAFT_LAYERS)
     cache = vllm_config.cache_config
     if cache.cache_dtype not in SUPPORTED_CACHE_DTYPES and not scheme_of_checkpoint(vllm_config.model_config):
         yield (

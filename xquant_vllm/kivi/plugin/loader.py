@@ -27,8 +27,8 @@ def install_loader_hook() -> None:
     wrap_weight_processing(_HOOKED, _process)
 
 
-def _process(original: Callable[[], None], model: nn.Module) -> None:
-    layers = backend_layers(model, KIVI_BACKEND_NAME)
+def _process(original: Callable[[], None], model: nn.Module, model_config: Any) -> None:
+    layers = backend_layers(model, KIVI_BACKEND_NAME, model_config)
     if layers and layers[0][2].impl.settings.pre_rope and runs_through_transformers(model):
         raise UnsupportedError(
             "kivi: setting 'pre_rope': true cannot work on a model that runs through vLLM's Transformers backend, "

@@ -18,6 +18,7 @@ from xquant_vllm.plugin.connectors.names import (
     XQUANT_CONNECTOR_MODULE,
 )
 from xquant_vllm.plugin.connectors.settings import connector_settings
+from xquant_vllm.plugin.drafts import WITHOUT_DRAFT_LAYERS
 
 _INSTEAD = (
     'share pages through a folder, in memory or on a disk, with --kv-transfer-config \'{"kv_connector": '
@@ -30,7 +31,6 @@ _KNOWN_SETTINGS = ("spec_name", "cpu_bytes_to_use", "block_size", "blocks_per_ch
 # Of vLLM's NixlConnector, what changes nothing about what is read; and what turns its comparison of engines off.
 _NIXL_SETTINGS = ("backends", "num_threads", "kv_lease_duration", "engine_ttl", "kv_recompute_threshold")
 _NIXL_COMPARES = "enforce_handshake_compat"
-_WITHOUT_DRAFT_LAYERS = ("ngram", "suffix")
 
 
 def connector_problems(vllm_config: Any) -> Iterator[str]:
@@ -107,10 +107,10 @@ def _elsewhere(transfer: Any, module: str) -> Iterator[str]:
 
 def _with_draft_layers(vllm_config: Any, name: str) -> Iterator[str]:
     speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method not in _WITHOUT_DRAFT_LAYERS:
+    if speculative is not None and speculative.method not in WITHOUT_DRAFT_LAYERS:
         yield (
             f"the KV connector {name} is not supported with speculative decoding by {speculative.method!r}, whose "
-            f"draft layers have pages that end a token later; use one of {', '.join(_WITHOUT_DRAFT_LAYERS)}"
+            f"draft layers have pages that end a token later; use one of {', '.join(WITHOUT_DRAFT_LAYERS)}"
         )
 
 

@@ -7,9 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 
 from xquant_vllm.codec.layout import BLOCK_SIZE_MULTIPLE
+from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.plugin.registration import BACKEND_NAME
 
 _slot_bytes: ContextVar[int | None] = ContextVar("_slot_bytes", default=None)
@@ -33,6 +37,32 @@ def publish_page_size(attention: Any, bytes_per_token: int) -> None:
         return replace(spec, block_size=fill_page(spec.block_size, spec.page_size_bytes, others))
 
     attention.get_kv_cache_spec = get_kv_cache_spec
+
+
+def refuse_mixed_pages(vllm_config: Any) -> None:
+    """Refuse a draft beside layers that vLLM would not let keep the sizes of their pages; called once it is loaded.
+
+    Layers that need the same tokens share a block table, and their pages may have any size. If there are others, with
+    windows or states, vLLM gives all layers pages of one size, and may part the draft's, which it then cannot serve.
+
+    Args:
+        vllm_config: vLLM's configuration, with all layers.
+
+    Raises:
+        UnsupportedError: it names the model and what to do.
+    """
+    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)  # type: ignore[type-abstract]
+    published = {name: layer.get_kv_cache_spec(vllm_config) for name, layer in layers.items()}
+    specs = {name: spec for name, spec in published.items() if spec is not None}
+    sizes = {spec.page_size_bytes for spec in specs.values()}
+    if len(sizes) > 1 and not UniformTypeKVCacheSpecs.is_uniform_type(specs):
+        model = vllm_config.model_config
+        raise UnsupportedError(
+            f"xquant: speculative decoding with a draft is not supported for {model.architecture} ({model.model}) and "
+            "this draft, because their layers have pages of several sizes and keep different tokens (windows, states, "
+            "backend_per_kind): vLLM would give all of them pages of one size; leave --speculative-config out, or "
+            "draft by ngram"
+        )
 
 
 def _of_bytes(spec: Any, bytes_per_token: int) -> Any:

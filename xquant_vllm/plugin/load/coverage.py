@@ -24,12 +24,13 @@ def describe_coverage(model: nn.Module) -> str:
         states += isinstance(module, MambaBase)
         if isinstance(module, Attention):
             layers[module.attn_backend.get_name()].append(extract_layer_index(module.layer_name))
-    text = f"layers {ranges(layers.pop(BACKEND_NAME, []))} are compressed"
+    compressed = ranges(layers.pop(BACKEND_NAME, []))
+    text = f"layers {compressed} are compressed"
     kept = [f"layers {ranges(numbers)} keep keys and values ({name})" for name, numbers in sorted(layers.items())]
     if states:
         kept.append(f"{states} state-space or linear layers keep their states as they are")
     if kept:
-        return "; ".join([text, *kept])
+        return "; ".join([text, *kept] if compressed else kept)
     part = any(isinstance(module, PPMissingLayer) for module in model.modules())
     return f"{text}, which is all{' of this rank' if part else ''}"
 

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.models.utils import extract_layer_index
 
 from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.plugin.adapters import watch_adapters
 from xquant_vllm.plugin.connectors.fingerprint import note_weights
+from xquant_vllm.plugin.drafts import is_draft
 from xquant_vllm.plugin.engine_factors import factor_provider
-from xquant_vllm.plugin.load.cache_spec import publish_page_size
+from xquant_vllm.plugin.load.cache_spec import publish_page_size, refuse_mixed_pages
 from xquant_vllm.plugin.load.coverage import describe_coverage
 from xquant_vllm.plugin.load.projections.effective_weight import effective_linear
 from xquant_vllm.plugin.load.projections.rows import dense_stand_ins, is_plain, key_value_rows
@@ -45,13 +47,17 @@ def install_loader_hook() -> None:
     wrap_weight_processing(_HOOKED, _process)
 
 
-def _process(original: Callable[[], None], model: Any) -> None:
-    layers = backend_layers(model, BACKEND_NAME)
-    if not layers:
+def _process(original: Callable[[], None], model: Any, model_config: Any) -> None:
+    config, layers = get_current_vllm_config(), backend_layers(model, BACKEND_NAME, model_config)
+    if layers:
+        with advising(model, layers[0][2].impl.vllm_config):
+            _factorize(original, model, layers)
+    else:
         original()
-        return
-    with advising(model, layers[0][2].impl.vllm_config):
-        _factorize(original, model, layers)
+    if is_draft(config, model_config):
+        refuse_mixed_pages(config)
+        if not layers:
+            logger.info("xquant: of the draft, %s", describe_coverage(model))
 
 
 def _factorize(original: Callable[[], None], model: Any, layers: list[tuple[str, nn.Module, Any]]) -> None:

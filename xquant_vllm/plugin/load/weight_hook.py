@@ -15,17 +15,18 @@ from vllm.model_executor.model_loader import base_loader
 
 from xquant_vllm.plugin.attention_kinds import layer_problem, wrapper_problem
 from xquant_vllm.plugin.checks import unsupported_model
+from xquant_vllm.plugin.drafts import is_draft
 from xquant_vllm.plugin.ranks import check_neighbours
 from xquant_vllm.plugin.refusals import announced
 from xquant_vllm.plugin.registration import BACKENDS
 
 
-def wrap_weight_processing(marker: str, process: Callable[[Callable[[], None], Any], None]) -> None:
+def wrap_weight_processing(marker: str, process: Callable[[Callable[[], None], Any, Any], None]) -> None:
     """Wrap vLLM's post-processing of loaded weights, once per process.
 
     Args:
         marker: an attribute that tells that this has been done.
-        process: called with vLLM's own post-processing, which it must call, and the model.
+        process: called with vLLM's own post-processing, which it must call, the model, and its configuration.
     """
     original = base_loader.process_weights_after_loading
     if getattr(original, marker, False):
@@ -35,14 +36,19 @@ def wrap_weight_processing(marker: str, process: Callable[[Callable[[], None], A
     @announced()
     def process_weights_after_loading(model: Any, model_config: Any, target_device: torch.device) -> None:
         check_neighbours(get_current_vllm_config())
-        process(lambda: original(model, model_config, target_device), model)
+        process(lambda: original(model, model_config, target_device), model, model_config)
 
     setattr(process_weights_after_loading, marker, True)
     base_loader.process_weights_after_loading = process_weights_after_loading
 
 
-def backend_layers(model: nn.Module, backend_name: str) -> list[tuple[str, nn.Module, Any]]:
+def backend_layers(model: nn.Module, backend_name: str, model_config: Any = None) -> list[tuple[str, nn.Module, Any]]:
     """All attention layers of this backend as (name of the owner, owner, attention).
+
+    Args:
+        model: the model.
+        backend_name: the backend.
+        model_config: the model's; None for that of the engine, which a draft does not have.
 
     Raises:
         UnsupportedError: one is of a kind that is not served, or layers escaped the backend although it was asked for
@@ -58,7 +64,7 @@ def backend_layers(model: nn.Module, backend_name: str) -> list[tuple[str, nn.Mo
             layers.append((owner_name, model.get_submodule(owner_name), attention))
         else:
             escaped.append((name, attention))
-    if escaped and _asked_for_all(backend_name):
+    if escaped and _asked_for_all(backend_name, model_config):
         name, attention = escaped[0]
         raise unsupported_model(
             f"{name} ({type(attention).__name__}) was given the backend {_backend_of(attention)} although "
@@ -77,10 +83,15 @@ def _check_kind(name: str, attention: Any, backend_name: str) -> None:
         raise unsupported_model(f"{name} uses {problem}, which is not supported", backend_name)
 
 
-def _asked_for_all(backend_name: str) -> bool:
+def _asked_for_all(backend_name: str, model_config: Any) -> bool:
     """Whether the configuration of the model that is being loaded names a backend for all of its layers."""
-    asked = get_current_vllm_config().attention_config
-    return not asked.backend_per_kind and getattr(asked.backend, "name", None) == backend_name
+    config = get_current_vllm_config()
+    asked = config.attention_config
+    backend = asked.backend
+    # A draft is loaded while the engine's configuration is the current one, but does not get its backend.
+    if model_config is not None and is_draft(config, model_config):
+        backend = config.speculative_config.attention_backend
+    return not asked.backend_per_kind and getattr(backend, "name", None) == backend_name
 
 
 def _backend_of(attention: Any) -> str:
