@@ -37,7 +37,7 @@ TRITON_TESTS := tests/attention/gpu tests/kivi/gpu tests/plugin/hot/gpu
 LINTED := xquant_vllm tests tools examples benchmarks docker setup.py
 
 .PHONY: help venv kernels cuda-check gpu-counts gpu-sweep triton-matrix model demo serve \
-	test test-models test-gpu test-docs test-scale test-nightly accuracy pictures bench-cpu \
+	test test-models test-gpu test-docs test-scale test-gpu-worker test-next-vllm test-nightly accuracy pictures bench-cpu \
 	families families-write families-all soak sanitize dist lint clean
 
 help: ## list the targets
@@ -92,6 +92,16 @@ test-docs: venv ## run the tests of the documentation: its commands, its Python,
 
 test-scale: venv ## run all tests with several ranks: tensor, data and pipeline parallelism, with Ray and without
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/e2e/scale -m "e2e or nightly" $(TEST_ARGS)
+
+test-gpu-worker: venv ## run what a GPU worker runs, on tensors of the CPU: start-up, graphs and their replays, tokens
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/e2e/gpu_worker -m "e2e or nightly" $(TEST_ARGS)
+
+# vLLM finds its own files by PYTHONPATH, before those of the environment.
+test-next-vllm: venv ## test with the Python of the next vLLM over the compiled parts of the installed one (47 MB to load)
+	$(VENV)/bin/python tools/next_vllm.py
+	PYTHONPATH=$(CURDIR)/build/next-vllm$${PYTHONPATH:+:$$PYTHONPATH} OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest \
+		-m "e2e or not e2e" tests/docs/test_seams.py tests/docs/test_seam_signatures.py tests/plugin tests/kivi/plugin \
+		tests/e2e/gpu_worker $(TEST_ARGS)
 
 accuracy: test-models ## compare the accuracy of all caches per byte (an hour on two cores); writes docs/accuracy.md
 	$(VENV)/bin/python benchmarks/compare_accuracy.py --write --models models/smollm2-135m-instruct \

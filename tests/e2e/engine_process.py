@@ -121,6 +121,13 @@ def warm_up(llm: Any) -> int:
     return len(batches)
 
 
+def gpu_worker(llm: Any) -> dict[str, Any]:
+    """See ``gpu_worker/worker.py``, beside this script."""
+    from gpu_worker.worker import report
+
+    return report(llm)
+
+
 def prompt_with_image(llm: Any, **arguments: Any) -> dict[str, Any]:
     """See ``families/images.py``, beside this script."""
     from families.images import prompt_with_image
@@ -148,6 +155,7 @@ KINDS = {
         offloaded,
         hot_counts,
         warm_up,
+        gpu_worker,
         prompt_with_image,
         prompt_with_features,
     )
@@ -163,6 +171,10 @@ def start_ray() -> None:
 
 def run(request_path: str, result_path: str) -> None:
     """Start an engine and answer."""
+    if "XQUANT_TEST_GPU_WORKER" in os.environ:
+        from gpu_worker.worker import become_gpu_worker
+
+        become_gpu_worker()
     from vllm import LLM
 
     inspect_here()

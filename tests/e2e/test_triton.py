@@ -31,7 +31,9 @@ WARM_UP = {"kind": "warm_up"}
 SETTINGS = {"bits": 4, "cache": "latent"}
 
 
+@pytest.mark.nightly
 def test_same_logits(engines, tmp_path):
+    """In most runs gpu_worker/test_gpu_worker.py asks as much, of the other model runner and of graphs."""
     model = save_tiny_model(tmp_path, "llama")
     expected = engines.run(model, "xquant", TASKS, xquant=SETTINGS, environment=FP32, **ENGINE)
     actual = engines.run(model, "xquant", [WARM_UP, *TASKS], xquant=SETTINGS, environment=TRITON, **ENGINE)

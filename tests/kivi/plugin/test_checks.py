@@ -1,14 +1,15 @@
 """Start-up refusals, raised by vLLM's own configuration of a real engine, and how its allocator groups the pages."""
 
 import pickle
+from pkgutil import resolve_name
 
 import pytest
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+from tests.docs.seam_calls import PLANNING
 from tests.tiny_models import save_tiny_model
 from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.kivi.plugin.residual import ResidualLayer
@@ -85,7 +86,7 @@ def test_quantized_pages_and_residuals_share_one_pool(tiny):
         )
         companion = ResidualLayer(residual, 128, quantized.page_bytes)
         specs[f"layers.{layer}.attn.residual"] = companion.get_kv_cache_spec(config)
-    codes, window = get_kv_cache_groups(config, specs)
+    codes, window = resolve_name(f"{PLANNING}.get_kv_cache_groups")(config, specs)
     assert isinstance(codes.kv_cache_spec, FullAttentionSpec)
     assert isinstance(window.kv_cache_spec, SlidingWindowSpec)
     assert len(codes.layer_names) == len(window.layer_names) == 4

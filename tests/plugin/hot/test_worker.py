@@ -91,3 +91,10 @@ def test_on_a_gpu_its_own_worker_gives_the_pool_up(worker, monkeypatch):
     hot_worker.keep_pool_back()
     assert worker.determine_available_memory is before[0]
     assert Worker.determine_available_memory is not before[1]
+
+
+def test_blocks_of_the_longest_sequence():
+    """Whole blocks; layers whose pages differ count their own."""
+    plain = SimpleNamespace(max_memory_usage_bytes=lambda config: 41, page_size_bytes=10)
+    assert hot_worker._most_blocks(plain, None) == 5
+    assert hot_worker._most_blocks(SimpleNamespace(max_memory_usage_pages=lambda config: 7), None) == 7

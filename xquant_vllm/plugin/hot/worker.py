@@ -1,6 +1,7 @@
 """What vLLM's worker does for hot blocks: it keeps their memory back, and says at its end what they were good for."""
 
 import functools
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,11 +89,19 @@ def hot_maps(vllm_config: Any) -> Sequence[HotMap]:
 
 def _page_needs(worker: Any) -> PageNeeds:
     """As vLLM will find when it makes pages."""
-    from vllm.v1.core import kv_cache_utils
-
+    # vLLM 0.33 has a module of its own for it.
+    known = importlib.util.find_spec("vllm.v1.core.kv_cache_planning") is not None
+    planning = importlib.import_module(f"vllm.v1.core.{'kv_cache_planning' if known else 'kv_cache_utils'}")
     config = worker.vllm_config
     # A copy, because specs may be unified in place.
-    groups = kv_cache_utils.get_kv_cache_groups(config, dict(worker.get_kv_cache_spec()))
-    block = kv_cache_utils._pool_bytes_per_block(config, groups)
-    longest = kv_cache_utils._max_memory_usage_bytes_from_groups(config, groups)
-    return PageNeeds(block, longest // block, config.model_config.max_model_len)
+    groups = planning.get_kv_cache_groups(config, dict(worker.get_kv_cache_spec()))
+    block = planning._pool_bytes_per_block(config, groups)
+    blocks = sum(_most_blocks(group.kv_cache_spec, config) for group in groups if not group.host_resident)
+    return PageNeeds(block, blocks, config.model_config.max_model_len)
+
+
+def _most_blocks(spec: Any, config: Any) -> int:
+    """Blocks of one sequence of ``--max-model-len`` in a KV cache group; groups take them from one pool."""
+    if hasattr(spec, "max_memory_usage_pages"):  # of layers whose pages differ
+        return spec.max_memory_usage_pages(config)
+    return -(-spec.max_memory_usage_bytes(config) // spec.page_size_bytes)
