@@ -21,8 +21,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 COPY = PROJECT / "build" / "sanitized"
 _COPIED = ("xquant_vllm", "csrc", "tests", "benchmarks", "examples", "tools", "setup.py", "pyproject.toml", "README.md",
            "LICENSE")  # fmt: skip
-# Every kernel, in every instruction set of this machine, on every page format. Not what starts a process of its own, nor
-# the policy of hot blocks, which runs no kernel.
+# Every kernel, in every instruction set of this machine, on every page format. Not what starts a process of its own,
+# nor the policy of hot blocks, which runs no kernel.
 TESTS = ("tests/attention/cpu", "tests/attention/hot", "tests/kivi/cpu")
 _NOT_HERE = "not threads and not headers and not test_policy"
 _PROCESSES = min(2, os.cpu_count() or 1)
