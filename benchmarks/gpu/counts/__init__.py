@@ -2,5 +2,5 @@
 
 ``rows`` has the layers, ``count`` compiles what they launch and counts it, ``sass`` reads machine code, ``pipes`` and
 ``steps`` say what an SM does with it, ``simulate`` lets warps run through it, ``known`` compares that with kernels
-whose speed was published, ``variants`` counts what serving compiles. Nothing here is a measurement.
+whose speed was published. Nothing here is a measurement.
 """

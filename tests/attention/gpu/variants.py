@@ -137,24 +137,26 @@ CASES: dict[str, tuple[Callable[[Any, int], Step], Any, int]] = {
 }
 
 
+def variants(name: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Of every kernel, what start-up compiles in one of ``CASES``, and what serving compiles beyond that."""
+    make, spec, decode_tokens = CASES[name]
+    device = kivi_cases.META if make is kivi else torch.device("cpu")
+    step = make(spec, decode_tokens)
+    with noted_variants() as started:
+        # vLLM's block tables need not be as wide as those of start-up.
+        for lengths in start_up_batches(decode_tokens, TOKENS, SEQUENCES, LENGTH):
+            step(_batch(lengths, decode_tokens, max(of for _, of in lengths), device), sum(n for n, _ in lengths))
+    with noted_variants() as served:
+        for lengths in served_batches(decode_tokens):
+            step(_batch(lengths, decode_tokens, LENGTH // BLOCK, device), sum(n for n, _ in lengths))
+    later = {kernel: len(of - started.get(kernel, set())) for kernel, of in served.items()}
+    return {kernel: len(of) for kernel, of in started.items()}, later
+
+
 def main() -> None:
-    for name, (make, spec, decode_tokens) in CASES.items():
-        device = kivi_cases.META if make is kivi else torch.device("cpu")
-        step = make(spec, decode_tokens)
-        with noted_variants() as started:
-            # vLLM's block tables need not be as wide as those of start-up.
-            for lengths in start_up_batches(decode_tokens, TOKENS, SEQUENCES, LENGTH):
-                step(_batch(lengths, decode_tokens, max(of for _, of in lengths), device), sum(n for n, _ in lengths))
-        with noted_variants() as served:
-            for lengths in served_batches(decode_tokens):
-                step(_batch(lengths, decode_tokens, LENGTH // BLOCK, device), sum(n for n, _ in lengths))
-        later = {kernel: len(of - started.get(kernel, set())) for kernel, of in served.items()}
-        line = {
-            "case": name,
-            "seconds": round(time.process_time(), 1),
-            "started": {k: len(v) for k, v in started.items()},
-            "later": later,
-        }
+    for name in CASES:
+        started, later = variants(name)
+        line = {"case": name, "seconds": round(time.process_time(), 1), "started": started, "later": later}
         print(json.dumps(line), flush=True)
 
 

@@ -33,7 +33,6 @@ CASES = {
     "X, hot": ("mha", {"bits": 4, "cache": "x"}, {}),
     "chain of X": ("mha", {**CHAIN, "cache": "x", "hot": 0}, {}),
     "windows": ("gemma3", LATENT, {}),
-    "two ranks": ("mha", LATENT, {"tensor_parallel_size": 2}),
 }
 
 
@@ -43,6 +42,8 @@ class Pair:
     def __init__(self, folder):
         self._folder = folder
         self.servers = []
+        # Tokens whose pages were asked for without an answer.
+        self.in_vain = 0
 
     def start(self, model, role, xquant, **settings):
         """One of them; not awaited."""
@@ -90,12 +91,14 @@ class Pair:
         """What the second server answers for a prompt that the first one computes."""
         for attempt in range(5):
             _, transfer = self.ask(prefill, prompt, PREFILL, 1)
+            before = self.tokens_read(decode)
             try:
                 return self.ask(decode, prompt, transfer)[0]
             except urllib.error.HTTPError as error:
                 # vLLM waits 5 s for the other engine's answer, which may come later on a machine that is busy.
                 if error.code != 500 or attempt == 4 or not decode.find("zmq.error.Again"):
                     raise
+                self.in_vain += self.tokens_read(decode) - before
         raise AssertionError
 
     @staticmethod
@@ -124,7 +127,7 @@ def test_decode_goes_on_as_prefill_does_from_its_own_cache(pair, tiny, name):
     # A prompt that ends within a block, whose page is read, too; the token after it goes into that page.
     found = pair.go_on(prefill, decode, PROMPT[50:170])
     assert found[0] == pair.ask(prefill, PROMPT[50:170])[0][0]
-    assert pair.tokens_read(decode) == 193 + 120
+    assert pair.tokens_read(decode) - pair.in_vain == 193 + 120
 
 
 def test_engines_with_other_factors_refuse_each_other(pair, tmp_path):

@@ -221,8 +221,10 @@ def test_nixl_without_its_package_with_stages_and_adapters(tiny, monkeypatch):
     config = configure(tiny, enable_lora=True)
     config.kv_transfer_config = KVTransferConfig(**nixl())
     config.parallel_config.pipeline_parallel_size = 2
+    config.parallel_config.tensor_parallel_size = 3
     monkeypatch.setattr(nixl_utils, "is_nixl_available", lambda: False)
-    package, stages, adapters = connector_problems(config)
+    package, ranks, stages, adapters = connector_problems(config)
     assert "needs the package nixl; install it with `pip install nixl`, or share pages through a folder" in package
-    assert "not supported with --pipeline-parallel-size 2; set 1" in stages
+    assert "not supported with --tensor-parallel-size 3, which nobody has tried yet; set 1" in ranks
+    assert "not supported with --pipeline-parallel-size 2, which nobody has tried yet; set 1" in stages
     assert "not supported with --enable-lora" in adapters

@@ -138,9 +138,11 @@ def _nixl(vllm_config: Any, transfer: Any) -> Iterator[str]:
         )
     if transfer.enable_permute_local_kv:
         yield f"{what} with enable_permute_local_kv is not supported: it turns keys, and pages have none; leave it out"
-    stages = vllm_config.parallel_config.pipeline_parallel_size
-    if stages > 1:
-        yield f"{what} is not supported with --pipeline-parallel-size {stages}; set 1, or {_INSTEAD}"
+    for option in ("tensor_parallel_size", "pipeline_parallel_size"):
+        ranks = getattr(vllm_config.parallel_config, option)
+        if ranks > 1:
+            flag = f"--{option.replace('_', '-')} {ranks}"
+            yield f"{what} is not supported with {flag}, which nobody has tried yet; set 1, or {_INSTEAD}"
     if vllm_config.lora_config is not None:
         yield (
             f"{what} is not supported with --enable-lora: pages of a request depend on its adapter, which another "

@@ -48,9 +48,9 @@ def dense_tile(width: int, dtype: torch.dtype, shared_memory: int) -> DenseTile:
     Raises:
         ValueError: none does.
     """
-    tiles = _FULL_PRECISION if dtype == torch.float32 else _HALF_PRECISION
+    of_dtype: tuple[DenseTile, ...] = _FULL_PRECISION if dtype == torch.float32 else _HALF_PRECISION
     # Wider heads have so many sums that registers are short.
-    tiles = tuple(tile for tile in tiles if tile.tokens <= 32 or width <= 128)
+    tiles = [tile for tile in of_dtype if tile.tokens <= 32 or width <= 128]
     for tile in tiles:
         if bytes_of_tile(tile, width, dtype) <= shared_memory:
             return tile
