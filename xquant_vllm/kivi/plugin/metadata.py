@@ -20,14 +20,14 @@ class KiviMetadataBuilder(PagedMetadataBuilder):
     ) -> None:
         """Check that the loader hook saw every layer."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        missed = [name for name, layer in self._layers.items() if layer.impl.residual_name is None]
+        missed = [name for name, layer in self.layers.items() if layer.impl.residual_name is None]
         if missed:
             raise UnsupportedError(
                 f"kivi: {missed[0]} (and {len(missed) - 1} more layers) were given no residual: "
                 f"--load-format {vllm_config.load_config.load_format} loads without vLLM's post-processing of weights; "
                 "use --load-format auto"
             )
-        for layer in self._layers.values():
+        for layer in self.layers.values():
             layer.impl.reserve(device)
 
     def build(

@@ -59,8 +59,8 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
         if not type(self).__module__.startswith(f"{PACKAGE}."):
             raise_for_wrapper(type(self))
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        refuse_bypass(self._layers)
+        self.layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        refuse_bypass(self.layers)
         builders_of(vllm_config.compilation_config)[tuple(layer_names)] = self
         self.decode_tokens = max_decode_query_len(vllm_config)
         if device.type == "cuda":
@@ -118,7 +118,7 @@ class XQuantMetadataBuilder(PagedMetadataBuilder):
     ) -> None:
         """Check that the loader hook saw every layer: latents cannot be attended without their projections."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        layers = self._layers
+        layers = self.layers
         missed = [name for name, layer in layers.items() if layer.impl.scheme is None]
         if missed:
             raise UnsupportedError(

@@ -61,7 +61,7 @@ class FingerprintedWorker(NixlPullConnectorWorker):
     xfer_handshake_metadata: Any
 
     def __init__(
-        self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig, groups: Sequence[PageGroup]
+        self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig, groups: Sequence[PageGroup] = ()
     ) -> None:
         """As vLLM's; ``groups`` are the engine's groups of layers."""
         super().__init__(vllm_config, engine_id, kv_cache_config)

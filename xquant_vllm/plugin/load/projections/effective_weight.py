@@ -54,10 +54,9 @@ def _check_linear(name: str, linear: Any, dense: DenseLinear) -> None:
     expected = whole_output(linear, x).float()
     error = ((whole_output(dense, x).float() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
     if error > _TOLERANCE:
-        overflow = x.device.type == "cpu" and not torch.cpu._is_vnni_supported()
         raise unsupported_model(
             f"the quantized {name} is not linear: what it makes of random inputs differs by {error:.1e} from what its "
             f"answers to single channels add up to (relative, tolerance {_TOLERANCE:.0e})"
-            + (", as INT8 products overflow on processors without VNNI" if overflow else "")
+            + (" (INT8 products overflow on x86 processors without VNNI)" if x.device.type == "cpu" else "")
             + ", so its weight cannot be known; serve a checkpoint whose attention projections are not quantized"
         )
