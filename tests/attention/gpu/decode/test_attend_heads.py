@@ -81,6 +81,7 @@ def test_random(seed: int) -> None:
     assert error(output, expected) <= 2e-3
 
 
+@pytest.mark.nightly
 def test_as_exact_as_the_general_kernel() -> None:
     """Codes, zero points and outliers meet the scores apart; what rounding leaves of it is no more than elsewhere."""
     case = make_case(SPECS["served"])

@@ -74,7 +74,11 @@ def reference_of(case: Case, tokens: HotTokens) -> tuple[torch.Tensor, torch.Ten
     return rematerialize(reference, case.pages, without_unseen_bias(case).plan, readable, torch.float32)
 
 
-@pytest.mark.parametrize("seed", range(24))
+# The others are long sequences of wide heads, or alike.
+QUICK = (0, 1, 2, 3, 5, 6, 8, 9, 10, 12)
+
+
+@pytest.mark.parametrize("seed", [s if s in QUICK else pytest.param(s, marks=pytest.mark.nightly) for s in range(24)])
 def test_as_the_reference(seed: int) -> None:
     spec = short(random_spec(seed))
     print(spec)
