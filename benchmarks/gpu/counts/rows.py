@@ -136,5 +136,4 @@ def others() -> list[Row]:
         *map(_kivi, (4, 2)),
         _row("prefill, per head, 4 bits: pages to keys and values", default, chunk[0], **chunk[1]),
         _row("per head, 4 bits, sm_80", default, capability=80),
-        _row("per head, 4 bits, sm_100", default, capability=100),
     ]
