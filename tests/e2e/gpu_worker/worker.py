@@ -34,10 +34,21 @@ def let_vllm_take_triton() -> None:
     """Name a driver for the CPU, without which vLLM leaves Triton aside; the interpreter needs none."""
     import triton.backends
 
+    from xquant_vllm.attention.gpu.limits import SHARED_MEMORY
+
     class Driver:
         @staticmethod
         def is_active() -> bool:
             return True
+
+        @staticmethod
+        def get_current_device() -> int:
+            return 0
+
+        class utils:
+            @staticmethod
+            def get_device_properties(device: int) -> dict[str, int]:
+                return {"max_shared_mem": SHARED_MEMORY[90]}
 
     class Backend:
         compiler, driver = None, Driver
