@@ -30,6 +30,7 @@ def options(tmp_path, **sizes: int) -> list[str]:
 
 
 @pytest.mark.e2e
+@pytest.mark.nightly
 def test_the_prefix_is_promoted(tmp_path) -> None:
     arguments = options(tmp_path, prefix=200, question=8, rounds=2, max_model_len=512, cache_mib=2)
     bench_prefix_hit.main([*arguments, "--methods", "chain-2-hot"])

@@ -21,6 +21,7 @@ def tiny(tmp_path, monkeypatch):
     return save_tiny_model(tmp_path / "model", "llama")
 
 
+@pytest.mark.nightly
 def test_two_bits_find_less_than_sixteen(smollm2, capsys):
     options = ("--bits", 2, "--calibration", "none", "--lengths", 160, 240, "--depths", 0.2, 0.8, "--trials", 1)
     assert evaluate(smollm2, *options, "--json") == 0

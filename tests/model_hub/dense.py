@@ -71,7 +71,6 @@ DENSE = (
         "GemmaForCausalLM",
         "GemmaConfig",
         {"head_dim": 32, "tie_word_embeddings": True},
-        quick=True,
     ),
     HubFamily(
         "Gemma 2",
@@ -128,7 +127,6 @@ DENSE = (
         "StableLmForCausalLM",
         "StableLmConfig",
         {"num_key_value_heads": 4, "use_qkv_bias": True},
-        quick=True,
     ),
     HubFamily(
         "Nemotron",
@@ -197,7 +195,6 @@ DENSE = (
         "Glm4ForCausalLM",
         "Glm4Config",
         {"head_dim": 32},
-        quick=True,
     ),
     HubFamily(
         "HyperCLOVA X",

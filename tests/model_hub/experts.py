@@ -37,7 +37,6 @@ EXPERTS = (
         "Qwen3MoeForCausalLM",
         "Qwen3MoeConfig",
         {**_EXPERTS, "head_dim": 32},
-        quick=True,
     ),
     HubFamily(
         "GraniteMoE",
