@@ -11,7 +11,7 @@ _STORES = ["store KIVI 4", "store many KIVI* 2"]
 NAMES = {80: _SOME, 90: [*_SOME, "decode KIVI* 2", "prefill KIVI 4", *_STORES], 100: _SOME}
 
 
-@pytest.mark.parametrize("capability", NAMES)
+@pytest.mark.parametrize("capability", [90, *(pytest.param(of, marks=pytest.mark.nightly) for of in (80, 100))])
 def test_compiles(capability: int) -> None:
     kernels = compiled(compile_cases, capability, NAMES[capability])
     assert max(of["shared"] for of in kernels) <= SHARED_MEMORY[capability]

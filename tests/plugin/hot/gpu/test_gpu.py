@@ -225,12 +225,11 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("spec", "pool"),
     [
-        (spec_of(kind="x"), 400),
-        (spec_of(sinks=True, norm=True), 400),
-        (spec_of(folded=True), 96),
-        (spec_of(kind="x", window=20, soft_cap=5.0), 200),
+        pytest.param(spec_of(kind="x"), 400, id="X"),
+        pytest.param(spec_of(sinks=True, norm=True), 400, id="sinks", marks=pytest.mark.nightly),
+        pytest.param(spec_of(folded=True), 96, id="folded, small pool"),
+        pytest.param(spec_of(kind="x", window=20, soft_cap=5.0), 200, id="window, soft cap", marks=pytest.mark.nightly),
     ],
-    ids=["X", "sinks", "folded, small pool", "window, soft cap"],
 )
 def test_every_step_is_as_without_a_pool(spec: Spec, pool: int) -> None:
     """Prompts in chunks, prefix hits, freed and reused blocks, requests that are left out of steps."""
