@@ -10,7 +10,7 @@ _PROGRAMS = 512
 _MOST_SPLITS = 32
 
 
-def rows_of(group: int, longest: int, decode_tokens: int) -> int:
+def rows_of(group: int, longest: int, decode_tokens: int, least: int = 16, most: int = MOST_ROWS) -> int:
     """Rows of a tile, a power of two.
 
     Kernels are compiled for it. So there are two for batches that vLLM calls decoding, however many drafted tokens each
@@ -20,9 +20,11 @@ def rows_of(group: int, longest: int, decode_tokens: int) -> int:
         group: query heads of a kv head.
         longest: query tokens of a sequence of the batch at most.
         decode_tokens: query tokens of a decoding sequence of any batch at most.
+        least: rows of a tile at least.
+        most: rows of a tile at most, unless one token has more.
     """
     tokens = 1 if longest <= 1 else max(longest, decode_tokens)
-    return max(16, min(triton.next_power_of_2(tokens * group), MOST_ROWS), triton.next_power_of_2(group))
+    return max(least, min(triton.next_power_of_2(tokens * group), most), triton.next_power_of_2(group))
 
 
 def shape_of(group: int, kv_heads: int, sequences: int, longest: int, decode_tokens: int) -> tuple[int, int, int]:

@@ -10,25 +10,12 @@ from xquant_vllm.attention.gpu.gpu_plan import GpuPlan
 from xquant_vllm.attention.gpu.limits import shared_memory
 from xquant_vllm.attention.gpu.operands import ATTENDS
 from xquant_vllm.attention.gpu.tables.head_tables import MOST_ROWS
+from xquant_vllm.attention.gpu.tiling import rows_of
 from xquant_vllm.attention.plan import AttentionLayerPlan
 
 _LEAST_ROWS = 8  # of a product
 # Block ids take half of them: codes are two tiles ahead, and one where shared memory is small (8.6 and 8.9).
 _STAGES, _FEW_STAGES, _LARGE_SHARED_MEMORY = 5, 3, 160000
-
-
-def tile_of(group: int, longest: int, decode_tokens: int) -> tuple[int, int]:
-    """Rows of a tile of queries, and tiles of a sequence.
-
-    Args:
-        group: query heads of a kv head.
-        longest: query tokens of a sequence of the batch at most.
-        decode_tokens: of any batch's decoding sequence; the kernel is compiled for one query token, and for so many.
-    """
-    tokens = 1 if longest <= 1 else max(longest, decode_tokens)
-    rows = min(triton.next_power_of_2(tokens * group), MOST_ROWS)
-    rows = max(_LEAST_ROWS, rows, triton.next_power_of_2(group))
-    return rows, 1 if longest <= 1 else triton.cdiv(longest, rows // group)
 
 
 def launch_heads(
@@ -61,7 +48,8 @@ def launch_heads(
     assert tables is not None
     kv_heads = plan.projection.num_kv_heads
     group = plan.num_heads // kv_heads
-    rows, tiles = tile_of(group, longest, decode_tokens)
+    rows = rows_of(group, longest, decode_tokens, _LEAST_ROWS, MOST_ROWS)
+    tiles = triton.cdiv(longest, rows // group)
     heads = Heads(pages, pages.stride(0), tables.up, tables.rows, tables.factors, tables.turns, tables.rope.base)
     key, value = tables.key, tables.value
     stages = _STAGES if shared_memory(plan.device) >= _LARGE_SHARED_MEMORY else _FEW_STAGES
