@@ -8,6 +8,7 @@ which never looks at residual pages.
 import triton
 import triton.language as tl
 
+from xquant_vllm.attention.gpu.device.query_tile import rows_of_tile, seen_by_tile
 from xquant_vllm.attention.gpu.device.softmax import to_scores, weigh
 from xquant_vllm.kivi.gpu.load import (
     exact_rows,
@@ -100,17 +101,12 @@ def kivi_attend(
     if tile_first >= query_len:
         return
     past = tl.load(batch.seq_lens + sequence) - query_len
-    of_row = tl.arange(0, ROWS)
-    token = tile_first + of_row // GROUP
-    row_valid = (of_row < tile_tokens * GROUP) & (token < query_len)
-    query_position = past + token
-    query_head = head * GROUP + of_row % GROUP
+    token, query_head, row_valid, query_position, _ = rows_of_tile(
+        batch, first_query, query_len, past, head, tile_first, GROUP, ROWS, tile_tokens
+    )
     row = (first_query + token).to(tl.int64) * batch.num_heads + query_head
 
-    end = past + tl.minimum(tile_first + tile_tokens, query_len)
-    oldest = 0
-    if WINDOW:
-        oldest = tl.maximum(0, past + tile_first - scores.window + 1)
+    oldest, end = seen_by_tile(scores, past, query_len, tile_first, tile_tokens, WINDOW)
     # Tiles lie in one group of keys: they start at multiples of their size.
     first_tile = oldest // TOKENS * TOKENS
     of_split = tl.cdiv(tl.cdiv(end - first_tile, TOKENS), splits) * TOKENS

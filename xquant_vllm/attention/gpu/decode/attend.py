@@ -7,6 +7,7 @@ A program has one kv head, a tile of one sequence's query tokens with all query 
 import triton
 import triton.language as tl
 
+from xquant_vllm.attention.gpu.device.query_tile import rows_of_tile, seen_by_tile
 from xquant_vllm.attention.gpu.device.rematerialize import finish_keys, project_both, project_pairs
 from xquant_vllm.attention.gpu.device.softmax import to_scores, weigh
 from xquant_vllm.attention.gpu.device.unpack import HAS_UNIFORM, load_band, load_outlier
@@ -107,16 +108,11 @@ def attend(
     if tile_first >= query_len:
         return
     past = tl.load(batch.seq_lens + sequence) - query_len
-    of_row = tl.arange(0, ROWS)
-    token = tile_first + of_row // GROUP
-    row_valid = (of_row < tile_tokens * GROUP) & (token < query_len)
-    query_position = past + token
-    row = (first_query + token) * batch.num_heads + head * GROUP + of_row % GROUP
+    token, query_head, row_valid, query_position, row = rows_of_tile(
+        batch, first_query, query_len, past, head, tile_first, GROUP, ROWS, tile_tokens
+    )
 
-    end = past + tl.minimum(tile_first + tile_tokens, query_len)
-    oldest = 0
-    if WINDOW:
-        oldest = tl.maximum(0, past + tile_first - scores.window + 1)
+    oldest, end = seen_by_tile(scores, past, query_len, tile_first, tile_tokens, WINDOW)
     tiles = tl.cdiv(end - oldest, TOKENS)
     of_split = tl.cdiv(tiles, splits) * TOKENS
     begin = oldest + split * of_split
@@ -129,9 +125,7 @@ def attend(
 
     half = tl.arange(0, HALF)
     if not ABSORB_KEY:
-        at = (first_query + token).to(tl.int64) * batch.token_stride + (
-            head * GROUP + of_row % GROUP
-        ) * batch.head_stride
+        at = (first_query + token).to(tl.int64) * batch.token_stride + query_head * batch.head_stride
         low_column, high_column = tl.load(columns + half), tl.load(columns + HALF + half)
         query = batch.query + at
         low_query = tl.load(

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from xquant_vllm.attention.gpu.device.code_units import channels_of, pieces_of, side_by_side, turned
+from xquant_vllm.attention.gpu.device.query_tile import rows_of_tile, seen_by_tile
 from xquant_vllm.attention.gpu.device.softmax import capped
 from xquant_vllm.attention.gpu.tables.tile_rotation import TILE
 
@@ -147,17 +148,12 @@ def attend_heads(
     if tile_first >= query_len:
         return
     past = tl.load(batch.seq_lens + sequence) - query_len
-    of_row = tl.arange(0, ROWS)
-    token = tile_first + of_row // GROUP
-    row_valid = (of_row < TOKENS * GROUP) & (token < query_len)
-    query_position = past + token
-    row = (first_query + token) * batch.num_heads + head * GROUP + of_row % GROUP
+    token, query_head, row_valid, query_position, row = rows_of_tile(
+        batch, first_query, query_len, past, head, tile_first, GROUP, ROWS, TOKENS
+    )
     stats = partial.stats + (row.to(tl.int64) * splits + split) * 3
 
-    end = past + tl.minimum(tile_first + TOKENS, query_len)
-    oldest = 0
-    if WINDOW:
-        oldest = tl.maximum(0, past + tile_first - scores.window + 1)
+    oldest, end = seen_by_tile(scores, past, query_len, tile_first, TOKENS, WINDOW)
     first_tile, tiles = oldest // _TILE, tl.cdiv(end, _TILE)
     of_split = tl.cdiv(tiles - first_tile, splits)
     first_tile += split * of_split
@@ -182,7 +178,7 @@ def attend_heads(
     if BIAS:
         bias_row = tl.load(rows + (NUM_ROWS - 1) * _TILE * 2 * HALF)
     at = batch.query + (first_query + token).to(tl.int64)[None, :] * batch.token_stride
-    at += (head * GROUP + of_row % GROUP)[None, :] * batch.head_stride
+    at += query_head[None, :] * batch.head_stride
     low_column, high_column = tl.load(columns + pair)[:, None], tl.load(columns + HALF + pair)[:, None]
     low_query = tl.load(at + low_column, row_valid[None, :] & (low_column >= 0), 0.0).to(tl.float32)
     high_query = tl.load(at + high_column, row_valid[None, :] & (high_column >= 0), 0.0).to(tl.float32)
