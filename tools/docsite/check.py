@@ -15,6 +15,7 @@ class _Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.names: set[str] = set()
+        self.classes: set[str] = set()
         self.links: list[str] = []
         self.fetched: list[str] = []
         self.feed(text)
@@ -23,6 +24,7 @@ class _Page(HTMLParser):
         """Keep what an element is called and where it points to."""
         values = {name: value for name, value in attrs if value}
         self.names |= {values[name] for name in ("id", "name") if name in values}
+        self.classes |= set(values.get("class", "").split())
         if tag == "a" and "href" in values:
             self.links.append(values["href"])
         elif tag in _FETCHED and _FETCHED[tag] in values and values.get("rel") not in ("next", "prev", "canonical"):
@@ -40,6 +42,10 @@ def check_site(folder: Path) -> list[str]:
     for name, page in pages.items():
         if name == "404.html":  # has addresses from the root, because it stands for any page
             continue
+        if "mermaid" in page.classes:
+            wrong.append(
+                f"{name} has a drawing for mermaid, which a browser would fetch; draw it by code (tools/figures)"
+            )
         wrong += [f"{name} fetches {url}, which is elsewhere" for url in page.fetched if _elsewhere(url)]
         for link in (*page.links, *page.fetched):
             if not _elsewhere(link) and not _leads_somewhere(link, name, pages, folder):

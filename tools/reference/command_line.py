@@ -11,8 +11,7 @@ _INTRODUCTION = """\
 What `xquant --help` and the `--help` of every command say, on one page. Options may stand in any order. A command ends
 with 0; with 2 if it is refused or fails, and then its last line says why and what to do; with 130 after Ctrl-C.
 
-A server is started by vLLM's own `vllm serve MODEL --attention-backend xquant`; what can be set there is in
-[settings.md](settings.md).
+What can be set when a server starts is in [settings.md](settings.md).
 """
 
 # In helps: an option, with a value of it if one follows, or the command that starts a server.
@@ -129,7 +128,7 @@ def _plain(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([\\*_<\[\]|`])", r"\\\1", text)
+    return re.sub(r"([\\*<\[\]|`]|\b_|_\b)", r"\\\1", text)
 
 
 def _anchor(words: str) -> str:

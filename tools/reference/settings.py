@@ -3,10 +3,12 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+import xquant_vllm
 from reference import MARK
 from xquant_vllm.kivi.plugin import settings as kivi
 from xquant_vllm.scheme import settings as xquant
@@ -41,10 +43,15 @@ _ELSEWHERE = """\
 * `XQuantConnector`, which keeps pages in files, has settings of its own: [connectors.md](connectors.md#settings).
 * Where only some layers are to be compressed, vLLM's `backend_per_kind` says which:
   [families.md](families.md#layers-that-keep-keys-and-values).
-* The environment variable `XQUANT_CUDA_KERNELS=1` takes the CUDA C++ kernels in place of the Triton ones
-  ([cuda.md](kernels/cuda.md)). `XQUANT_ATTENTION_KERNELS` chooses kernels in tests
-  ([architecture.md](architecture.md#rooms)).
 """
+
+# How a variable is named in the code.
+_VARIABLE = re.compile(r'"(XQUANT_[A-Z_]+)"')
+# Variables of the environment; those that the package does not read are left out.
+_VARIABLES = {
+    "XQUANT_CUDA_KERNELS": "`1` takes the CUDA C++ kernels in place of the Triton ones",
+    "XQUANT_ATTENTION_KERNELS": "names the kernels on CPUs; for tests",
+}
 
 
 def page() -> str:
@@ -55,7 +62,20 @@ def page() -> str:
     lines += ["## Of the backend kivi", ""]
     lines += ["This backend is there to compare with ([kivi.md](design/kivi.md)). Its settings stand under `kivi`.", ""]
     lines += _sections(kivi.KiviSettings, kivi._ADVICE, "kivi: ")
-    return "\n".join([*lines, _ELSEWHERE])
+    lines += [_ELSEWHERE, "Environment variables, read at start-up only:", ""]
+    lines += [f"* `{name}`: {_VARIABLES[name]}" for name in variables()]
+    return "\n".join(lines) + "\n"
+
+
+def variables() -> list[str]:
+    """Names of the environment variables of its own that the package reads.
+
+    Raises:
+        KeyError: one is not described in ``_VARIABLES``.
+    """
+    folder = Path(xquant_vllm.__file__).parent
+    read = {name for path in folder.rglob("*.py") for name in _VARIABLE.findall(path.read_text())}
+    return sorted(read)
 
 
 def _sections(model: type[BaseModel], advice: Mapping[str, str], prefix: str) -> Iterator[str]:

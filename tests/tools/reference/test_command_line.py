@@ -11,7 +11,7 @@ def a_parser():
     parser = argparse.ArgumentParser(prog="tool", description="Does things.")
     commands = parser.add_subparsers(metavar="COMMAND")
     run = commands.add_parser("run", help="run *it*", description="Run it.", **examples("tool run MODEL --bits 4 2"))
-    run.add_argument("model", metavar="MODEL", help="what to run")
+    run.add_argument("model", metavar="MODEL", help="what to run, in A_B or _c_")
     run.add_argument("words", nargs=argparse.REMAINDER, help="the rest")
     group = run.add_argument_group("output")
     group.add_argument("-o", "--out", metavar="DIR", required=True, help="where to")
@@ -39,6 +39,10 @@ def test_every_option_is_there_with_its_values():
     assert "* `--kind {a,b}`\n" in text
     assert "* `--fast`: 50% less\n" in text
     assert "hidden" not in text
+
+
+def test_words_are_not_formatted():
+    assert "* `MODEL`: what to run, in A_B or \\_c\\_\n" in page(a_parser())
 
 
 def test_examples_are_commands_of_a_console():

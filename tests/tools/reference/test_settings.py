@@ -2,7 +2,7 @@
 
 import pytest
 from pydantic import BaseModel
-from reference.settings import attributes, page
+from reference.settings import attributes, page, variables
 
 from xquant_vllm.kivi.plugin.settings import KiviSettings
 from xquant_vllm.scheme.settings import XQuantSettings
@@ -49,3 +49,8 @@ def test_every_setting_has_its_section():
     assert "\n* Set: a number of layers, 0 for none\n* Default: not set\n" in text
     assert '\n* Default: `{"key": 1, "value": 0}`\n' in text
     assert "None" not in text
+
+
+def test_every_variable_of_the_environment_is_there():
+    assert "XQUANT_ATTENTION_KERNELS" in variables()
+    assert all(f"\n* `{name}`: " in page() for name in variables())
