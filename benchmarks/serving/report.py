@@ -22,6 +22,8 @@ COLUMNS = (
     ("preemptions", "preemptions", ".0f"),
     ("prefix_hit_rate", "prefix hits", ".0%"),
 )
+# Only of a load that `xquant plan` can foretell.
+PLANNED = ("planned_hit_rate", "planned", ".1%")
 
 
 def summarize(runs: dict[str, list[dict[str, Any]]], cache_tokens: dict[str, int]) -> list[dict[str, Any]]:
@@ -43,11 +45,14 @@ def summarize(runs: dict[str, list[dict[str, Any]]], cache_tokens: dict[str, int
 
 def table(result: dict[str, Any]) -> str:
     """As Markdown."""
-    head = ["cache", "cache tokens", *(title for _, title, _ in COLUMNS), "throughput of 16 bit"]
+    columns = COLUMNS
+    if any(PLANNED[0] in row["numbers"] for row in result["rows"]):
+        columns = (*COLUMNS[:-1], ("prefix_hit_rate", "prefix hits", ".1%"), PLANNED)
+    head = ["cache", "cache tokens", *(title for _, title, _ in columns), "throughput of 16 bit"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in result["rows"]:
         cells = [row["label"], f"{row['cache_tokens']:,}"]
-        cells += [format(row["numbers"][key]["median"], form) for key, _, form in COLUMNS]
+        cells += [format(row["numbers"][key]["median"], form) for key, _, form in columns]
         ratio = row.get("throughput_ratio")
         spread = f" ({ratio['least']:.2f}-{ratio['most']:.2f})" if ratio else ""
         cells.append(f"{ratio['median']:.2f}x{spread}" if ratio else "")

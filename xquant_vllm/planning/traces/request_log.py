@@ -89,6 +89,8 @@ def _prompts(line: Line, tokenizer: Any) -> list[list[int]]:
     )
     try:
         if "messages" in table:
+            if not isinstance(table["messages"], list):
+                raise TypeError("messages are no list")
             text = tokenizer.apply_chat_template(table["messages"], add_generation_prompt=True, tokenize=False)
             return [tokenizer.encode(text, add_special_tokens=False)]
         prompt = table["prompt"]
