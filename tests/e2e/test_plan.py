@@ -58,8 +58,8 @@ def check(engines, folder, kind, memory, context, hot):
     assert option.hot_tokens == pytest.approx(hot_tokens, rel=0.02)
 
 
-def test_the_default_of_a_model_with_windows(engines, gemma3):
-    check(engines, gemma3, Kind("xquant", 4), 256 << 20, 2048, None)
+def test_the_default_of_a_model_with_windows(engines, tiny):
+    check(engines, tiny("gemma3"), Kind("xquant", 4), 4 << 20, 1000, None)
 
 
 @pytest.mark.nightly
