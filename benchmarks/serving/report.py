@@ -61,6 +61,20 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def hits_table(result: dict[str, Any]) -> str:
+    """What was found of a trace's file, as Markdown; how fast depends on how its times were scaled."""
+    head = ("cache", "cache tokens", "prefix hits", "planned", "preemptions", "peak running", "peak waiting")
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in result["rows"]:
+        numbers = {key: spread["median"] for key, spread in row["numbers"].items()}
+        cells = [row["label"], f"{row['cache_tokens']:,}"]
+        cells += [f"{numbers['prefix_hit_rate']:.3f}", f"{numbers['planned_hit_rate']:.3f}"]
+        cells += [f"{numbers[key]:.0f}" for key in ("preemptions", "peak_running", "peak_waiting")]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append(f"| endless | | | {result['trace']['endless_hit_rate']:.3f} | | | |")
+    return "\n".join(lines)
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
     """Throughput and time to the first token of every method, with the range of the repeats."""
     import matplotlib

@@ -97,6 +97,15 @@ def test_layers_with_windows_have_no_chain(tmp_path):
     assert by_kind(plan.options, Kind("xquant", 2)).supported
 
 
+def test_beside_states_latents_are_served(tmp_path):
+    kinds = ["linear_attention"] * 3 + ["full_attention"]
+    plan = plan_of(config_folder(tmp_path, layer_types=kinds))
+    for method in ("xquant-cl", "kivi"):
+        assert "layers that keep a state" in by_kind(plan.options, Kind(method, 4)).reason
+    assert by_kind(plan.options, Kind("xquant", 4)).supported
+    assert "3 layers keep a state" in plan.model.notes[0]
+
+
 def test_keys_that_are_normed_together_cannot_share_a_latent(tmp_path):
     tensors = {"model.layers.0.self_attn.k_norm.weight": (128,), "model.layers.0.self_attn.k_proj.weight": (128, 256)}
     plan = plan_of(config_folder(tmp_path, tensors=tensors))

@@ -91,9 +91,9 @@ def pages(kind: Kind, model: PlannedModel, serving: Serving) -> Pages:
         return _plain(model, serving)
     if model.problems:
         raise RefusedError(model.problems[0])
+    _check(kind, model, serving)
     if kind.method == KIVI:
         return _kivi(kind, model, serving)
-    _check(kind, model, serving)
     shapes = layer_shapes(model, serving.ranks)
     allocations = None
     if kind.calibrated:
@@ -129,6 +129,8 @@ def of_formats(formats: tuple[LayerFormat, ...], model: PlannedModel, serving: S
 
 def _check(kind: Kind, model: PlannedModel, serving: Serving) -> None:
     """Refuse what neither the formats nor the model refuse."""
+    if model.with_states and kind.method in (CHAIN, KIVI):
+        raise RefusedError("it is not served beside layers that keep a state")
     if kind.method == CHAIN and len(set(model.windows)) > 1:
         raise RefusedError(_NO_CHAIN)
     if not kind.calibrated:

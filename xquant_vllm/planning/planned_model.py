@@ -35,6 +35,7 @@ class PlannedModel:
         kv_heads: kv heads, of all ranks together.
         head_size: channels of a head.
         windows: of every attention layer the tokens that a query sees, or None.
+        with_states: layers beside them that keep a state.
         positions: the longest context that the configuration names, None if it names none.
         stored_dtype: of the checkpoint.
         keys_normed_together: whether keys are normalized over all kv heads together.
@@ -52,6 +53,7 @@ class PlannedModel:
     kv_heads: int
     head_size: int
     windows: tuple[int | None, ...]
+    with_states: int
     positions: int | None
     stored_dtype: str
     keys_normed_together: bool
@@ -116,6 +118,7 @@ def planned_model(files: ModelFiles) -> PlannedModel:
         kv_heads=kv_heads,
         head_size=head_size,
         windows=tuple(window if kind == WINDOWED else None for kind in kinds.attention),
+        with_states=kinds.with_states,
         positions=_number(text, _POSITIONS),
         stored_dtype=str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "bfloat16"),
         keys_normed_together=_normed_together(files.shapes or {}, kv_heads, head_size),
