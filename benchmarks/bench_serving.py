@@ -38,8 +38,6 @@ from xquant_vllm.planning.traces.replay import Rates  # noqa: E402
 _STARTUP_SECONDS = 900
 _CACHE_TOKENS = r"KV cache size: ([\d,]+) tokens"
 _SERVER_OPTIONS = ("dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size")
-# How fast a request of a trace's file goes, for the plan's replay: what two CPU cores do with SmolLM2.
-_RATES = Rates(prefill=2000, decode=20)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,7 +114,7 @@ def _from_file(options: argparse.Namespace) -> tuple[FileTrace, dict[str, Any]]:
     load = file_trace(options.trace_file, scale, vocabulary, options.max_model_len)
     about = {"name": "file", "requests": len(load.prompts), "prompt_tokens": load.trace.prompt_tokens}
     about |= {"scale_lengths": scale.lengths, "scale_times": scale.times, "tokens_per_hash_id": scale.block_size}
-    return load, about | {"endless_hit_rate": load.planned_hit_rate(1 << 40, _RATES)}
+    return load, about | {"endless_hit_rate": load.planned_hit_rate(1 << 40, Rates())}
 
 
 def _read_model(options: argparse.Namespace, cache_bytes: int) -> tuple[RunningText, int]:
@@ -156,8 +154,15 @@ def serve(
     }
     cache_tokens = int(found.group(1).replace(",", ""))
     if isinstance(trace, FileTrace):
-        measured["planned_hit_rate"] = trace.planned_hit_rate(cache_tokens, _RATES)
+        measured["planned_hit_rate"] = trace.planned_hit_rate(cache_tokens, server_rates(measured, options))
     return measured, cache_tokens
+
+
+def server_rates(measured: dict[str, Any], options: argparse.Namespace) -> Rates:
+    """How fast requests of a trace's file went, so that the plan's replay holds blocks as long as the server did."""
+    computed = measured["total_input_tokens"] * (1 - measured["prefix_hit_rate"])
+    decode = 1e3 / measured["mean_tpot_ms"] if measured["mean_tpot_ms"] else Rates().decode
+    return Rates(computed / measured["duration"], decode, options.max_num_seqs)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

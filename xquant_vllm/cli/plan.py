@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _check_trace_options(options: argparse.Namespace) -> None:
     """Refuse options that cannot work before a model is read."""
-    for name in ("instances", "prefill_rate", "decode_rate"):
+    for name in ("instances", "prefill_rate", "decode_rate", "max_num_seqs"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise RefusedError(f"xquant: --{name.replace('_', '-')} {value} cannot work; set more than 0")
@@ -75,7 +75,7 @@ def _worth(options: argparse.Namespace, plan: Plan) -> TraceWorth:
         )
     trace = read_trace(options.trace, options.model, plan.serving.block_size)
     usual = Rates()
-    rates = Rates(options.prefill_rate or usual.prefill, options.decode_rate or usual.decode)
+    rates = Rates(options.prefill_rate or usual.prefill, options.decode_rate or usual.decode, options.max_num_seqs)
     return worth_of(plan, trace, options.instances, rates)
 
 

@@ -98,6 +98,9 @@ def _add_trace(group: Any) -> None:
         "--prefill-rate", type=float, metavar="TOKENS/S", help="of a request, to know when it ends (default 20000)"
     )
     group.add_argument("--decode-rate", type=float, metavar="TOKENS/S", help="likewise (default 40)")
+    group.add_argument(
+        "--max-num-seqs", type=int, metavar="N", help="requests that an instance runs at once (default: any number)"
+    )
     group.add_argument("--plot", type=Path, metavar="FILE.png", help="draw hit rates against tokens (needs matplotlib)")
 
 

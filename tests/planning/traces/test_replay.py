@@ -58,6 +58,13 @@ def test_requests_wait_for_those_before_them():
     assert replay(trace, 8 * SIZE).waited == 0
 
 
+def test_so_many_run_at_once():
+    trace = trace_of("ab", "cd", "ef", every=0.0, output=SIZE)
+    assert replay(trace, None, rates=Rates(at_once=2)).waited == 1
+    assert replay(trace, None, rates=Rates(at_once=2)).prompt_tokens == 6 * SIZE
+    assert replay(trace, None).waited == 0
+
+
 def test_a_router_sends_users_where_their_history_is():
     trace = users(40, 6)
     alone = replay(trace, None).hit_rate

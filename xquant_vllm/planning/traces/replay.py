@@ -19,10 +19,12 @@ class Rates:
     Attributes:
         prefill: tokens per second of a prompt, those found aside.
         decode: tokens per second of an answer.
+        at_once: requests that an instance runs at the same time at most (``--max-num-seqs``); None: any number.
     """
 
     prefill: float = 20_000.0
     decode: float = 40.0
+    at_once: int | None = None
 
     def seconds(self, prefilled: int, output: int) -> float:
         """Of a request."""
@@ -36,7 +38,7 @@ class Replayed:
     Attributes:
         hit_tokens: of prompts, that were found.
         prompt_tokens: of all prompts.
-        waited: requests for which there was no room when they came.
+        waited: requests that could not begin when they came.
         refused: requests that are larger than the cache.
     """
 
@@ -61,6 +63,7 @@ class _Instance:
         self.cache = BlockCache(blocks, block_size)
         self.waiting: deque[TracedRequest] = deque()
         self.prefilled = 0
+        self.running = 0
 
 
 class _Replay:
@@ -100,9 +103,13 @@ class _Replay:
         )
 
     def _start(self, instance: _Instance, request: TracedRequest, now: float) -> bool:
+        most = self._rates.at_once
+        if most is not None and instance.running >= most:
+            return False
         held = instance.cache.admit(request.blocks, request.prompt)
         if held is None:
             return False
+        instance.running += 1
         self.hit_tokens += held.hit
         self.prompt_tokens += request.prompt
         computed = request.prompt - held.hit
@@ -116,6 +123,7 @@ class _Replay:
         while ends and ends[0][0] <= time:
             now, _, instance, held, request = heapq.heappop(ends)
             instance.cache.finish(held, request.output, request.answers)
+            instance.running -= 1
             while instance.waiting and self._start(instance, instance.waiting[0], now):
                 instance.waiting.popleft()
 
