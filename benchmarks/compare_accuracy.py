@@ -22,6 +22,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.accuracy import losses  # noqa: E402
 from benchmarks.accuracy.plot import plot  # noqa: E402
 from benchmarks.accuracy.table import write_table  # noqa: E402
 from xquant_vllm.cli.main import main as xquant  # noqa: E402
@@ -96,6 +97,7 @@ def main() -> None:
         results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
         write_table(results, ROOT / "docs" / "accuracy.md")
         plot(results, ROOT / "docs" / "pictures" / "accuracy.png")
+        losses.LOSSES.write_text(losses.text())
 
 
 def compare(model: str, options: argparse.Namespace) -> None:

@@ -44,7 +44,7 @@ def table(result: dict[str, Any]) -> str:
     """A result as Markdown."""
     kind = result["benchmark"]
     if kind == "serving":
-        return report.table(result)
+        return report.hits_table(result) if result["trace"]["name"] == "file" else report.table(result)
     return {"offline": _offline, "prefix hit": _prefix_hit}.get(kind, _operation)(result)
 
 

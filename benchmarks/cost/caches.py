@@ -5,17 +5,11 @@ Read by cost/model.py, which turns them into times; docs/kernels/cost.md explain
 
 from typing import Any, NamedTuple
 
-import torch
-
-from xquant_vllm.codec.allocation import LayerAllocation, allocate
+from xquant_vllm.codec.allocation import LayerAllocation
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
-from xquant_vllm.projection.calibrated import layer_budget
+from xquant_vllm.planning.expected_allocation import expected_allocation
 from xquant_vllm.scheme.formats import LayerFormat, LayerShape, layer_formats
 from xquant_vllm.scheme.settings import XQuantSettings
-
-# Variances of calibrated channels are taken as c ** -power, those of values times a share: so that SmolLM2 at 2 bits
-# stores about as many channels as a real calibration of it does (of keys 33 of 64, of values 63).
-KEY_POWER, VALUE_POWER, VALUE_SHARE = 1.5, 0.7, 0.3
 
 
 class Unpack(NamedTuple):
@@ -96,12 +90,8 @@ def kv_cache(model: Model, bits: int) -> Cache:
 
 
 def allocation(model: Model, bits: int) -> LayerAllocation:
-    """The bits of a layer's channels: the package's budget, shared out over power laws."""
-    budget = layer_budget(model.kv_heads, model.head_size, model.hidden_size, bits, joint_kv=False)
-    channels = torch.arange(1, model.head_size + 1, dtype=torch.float64)
-    variances = [channels**-KEY_POWER, VALUE_SHARE * channels**-VALUE_POWER]
-    keys, values = allocate(variances, budget // model.kv_heads - 2)
-    return ((keys,) * model.kv_heads, (values,) * model.kv_heads)
+    """The bits of a layer's channels: the package's budget, shared out as `xquant plan` expects it."""
+    return expected_allocation(model.hidden_size, model.kv_heads, model.head_size, bits, joint_kv=False)
 
 
 def latent_cache(name: str, model: Model, unpack: Unpack, *, calibrated: bool = False, **settings: Any) -> Cache:

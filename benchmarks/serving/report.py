@@ -22,6 +22,8 @@ COLUMNS = (
     ("preemptions", "preemptions", ".0f"),
     ("prefix_hit_rate", "prefix hits", ".0%"),
 )
+# Only of a load that `xquant plan` can foretell.
+PLANNED = ("planned_hit_rate", "planned", ".1%")
 
 
 def summarize(runs: dict[str, list[dict[str, Any]]], cache_tokens: dict[str, int]) -> list[dict[str, Any]]:
@@ -43,16 +45,33 @@ def summarize(runs: dict[str, list[dict[str, Any]]], cache_tokens: dict[str, int
 
 def table(result: dict[str, Any]) -> str:
     """As Markdown."""
-    head = ["cache", "cache tokens", *(title for _, title, _ in COLUMNS), "throughput of 16 bit"]
+    columns = COLUMNS
+    if any(PLANNED[0] in row["numbers"] for row in result["rows"]):
+        columns = (*COLUMNS[:-1], ("prefix_hit_rate", "prefix hits", ".1%"), PLANNED)
+    head = ["cache", "cache tokens", *(title for _, title, _ in columns), "throughput of 16 bit"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in result["rows"]:
         cells = [row["label"], f"{row['cache_tokens']:,}"]
-        cells += [format(row["numbers"][key]["median"], form) for key, _, form in COLUMNS]
+        cells += [format(row["numbers"][key]["median"], form) for key, _, form in columns]
         ratio = row.get("throughput_ratio")
         spread = f" ({ratio['least']:.2f}-{ratio['most']:.2f})" if ratio else ""
         cells.append(f"{ratio['median']:.2f}x{spread}" if ratio else "")
         lines.append(f"| {' | '.join(cells)} |")
     lines += [f"\nNot here: {METHODS[name].label}: {why}" for name, why in result["absent"].items()]
+    return "\n".join(lines)
+
+
+def hits_table(result: dict[str, Any]) -> str:
+    """What was found of a trace's file, as Markdown; how fast depends on how its times were scaled."""
+    head = ("cache", "cache tokens", "prefix hits", "planned", "preemptions", "peak running", "peak waiting")
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in result["rows"]:
+        numbers = {key: spread["median"] for key, spread in row["numbers"].items()}
+        cells = [row["label"], f"{row['cache_tokens']:,}"]
+        cells += [f"{numbers['prefix_hit_rate']:.3f}", f"{numbers['planned_hit_rate']:.3f}"]
+        cells += [f"{numbers[key]:.0f}" for key in ("preemptions", "peak_running", "peak_waiting")]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append(f"| endless | | | {result['trace']['endless_hit_rate']:.3f} | | | |")
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from xquant_vllm.cli.main import main, parser
 
-COMMANDS = [(), ("factorize",), ("eval",), ("eval", "perplexity"), ("eval", "needle")]
+COMMANDS = [(), ("factorize",), ("eval",), ("eval", "perplexity"), ("eval", "needle"), ("plan",)]
 
 
 def help_of(capsys, *command):
@@ -32,6 +32,7 @@ def test_every_help_ends_with_examples_that_parse(capsys, command):
         (("factorize",), ["output", "calibration", "method", "where to compute"]),
         (("eval", "perplexity"), ["what is evaluated", "method", "how it runs", "output"]),
         (("eval", "needle"), ["what is evaluated", "method", "how it runs", "output"]),
+        (("plan",), ["how it is served", "recommendation", "requests", "output"]),
     ],
 )
 def test_options_stand_in_groups(capsys, command, groups):

@@ -9,6 +9,7 @@ from xquant_vllm.cli.eval_arguments import add_eval
 from xquant_vllm.cli.factorize_arguments import add_factorize
 from xquant_vllm.cli.help_format import examples
 from xquant_vllm.cli.option_words import in_option_words
+from xquant_vllm.cli.plan_arguments import add_plan
 from xquant_vllm.errors import XQuantError
 
 _REFUSED, _INTERRUPTED = 2, 130
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     commands = xquant.add_subparsers(required=True, metavar="COMMAND")
     add_factorize(commands)
     add_eval(commands)
+    add_plan(commands)
     return xquant
 
 
@@ -59,4 +61,4 @@ def _left_behind(options: argparse.Namespace) -> str:
     """What there is of a result that did not come about."""
     if getattr(options, "resume", None) is not None:
         return f"scores so far are in {options.resume}, and the same command goes on after them"
-    return f"nothing was written{f' to {options.out}' if options.out else ''}"
+    return f"nothing was written{f' to {options.out}' if getattr(options, 'out', None) else ''}"

@@ -13,7 +13,8 @@ from xquant_vllm.offline.locate import locate_checkpoint
 from xquant_vllm.scheme.layer_weights import refuse_non_finite
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_PROJECTION = re.compile(r"(?P<stem>.*\blayers)\.(?P<layer>\d+)\.self_attn\.(?P<part>[kv]_proj|qkv_proj)\.weight")
+# Names of the projections that can be factorized offline.
+PROJECTION = re.compile(r"(?P<stem>.*\blayers)\.(?P<layer>\d+)\.self_attn\.(?P<part>[kv]_proj|qkv_proj)\.weight")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -218,7 +219,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 def _projections(folder: Path, files: dict[str, Path], layers: int) -> list[tuple[str, str]]:
     found: dict[str, dict[tuple[int, str], str]] = {}
     for name in files:
-        if match := _PROJECTION.fullmatch(name):
+        if match := PROJECTION.fullmatch(name):
             found.setdefault(match["stem"], {})[int(match["layer"]), match["part"]] = name
     if len(found) != 1:
         what = f"several stacks of layers ({', '.join(sorted(found))})" if found else "none"

@@ -8,9 +8,9 @@ import torch
 
 from xquant_vllm.errors import SettingsError
 from xquant_vllm.plugin.hot import budget as hot_budget
-from xquant_vllm.plugin.hot.budget import PageNeeds
 from xquant_vllm.plugin.registration import BACKEND_NAME
 from xquant_vllm.scheme.formats import LayerShape, layer_formats
+from xquant_vllm.scheme.hot_pool import PageNeeds
 from xquant_vllm.scheme.hot_share import DEFAULT_SHARE
 from xquant_vllm.scheme.settings import parse_settings
 
@@ -142,24 +142,6 @@ def test_heads_that_vllm_does_not_know_are_not_hot(caplog):
     with caplog.at_level(logging.INFO, "vllm.xquant_vllm"):
         assert take_pool(config) == 0
     assert "hot blocks are off: vLLM's CPU_ATTN does not support heads of 72 channels" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("raw", "share"),
-    [
-        ({"cache": "latent"}, 0),
-        ({"cache": "latent", "basis": "joint"}, DEFAULT_SHARE),
-        ({"method": "xquant-cl", "cache": "latent"}, DEFAULT_SHARE),
-        ({"cache": "x"}, DEFAULT_SHARE),
-        ({"method": "xquant-cl"}, DEFAULT_SHARE),
-        ({"cache": "latent", "hot": 0.5}, 0.5),
-        ({"cache": "x", "hot": 0}, 0),
-    ],
-)
-def test_default(raw, share):
-    config = Config(raw)
-    impls = [layer.impl for layer in config.compilation_config.static_forward_context.values()]
-    assert hot_budget.hot_setting(impls[0].settings, [impl.scheme.format for impl in impls]) == share
 
 
 def test_there_is_no_default_on_a_gpu(monkeypatch, caplog):

@@ -17,9 +17,7 @@ from xquant_vllm.attention.hot.policy import HotMap
 from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.errors import SettingsError
 from xquant_vllm.plugin.registration import BACKEND_NAME
-from xquant_vllm.scheme.formats import LayerFormat
-from xquant_vllm.scheme.hot_share import DEFAULT_SHARE, pool_bytes
-from xquant_vllm.scheme.settings import XQuantSettings
+from xquant_vllm.scheme.hot_pool import PageNeeds, pool_share, pool_tokens, wanted_bytes
 
 logger = logging.getLogger("vllm.xquant_vllm")
 
@@ -42,46 +40,10 @@ class HotMemory:
         return self.tokens * per_token
 
 
-@dataclass(frozen=True)
-class PageNeeds:
-    """What vLLM's pages take of the memory.
-
-    Attributes:
-        block_bytes: bytes of a block in all layers of a KV cache group; groups share the memory.
-        sequence_blocks: blocks of one sequence of ``--max-model-len`` in all groups.
-        max_model_len: its tokens.
-    """
-
-    block_bytes: int
-    sequence_blocks: int
-    max_model_len: int
-
-    @property
-    def least(self) -> int:
-        """Bytes without which vLLM refuses to start: one sequence, and the block that it gives to nobody."""
-        return (self.sequence_blocks + 1) * self.block_bytes
-
-    def tokens(self, memory: int) -> int:
-        """What vLLM calls the size of a cache of so many bytes."""
-        return int(memory // self.block_bytes / self.sequence_blocks * self.max_model_len)
-
-
 @per_object
 def hot_memory(vllm_config: Any) -> HotMemory:
     """Of an engine."""
     return HotMemory()
-
-
-def hot_setting(settings: XQuantSettings, formats: Sequence[LayerFormat]) -> int | float:
-    """The user's setting, or the default: none where all layers hold latents per head, which are fast in pages."""
-    if settings.hot is not None:
-        return settings.hot
-    return DEFAULT_SHARE if any(_slow_in_pages(form) for form in formats) else 0
-
-
-def _slow_in_pages(form: LayerFormat) -> bool:
-    """Whether all kv heads multiply one wide latent: the layer input, or latents with a joint basis."""
-    return form.holds != "latents" or any(stream.num_heads < form.shape.num_kv_heads for stream in form.streams)
 
 
 def unsupported(dtype: torch.dtype, head_sizes: Sequence[int]) -> str | None:
@@ -142,7 +104,7 @@ def take_pool(vllm_config: Any, total: int, page_needs: Callable[[], PageNeeds])
         return 0
     formats = [impl.scheme.format for impl in impls]
     asked = impls[0].settings.hot
-    setting = hot_setting(impls[0].settings, formats)
+    setting = pool_share(asked, formats)
     if not setting or (asked is None and (rows_on_device() or not _on_cpu())):  # on GPUs no default was measured
         return 0
     dtype = vllm_config.model_config.dtype
@@ -150,19 +112,17 @@ def take_pool(vllm_config: Any, total: int, page_needs: Callable[[], PageNeeds])
     if reason is not None:
         logger.info("xquant: hot blocks are off: %s", reason)
         return 0
-    wanted = pool_bytes(setting, total)
-    if wanted + shared >= total:
+    if wanted_bytes(setting, total, None) + shared >= total:
         raise SettingsError(
             f"xquant: setting 'hot': {setting} cannot work: of {total} bytes for the cache none would be left for "
             "pages; set less, or give more memory (--kv-cache-memory-bytes, VLLM_CPU_KVCACHE_SPACE)"
         )
     needs = page_needs()
     # With --max-model-len auto vLLM takes what the pages can hold.
-    if asked is None and vllm_config.model_config.original_max_model_len != -1:
-        wanted = max(0, min(wanted, total - needs.least))
+    gives_way = asked is None and vllm_config.model_config.original_max_model_len != -1
+    wanted = wanted_bytes(setting, total, needs.least if gives_way else None)
     per_token = dtype.itemsize * 2 * sum(impl.num_kv_heads * impl.head_size for impl in impls)
-    # One block is the null block's, which is never hot.
-    if wanted // per_token < 2 * vllm_config.cache_config.block_size:
+    if not pool_tokens(wanted, per_token, vllm_config.cache_config.block_size):
         logger.warning(
             "xquant: hot blocks are off: of %.2f GiB of cache the pool would be %s bytes, less than a block%s; "
             "sequences are attended from their pages, which is slow; give more memory (--kv-cache-memory-bytes, "

@@ -9,8 +9,9 @@ import numpy as np
 
 from xquant_vllm.attention.hot.policy import HotMap
 from xquant_vllm.plugin.connectors.transfers import blocks_written
-from xquant_vllm.plugin.hot.budget import PageNeeds, hot_memory, rows_on_device, take_pool
+from xquant_vllm.plugin.hot.budget import hot_memory, rows_on_device, take_pool
 from xquant_vllm.plugin.hot.log import say_counts
+from xquant_vllm.scheme.hot_pool import PageNeeds
 
 
 @functools.cache
