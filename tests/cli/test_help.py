@@ -6,7 +6,18 @@ import pytest
 
 from xquant_vllm.cli.main import main, parser
 
-COMMANDS = [(), ("factorize",), ("eval",), ("eval", "perplexity"), ("eval", "needle")]
+COMMANDS = [
+    (),
+    ("factorize",),
+    ("eval",),
+    ("eval", "perplexity"),
+    ("eval", "needle"),
+    ("inspect",),
+    ("cache",),
+    ("cache", "list"),
+    ("cache", "clear"),
+    ("doctor",),
+]
 
 
 def help_of(capsys, *command):
