@@ -72,7 +72,7 @@ def test_the_working_directory_is_no_place_to_import_from(probe, tmp_path, monke
 
 @pytest.mark.parametrize(
     ("how", "why"),
-    [("segfault", "ended by SIGSEGV"), ("illegal", "ended by SIGILL"), ("exit", "ended with exit status 3")],
+    [("segfault", "ended by SIGSEGV"), ("illegal", "ended by SIGILL"), ("exit", "ended with exit status 3: and more")],
 )
 def test_what_was_found_before_the_end_is_kept(probe, how, why):
     found = find_out(probe, how)
@@ -91,7 +91,7 @@ def test_a_process_that_hangs_is_ended(probe):
 
 def test_a_module_that_cannot_be_imported():
     found = find_out("no_such_probe")
-    assert found.ended == "ModuleNotFoundError: No module named 'no_such_probe'"
+    assert found.ended == "ended with exit status 1: ModuleNotFoundError: No module named 'no_such_probe'"
     assert found.sections == {}
 
 

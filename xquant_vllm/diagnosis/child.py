@@ -102,4 +102,4 @@ def _why(status: int, complaints: bytes) -> str:
     if status < 0:
         return f"ended by {signal.Signals(-status).name}"
     lines = [line.strip() for line in complaints.decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else f"ended with exit status {status}"
+    return f"ended with exit status {status}{': ' + lines[-1] if lines else ''}"

@@ -44,6 +44,7 @@ def plot_bits(facts: Mapping[str, Any], path: Path) -> None:
             interpolation="nearest",
         )
         axis.set(title=f"bits of {name}", xlabel="channel, the most important first", ylabel="layer")
+    assert image is not None  # a layer has a stream
     figure.colorbar(image, ax=axes[len(streams) - 1], label="bits")
     numbers = [layer["layer"] for layer in layers]
     axes[-1].barh(numbers, [layer["bytes_per_token_16bit"] for layer in layers], color="lightgray", label="16 bit")

@@ -27,8 +27,8 @@ def lost_settings(additional: Mapping[Any, Any], read: Sequence[str], instead: s
         if not read:
             for name in tables:
                 yield Lost(
-                    f"{name!r} in {_OPTION} has no effect, since {instead}; add --attention-backend {key}, or leave the "
-                    "settings out",
+                    f"{name!r} in {_OPTION} has no effect, since {instead}; add --attention-backend {key}, or leave "
+                    "the settings out",
                     certain=False,
                 )
         elif key is None:

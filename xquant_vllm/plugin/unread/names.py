@@ -66,7 +66,7 @@ def is_setting(key: str, name: object, value: object) -> bool:
     if name not in _COMMON:
         return True
     try:
-        model.model_validate({name: value})
+        model.model_validate({name: value}, strict=True)
     except ValidationError:
         return False
     return True
