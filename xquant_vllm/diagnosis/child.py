@@ -35,7 +35,7 @@ class Found:
     ended: str | None
 
 
-def find_out(module: str, *arguments: str, seconds: int = 180) -> Found:
+def find_out(module: str, *arguments: str, seconds: int = 300) -> Found:
     """Run a module's ``main``, which calls :func:`tell`.
 
     Args:
