@@ -117,11 +117,11 @@ def test_what_is_found_once_the_model_is_there_is_said_in_the_same_way(engines, 
     assert said.endswith("set --max-model-len 256 or less")
 
 
-def test_settings_for_a_kind_of_layers_that_a_model_does_not_have_are_not_lost_without_a_word(engines, tmp_path):
-    """Which kinds there are is known once the model is loaded."""
+def test_settings_that_no_layer_reads_are_not_lost_without_a_word(engines, tmp_path):
+    """Which kinds of layers there are is known once the model is loaded."""
     folder = save_tiny_model(tmp_path / "model", "llama")
-    kinds = {"backend_per_kind": {"sliding_window": "XQUANT"}}
-    log = engines.run(folder, None, [], xquant=LATENTS, attention_config=kinds, **ENGINE).log
+    kinds = {"backend_per_kind": {"full_attention": "CPU_ATTN"}}
+    log = engines.run(folder, "xquant", [], xquant=LATENTS, attention_config=kinds, **ENGINE).log
     (line,) = [line for line in log.splitlines() if "settings have no effect" in line]
-    assert "no layers of the kind sliding_window" in line
+    assert "backend_per_kind (full_attention: CPU_ATTN) leaves no layer of this model to the backend" in line
     assert "layers 0-2 keep keys and values (CPU_ATTN)" in line

@@ -67,10 +67,10 @@ def _warn_of_none(config: Any, model: nn.Module) -> None:
     asked = config.attention_config
     whole = config.parallel_config.rank == 0 and config.parallel_config.pipeline_parallel_size == 1
     if BACKEND_NAME in selected_backends(asked) and whole:
-        kinds = ", ".join(kind for kind, backend in asked.backend_per_kind.items() if backend.name == BACKEND_NAME)
+        kinds = ", ".join(f"{kind}: {backend.name}" for kind, backend in asked.backend_per_kind.items())
         logger.warning(
-            "xquant: settings have no effect, because this model has no layers of the kind %s, for which "
-            "backend_per_kind names the backend; %s",
+            "xquant: settings have no effect, because backend_per_kind (%s) leaves no layer of this model to the "
+            "backend; %s",
             kinds,
             describe_coverage(model),
         )
