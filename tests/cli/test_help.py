@@ -6,7 +6,19 @@ import pytest
 
 from xquant_vllm.cli.main import main, parser
 
-COMMANDS = [(), ("factorize",), ("eval",), ("eval", "perplexity"), ("eval", "needle"), ("plan",)]
+COMMANDS = [
+    (),
+    ("factorize",),
+    ("eval",),
+    ("eval", "perplexity"),
+    ("eval", "needle"),
+    ("plan",),
+    ("inspect",),
+    ("cache",),
+    ("cache", "list"),
+    ("cache", "clear"),
+    ("doctor",),
+]
 
 
 def help_of(capsys, *command):

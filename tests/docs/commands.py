@@ -109,7 +109,9 @@ class Workplace:
         for word in words:
             if word.endswith(".txt") and not (self.folder / word).exists():
                 (self.folder / word).write_text(_TEXT)
-        with captured() as said:
+        # The user's own cache is not to be emptied.
+        place = mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(self.folder / ".cache")})
+        with captured() as said, place:
             status = main([*words, *smaller(options)])
         assert status == 0, said.getvalue()
 

@@ -65,6 +65,7 @@ CALLED = {
         "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.__init__(self, config, role, cache)",
         "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1._get_connector_metadata(self)",
     ],
+    "What vLLM says of itself": ["vllm.plugins.load_general_plugins()"],
     "Hidden states and logits": [
         "vllm.LLM.apply_model(self, function)",
         "vllm.model_executor.models.llama.LlamaForCausalLM.compute_logits(self, hidden_states)",

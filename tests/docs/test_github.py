@@ -52,4 +52,4 @@ def test_a_form_follows_githubs_schema(path):
 def test_a_bug_report_asks_for_what_is_needed():
     form = yaml.safe_load((FOLDER / "bug_report.yml").read_text())
     asked = {element["id"] for element in form["body"] if "id" in element}
-    assert {"versions", "command", "settings", "log", "model", "hardware"} <= asked
+    assert {"doctor", "command", "settings", "log", "model"} <= asked

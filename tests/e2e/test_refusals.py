@@ -117,3 +117,13 @@ def test_a_model_with_images_is_served_without_them(engines, tmp_path):
 def test_what_is_found_once_the_model_is_there_is_said_in_the_same_way(engines, tmp_path):
     said = refusal(engines, save_tiny_model(tmp_path / "model", "llama-dynamic"), max_model_len=512)
     assert said.endswith("set --max-model-len 256 or less")
+
+
+def test_settings_that_no_layer_reads_are_not_lost_without_a_word(engines, tmp_path):
+    """Which kinds of layers there are is known once the model is loaded."""
+    folder = save_tiny_model(tmp_path / "model", "llama")
+    kinds = {"backend_per_kind": {"full_attention": "CPU_ATTN"}}
+    log = engines.run(folder, "xquant", [], xquant=LATENTS, attention_config=kinds, **ENGINE).log
+    (line,) = [line for line in log.splitlines() if "settings have no effect" in line]
+    assert "backend_per_kind (full_attention: CPU_ATTN) leaves no layer of this model to the backend" in line
+    assert "layers 0-2 keep keys and values (CPU_ATTN)" in line

@@ -21,7 +21,8 @@ from xquant_vllm.offline.factorize_options import FactorizeOptions
 from xquant_vllm.plugin.engine_factors import check_factors, check_folder
 from xquant_vllm.plugin.engine_settings import settings_of
 from xquant_vllm.projection.factor_file import FACTORS_FILE, HEADER_FILE, read_json, read_tensors
-from xquant_vllm.scheme.factor_cache import FactorCache, cache_folder
+from xquant_vllm.scheme.factor_cache import FactorCache
+from xquant_vllm.scheme.factor_cache_folder import cache_folder
 from xquant_vllm.scheme.factor_header import read_header
 
 SHAPES = {"x": (torch.float32, (2, 3))}

@@ -8,6 +8,7 @@ from xquant_vllm import __version__
 from xquant_vllm.cli.eval_arguments import add_eval
 from xquant_vllm.cli.factorize_arguments import add_factorize
 from xquant_vllm.cli.help_format import examples
+from xquant_vllm.cli.inspection.arguments import add_cache, add_doctor, add_inspect
 from xquant_vllm.cli.option_words import in_option_words
 from xquant_vllm.cli.plan_arguments import add_plan
 from xquant_vllm.errors import XQuantError
@@ -22,11 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: as typed, None for the process's own.
 
     Returns:
-        The exit status: 0, 2 for a refusal or a failure, 130 after Ctrl-C.
+        The exit status: 0, 1 where a command has found what it looks for and that is bad, 2 for a refusal or a failure,
+        130 after Ctrl-C.
     """
     options = parser().parse_args(arguments)
     try:
-        options.command(options)
+        status: int | None = options.command(options)
     except XQuantError as error:
         print(in_option_words(error, options), file=sys.stderr)
         return _REFUSED
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"xquant: interrupted; {_left_behind(options)}", file=sys.stderr)
         return _INTERRUPTED
-    return 0
+    return status or 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         **examples(
             "xquant eval perplexity models/smollm2-135m-instruct --bits 3",
             "xquant factorize MODEL --out DIR --calibration my_text.txt --bits 3",
+            "xquant doctor",
         ),
     )
     xquant.add_argument("--version", action="version", version=__version__)
@@ -54,6 +57,9 @@ def parser() -> argparse.ArgumentParser:
     add_factorize(commands)
     add_eval(commands)
     add_plan(commands)
+    add_inspect(commands)
+    add_cache(commands)
+    add_doctor(commands)
     return xquant
 
 
@@ -61,4 +67,5 @@ def _left_behind(options: argparse.Namespace) -> str:
     """What there is of a result that did not come about."""
     if getattr(options, "resume", None) is not None:
         return f"scores so far are in {options.resume}, and the same command goes on after them"
-    return f"nothing was written{f' to {options.out}' if getattr(options, 'out', None) else ''}"
+    out = getattr(options, "out", None)
+    return f"nothing was written{f' to {out}' if out else ''}"

@@ -16,7 +16,7 @@ from xquant_vllm.scheme.layer_weights import HeadShard
 from xquant_vllm.scheme.settings import XQuantSettings
 
 # Which of the folder's files have the model's weights; vLLM reads all of them in a folder without one.
-_INDEX = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt")
 
 
@@ -42,7 +42,7 @@ def factor_provider(vllm_config: Any, settings: XQuantSettings) -> FactorProvide
 
     folder, header = factors_of(vllm_config)
     if header is None:
-        return FactorProvider(settings, None, None, None)
+        return FactorProvider(settings, None, None, None, getattr(vllm_config.model_config, "model", None))
     total = vllm_config.model_config.get_total_num_kv_heads()
     ranks = vllm_config.parallel_config.tensor_parallel_size
     shard = HeadShard.of_rank(get_tensor_model_parallel_rank() if ranks > 1 else 0, ranks, total)
@@ -81,17 +81,17 @@ def _check_files(folder: Path, header: FactorHeader, settings: XQuantSettings) -
         chained = header.settings.chain is not None
         groups = layers_of_groups([not chained or settings.is_anchor(index) for index in range(last + 1)])
         read_link(folder, last, groups[last], header)
-    if problem := _index_problem(folder):
-        raise refuse_factors(folder / _INDEX, problem, header)
+    if problem := index_problem(folder):
+        raise refuse_factors(folder / INDEX_FILE, problem, header)
 
 
-def _index_problem(folder: Path) -> str:
+def index_problem(folder: Path) -> str:
     """Why vLLM would not read the model's own weights, or others too, by the folder's index; "" if it would."""
-    if not os.path.lexists(folder / _INDEX):
+    if not os.path.lexists(folder / INDEX_FILE):
         weights = [path for path in folder.iterdir() if path.suffix in _WEIGHTS and path.name != FACTORS_FILE]
         return f"is missing, without which vLLM takes {FACTORS_FILE} for weights of the model" if weights else ""
     try:
-        files = read_json(folder / _INDEX).get("weight_map")
+        files = read_json(folder / INDEX_FILE).get("weight_map")
     except FactorFileError as error:
         return str(error)
     if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):

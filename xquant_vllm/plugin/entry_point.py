@@ -1,6 +1,7 @@
 """Entry point of the group ``vllm.general_plugins``; vLLM calls it once in every process."""
 
 import logging
+from typing import Any
 
 logger = logging.getLogger("vllm.xquant_vllm")
 
@@ -9,7 +10,8 @@ def register() -> None:
     """Make ``--attention-backend xquant`` and ``kivi`` known to vLLM. Idempotent; changes nothing for other backends.
 
     Everything heavy waits until a backend is selected: the platform checks act only on configurations that ask for
-    it, and the loader hook is installed when the first layer is built for it.
+    it, and the loader hook is installed when the first layer is built for it. Where no backend is selected, settings
+    that are meant for one are warned of.
     """
     import vllm
 
@@ -28,5 +30,11 @@ def register() -> None:
     for name in BACKENDS:
         get_member(name)
     wrap_platform()
-    unwrap_from_validation()
+    unwrap_from_validation(_report_unread)
     watch_engine_core()
+
+
+def _report_unread(arguments: Any, vllm_config: Any) -> None:
+    from xquant_vllm.plugin.unread.report import report_unread
+
+    report_unread(arguments, vllm_config)

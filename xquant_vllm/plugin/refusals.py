@@ -3,7 +3,7 @@
 import functools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,10 +31,13 @@ def announced() -> Iterator[None]:
         raise
 
 
-def unwrap_from_validation() -> None:
+def unwrap_from_validation(look: Callable[[Any, Any], None]) -> None:
     """Keep pydantic, which validates vLLM's configurations, from burying an error of this package in its own.
 
     Once per process, and only where configurations are made.
+
+    Args:
+        look: called with vLLM's ``EngineArgs`` and the configuration that was made of them; may refuse them.
     """
     module: Any = sys.modules.get(_ARGUMENTS_MODULE)
     if module is None or getattr(module.EngineArgs.create_engine_config, _UNWRAPS, False):
@@ -47,7 +50,10 @@ def unwrap_from_validation() -> None:
 
         try:
             _look_into_folder(self)
-            return original(self, *args, **kwargs)
+            config = original(self, *args, **kwargs)
+            with announced():
+                look(self, config)
+            return config
         except XQuantError:
             raise
         except Exception as error:

@@ -19,11 +19,14 @@ class Backend(NamedTuple):
         path: of its class.
         check: of the function that refuses configurations, called with vLLM's.
         hook: of the function that has loaded weights handed over, called without arguments.
+        settings: of the pydantic model of its settings, whose key in ``additional_config`` is the backend's name in
+            small letters.
     """
 
     path: str
     check: str
     hook: str
+    settings: str
 
 
 BACKENDS = {
@@ -31,11 +34,13 @@ BACKENDS = {
         "xquant_vllm.plugin.backend.backend.XQuantBackend",
         "xquant_vllm.plugin.checks.check_config",
         "xquant_vllm.plugin.load.loader.install_loader_hook",
+        "xquant_vllm.scheme.settings.XQuantSettings",
     ),
     KIVI_BACKEND_NAME: Backend(
         "xquant_vllm.kivi.plugin.backend.KiviBackend",
         "xquant_vllm.kivi.plugin.checks.check_config",
         "xquant_vllm.kivi.plugin.loader.install_loader_hook",
+        "xquant_vllm.kivi.plugin.settings.KiviSettings",
     ),
 }
 

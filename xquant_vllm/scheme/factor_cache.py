@@ -6,8 +6,10 @@ import json
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,19 +21,11 @@ from xquant_vllm.projection.factor_file import (
     refuse_other_than_files,
     tensor_bytes,
 )
+from xquant_vllm.scheme.factor_cache_folder import ABOUT, PART_SUFFIX, SUFFIX
 
 logger = logging.getLogger("vllm.xquant_vllm")
 
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-
-
-def cache_folder() -> Path | None:
-    """``$XDG_CACHE_HOME/xquant_vllm``, or ``~/.cache/xquant_vllm``; None for a user without a home."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(root) if root else Path.home() / ".cache") / "xquant_vllm"
-    except RuntimeError:  # no HOME, and no entry in the list of users
-        return None
 
 
 class FactorCache:
@@ -57,10 +51,10 @@ class FactorCache:
         digest = hashlib.sha256(f"{FORMAT_VERSION} {recipe} {tuple(key_weight.shape)} {key_weight.dtype}".encode())
         digest.update(tensor_bytes(key_weight))
         digest.update(tensor_bytes(value_weight))
-        return self.folder / f"{digest.hexdigest()}.safetensors"
+        return self.folder / f"{digest.hexdigest()}{SUFFIX}"
 
     def load(self, path: Path, shapes: Shapes) -> dict[str, torch.Tensor] | None:
-        """Read an entry; a corrupt one is deleted.
+        """Read an entry, which is from now on the one that was used last; a corrupt one is deleted.
 
         Args:
             path: the entry.
@@ -72,29 +66,42 @@ class FactorCache:
         try:
             if not os.path.lexists(path):
                 return None
-            return read_tensors(path, shapes, _read_checksums(path))
+            tensors = read_tensors(path, shapes, _read_checksums(path))
+            with contextlib.suppress(OSError):  # a cache of another user, or on a disk that cannot be written
+                os.utime(path)
+            return tensors
         except FactorFileError as error:
+            if not os.path.lexists(path):  # somebody has emptied the cache meanwhile
+                return None
             logger.warning("xquant: the cached factors %s are computed anew, because the file %s", path, error)
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
 
-    def store(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    def store(self, path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any] | None = None) -> None:
         """Write an entry under another name and give it its own: ranks may do this at the same time.
 
         The first one stays. Two that were computed apart differ in rounding, and who reads opens the file twice: for
         the checksums, and for what they are of.
+
+        Args:
+            path: where :meth:`path` says that it is kept.
+            tensors: by their names.
+            about: what they are of, as JSON, for people who look at the cache; the model that comes first is named.
         """
         shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         temporary = None
         assert self.folder is not None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=self.folder)
+            handle, name = tempfile.mkstemp(prefix=".", suffix=PART_SUFFIX, dir=self.folder)
             os.close(handle)
             temporary = Path(name)
             checksums = {name: hashlib.sha256(tensor_bytes(tensor)).hexdigest() for name, tensor in tensors.items()}
-            writer = TensorWriter(temporary, shapes, {"sha256": json.dumps(checksums)})
+            metadata = {"sha256": json.dumps(checksums)}
+            if about is not None:
+                metadata[ABOUT] = json.dumps({**about, "created": int(time.time())})
+            writer = TensorWriter(temporary, shapes, metadata)
             writer.write(tensors)
             writer.close()
             _name_once(temporary, path)

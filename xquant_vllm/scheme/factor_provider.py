@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from xquant_vllm.projection.factor_file import (
     FACTORS_FILE,
     HEADER_FILE,
     bases_from,
+    dtype_name,
     head_fingerprints,
     layer_shapes,
     layer_tensors,
@@ -20,7 +22,8 @@ from xquant_vllm.projection.factor_file import (
 from xquant_vllm.projection.joint_kv import JointKVBasis, factorize_joint_kv
 from xquant_vllm.projection.layer import factorize_layer
 from xquant_vllm.projection.predicted import PredictedLink
-from xquant_vllm.scheme.factor_cache import FactorCache, Shapes, cache_folder
+from xquant_vllm.scheme.factor_cache import FactorCache, Shapes
+from xquant_vllm.scheme.factor_cache_folder import cache_folder
 from xquant_vllm.scheme.factor_conflicts import refuse_factors
 from xquant_vllm.scheme.factor_header import FactorHeader
 from xquant_vllm.scheme.factor_reader import Bases, read_layer, read_link
@@ -38,7 +41,12 @@ class FactorProvider:
     """
 
     def __init__(
-        self, settings: XQuantSettings, folder: Path | None, header: FactorHeader | None, shard: HeadShard | None
+        self,
+        settings: XQuantSettings,
+        folder: Path | None,
+        header: FactorHeader | None,
+        shard: HeadShard | None,
+        model: str | None = None,
     ) -> None:
         """Prepare.
 
@@ -47,7 +55,9 @@ class FactorProvider:
             folder: the model's folder if it has factors.
             header: their header, or None.
             shard: this rank's kv heads; None if it holds all.
+            model: what the user calls the model, noted in the cache.
         """
+        self._model = model
         self._settings, self._folder, self._header, self._shard = settings, folder, header, shard
         self._cache = FactorCache(cache_folder()) if settings.factor_cache else None
         self._origins: Counter[str] = Counter()
@@ -176,9 +186,22 @@ class FactorProvider:
                 return cached
         tensors = compute()
         if self._cache is not None and path is not None:
-            self._cache.store(path, tensors)
+            self._cache.store(path, tensors, self._about(layer))
         self._origins["computed"] += 1
         return tensors
+
+    def _about(self, layer: LayerWeights) -> dict[str, Any]:
+        """What an entry of the cache is of, for people."""
+        settings = self._settings
+        made_with = {
+            "basis": "joint, keys and values" if layer.together else settings.basis,
+            "outlier_channels": settings.outlier_channels.model_dump(),
+            "rotate": settings.rotate,
+            "dtype": dtype_name(layer.key.dtype),
+        }
+        if layer.together:
+            made_with["outlier_channels"] = {"key": settings.outlier_channels.key, "value": 0}
+        return {"model": self._model, "layer": layer.layer_index, "settings": made_with}
 
     def _from_file(self, layer: LayerWeights, header: FactorHeader) -> Bases:
         assert self._folder is not None

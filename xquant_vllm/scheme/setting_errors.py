@@ -50,8 +50,10 @@ def _explain(problem: Any, raw: Mapping[str, Any], key: str, known: list[str], a
     """One line for one of pydantic's errors."""
     names = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
+        if names[0].lower() == key:
+            return f"{key}: settings stand in one table under {key!r}, and not in another {names[0]!r} inside of it"
         known = known if len(names) == 1 else ["key", "value"]
-        close = difflib.get_close_matches(names[-1], known, n=1)
+        close = difflib.get_close_matches(names[-1].lower(), known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         where = f"{key}: " if len(names) == 1 else f"{key}: setting {names[0]!r}: "
         return f"{where}unknown setting {names[-1]!r}; {hint}known are {', '.join(known)}"

@@ -82,7 +82,8 @@ def prepare_served(
         parameters = [layer_parameters(model, layer, dtype) for layer in range(checkpoint.layers)]
         if batch is not None:
             return ServedCache(settings, formats, calibrated, parameters)
-        provider = FactorProvider(settings, None if header is None else checkpoint.folder, header, None)
+        folder = None if header is None else checkpoint.folder
+        provider = FactorProvider(settings, folder, header, None, checkpoint.name)
         with provider if needs_factors else contextlib.nullcontext():
             provider.announce(
                 layer.weights(form) for layer, form in zip(parameters, formats, strict=True) if form.holds != "x"

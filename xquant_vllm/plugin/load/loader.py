@@ -26,7 +26,7 @@ from xquant_vllm.plugin.load.surgery import Surgeon
 from xquant_vllm.plugin.load.trace.stand_ins import output_rows
 from xquant_vllm.plugin.load.transformers_backend.find import advising, recognize_all, runs_through_transformers
 from xquant_vllm.plugin.load.weight_hook import backend_layers, wrap_weight_processing
-from xquant_vllm.plugin.registration import BACKEND_NAME
+from xquant_vllm.plugin.registration import BACKEND_NAME, selected_backends
 from xquant_vllm.plugin.reload.record import Record
 from xquant_vllm.plugin.reload.session import serve_new_weights
 from xquant_vllm.scheme.builder import layer_weights
@@ -58,6 +58,22 @@ def _process(original: Callable[[], None], model: Any, model_config: Any) -> Non
         refuse_mixed_pages(config)
         if not layers:
             logger.info("xquant: of the draft, %s", describe_coverage(model))
+    elif not layers:
+        _warn_of_none(config, model)
+
+
+def _warn_of_none(config: Any, model: nn.Module) -> None:
+    """Say that no layer of a model is compressed, which asked for it; once, and not of a part of a pipeline."""
+    asked = config.attention_config
+    whole = config.parallel_config.rank == 0 and config.parallel_config.pipeline_parallel_size == 1
+    if BACKEND_NAME in selected_backends(asked) and whole:
+        kinds = ", ".join(f"{kind}: {backend.name}" for kind, backend in asked.backend_per_kind.items())
+        logger.warning(
+            "xquant: settings have no effect, because backend_per_kind (%s) leaves no layer of this model to the "
+            "backend; %s",
+            kinds,
+            describe_coverage(model),
+        )
 
 
 def _factorize(original: Callable[[], None], model: Any, layers: list[tuple[str, nn.Module, Any]]) -> None:

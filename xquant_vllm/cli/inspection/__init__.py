@@ -1,0 +1,1 @@
+"""Commands that look and tell: ``xquant doctor``, ``xquant inspect`` and ``xquant cache``."""

@@ -1,0 +1,1 @@
+"""What a machine, a folder of factors and the factor cache say of themselves: ``xquant doctor`` and ``inspect``."""
