@@ -9,6 +9,7 @@ from xquant_vllm.cli.eval_arguments import add_eval
 from xquant_vllm.cli.factorize_arguments import add_factorize
 from xquant_vllm.cli.help_format import examples
 from xquant_vllm.cli.option_words import in_option_words
+from xquant_vllm.cli.setup_cpu import add_setup_cpu
 from xquant_vllm.errors import XQuantError
 
 _REFUSED, _INTERRUPTED = 2, 130
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     commands = xquant.add_subparsers(required=True, metavar="COMMAND")
     add_factorize(commands)
     add_eval(commands)
+    add_setup_cpu(commands)
     return xquant
 
 
