@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +20,7 @@ from vllm_process import Progress, VllmServer, free_port
 
 SCRIPT = Path(ray_serve.__file__)
 READY = "layers are compressed, which is all"
+REPLICAS = 2
 
 
 def test_options_become_those_of_vllm():
@@ -69,7 +71,7 @@ def ray_folder() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def server(smollm2, ray_folder, tmp_path_factory) -> Iterator[VllmServer]:
     """The script, with two replicas that are ready."""
-    arguments = [str(smollm2), "--replicas", "2", "--served-model-name", "smollm2", "--max-model-len", "512",
+    arguments = [str(smollm2), "--replicas", str(REPLICAS), "--served-model-name", "smollm2", "--max-model-len", "512",
                  "--kv-cache-memory-bytes", "67108864", "--enforce-eager"]  # fmt: skip
     variables = {"RAY_TMPDIR": str(ray_folder), "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0",
                  "PYTHONPATH": os.environ.get("PYTHONPATH", str(SCRIPT.parent.parent))}  # fmt: skip
@@ -77,9 +79,13 @@ def server(smollm2, ray_folder, tmp_path_factory) -> Iterator[VllmServer]:
     log = tmp_path_factory.mktemp("ray") / "serve.log"
     program = [sys.executable, str(SCRIPT)]
     with VllmServer(arguments, log, free_port(), variables, program=program) as server:
-        both = lambda: server.is_healthy() and server.log_text().count(READY) == 2  # noqa: E731
+        both = lambda: server.is_healthy() and server.log_text().count(READY) == REPLICAS  # noqa: E731
         server.wait(both, "both replicas were ready", 600, Progress("Ray Serve"))
         yield server
+        # Ray ends its processes in order, which takes longer than vLLM alone.
+        server.process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.process.wait(120)
 
 
 def _ask(server: VllmServer) -> str:
@@ -118,9 +124,9 @@ def test_answers_are_streamed(server):
 @pytest.mark.nightly
 def test_a_replica_whose_engine_dies_is_replaced(server, ray_folder):
     engines = [pid for pid, command in _processes(str(ray_folder)).items() if "EngineCore" in command]
-    assert len(engines) == 2
+    assert len(engines) == REPLICAS
     os.kill(engines[0], signal.SIGKILL)
-    replaced = lambda: server.log_text().count(READY) == 3  # noqa: E731
+    replaced = lambda: server.log_text().count(READY) == REPLICAS + 1  # noqa: E731
     server.wait(replaced, "the replica was replaced", 900, Progress("Ray Serve"))
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
