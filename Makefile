@@ -21,6 +21,8 @@ SOAK_ARGS ?=
 # Compute capabilities and options of `make gpu-sweep`, and options of `make triton-matrix`
 SWEEP_ARGS ?= 80 86 89 90 100
 MATRIX_ARGS ?=
+# More options for tools/release.py
+RELEASE_ARGS ?=
 # More options for pytest, e.g. make test TEST_ARGS="-m 'not e2e'"
 TEST_ARGS ?=
 
@@ -38,7 +40,7 @@ LINTED := xquant_vllm tests tools examples benchmarks docker setup.py
 
 .PHONY: help venv kernels cuda-check gpu-counts gpu-sweep triton-matrix model demo serve \
 	test test-models test-gpu test-docs test-scale test-gpu-worker test-next-vllm test-nightly accuracy pictures bench-cpu \
-	families families-write families-all soak sanitize dist docs reference lint clean
+	families families-write families-all soak sanitize dist release docs reference lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -148,6 +150,9 @@ sanitize: venv ## test the C++ kernels for CPUs under AddressSanitizer and Undef
 
 dist: venv ## build the source distribution and, from it, the wheel (kernels inside if they compile) into dist/
 	$(VENV)/bin/python -m build --no-isolation
+
+release: venv ## build what is published into dist/, a manylinux wheel, and check it; RELEASE_ARGS="--tag vX.Y.Z" also the tag
+	$(VENV)/bin/python tools/release.py $(RELEASE_ARGS)
 
 lint: venv ## check style, types, which room imports which, Dockerfiles and shell scripts
 	$(VENV)/bin/ruff check $(LINTED)

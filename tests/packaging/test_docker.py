@@ -5,9 +5,11 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import release
 import setup_env
 from packaging.version import Version
 from vllm_process import free_port
@@ -83,6 +85,17 @@ def test_cpu_image_has_the_wheel_with_kernels_and_the_pinned_vllm(cpu_image):
     assert Path(library.split()[0]).resolve().is_relative_to(environment.resolve())
     assert versions.startswith(setup_env.packages.pinned_vllm(ROOT))
     assert "xquant_vllm.plugin.entry_point:register" in versions
+
+
+def test_the_wheel_with_kernels_can_go_to_an_index(cpu_image, tmp_path):
+    """auditwheel renames it, and has nothing to add to it."""
+    (wheel,) = cpu_image.stages["builder"].at("/dist").iterdir()
+    path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", str(tmp_path), str(wheel)]
+    done = subprocess.run(command, env={**os.environ, **path}, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (repaired,) = tmp_path.iterdir()
+    release.check_wheel(repaired)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--max-model-len", "64"]])

@@ -25,6 +25,7 @@ def build(tmp_path: Path):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     (tmp_path / "xquant_vllm").mkdir()
+    shutil.copy(ROOT / "xquant_vllm" / "__init__.py", tmp_path / "xquant_vllm")  # has the version
     compiler = tmp_path / "compiler"
     compiler.write_text(COMPILER)
     compiler.chmod(0o755)

@@ -15,6 +15,7 @@ import pytest
 
 from tests.packaging import beside_vllm
 from tests.packaging.beside_vllm import OUTSIDE
+from xquant_vllm import __version__
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # What decides which torch a user has must come from the vLLM that they have.
@@ -63,6 +64,18 @@ def test_without_a_compiler_the_wheel_is_pure_and_the_build_warns(built, wheel):
     assert _metadata(wheel, "WHEEL")["Root-Is-Purelib"] == "true"
     with zipfile.ZipFile(wheel) as archive:
         assert not [name for name in archive.namelist() if name.endswith((".so", ".cpp", ".cu"))]
+
+
+def test_an_index_would_take_both_and_show_the_readme(built):
+    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, built[0].iterdir())]
+    done = subprocess.run(command, env=OUTSIDE, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("PASSED") == 2
+
+
+def test_the_version_is_that_of_the_package(built, wheel):
+    assert _metadata(wheel, "METADATA")["Version"] == __version__
+    assert {path.name.split("-")[1].removesuffix(".tar.gz") for path in built[0].iterdir()} == {__version__}
 
 
 def test_the_source_distribution_has_all_sources(built):

@@ -11,6 +11,7 @@ from xquant_vllm.cli.help_format import examples
 from xquant_vllm.cli.inspection.arguments import add_cache, add_doctor, add_inspect
 from xquant_vllm.cli.option_words import in_option_words
 from xquant_vllm.cli.plan_arguments import add_plan
+from xquant_vllm.cli.setup_cpu import add_setup_cpu
 from xquant_vllm.errors import XQuantError
 
 _REFUSED, _INTERRUPTED = 2, 130
@@ -60,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     add_inspect(commands)
     add_cache(commands)
     add_doctor(commands)
+    add_setup_cpu(commands)
     return xquant
 
 
