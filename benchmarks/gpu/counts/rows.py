@@ -11,6 +11,7 @@ from benchmarks.gpu.cases import Spec, make_plan
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu.gpu_plan import prepare
 from xquant_vllm.attention.gpu.launch import paged_attention
+from xquant_vllm.attention.gpu.store.store import store
 from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.layout import StreamFormat
 from xquant_vllm.kivi.gpu.launch import paged_attention as kivi_attention
@@ -76,6 +77,14 @@ def attend(plan: AttentionLayerPlan, lengths: Sequence[int]) -> None:
     query = torch.zeros(tokens, plan.num_heads, plan.projection.head_size, dtype=torch.bfloat16)
     inputs = [torch.zeros(tokens, of.num_heads, of.width, dtype=torch.bfloat16) for of in plan.layout.streams]
     paged_attention(query, pages, plan, batch, torch.empty_like(query), inputs)
+
+
+def store_served(tokens: int) -> None:
+    """Store so many tokens with the served default."""
+    plan = make_plan(served_spec())
+    pages = [torch.zeros(1, layout.page_bytes, dtype=torch.uint8) for layout in plan.layouts]
+    inputs = [torch.zeros(tokens, of.num_heads, of.width, dtype=torch.bfloat16) for of in plan.layout.streams]
+    store(pages, plan, torch.zeros(tokens, dtype=torch.int64), inputs)
 
 
 def _read(plan: AttentionLayerPlan) -> int:

@@ -2,7 +2,8 @@
 
 ``python -m tests.attention.gpu.sweep 80 90`` takes hours for a compute capability and can be stopped: what is compiled
 stays in Triton's cache. ``--spread`` takes a tenth of the configurations, in which every format meets heads of every
-size. It prints one line per kernel that does not fit or spills more than it may, and fails if there is any.
+size, and ``--served`` (`make cuda-check`) what GPUs run if nothing is set. It prints one line per kernel that does not
+fit or spills more than it may, and fails if there is any.
 """
 
 import argparse
@@ -12,13 +13,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 from tests.attention.gpu.compiled import Compiled, compile_call
-from tests.attention.gpu.sweep_cases import DTYPES, calls, configurations, rotated_stores
+from tests.attention.gpu.sweep_cases import DTYPES, calls, configurations, rotated_stores, served
 from xquant_vllm.attention.gpu.limits import SHARED_MEMORY
 
 # Bytes of spilled registers that a thread of a kernel may have; 0 where it is not named. All of these keep 64 rows or
 # two products in registers, of which they have 255 in use: with fewer rows they would read every byte more often.
 SPILLS = {
     "attend": 256,
+    "attend_heads": 128,
     "dense": 64,
     "kivi_attend": 1536,
     "project_spans": 128,
@@ -53,14 +55,16 @@ def main() -> int:
     """Compile, and return how many kernels have a problem."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("capability", type=int, nargs="+", choices=SHARED_MEMORY)
-    parser.add_argument("--spread", action="store_true", help="a tenth of the configurations")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--spread", action="store_true", help="a tenth of the configurations")
+    choice.add_argument("--served", action="store_true", help="what is served by default, every kernel printed")
     parser.add_argument("--only", nargs="+", default=[""], help="cases in whose names one of these is")
     parser.add_argument("--json", action="store_true", help="print every kernel, one line of JSON each")
     options = parser.parse_args()
     found: dict[str, str] = {}
     kernels = refused = 0
     for capability in options.capability:
-        for name, call in cases(every=not options.spread):
+        for name, call in served() if options.served else cases(every=not options.spread):
             if not any(part in name for part in options.only):
                 continue
             try:
@@ -71,6 +75,12 @@ def main() -> int:
                 continue
             for kernel in compiled:
                 kernels += 1
+                if options.served:
+                    print(
+                        f"sm_{capability:<3} {kernel.kernel:20} {kernel.registers:3} registers, {kernel.stack:3} bytes "
+                        f"spilled, {kernel.shared:6} of shared memory  ({name})",
+                        flush=True,
+                    )
                 if options.json:
                     print(json.dumps(asdict(kernel)), flush=True)
                 text = problem(kernel)

@@ -8,7 +8,6 @@ import triton
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu import workspace
 from xquant_vllm.attention.gpu.arguments import describe_batch, describe_latent, describe_scores, products, unpacking
-from xquant_vllm.attention.gpu.cuda import decode as cuda_decode
 from xquant_vllm.attention.gpu.decode.absorb import absorb
 from xquant_vllm.attention.gpu.decode.attend import attend
 from xquant_vllm.attention.gpu.decode.launch_heads import launch_heads
@@ -82,9 +81,7 @@ def decode(
             OUTLIERS=key.most_outliers,
             **products(gpu_plan.dtype),
         )
-    if cuda_decode.takes(plan, gpu_plan.dtype, pages, longest * group):
-        cuda_decode.launch(plan, query, pages, batch, partial, sequences, longest * group)
-    elif gpu_plan.heads is not None:
+    if gpu_plan.heads is not None:
         launch_heads(
             of_batch,
             batch.block_table.stride(0),
