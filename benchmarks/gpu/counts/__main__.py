@@ -79,6 +79,9 @@ def main() -> None:
     print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head), flush=True)
     text, facts = line(rows.served())
     print(text, flush=True)
+    text, calibrated = line(rows.calibrated())
+    print(text, flush=True)
+    facts["calibrated_warp_instructions"] = calibrated["decode_warp_instructions"]
     if not arguments.served:
         for row in rows.others():
             print(line(row)[0], flush=True)
