@@ -62,8 +62,8 @@ gpu-sweep: venv ## compile the Triton kernels of all that can be served, for eve
 triton-matrix: venv ## compile and interpret the Triton kernels by Triton 3.7, 3.8 and 3.9 (downloads 0.5 GB into build)
 	$(VENV)/bin/python tools/triton_matrix.py $(MATRIX_ARGS)
 
-cuda-check: venv ## compile csrc/cuda for every GPU it is built for, and fail on spilled registers (needs nvcc, no GPU)
-	$(VENV)/bin/python tools/cuda_check.py
+cuda-check: venv ## compile the GPU kernels of the served default for every GPU, and fail on spilled registers (a minute, no GPU)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.attention.gpu.sweep $(CHECKED) --served
 
 gpu-counts: venv ## count what the GPU kernels execute, from machine code (5 minutes, no GPU); the last line is JSON
 	$(VENV)/bin/python -m benchmarks.gpu.counts
@@ -164,5 +164,5 @@ lint: venv ## check style, types, which room imports which, Dockerfiles and shel
 
 clean: ## remove build outputs, logs and caches (not .venv, not models)
 	rm -rf build dist logs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	rm -f $(KERNELS) xquant_vllm/attention/gpu/cuda/_cuda_kernels.so
+	rm -f $(KERNELS)
 	find $(LINTED) -name __pycache__ -type d -prune -exec rm -rf {} +

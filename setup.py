@@ -1,16 +1,14 @@
-"""Builds the kernels (csrc/cpu, csrc/cuda) into two plain shared libraries; everything else is in pyproject.toml.
+"""Builds the C++ kernels (csrc/cpu) into a plain shared library; everything else is in pyproject.toml.
 
-The libraries hold no Python and no torch code: the package loads them with ctypes and hands them raw pointers. So they
-are no extension modules, one build serves every Python version, and setuptools' build_ext does not fit; hence commands
-of our own. Without a compiler the package still installs and works, on its PyTorch reference path; without nvcc, or
-beside a torch without CUDA, it does without the CUDA kernels.
+The library holds no Python and no torch code: the package loads it with ctypes and hands it raw pointers. So it is no
+extension module, one build serves every Python version, and setuptools' build_ext does not fit; hence a command of our
+own. Without a compiler the package still installs and works, on its PyTorch reference path. The kernels for GPUs are
+Triton's, which compiles them when they are launched.
 
-    XQUANT_BUILD_KERNELS=0   build no CPU kernels
+    XQUANT_BUILD_KERNELS=0   build none
     XQUANT_BUILD_KERNELS=1   a failed build fails the installation (else: one warning line)
     CXX                      the compiler, g++ if unset
     CXXFLAGS                 more options for it, behind ours
-    XQUANT_BUILD_CUDA=0, 1   likewise; 1 also builds them beside a torch without CUDA
-    NVCC, CUDA_HOME          where nvcc is, if it is not on the path
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from __future__ import annotations
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -63,17 +60,6 @@ OPTIONAL_CODE = (
 TEST_ISA = "_amx_emulated"
 # These tell isa.cpp that they are there.
 PRESENT_FLAGS = {OPTIONAL_ISA: "-DXQUANT_WITH_AMX", TEST_ISA: "-DXQUANT_WITH_EMULATED_AMX"}
-
-CUDA_SOURCES = Path("csrc") / "cuda"
-CUDA_LIBRARY = Path("xquant_vllm") / "attention" / "gpu" / "cuda" / "_cuda_kernels.so"
-# Machine code of Ampere, Hopper and Blackwell, and PTX that the driver compiles on what is none of these.
-CUDA_TARGETS = [
-    "-gencode=arch=compute_80,code=sm_80",
-    "-gencode=arch=compute_90a,code=sm_90a",
-    "-gencode=arch=compute_100,code=sm_100",
-    "-gencode=arch=compute_80,code=compute_80",
-]
-CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{CUDA_SOURCES}"]
 
 
 class KernelBuildError(Exception):
@@ -182,54 +168,13 @@ def _put(linked: Path, target: Path) -> None:
     print(f"xquant: built {target}", flush=True)
 
 
-def find_nvcc() -> str | None:
-    """CUDA's compiler: ``$NVCC``, on the path, or where CUDA is usually installed."""
-    usual = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
-    return os.environ.get("NVCC") or shutil.which("nvcc") or (str(usual) if usual.is_file() else None)
+class build_kernels(Command):
+    """Builds the library: a part of `build`, or on its own with --inplace, as `make kernels` does."""
 
-
-def _torch_has_cuda() -> bool:
-    try:
-        import torch
-    except ImportError:
-        return False
-    return torch.version.cuda is not None
-
-
-def compile_cuda_kernels(target: Path) -> None:
-    """Compile and link the CUDA kernels to `target`, which is replaced in one step."""
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise KernelBuildError("nvcc is missing; install the CUDA toolkit or set NVCC or CUDA_HOME")
-    sources = sorted(path.relative_to(ROOT) for path in (ROOT / CUDA_SOURCES).rglob("*.cu"))
-    if not sources:
-        raise KernelBuildError(f"no sources in {ROOT / CUDA_SOURCES}; is this a complete source tree?")
-    (ROOT / OBJECTS).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=ROOT / OBJECTS) as folder:
-        objects = [str(Path(folder) / f"{source.parent.name}_{source.stem}.o") for source in sources]
-
-        def compile_one(source: Path, output: str) -> None:
-            print(f"xquant: compiling {source}", flush=True)
-            _call([nvcc, *CUDA_FLAGS, *CUDA_TARGETS, "-c", str(source), "-o", output], str(source))
-
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            list(pool.map(compile_one, sources, objects))
-        linked = Path(folder) / target.name
-        # CUDA's runtime goes into the library, whatever version of it torch has brought.
-        _call([nvcc, "-shared", "-cudart=static", "-o", str(linked), *objects], target.name)
-        _put(linked, target)
-
-
-class KernelCommand(Command):
-    """Builds one library: a part of `build`, or on its own with --inplace."""
-
+    description = "compile csrc/cpu into a shared library"
     user_options = [("build-lib=", None, "folder of the package to be"), ("inplace", "i", "build into the source tree")]
     boolean_options = ["inplace"]
     editable_mode = False  # set by setuptools for `pip install -e`
-    library: Path
-    variable: str
-    what: str
-    instead: str
 
     def initialize_options(self) -> None:
         self.build_lib: str | None = None
@@ -238,41 +183,32 @@ class KernelCommand(Command):
     def finalize_options(self) -> None:
         self.set_undefined_options("build_py", ("build_lib", "build_lib"))
 
-    def compile(self, target: Path) -> None:
-        """Make the library."""
-        raise NotImplementedError
-
-    def reason_to_skip(self) -> str | None:
-        """Why not even to try, if nothing was demanded."""
-        return None
-
     @property
     def target(self) -> Path:
         """Where the library goes."""
         in_place = self.inplace or self.editable_mode
-        return ROOT / self.library if in_place else Path(str(self.build_lib)).resolve() / self.library
+        return ROOT / LIBRARY if in_place else Path(str(self.build_lib)).resolve() / LIBRARY
 
     def run(self) -> None:
-        wish = os.environ.get(self.variable, "")
+        wish = os.environ.get("XQUANT_BUILD_KERNELS", "")
         if wish not in ("", "0", "1"):
             raise SystemExit(
-                f"xquant: {self.variable}={wish!r} means nothing; set 0 (build no kernels), "
+                f"xquant: XQUANT_BUILD_KERNELS={wish!r} means nothing; set 0 (build no kernels), "
                 "1 (fail if they cannot be built), or leave it unset"
             )
-        reason = f"{self.variable}=0" if wish == "0" else None if wish else self.reason_to_skip()
-        if reason is not None:
-            print(f"xquant: {reason}, not building {self.what}", flush=True)
+        if wish == "0":
+            print("xquant: XQUANT_BUILD_KERNELS=0, not building the CPU kernels", flush=True)
             if not (self.inplace or self.editable_mode):
                 self.target.unlink(missing_ok=True)  # one left in build/ by an earlier run
             return
         try:
-            self.compile(self.target)
+            compile_kernels(self.target, for_tests=bool(self.inplace))
         except KernelBuildError as error:
             self.target.unlink(missing_ok=True)  # one of older sources would only mislead
             if wish == "1":
-                raise SystemExit(f"xquant: error: {self.what} were not built: {error}") from None
+                raise SystemExit(f"xquant: error: the CPU kernels were not built: {error}") from None
             print(
-                f"xquant: warning: {self.what} were not built, {self.instead} will be used: {error}",
+                f"xquant: warning: the CPU kernels were not built, the slower PyTorch path will be used: {error}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -288,45 +224,17 @@ class KernelCommand(Command):
         return {}
 
 
-class build_kernels(KernelCommand):
-    """Build the CPU kernels, as `make kernels` does."""
-
-    description = "compile csrc/cpu into a shared library"
-    library, variable = LIBRARY, "XQUANT_BUILD_KERNELS"
-    what, instead = "the CPU kernels", "the slower PyTorch path"
-
-    def compile(self, target: Path) -> None:
-        compile_kernels(target, for_tests=bool(self.inplace))
-
-
-class build_cuda(KernelCommand):
-    """Build the CUDA kernels, where they can be built and used."""
-
-    description = "compile csrc/cuda into a shared library"
-    library, variable = CUDA_LIBRARY, "XQUANT_BUILD_CUDA"
-    what, instead = "the CUDA kernels", "the Triton kernels alone"
-
-    def compile(self, target: Path) -> None:
-        compile_cuda_kernels(target)
-
-    def reason_to_skip(self) -> str | None:
-        if not _torch_has_cuda():
-            return "torch has no CUDA here"
-        return "nvcc is missing" if find_nvcc() is None else None
-
-
 class BuildWithKernels(build):
     """The usual build, then the kernels."""
 
-    sub_commands = [*build.sub_commands, ("build_kernels", None), ("build_cuda", None)]
+    sub_commands = [*build.sub_commands, ("build_kernels", None)]
 
 
 class WheelWithKernels(bdist_wheel):
     """Tags the wheel by what it holds: any Python, and this platform only if the kernels are inside."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        commands = [self.get_finalized_command(name) for name in ("build_kernels", "build_cuda")]
-        self.root_is_pure = not any(command.get_outputs() for command in commands)
+        self.root_is_pure = not self.get_finalized_command("build_kernels").get_outputs()
         _, _, platform_tag = super().get_tag()
         return "py3", "none", platform_tag
 
@@ -335,7 +243,6 @@ setup(
     cmdclass={
         "build": BuildWithKernels,
         "build_kernels": build_kernels,
-        "build_cuda": build_cuda,
         "bdist_wheel": WheelWithKernels,
     }
 )

@@ -12,8 +12,8 @@ from tests.docs.pages import ROOT, page_name, pages
 
 _SKIPPED = {".git", ".venv", "models", "build", "dist", "logs"}
 # Where commands on the pages write to.
-_WRITTEN = ("benchmarks/results/gpu", "benchmarks/results/gpu-cuda")
-_SOURCE = (".py", ".md", ".cpp", ".h", ".cu", ".cuh", ".sh", ".toml", ".yaml", ".yml")
+_WRITTEN = ("benchmarks/results/gpu",)
+_SOURCE = (".py", ".md", ".cpp", ".h", ".sh", ".toml", ".yaml", ".yml")
 _CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _MAKE = re.compile(r"`make ([a-z-]+(?: [A-Z_]+=\S+)*)`")

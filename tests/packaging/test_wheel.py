@@ -63,7 +63,7 @@ def test_without_a_compiler_the_wheel_is_pure_and_the_build_warns(built, wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
     assert _metadata(wheel, "WHEEL")["Root-Is-Purelib"] == "true"
     with zipfile.ZipFile(wheel) as archive:
-        assert not [name for name in archive.namelist() if name.endswith((".so", ".cpp", ".cu"))]
+        assert not [name for name in archive.namelist() if name.endswith((".so", ".cpp"))]
 
 
 def test_an_index_would_take_both_and_show_the_readme(built):

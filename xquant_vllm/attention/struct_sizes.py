@@ -1,7 +1,7 @@
 """Whether a library of kernels was built from the structs that Python hands it.
 
 A library that was left from another version of this package would read fields where they no longer are. So each says
-how large its structs are, and what loads it compares. tests/attention/test_struct_sizes.py compares names and types of
+how large its structs are, and what loads it compares. tests/attention/cpu/test_abi.py compares names and types of
 the fields as well, against the C headers.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 
 class StructSize(ctypes.Structure):
-    """``xquant_struct_size`` and ``xquant_cuda_struct_size``."""
+    """``xquant_struct_size``."""
 
     _fields_ = [("name", ctypes.c_char_p), ("size", ctypes.c_int64)]
 

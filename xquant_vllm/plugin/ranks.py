@@ -15,7 +15,6 @@ import torch
 
 from xquant_vllm import __version__
 from xquant_vllm.attention import dispatch
-from xquant_vllm.attention.gpu.cuda import library as cuda
 from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.errors import SettingsError
 from xquant_vllm.plugin.engine_factors import factors_of
@@ -25,7 +24,7 @@ from xquant_vllm.scheme.factor_header import header_checksum
 # Where an engine's version and facts are in `additional_config`.
 VERSION_KEY, FACTS_KEY = "xquant_version", "xquant_engine"
 # Variables that decide what is computed.
-_VARIABLES = (dispatch.OVERRIDE_VARIABLE, cuda.OVERRIDE_VARIABLE)
+_VARIABLES = (dispatch.OVERRIDE_VARIABLE,)
 
 
 def write_facts(vllm_config: Any) -> None:

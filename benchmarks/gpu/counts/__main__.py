@@ -3,10 +3,11 @@
 import argparse
 import json
 import warnings
+from functools import partial
 from typing import Any
 
 from benchmarks.gpu.counts import rows
-from benchmarks.gpu.counts.count import PER, Counted, count
+from benchmarks.gpu.counts.count import PER, Counted, count, count_store
 from benchmarks.gpu.counts.pipes import DEVICES, H100, PIPES
 from benchmarks.gpu.counts.simulate import resident, simulate
 from tests.attention.gpu.variants import variants
@@ -78,12 +79,20 @@ def main() -> None:
     print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head), flush=True)
     text, facts = line(rows.served())
     print(text, flush=True)
+    text, calibrated = line(rows.calibrated())
+    print(text, flush=True)
+    facts["calibrated_warp_instructions"] = calibrated["decode_warp_instructions"]
     if not arguments.served:
         for row in rows.others():
             print(line(row)[0], flush=True)
+    stored = {tokens: count_store(partial(rows.store_served, tokens), rows.KV_HEADS) for tokens in (1, 8192)}
+    print(
+        "\nStores of the served default, warp instructions per token: "
+        f"{stored[1]:,.0f} of 1 token, {stored[8192]:,.0f} of 8192"
+    )
     started, later = variants("latents")
     print(f"\nVariants compiled when an engine starts: {started}; beyond these while serving: {later}")
-    print(json.dumps({**facts, "jit_variants": sum(later.values())}))
+    print(json.dumps({**facts, "store_warp_instructions": round(stored[8192]), "jit_variants": sum(later.values())}))
 
 
 if __name__ == "__main__":

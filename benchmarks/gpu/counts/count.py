@@ -1,5 +1,6 @@
 """Counts a kernel's instructions: those that warps execute for 64 cached tokens of one kv head."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,24 @@ def count(row: Row) -> Counted:
     registers, stack = resources(binary.asm["cubin"])
     metadata = binary.metadata
     return Counted(row, name, tile_of(binary.src), metadata.num_warps, registers, stack, metadata.shared, trace)
+
+
+def count_store(launch: Callable[[], None], scale_groups: int, capability: int = 90) -> float:
+    """Warp instructions to store one token: of all kernels that a store launches, to their ends.
+
+    Args:
+        launch: stores tokens into streams of as many scale groups each.
+        scale_groups: of a token and stream; a program has one of them, for as many tokens as it is compiled for.
+        capability: what is compiled for.
+    """
+    with compiled_launches(capability) as launches:
+        launch()
+    instructions = 0.0
+    for _, binary in launches:
+        code, loops = parse(disassemble(binary.asm["cubin"]))
+        of_program = len(executed(code, _whole(code, loops))) * binary.metadata.num_warps
+        instructions += of_program * scale_groups / tile_of(binary.src)
+    return instructions
 
 
 def _whole(code: list[Instruction], loops: list[Loop]) -> Loop:

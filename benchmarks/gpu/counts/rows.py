@@ -11,6 +11,7 @@ from benchmarks.gpu.cases import Spec, make_plan
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu.gpu_plan import prepare
 from xquant_vllm.attention.gpu.launch import paged_attention
+from xquant_vllm.attention.gpu.store.store import store
 from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.codec.layout import StreamFormat
 from xquant_vllm.kivi.gpu.launch import paged_attention as kivi_attention
@@ -78,6 +79,14 @@ def attend(plan: AttentionLayerPlan, lengths: Sequence[int]) -> None:
     paged_attention(query, pages, plan, batch, torch.empty_like(query), inputs)
 
 
+def store_served(tokens: int) -> None:
+    """Store so many tokens with the served default."""
+    plan = make_plan(served_spec())
+    pages = [torch.zeros(1, layout.page_bytes, dtype=torch.uint8) for layout in plan.layouts]
+    inputs = [torch.zeros(tokens, of.num_heads, of.width, dtype=torch.bfloat16) for of in plan.layout.streams]
+    store(pages, plan, torch.zeros(tokens, dtype=torch.int64), inputs)
+
+
 def _read(plan: AttentionLayerPlan) -> int:
     return sum(layout.bytes_per_token for layout in plan.layouts)
 
@@ -120,6 +129,11 @@ def served() -> Row:
     return _row("per head, 4 bits: the served default", make_plan(served_spec()))
 
 
+def calibrated() -> Row:
+    """Decoding from latents whose channels have bits of their own."""
+    return _row("per head, calibrated 2 bits", _layer("allocated 2"))
+
+
 def others() -> list[Row]:
     """Everything else that the table has."""
     default = make_plan(served_spec())
@@ -130,7 +144,7 @@ def others() -> list[Row]:
             _row(f"per head, 4 bits, heads of {size}", make_plan(served_spec(size)), head_size=size)
             for size in (64, 256)
         ),
-        _row("per head, calibrated 2 bits", _layer("allocated 2")),
+        _row("per head, calibrated 4 bits", _layer("allocated 4")),
         _row("joint, calibrated 4 bits", _layer("joint allocated 4")),
         _row("X, 4 bits", make_plan(replace(served_spec(), kind="x", key_group=128, key_outliers=0))),
         *map(_kivi, (4, 2)),

@@ -93,6 +93,14 @@ def calls(of: Configuration) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"hot {tokens}", hot_call(spec, tokens)
 
 
+def served() -> Iterator[tuple[str, Callable[[], None]]]:
+    """What a GPU runs most if nothing is set, for a model like Llama-3.1-8B: a minute for all GPUs."""
+    spec = _spec(Configuration(128, 4, "bf16", "4 bits"))
+    yield "decode", attention_call(spec, [1] * 4)
+    yield "prefill", attention_call(spec, [256])
+    yield from ((f"store {tokens}", store_call(spec, tokens)) for tokens in (4, 256))
+
+
 def rotated_stores(dtype: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """Stores of layer inputs of models of all sizes."""
     for form, hidden_size, tokens in product(("X", "X-CL"), HIDDEN_SIZES, (4, 256)):

@@ -36,11 +36,15 @@ _SPILLED = 128
 
 
 def too_large(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Programs for latents per head that spill more, or of which no two fit a multiprocessor of an H100."""
+    """Programs for latents per head that spill more, or of which no two fit a multiprocessor of an H100.
+
+    Those of 3 bits (outliers) and of large runs (allocated) need not.
+    """
     return [
         of
         for of in kernels
         if of["kernel"] == "attend_heads"
+        and of["case"] not in ("decode outliers", "decode allocated")
         and (
             of["stack"] > _SPILLED
             or 2 * 32 * of["warps"] * of["registers"] > 1 << 16

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.attention.gpu.compiled import Compiled
+from tests.attention.gpu.sweep import SPILLS, problem
+from tests.attention.gpu.sweep_cases import served
+
 # What did not fit 8.6 and 8.9 before tiles were chosen by device: wide heads, and FP32.
 WORST = [
     "prefill: 4 bits, heads of 128 by 4 in fp32",
@@ -25,6 +29,24 @@ def _sweep(*options: str) -> None:
     )
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+
+
+@pytest.mark.parametrize(
+    ("stack", "shared", "words"),
+    [
+        (SPILLS["attend_heads"], 232448, None),
+        (SPILLS["attend_heads"] + 8, 0, "at most 128 are allowed"),
+        (0, 232449, "232449 bytes of shared memory of 232448"),
+    ],
+)
+def test_what_is_a_problem(stack: int, shared: int, words: str | None) -> None:
+    said = problem(Compiled("attend_heads", "decode", 90, 255, stack, shared, 4, True))
+    assert said is None if words is None else words in str(said)
+
+
+def test_what_is_served_by_default() -> None:
+    """`make cuda-check` compiles these for all GPUs."""
+    assert [name for name, _ in served()] == ["decode", "prefill", "store 4", "store 256"]
 
 
 def test_largest_tiles() -> None:

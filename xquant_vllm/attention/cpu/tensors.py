@@ -7,9 +7,9 @@ import torch
 
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.cpu.abi import AttentionCall, Input, Pages
-from xquant_vllm.attention.dtype_codes import DTYPE_CODES
 
-_DTYPES = {dtype: DTYPE_CODES[dtype] for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+# As in csrc/cpu/api.h.
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def dtype_number(dtype: torch.dtype) -> int:

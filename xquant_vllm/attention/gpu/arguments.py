@@ -10,6 +10,7 @@ from xquant_vllm.attention.gpu.device.unpack import Latent
 from xquant_vllm.attention.gpu.gpu_plan import GpuPlan
 from xquant_vllm.attention.gpu.operands import ATTENDS, LAUNCH, operand_type, precision
 from xquant_vllm.attention.gpu.tables.latent_tables import LatentTables
+from xquant_vllm.attention.gpu.tables.run_fields import MergedFields
 
 
 def describe_batch(query: torch.Tensor, batch: AttentionBatch) -> Batch:
@@ -28,6 +29,11 @@ def describe_batch(query: torch.Tensor, batch: AttentionBatch) -> Batch:
 def describe_latent(tables: LatentTables) -> Latent:
     """A latent as kernels read it."""
     return Latent(tables.bands, tables.first_band, tables.addresses, tables.up, tables.up_sum, tables.up_outliers)
+
+
+def describe_fields(tables: MergedFields) -> Latent:
+    """What sums over fields are multiplied by, as ``merge`` reads it; it reads nothing else of a latent."""
+    return Latent(tables.first_band, tables.first_band, tables.first_band, tables.up, tables.up_sum, tables.up_sum)
 
 
 class Scored(Protocol):

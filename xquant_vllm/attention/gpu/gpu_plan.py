@@ -9,9 +9,11 @@ from xquant_vllm.attention.gpu.tables.head_tables import head_tables, refusal
 from xquant_vllm.attention.gpu.tables.input_projection import of_inputs
 from xquant_vllm.attention.gpu.tables.latent_tables import band_factors, latent_tables
 from xquant_vllm.attention.gpu.tables.pairs import arranged, pair_columns, plain_columns
+from xquant_vllm.attention.gpu.tables.run_fields import merged_fields
 from xquant_vllm.attention.latents import LatentTerm
 from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.attention.plan import AttentionLayerPlan
+from xquant_vllm.codec.allocated import AllocatedFormat
 from xquant_vllm.codec.layout import PageLayout, StreamFormat
 
 # Channels of a band, at most. With 128 of keys the unpacking of a tile took more registers than there are.
@@ -53,6 +55,7 @@ class GpuPlan:
         general_because: why decoding takes ``attend``, the kernel for every format; None where it takes
             ``attend_heads``, that for latents per head.
         heads: what ``attend_heads`` reads, or None.
+        fields: what sums of ``attend_heads`` are multiplied by where they are over fields, or None.
         exact_key: what multiplies the tokens of a step that are attended to exactly, or None.
         exact_value: the same for values.
     """
@@ -120,6 +123,11 @@ class GpuPlan:
         self.columns, self.value_columns = columns.to(device), value_columns.to(device)
         self.general_because = refusal(plan, dtype)
         self.heads = None if self.general_because else head_tables(plan, columns)
+        self.fields = None
+        values = plan.layouts[plan.value_terms[0].page].streams[plan.value_terms[0].stream]
+        if self.heads is not None and (isinstance(values, AllocatedFormat) or values.bits == 3):
+            matrix = None if projection.up_value is None else arranged(projection.up_value.to(device), value_columns)
+            self.fields = merged_fields(values, matrix, 2 * self.half, dtype, device)
         self.exact_key = self.exact_value = None
         if plan.exact_from is not None:
             self.exact_key = of_inputs(plan, plan.key_terms, projection.up_key, columns, dtype)

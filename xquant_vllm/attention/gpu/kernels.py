@@ -3,8 +3,6 @@
 import torch
 
 from xquant_vllm.attention.gpu import workspace
-from xquant_vllm.attention.gpu.cuda import decode as cuda_decode
-from xquant_vllm.attention.gpu.cuda import library as cuda_library
 from xquant_vllm.attention.gpu.decode import decode
 from xquant_vllm.attention.gpu.gpu_plan import prepare
 from xquant_vllm.attention.gpu.launch import paged_attention as _attend
@@ -38,8 +36,6 @@ def reserve(plan: AttentionLayerPlan, tokens: int, sequences: int, dtype: torch.
     """
     gpu_plan = prepare(plan, dtype)
     prepare_store(plan)
-    if cuda_library.available(plan.device):
-        cuda_decode.prepare(plan, gpu_plan.dtype)
     sizes = [workspace.bytes_of(*prefill.workspace_parts(plan, gpu_plan, tokens, ROOM))]
     sizes.append(workspace.bytes_of(*workspace_parts(plan, tokens)))
     kv_heads = plan.projection.num_kv_heads

@@ -20,9 +20,10 @@ REFUSED = {
     "several layers": {"kind": "chain", "earlier": (4,)},
     "share a latent": {"kind": "x"},
     "keys share a latent": {"joint": True, "key_group": 32, "value_group": 32},
-    "different bits": {"allocated": 1.0},
-    "codes of keys have 3 bits, not 8, 4 or 2": {"key_bits": 3},
+    "in keys or in values alone": {"allocated": 0.5, "seed": 3},
+    "codes of keys have 16 bits, not 8, 4, 3 or 2": {"key_bits": 16},
     "codes of values have 16 bits": {"value_bits": 16},
+    "rows of keys have 27 bytes": {"head_size": 72, "key_group": 72, "value_group": 72, "key_bits": 3},
     "values have 2 scales per head": {"value_group": 32},
     "keys have 2 outlier channels, more than 1": {"key_outliers": 2},
     "values have 1 outlier channels, more than 0": {"value_outliers": 1},
@@ -80,7 +81,7 @@ def test_pieces(bits: int, channels: int, outliers: int) -> None:
     units = torch.nn.functional.pad(units, (0, made.key.units - units.shape[1]))
     units[:, 0] |= made.middle
     product = torch.zeros(5, columns.numel())
-    for piece, up in enumerate(made.up[1]):
+    for piece, up in enumerate(made.up[1].unflatten(0, (-1, made.key.units))):
         mask = (1 << bits) - 1 << bits * (piece // 2)
         numbers = (units >> 8 * (piece % 2) & mask).to(torch.int16).view(torch.float16)
         product += numbers.float() @ up.float()

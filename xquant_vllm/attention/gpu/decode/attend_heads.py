@@ -1,4 +1,4 @@
-"""The attention kernel for latents per head of one bit width: what decode/attend.py computes, in fewer instructions.
+"""The attention kernel for latents per head: what decode/attend.py computes, in fewer instructions.
 
 docs/kernels/triton.md draws a tile. In short, with ``R(p)`` the rotation by a position's angles, ``b`` the first
 position of a tile, ``d`` the distance of a token from it, and ``q`` a query turned back by ``b``::
@@ -7,6 +7,11 @@ position of a tile, ``d`` the distance of a token from it, and ``q`` a query tur
     score  = scale * (R(d) U codes) q  +  zero * (R(d) S) q  +  outlier * (R(d) o) q  +  (R(d) bias) q
 
 ``R(d)`` is the same in every tile, and so are all matrices but the codes: they stay where the first tile put them.
+
+Streams of runs of several bits are read as fields of one width (tables/run_fields.py). Their codes count from the
+middle of their range; a constant behind every row takes that off, so they have no zero points::
+
+    score  = scale * (R(d) (U fields - middle)) q  +  (R(d) bias) q
 """
 
 from typing import Any, NamedTuple
@@ -14,9 +19,17 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from xquant_vllm.attention.gpu.device.code_units import channels_of, pieces_of, side_by_side, turned
+from xquant_vllm.attention.gpu.device.code_units import (
+    bits_from,
+    channels_of,
+    pieces_of,
+    side_by_side,
+    turned,
+    units_of,
+)
 from xquant_vllm.attention.gpu.device.query_tile import rows_of_tile, seen_by_tile
 from xquant_vllm.attention.gpu.device.softmax import capped
+from xquant_vllm.attention.gpu.tables.run_fields import CONSTANT
 from xquant_vllm.attention.gpu.tables.tile_rotation import TILE
 
 _TILE = tl.constexpr(TILE)
@@ -24,6 +37,11 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 # The smallest FP16 number: what stands for a scale of 0, whose codes are all 0.
 _SMALLEST_SCALE = tl.constexpr(2.0**-24)
+# What a code counts that is read as a subnormal number.
+_SUBNORMAL = tl.constexpr(2.0**24)
+_CONSTANT = tl.constexpr(CONSTANT)
+# Of bytes, the upper one of every two bits.
+_UPPER_BITS = tl.constexpr(0xAAAA)
 
 
 class Heads(NamedTuple):
@@ -36,6 +54,8 @@ class Heads(NamedTuple):
     factors: Any
     turns: Any
     base: Any  # FP32 [tiles, HALF, 2]: cosines and sines of every tile's first position
+    key_runs: Any  # where heads are, if their channels have bits of their own
+    value_runs: Any
 
 
 @triton.jit
@@ -54,7 +74,7 @@ def _load_blocks(batch, table_stride, sequence, position, begin, stop, BLOCK_SIZ
     """Block ids of positions, int32 ``[TILE]``; 0, which is always there, outside of ``[begin, stop)``."""
     valid = (position >= begin) & (position < stop)
     row = batch.block_table + sequence.to(tl.int64) * table_stride
-    return tl.load(row + position // BLOCK_SIZE, valid, 0)
+    return tl.load(row + position.to(tl.uint32) // BLOCK_SIZE, valid, 0)
 
 
 @triton.jit
@@ -76,7 +96,7 @@ def _load_parameters(
     """Scales and zero points of keys and values, and the outlier, FP16 ``[TILE]`` each; 0 where there is no token."""
     valid = (position >= begin) & (position < stop)
     page = heads.pages + block.to(tl.int64) * heads.page_stride
-    at = page.to(tl.pointer_type(tl.float16)) + head * BLOCK_SIZE + position % BLOCK_SIZE
+    at = page.to(tl.pointer_type(tl.float16)) + head * BLOCK_SIZE + position.to(tl.uint32) % BLOCK_SIZE
     return (
         tl.load(at + KEY_SCALES // 2, valid, 0.0),
         tl.load(at + KEY_ZEROS // 2, valid, 0.0),
@@ -84,6 +104,34 @@ def _load_parameters(
         tl.load(at + VALUE_ZEROS // 2, valid, 0.0),
         tl.load(at + KEY_OUTLIERS // 2, valid & (OUTLIERS > 0), 0.0),
     )
+
+
+@triton.jit
+def _load_words(pages, at, row_bytes, WORDS: tl.constexpr, PTX: tl.constexpr):
+    """``[TILE, WORDS]`` uint32 from bytes ``at`` ``[TILE]`` of the pages on, which need not be aligned.
+
+    What follows a row's ``row_bytes`` is not specified: ten bytes of it are read at most, over and over. Behind codes
+    there are always 16.
+    """
+    word = tl.minimum(tl.arange(0, WORDS), (row_bytes + 2) // 4)
+    ahead = at & 3
+    aligned = (pages + (at - ahead)).to(tl.pointer_type(tl.uint32))[:, None] + word[None, :]
+    low, high = tl.load(aligned), tl.load(aligned + 1)
+    return bits_from(low, high, tl.broadcast_to((8 * ahead).to(tl.uint32)[:, None], [_TILE, WORDS]), PTX)
+
+
+@triton.jit
+def _load_scales(heads, block, position, begin, stop, key_scales, value_scales, BLOCK_SIZE: tl.constexpr):
+    """Scales of keys and of values of runs, uint8 ``[TILE]``; 0 where there is no token."""
+    valid = (position >= begin) & (position < stop)
+    at = heads.pages + block.to(tl.int64) * heads.page_stride + position.to(tl.uint32) % BLOCK_SIZE
+    return tl.load(at + key_scales, valid, 0), tl.load(at + value_scales, valid, 0)
+
+
+@triton.jit
+def _octaves(scale):
+    """Logarithm to base 2 of what the scale of a stream of runs stands for (codec/allocated.py)."""
+    return (scale.to(tl.float32) - 128.0) * 0.125
 
 
 @triton.jit(do_not_specialize=["table_stride", "query_tiles", "splits"])
@@ -108,6 +156,8 @@ def attend_heads(
     KEY_SCALES: tl.constexpr,
     KEY_ZEROS: tl.constexpr,
     KEY_OUTLIERS: tl.constexpr,
+    KEY_ONES: tl.constexpr,
+    KEY_WINDOW: tl.constexpr,
     OUTLIERS: tl.constexpr,
     MIDDLE: tl.constexpr,
     BIAS: tl.constexpr,
@@ -117,7 +167,10 @@ def attend_heads(
     VALUE_CODES: tl.constexpr,
     VALUE_SCALES: tl.constexpr,
     VALUE_ZEROS: tl.constexpr,
+    VALUE_ONES: tl.constexpr,
+    VALUE_WINDOW: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
+    RUNS: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     WINDOW: tl.constexpr,
     STAGES: tl.constexpr,
@@ -136,6 +189,8 @@ def attend_heads(
         OUTLIERS: outlier channels of keys, 0 or 1.
         MIDDLE: see :class:`HeadTables`.
         VALUE_WIDTH: columns of ``partial.sums``.
+        RUNS: whether channels have bits of their own, see tables/run_fields.py. Where its numbers are every head says
+            itself. Sums are then of fields, as they are of values with a window of single bits.
         STAGES: tiles whose codes are on their way or worked on.
         PTX: see device/code_units.py.
     """
@@ -165,14 +220,20 @@ def attend_heads(
     pair, distance = tl.arange(0, HALF), tl.arange(0, _TILE)
     # What stays: the up-projection, rows and angles of all distances, queries.
     KEY_WIDTH: tl.constexpr = 16 // KEY_BITS * KEY_UNITS
-    up = heads.up + (head * KEY_WIDTH + tl.arange(0, KEY_WIDTH)[:, None]) * (2 * HALF) + pair[None, :]
-    up_low, up_high = tl.load(up), tl.load(up + HALF)
+    VALUE_FIELDS: tl.constexpr = 16 // VALUE_BITS * VALUE_UNITS
+    up = heads.up + head * ((KEY_WIDTH + 8 * KEY_ONES) * 2 * HALF) + pair[None, :]
+    of_fields = up + tl.arange(0, KEY_WIDTH)[:, None] * (2 * HALF)
+    up_low, up_high = tl.load(of_fields), tl.load(of_fields + HALF)
+    if KEY_ONES:
+        of_ones = up + (KEY_WIDTH + tl.arange(0, 8 * KEY_ONES)[:, None]) * (2 * HALF)
+        ones_low, ones_high = tl.load(of_ones), tl.load(of_ones + HALF)
     turns = heads.turns + distance[:, None] * HALF + pair[None, :]
     cos, sin = tl.load(turns), tl.load(turns + _TILE * HALF)
-    NUM_ROWS: tl.constexpr = 1 + OUTLIERS + BIAS
+    NUM_ROWS: tl.constexpr = BIAS + (0 if RUNS else 1 + OUTLIERS)
     column = tl.arange(0, 2 * HALF)[None, :]
     rows = heads.rows + head * (NUM_ROWS * _TILE * 2 * HALF) + distance[:, None] * (2 * HALF) + column
-    zero_row = tl.load(rows)
+    if not RUNS:
+        zero_row = tl.load(rows)
     if OUTLIERS:
         outlier_row = tl.load(rows + _TILE * 2 * HALF)
     if BIAS:
@@ -191,37 +252,74 @@ def attend_heads(
     if not SOFT_CAP:
         unit *= _LOG2E
     of_head = heads.factors + head * (1 + NUM_ROWS)
-    of_codes, of_zero = tl.load(of_head) * unit, tl.load(of_head + 1) * unit
-    of_outlier, of_bias = tl.load(of_head + 1 + OUTLIERS) * unit, tl.load(of_head + NUM_ROWS) * unit
+    of_codes, of_bias = tl.load(of_head) * unit, tl.load(of_head + NUM_ROWS) * unit
+    if not RUNS:
+        of_zero, of_outlier = tl.load(of_head + 1) * unit, tl.load(of_head + 1 + OUTLIERS) * unit
 
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([_TILE, ROWS], tl.float32)
     zeros = tl.zeros([_TILE, ROWS], tl.float32)
-    sums = tl.zeros([16 // VALUE_BITS * VALUE_UNITS, ROWS], tl.float32)
+    sums = tl.zeros([VALUE_FIELDS, ROWS], tl.float32)
+    if VALUE_ONES:
+        ones_sums = tl.zeros([8 * VALUE_ONES, ROWS], tl.float32)
 
     # Codes come by asynchronous copies. Parameters are loaded one tile ahead, and their block ids two.
     begin, stop = tl.maximum(oldest, first_tile * _TILE), tl.minimum(end, tiles * _TILE)
     position = first_tile * _TILE + distance
     block = _load_blocks(batch, table_stride, sequence, position, begin, stop, BLOCK_SIZE)
-    key_scale, key_zero, value_scale, value_zero, outlier = _load_parameters(
-        heads, block, position, begin, stop, head, BLOCK_SIZE, KEY_SCALES, KEY_ZEROS, KEY_OUTLIERS, OUTLIERS,
-        VALUE_SCALES, VALUE_ZEROS,
-    )  # fmt: skip
+    if RUNS:
+        of_keys, of_values = heads.key_runs + 5 * head, heads.value_runs + 5 * head
+        key_codes_at, key_bytes, key_scales_at = tl.load(of_keys), tl.load(of_keys + 1), tl.load(of_keys + 2)
+        value_codes_at, value_bytes = tl.load(of_values), tl.load(of_values + 1)
+        value_scales_at = tl.load(of_values + 2)
+        if KEY_ONES:
+            key_ones_at, key_ones_bytes = tl.load(of_keys + 3), tl.load(of_keys + 4)
+        if VALUE_ONES:
+            value_ones_at, value_ones_bytes = tl.load(of_values + 3), tl.load(of_values + 4)
+        key_octaves, value_octaves = _load_scales(
+            heads, block, position, begin, stop, key_scales_at, value_scales_at, BLOCK_SIZE
+        )
+    else:
+        key_scale, key_zero, value_scale, value_zero, outlier = _load_parameters(
+            heads, block, position, begin, stop, head, BLOCK_SIZE, KEY_SCALES, KEY_ZEROS, KEY_OUTLIERS, OUTLIERS,
+            VALUE_SCALES, VALUE_ZEROS,
+        )  # fmt: skip
     next_block = _load_blocks(batch, table_stride, sequence, position + _TILE, begin, stop, BLOCK_SIZE)
     for tile in tl.range(first_tile, tiles, num_stages=STAGES):
         position = tile * _TILE + distance
         valid = (position >= begin) & (position < stop)
         block = _load_blocks(batch, table_stride, sequence, position, begin, stop, BLOCK_SIZE)
-        page = heads.pages + block.to(tl.int64) * heads.page_stride
-        row_of_head = head * BLOCK_SIZE + position % BLOCK_SIZE
-        key_units = _load_units(page + KEY_CODES + row_of_head * KEY_ROW_BYTES, KEY_UNITS, KEY_ROW_BYTES)
-        value_units = _load_units(page + VALUE_CODES + row_of_head * VALUE_ROW_BYTES, VALUE_UNITS, VALUE_ROW_BYTES)
-        ks, kz = key_scale.to(tl.float32), key_zero.to(tl.float32) + MIDDLE * key_scale.to(tl.float32)
-        vs, vz, ko = tl.maximum(value_scale.to(tl.float32), _SMALLEST_SCALE), value_zero.to(tl.float32), outlier
-        key_scale, key_zero, value_scale, value_zero, outlier = _load_parameters(
-            heads, next_block, position + _TILE, begin, stop, head, BLOCK_SIZE, KEY_SCALES, KEY_ZEROS, KEY_OUTLIERS,
-            OUTLIERS, VALUE_SCALES, VALUE_ZEROS,
-        )  # fmt: skip
+        if RUNS:
+            in_page = block.to(tl.int64) * heads.page_stride
+            key_at = in_page + key_codes_at + position.to(tl.uint32) % BLOCK_SIZE * key_bytes
+            value_at = in_page + value_codes_at + position.to(tl.uint32) % BLOCK_SIZE * value_bytes
+            key_words = _load_words(heads.pages, key_at, key_bytes, KEY_UNITS // 2, PTX)
+            if KEY_ONES:
+                key_ones = _load_words(heads.pages, key_at + key_ones_at, key_ones_bytes, KEY_ONES // 2, PTX)
+            constant = tl.arange(0, KEY_UNITS // 2)[None, :] == KEY_UNITS // 2 - 1
+            key_units = units_of(tl.where(constant, _CONSTANT, key_words).to(tl.uint32), KEY_UNITS // 2, _TILE)
+            ks, of_value = tl.exp2(_octaves(key_octaves)), _octaves(value_octaves)
+            inverse = tl.exp2(-of_value)
+            key_octaves, value_octaves = _load_scales(
+                heads, next_block, position + _TILE, begin, stop, key_scales_at, value_scales_at, BLOCK_SIZE
+            )
+        else:
+            page = heads.pages + block.to(tl.int64) * heads.page_stride
+            row_of_head = head * BLOCK_SIZE + position.to(tl.uint32) % BLOCK_SIZE
+            key_units = _load_units(page + KEY_CODES + row_of_head * KEY_ROW_BYTES, KEY_UNITS, KEY_ROW_BYTES)
+            value_units = _load_units(page + VALUE_CODES + row_of_head * VALUE_ROW_BYTES, VALUE_UNITS, VALUE_ROW_BYTES)
+            if KEY_ONES:
+                window = page + (KEY_CODES + KEY_WINDOW) + row_of_head * KEY_ROW_BYTES
+                key_ones = _load_units(window, KEY_ONES, KEY_ROW_BYTES - KEY_WINDOW)
+            if VALUE_ONES:
+                window = page + (VALUE_CODES + VALUE_WINDOW) + row_of_head * VALUE_ROW_BYTES
+                value_ones = _load_units(window, VALUE_ONES, VALUE_ROW_BYTES - VALUE_WINDOW)
+            ks, kz = key_scale.to(tl.float32), key_zero.to(tl.float32) + MIDDLE * key_scale.to(tl.float32)
+            vs, vz, ko = tl.maximum(value_scale.to(tl.float32), _SMALLEST_SCALE), value_zero.to(tl.float32), outlier
+            key_scale, key_zero, value_scale, value_zero, outlier = _load_parameters(
+                heads, next_block, position + _TILE, begin, stop, head, BLOCK_SIZE, KEY_SCALES, KEY_ZEROS,
+                KEY_OUTLIERS, OUTLIERS, VALUE_SCALES, VALUE_ZEROS,
+            )  # fmt: skip
         next_block = _load_blocks(batch, table_stride, sequence, position + 2 * _TILE, begin, stop, BLOCK_SIZE)
 
         # Keys, per scale and without what meets the scores.
@@ -229,6 +327,12 @@ def attend_heads(
             key_units |= tl.where(tl.arange(0, KEY_UNITS) == 0, MIDDLE, 0).to(tl.uint16)[None, :]
         key_codes = side_by_side(pieces_of(key_units, KEY_BITS, PTX), KEY_UNITS, _TILE, KEY_BITS)
         low, high = tl.dot(key_codes, up_low), tl.dot(key_codes, up_high)
+        if KEY_ONES:
+            if RUNS:
+                key_ones = units_of(key_ones, KEY_ONES // 2, _TILE)
+            ones = key_ones & _UPPER_BITS
+            ones_codes = side_by_side(pieces_of(ones, 2, PTX), KEY_ONES, _TILE, 2)
+            low, high = tl.dot(ones_codes, ones_low, low), tl.dot(ones_codes, ones_high, high)
         low_key, high_key = turned(low.to(tl.float16), high.to(tl.float16), cos, sin, PTX)
 
         # Queries, turned back to the tile's first position.
@@ -240,7 +344,8 @@ def attend_heads(
 
         key = tl.reshape(tl.permute(tl.join(low_key, high_key), (0, 2, 1)), [_TILE, 2 * HALF])
         score = tl.dot(key, query) * (ks * of_codes)[:, None]
-        score += tl.dot(zero_row, query) * (kz * of_zero)[:, None]
+        if not RUNS:
+            score += tl.dot(zero_row, query) * (kz * of_zero)[:, None]
         if OUTLIERS:
             score += tl.dot(outlier_row, query) * (ko.to(tl.float32) * of_outlier)[:, None]
         if BIAS:
@@ -254,22 +359,46 @@ def attend_heads(
             visible &= position[:, None] <= query_position[None, :]
             if WINDOW:
                 visible &= position[:, None] > query_position[None, :] - scores.window
-        score = tl.where(visible, score + tl.log2(vs)[:, None], float("-inf"))
+        if not RUNS:
+            of_value = tl.log2(vs)
+        score = tl.where(visible, score + of_value[:, None], float("-inf"))
         now = tl.maximum(largest, tl.max(score, 0))
         shift = tl.where(now == float("-inf"), 0.0, now)
         weight = tl.exp2(score - shift[None, :])
         decay = tl.exp2(largest - shift)[None, :]
         largest = now
-        inverse = 1 / vs
+        if RUNS:
+            zeros = zeros * decay + weight
+        else:
+            inverse = 1 / vs
+            zeros = zeros * decay + weight * (vz * inverse)[:, None]
         total = total * decay + weight * inverse[:, None]
-        zeros = zeros * decay + weight * (vz * inverse)[:, None]
 
+        if RUNS:
+            value_words = _load_words(heads.pages, value_at, value_bytes, VALUE_UNITS // 2, PTX)
+            value_units = units_of(value_words, VALUE_UNITS // 2, _TILE)
         value_codes = side_by_side(pieces_of(value_units, VALUE_BITS, PTX), VALUE_UNITS, _TILE, VALUE_BITS)
         sums = tl.dot(tl.trans(value_codes), weight.to(tl.float16), sums * decay)
+        if VALUE_ONES:
+            if RUNS:
+                value_ones = units_of(
+                    _load_words(heads.pages, value_at + value_ones_at, value_ones_bytes, VALUE_ONES // 2, PTX),
+                    VALUE_ONES // 2,
+                    _TILE,
+                )
+            ones = value_ones & _UPPER_BITS
+            ones_codes = side_by_side(pieces_of(ones, 2, PTX), VALUE_ONES, _TILE, 2)
+            ones_sums = tl.dot(tl.trans(ones_codes), weight.to(tl.float16), ones_sums * decay)
 
     tl.store(stats, largest * _LN2, row_valid)
     tl.store(stats + 1, tl.sum(total, 0), row_valid)
     tl.store(stats + 2, tl.sum(zeros, 0), row_valid)
-    channel, factor = channels_of(VALUE_UNITS, VALUE_ROW_BYTES, VALUE_BITS)
-    at = partial.sums + (row.to(tl.int64) * splits + split)[None, :] * VALUE_WIDTH + channel[:, None]
-    tl.store(at, sums * factor[:, None], row_valid[None, :] & (channel >= 0)[:, None])
+    at = partial.sums + (row.to(tl.int64) * splits + split)[None, :] * VALUE_WIDTH
+    if RUNS or VALUE_ONES:
+        tl.store(at + tl.arange(0, VALUE_FIELDS)[:, None], sums * _SUBNORMAL, row_valid[None, :])
+        if VALUE_ONES:
+            field = VALUE_FIELDS + tl.arange(0, 8 * VALUE_ONES)
+            tl.store(at + field[:, None], ones_sums * _SUBNORMAL, row_valid[None, :])
+    else:
+        channel, factor = channels_of(VALUE_UNITS, VALUE_ROW_BYTES, VALUE_BITS)
+        tl.store(at + channel[:, None], sums * factor[:, None], row_valid[None, :] & (channel >= 0)[:, None])

@@ -7,8 +7,14 @@ import triton
 
 from xquant_vllm.attention.batch import AttentionBatch
 from xquant_vllm.attention.gpu import workspace
-from xquant_vllm.attention.gpu.arguments import describe_batch, describe_latent, describe_scores, products, unpacking
-from xquant_vllm.attention.gpu.cuda import decode as cuda_decode
+from xquant_vllm.attention.gpu.arguments import (
+    describe_batch,
+    describe_fields,
+    describe_latent,
+    describe_scores,
+    products,
+    unpacking,
+)
 from xquant_vllm.attention.gpu.decode.absorb import absorb
 from xquant_vllm.attention.gpu.decode.attend import attend
 from xquant_vllm.attention.gpu.decode.launch_heads import launch_heads
@@ -26,6 +32,8 @@ def workspace_parts(
     """Shapes and dtypes of what :func:`decode` takes of the workspace."""
     heads, key = plan.num_heads, gpu_plan.key
     width = gpu_plan.value.width if gpu_plan.absorb_value else 2 * gpu_plan.half
+    if gpu_plan.fields is not None:
+        width = gpu_plan.fields.parts * gpu_plan.fields.width
     bands = key.most_bands if gpu_plan.absorb_key else 0
     return (
         ((tokens, heads, splits, width), torch.float32),
@@ -82,9 +90,7 @@ def decode(
             OUTLIERS=key.most_outliers,
             **products(gpu_plan.dtype),
         )
-    if cuda_decode.takes(plan, gpu_plan.dtype, pages, longest * group):
-        cuda_decode.launch(plan, query, pages, batch, partial, sequences, longest * group)
-    elif gpu_plan.heads is not None:
+    if gpu_plan.heads is not None:
         launch_heads(
             of_batch,
             batch.block_table.stride(0),
@@ -120,9 +126,10 @@ def decode(
             WINDOW=bool(plan.sliding_window),
             **unpacking(gpu_plan),
         )
+    fields = gpu_plan.fields
     merge[(tokens, kv_heads)](
         partial,
-        describe_latent(value),
+        describe_latent(value) if fields is None else describe_fields(fields),
         gpu_plan.value_factors,
         gpu_plan.value_columns,
         gpu_plan.value_bias,
@@ -137,9 +144,11 @@ def decode(
         GROUP=group,
         ROWS=of_token,
         HALF=half,
-        WIDTH=value.width,
+        WIDTH=value.width if fields is None else fields.width,
+        PARTS=1 if fields is None else fields.parts,
         ABSORB_VALUE=gpu_plan.absorb_value,
-        PROJECT_VALUE=gpu_plan.project_value,
+        PROJECT_VALUE=gpu_plan.project_value or fields is not None,
+        FACTORS=fields is not None and fields.are_codes,
         BIAS=gpu_plan.has_value_bias,
         SINKS=plan.sinks is not None,
         **products(gpu_plan.dtype),

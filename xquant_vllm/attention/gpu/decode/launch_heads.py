@@ -14,6 +14,8 @@ from xquant_vllm.attention.gpu.tiling import rows_of
 from xquant_vllm.attention.plan import AttentionLayerPlan
 
 _LEAST_ROWS = 8  # of a product
+# Rows of a tile of queries where sums are over fields, of which there are up to four times as many as channels.
+_ROWS_OF_FIELDS = 16
 # Block ids take half of them: codes are two tiles ahead, and one where shared memory is small (8.6 and 8.9).
 _STAGES, _FEW_STAGES, _LARGE_SHARED_MEMORY = 5, 3, 160000
 
@@ -48,9 +50,21 @@ def launch_heads(
     assert tables is not None
     kv_heads = plan.projection.num_kv_heads
     group = plan.num_heads // kv_heads
-    rows = rows_of(group, longest, decode_tokens, _LEAST_ROWS, MOST_ROWS)
+    most = MOST_ROWS if gpu_plan.fields is None else _ROWS_OF_FIELDS
+    rows = rows_of(group, longest, decode_tokens, _LEAST_ROWS, most)
     tiles = triton.cdiv(longest, rows // group)
-    heads = Heads(pages, pages.stride(0), tables.up, tables.rows, tables.factors, tables.turns, tables.rope.base)
+    runs = tables.key_runs is not None
+    heads = Heads(
+        pages,
+        pages.stride(0),
+        tables.up,
+        tables.rows,
+        tables.factors,
+        tables.turns,
+        tables.rope.base,
+        tables.key_runs if runs else gpu_plan.columns,
+        tables.value_runs if runs else gpu_plan.columns,
+    )
     key, value = tables.key, tables.value
     stages = _STAGES if shared_memory(plan.device) >= _LARGE_SHARED_MEMORY else _FEW_STAGES
     attend_heads[(sequences * tiles, kv_heads, splits)](
@@ -74,6 +88,8 @@ def launch_heads(
         KEY_SCALES=key.scales,
         KEY_ZEROS=key.zeros,
         KEY_OUTLIERS=key.outliers,
+        KEY_ONES=key.ones,
+        KEY_WINDOW=key.window,
         OUTLIERS=key.num_outliers,
         MIDDLE=tables.middle,
         BIAS=gpu_plan.has_key_bias,
@@ -83,7 +99,10 @@ def launch_heads(
         VALUE_CODES=value.codes,
         VALUE_SCALES=value.scales,
         VALUE_ZEROS=value.zeros,
-        VALUE_WIDTH=gpu_plan.value.width,
+        VALUE_ONES=value.ones,
+        VALUE_WINDOW=value.window,
+        VALUE_WIDTH=gpu_plan.value.width if gpu_plan.fields is None else value.rows,
+        RUNS=runs,
         SOFT_CAP=bool(plan.logits_soft_cap),
         WINDOW=bool(plan.sliding_window),
         STAGES=stages,

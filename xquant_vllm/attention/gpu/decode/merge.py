@@ -26,8 +26,10 @@ def merge(
     ROWS: tl.constexpr,
     HALF: tl.constexpr,
     WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
     ABSORB_VALUE: tl.constexpr,
     PROJECT_VALUE: tl.constexpr,
+    FACTORS: tl.constexpr,
     BIAS: tl.constexpr,
     SINKS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -36,15 +38,17 @@ def merge(
     """Merge the splits of one query token's heads of one kv head.
 
     Grid: ``(tokens, num_kv_heads)``; tokens after the last sequence's are left alone. Reads ``partial``, writes
-    ``output``. Here ``ROWS`` is a power of two of at least 16 and ``GROUP``, and ``WIDTH`` channels of a value latent.
+    ``output``. Here ``ROWS`` is a power of two of at least 16 and ``GROUP``, and ``WIDTH`` channels of a value latent,
+    or fields of each of its ``PARTS``.
 
     Args:
         value: read if ``ABSORB_VALUE`` and ``PROJECT_VALUE``.
-        value_factors: read if ``ABSORB_VALUE`` and not ``PROJECT_VALUE``.
+        value_factors: read if ``ABSORB_VALUE`` and not ``PROJECT_VALUE``, or ``FACTORS``.
         columns: of the output. Where latents are the values a column is the channel of its index.
         bias: of the values.
         ABSORB_VALUE: whether sums are over latents.
-        PROJECT_VALUE: whether these are multiplied by an up-projection; else they are the values.
+        PROJECT_VALUE: whether these are multiplied by a matrix; else they are the values.
+        FACTORS: whether that makes what ``value_factors`` are to be multiplied by.
     """
     token, head = tl.program_id(0), tl.program_id(1)
     if token >= tl.load(query_start_loc + num_sequences):
@@ -63,13 +67,10 @@ def merge(
     largest = tl.where(largest == float("-inf"), 0.0, largest)
     total = tl.zeros([ROWS], tl.float32)
     zeros = tl.zeros([ROWS], tl.float32)
-    if ABSORB_VALUE and PROJECT_VALUE:
-        sums = tl.zeros([ROWS, WIDTH], tl.float32)
-    else:
-        low = tl.zeros([ROWS, HALF], tl.float32)
-        high = tl.zeros([ROWS, HALF], tl.float32)
+    low = tl.zeros([ROWS, HALF], tl.float32)
+    high = tl.zeros([ROWS, HALF], tl.float32)
     # Of latents those that are not stored may be missing at the end.
-    COLUMNS: tl.constexpr = WIDTH if ABSORB_VALUE else 2 * HALF
+    COLUMNS: tl.constexpr = WIDTH * PARTS if ABSORB_VALUE else 2 * HALF
     for split in range(splits):
         stats = partial.stats + (row * splits + split) * 3
         reached = tl.load(stats, row_valid, float("-inf"))
@@ -78,10 +79,8 @@ def merge(
         total += factor * tl.load(stats + 1, there, 0.0)
         if ABSORB_VALUE:
             zeros += factor * tl.load(stats + 2, there, 0.0)
-        at = partial.sums + (row * splits + split)[:, None] * COLUMNS
-        if ABSORB_VALUE and PROJECT_VALUE:
-            sums += factor[:, None] * tl.load(at + tl.arange(0, WIDTH)[None, :], there[:, None], 0.0)
-        else:
+        if not (ABSORB_VALUE and PROJECT_VALUE):
+            at = partial.sums + (row * splits + split)[:, None] * COLUMNS
             of_low, of_high = half[None, :] < COLUMNS, HALF + half[None, :] < COLUMNS
             low += factor[:, None] * tl.load(at + half[None, :], there[:, None] & of_low, 0.0)
             high += factor[:, None] * tl.load(at + HALF + half[None, :], there[:, None] & of_high, 0.0)
@@ -92,19 +91,31 @@ def merge(
     inverse = (1 / tl.where(row_valid, every, 1.0))[:, None]
     if ABSORB_VALUE and PROJECT_VALUE:
         band = tl.load(value.first_band + head)
-        sums *= inverse
+        for part in range(PARTS):
+            sums = tl.zeros([ROWS, WIDTH], tl.float32)
+            for split in range(splits):
+                reached = tl.load(partial.stats + (row * splits + split) * 3, row_valid, float("-inf"))
+                there = row_valid & (reached > float("-inf"))
+                at = partial.sums + (row * splits + split)[:, None] * COLUMNS + part * WIDTH
+                of_split = tl.load(at + tl.arange(0, WIDTH)[None, :], there[:, None], 0.0)
+                sums += tl.exp(reached - largest)[:, None] * of_split
+            sums *= inverse
+            # Operands are rounded, sums should not be: what rounding leaves is multiplied as well.
+            rounded = sums.to(DTYPE)
+            rest = (sums - rounded.to(tl.float32)).to(DTYPE)
+            up = latent_rows(value, band * PARTS + part, WIDTH, HALF)
+            matrix = tl.load(up + half[None, :])
+            low += tl.dot(rounded, matrix, input_precision=PRECISION) + tl.dot(rest, matrix, input_precision=PRECISION)
+            matrix = tl.load(up + HALF + half[None, :])
+            high += tl.dot(rounded, matrix, input_precision=PRECISION) + tl.dot(rest, matrix, input_precision=PRECISION)
         zeros = zeros[:, None] * inverse
-        # Operands are rounded, sums should not be: what rounding leaves is multiplied as well.
-        rounded = sums.to(DTYPE)
-        rest = (sums - rounded.to(tl.float32)).to(DTYPE)
-        up = latent_rows(value, band, WIDTH, HALF)
         total_up = value.up_sum + band * (2 * HALF) + half
-        matrix = tl.load(up + half[None, :])
-        low = tl.dot(rounded, matrix, input_precision=PRECISION) + tl.dot(rest, matrix, input_precision=PRECISION)
         low += zeros * tl.load(total_up)[None, :]
-        matrix = tl.load(up + HALF + half[None, :])
-        high = tl.dot(rounded, matrix, input_precision=PRECISION) + tl.dot(rest, matrix, input_precision=PRECISION)
         high += zeros * tl.load(total_up + HALF)[None, :]
+        if FACTORS:
+            of_head = value_factors + head * (2 * HALF) + half
+            low *= tl.load(of_head)[None, :]
+            high *= tl.load(of_head + HALF)[None, :]
     else:
         low *= inverse
         high *= inverse

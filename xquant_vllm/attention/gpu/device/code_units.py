@@ -78,6 +78,23 @@ def _piece(units, shift: tl.constexpr, mask: tl.constexpr):
 
 
 @triton.jit
+def bits_from(low, high, shift, PTX: tl.constexpr):
+    """The 32 bits of two uint32 that follow each other, from bit ``shift`` (0 to 31) of the first on."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, shift], tl.uint32, is_pure=True, pack=1
+        )
+    return ((low.to(tl.uint64) | (high.to(tl.uint64) << 32)) >> shift.to(tl.uint64)).to(tl.uint32)
+
+
+@triton.jit
+def units_of(words, WORDS: tl.constexpr, TOKENS: tl.constexpr):
+    """``[TOKENS, WORDS]`` uint32 as ``[TOKENS, 2 * WORDS]`` uint16, in the order of their bytes."""
+    first, second = (words & 0xFFFF).to(tl.uint16), (words >> 16).to(tl.uint16)
+    return tl.reshape(tl.join(first, second), [TOKENS, 2 * WORDS])
+
+
+@triton.jit
 def turned(low, high, cos, sin, PTX: tl.constexpr):
     """Both halves of keys, FP16, turned by angles; all of one shape."""
     if PTX:

@@ -13,7 +13,6 @@ import triton.language as tl
 
 from xquant_vllm.attention.gpu import workspace
 from xquant_vllm.attention.gpu.arguments import describe_latent
-from xquant_vllm.attention.gpu.cuda import store as cuda_store
 from xquant_vllm.attention.gpu.operands import STORES, operand_type
 from xquant_vllm.attention.gpu.page_pointers import page_pointers
 from xquant_vllm.attention.gpu.store.predict import subtract_product, subtract_terms
@@ -29,10 +28,10 @@ from xquant_vllm.attention.plan import AttentionLayerPlan
 
 # From so many tokens on a program has several: there are programs enough.
 _MANY_TOKENS = 256
-# Numbers of a tile that is quantized, unless a scale group has more, and bytes that are packed at once.
-_TILE, _BYTES = 256, 512
-# Of these numbers, those of a warp: choosing a scale among several takes more registers.
-_OF_WARP = {FP16: 256, UNIFORM: 128, ALLOCATED: 64}
+# Of many tokens, numbers of a tile that is quantized, unless a scale group has more; and bytes that are packed at once.
+_TILE, _BYTES = {FP16: 256, UNIFORM: 512, ALLOCATED: 256}, 512
+# Of these numbers, those of a warp, of few tokens and of many: choosing a scale among several takes more registers.
+_OF_WARP = {FP16: (256, 256), UNIFORM: (128, 512), ALLOCATED: (64, 64)}
 # Numbers of a rotated token that are quantized at once, unless a scale group has more.
 _AT_ONCE = 2048
 # FP32 operands as three products of TF32: codes are exact in TF32, so are +1 and -1, and of the other factor 22 bits
@@ -50,9 +49,6 @@ def store(
     """Quantize what new tokens bring into their slots; see :func:`reference.store`."""
     tokens = inputs[0].shape[0]
     if not tokens:
-        return
-    if cuda_store.takes(plan, inputs):
-        cuda_store.store(pages, plan, slot_mapping, inputs)
         return
     of_plan = prepare_store(plan)
     block_size = plan.layout.block_size
@@ -224,7 +220,8 @@ def _quantize(
     rows: torch.Tensor, slots: torch.Tensor, pages: torch.Tensor, block_size: int, tables: StreamTables
 ) -> None:
     tokens = rows.shape[0]
-    of_program = max(1, _TILE // tables.width) if tokens >= _MANY_TOKENS else 1
+    many = tokens >= _MANY_TOKENS
+    of_program = max(1, _TILE[tables.kind] // tables.width) if many else 1
     quantize[(triton.cdiv(tokens, of_program), tables.scale_groups.shape[0])](
         rows,
         rows.stride(0),
@@ -237,7 +234,7 @@ def _quantize(
         tables.bytes,
         tables.channels,
         TOKENS=of_program,
-        num_warps=max(1, min(8, of_program * tables.width // _OF_WARP[tables.kind])),
+        num_warps=max(1, min(8, of_program * tables.width // _OF_WARP[tables.kind][many])),
         **_quantizing(tables),
         **STORES,
     )

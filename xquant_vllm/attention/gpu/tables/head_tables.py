@@ -9,8 +9,11 @@ place, so the rows of the up-projection that it meets are divided by that. Of a 
     is channel      n r + 2 u  n r + 2 u + 1
 
 Left in 16 bits, such a number is a subnormal FP16 number, ``code * 2 ** (bits * n - 24)``, and needs no conversion.
+
+Codes of 3 bits, and channels with bits of their own, are read as fields of one width, see tables/run_fields.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +22,23 @@ import triton
 
 from xquant_vllm.attention.gpu.limits import shared_memory
 from xquant_vllm.attention.gpu.tables.pairs import arranged, pair_columns
+from xquant_vllm.attention.gpu.tables.run_fields import (
+    MOST_OF_THREE_BITS,
+    FieldFormat,
+    fields_of_three_bits,
+    format_of_three_bits,
+    key_fields,
+    key_format,
+    run_table,
+    value_format,
+)
 from xquant_vllm.attention.gpu.tables.tile_rotation import TILE, RopeArrays, rope_arrays
+from xquant_vllm.attention.latents import LatentTerm
 from xquant_vllm.attention.plan import AttentionLayerPlan
+from xquant_vllm.codec.allocated import AllocatedFormat
 from xquant_vllm.codec.layout import Stream, StreamFormat
 
-# Bits whose codes lie in one plane of their bytes.
-BITS = (8, 4, 2)
+BITS = (8, 4, 3, 2)
 # Channels of a latent, and of a head: more do not fit the registers beside their up-projection's products.
 MOST_CHANNELS = 128
 # Query heads of a kv head: the scores of more do not, either.
@@ -41,11 +55,13 @@ class HeadStream:
     """A stream as the kernel is compiled for it.
 
     Attributes:
-        bits: of a code.
+        bits: of a code, or of a field.
         units: of two bytes of a token's codes, a power of two of at least 16.
-        row_bytes: bytes of a token's codes.
+        row_bytes: bytes of a token's codes. These and the next ones are 0 where every head has its own.
         codes: byte of a page where the codes start; then ``scales``, ``zeros`` and ``outliers``.
         num_outliers: outlier channels.
+        ones: units of a window of single bits, see :class:`FieldFormat`.
+        window: byte of a row where that starts.
     """
 
     bits: int
@@ -56,11 +72,18 @@ class HeadStream:
     zeros: int
     outliers: int
     num_outliers: int
+    ones: int = 0
+    window: int = 0
 
     @property
     def pieces(self) -> int:
         """Codes of a unit."""
         return 16 // self.bits
+
+    @property
+    def rows(self) -> int:
+        """Of what is multiplied by codes, or by fields."""
+        return self.pieces * self.units + 8 * self.ones
 
 
 @dataclass(frozen=True)
@@ -73,12 +96,14 @@ class HeadTables:
         middle: what is taken off the codes of keys, so that what products round is small: the middle of their range.
             The code of the outlier channel, which is 0, is set to it, and the up-projection's row is minus the sum of
             all others. 0 where there is no outlier channel.
-        up: FP16 ``[num_kv_heads, pieces, units, 2 * half]``: rows of the key's up-projection by pieces.
+        up: FP16 ``[num_kv_heads, pieces * units + 8 * ones, 2 * half]``: rows of the key's up-projection by pieces.
         rows: FP16 ``[num_kv_heads, num_rows, TILE, 2 * half]``, turned by every distance within a tile: what zero
-            points multiply, then outliers, then the bias.
+            points multiply, then outliers, then the bias; of runs the bias alone, or anything.
         factors: FP32 ``[num_kv_heads, 1 + num_rows]``: what products of codes count, and the rows.
         turns: FP16 ``[2, TILE, half]``: cosines and sines of every distance within a tile.
         rope: angles of tiles, and of distances once more.
+        key_runs: int32 ``[num_kv_heads, 5]``, see :func:`run_table`; None where all channels have the same bits.
+        value_runs: the same of values.
     """
 
     key: HeadStream
@@ -89,6 +114,8 @@ class HeadTables:
     factors: torch.Tensor
     turns: torch.Tensor
     rope: RopeArrays
+    key_runs: torch.Tensor | None = None
+    value_runs: torch.Tensor | None = None
 
 
 def refusal(plan: AttentionLayerPlan, dtype: torch.dtype) -> str | None:
@@ -116,6 +143,8 @@ def refusal(plan: AttentionLayerPlan, dtype: torch.dtype) -> str | None:
         reason = _stream_refusal(plan.layout.streams[index], what, projection.num_kv_heads)
         if reason is not None:
             return reason
+    if len({isinstance(stream, AllocatedFormat) for stream in plan.layout.streams}) > 1:
+        return "channels have bits of their own in keys or in values alone"
     columns = pair_columns(projection.head_size, projection.rope).numel()
     if rope_arrays(projection.rope, columns // 2) is None:
         return "angles of RoPE are not proportional to positions"
@@ -127,24 +156,29 @@ def refusal(plan: AttentionLayerPlan, dtype: torch.dtype) -> str | None:
 
 def _shared_bytes(plan: AttentionLayerPlan, columns: int) -> int:
     """What the kernel takes at least, with codes one tile ahead; counted from what it compiles to for 9.0."""
-    key, value = (_stream(plan, terms[0].stream) for terms in (plan.key_terms, plan.value_terms))
-    rows = 1 + key.num_outliers + (plan.projection.key_bias is not None)
-    stays = 2 * columns * (key.units * key.pieces + rows * TILE + MOST_ROWS)
+    key, value = _streams(plan)
+    runs = isinstance(plan.layout.streams[0], AllocatedFormat)
+    rows = (0 if runs else 1 + key.num_outliers) + (plan.projection.key_bias is not None)
+    stays = 2 * columns * (key.rows + rows * TILE + MOST_ROWS)
     codes = max(of.units * of.pieces for of in (key, value))
-    return stays + TILE * (2 * codes + 2 * key.units + 2 * value.units) + 1024
+    # Rows that are not aligned are read twice.
+    loaded = (2 if runs else 1) * 2 * sum(of.units + of.ones for of in (key, value))
+    return stays + TILE * (2 * codes + loaded) + 1024
 
 
 def _stream_refusal(stream: Stream, what: str, num_kv_heads: int) -> str | None:
-    if not isinstance(stream, StreamFormat):
-        return f"channels of {what} have different bits"
     if stream.num_heads != num_kv_heads:
         return f"{what} share a latent"
-    if stream.bits not in BITS:
-        return f"codes of {what} have {stream.bits} bits, not {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}"
-    if stream.num_groups != 1:
-        return f"{what} have {stream.num_groups} scales per head"
     if stream.width > MOST_CHANNELS:
         return f"latents of {what} have {stream.width} channels, more than {MOST_CHANNELS}"
+    if isinstance(stream, AllocatedFormat):
+        return None
+    if stream.bits not in BITS:
+        return f"codes of {what} have {stream.bits} bits, not {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}"
+    if stream.row_bytes % 2:
+        return f"rows of {what} have {stream.row_bytes} bytes, which are no units of two"
+    if stream.num_groups != 1:
+        return f"{what} have {stream.num_groups} scales per head"
     most = 1 if what == "keys" else 0
     if stream.outlier_channels > most:
         return f"{what} have {stream.outlier_channels} outlier channels, more than {most}"
@@ -160,39 +194,89 @@ def head_tables(plan: AttentionLayerPlan, columns: torch.Tensor) -> HeadTables:
     """
     projection, device = plan.projection, plan.device
     assert projection.rope is not None
-    key, value = (_stream(plan, terms[0].stream) for terms in (plan.key_terms, plan.value_terms))
+    key, value = _streams(plan)
     rope = rope_arrays(projection.rope, columns.numel() // 2)
     assert rope is not None
     up = arranged(projection.up_key.to(device), columns)
-    middle = 1 << (key.bits - 1) if key.num_outliers else 0
+    bias = None if projection.key_bias is None else arranged(projection.key_bias.to(device), columns)[:, None]
+    turns = rope.offset.permute(2, 0, 1).to(device).contiguous()
+    if isinstance(plan.layout.streams[plan.key_terms[0].stream], AllocatedFormat):
+        of_codes, counted = key_fields(_allocated(plan, plan.key_terms), up, _LARGEST)
+        turned, of_rows = _turned(up.new_zeros(len(up), 0, up.shape[2]) if bias is None else bias, rope)
+        return HeadTables(
+            key=key,
+            value=value,
+            middle=0,
+            up=of_codes,
+            rows=turned.half().contiguous(),
+            factors=torch.cat((_SUBNORMAL * counted[:, None], of_rows), 1).contiguous(),
+            turns=turns,
+            rope=rope,
+            key_runs=_run_table(plan, plan.key_terms),
+            value_runs=_run_table(plan, plan.value_terms),
+        )
+    middle = 0
+    if key.num_outliers:
+        # Of 3 bits it has two, as the first plane has.
+        middle = 3 if key.ones else 1 << (key.bits - 1)
     outliers, stored = up[:, : key.num_outliers], up[:, key.num_outliers :]
     # What is added to rows of codes is the sum of the rounded rows: codes and zero points that cancel do so exactly.
     unit = _LARGEST / torch.maximum(stored.abs().amax((1, 2)), stored.sum(1).abs().amax(1)).clamp_min(1e-30)
+    if key.ones:
+        unit /= MOST_OF_THREE_BITS
     unit = torch.exp2(unit.log2().floor())[:, None, None]
     rounded = (stored * unit).half().float()
     total = rounded.sum(1, keepdim=True).half().float()
     lead = -total.expand(-1, key.num_outliers, -1)
     rows = [total / unit, outliers]
-    if projection.key_bias is not None:
-        rows.append(arranged(projection.key_bias.to(device), columns)[:, None])
+    if bias is not None:
+        rows.append(bias)
     turned, of_rows = _turned(torch.cat(rows, 1), rope)
     return HeadTables(
         key=key,
         value=value,
         middle=middle,
-        up=_pieces(torch.cat((lead, rounded), 1), key).half().contiguous(),
+        up=(fields_of_three_bits(lead, rounded) if key.ones else _pieces(torch.cat((lead, rounded), 1), key)).half(),
         rows=turned.half().contiguous(),
         factors=torch.cat((_SUBNORMAL / unit[:, :, 0], of_rows), 1).contiguous(),
-        turns=rope.offset.permute(2, 0, 1).to(device).contiguous(),
+        turns=turns,
         rope=rope,
     )
+
+
+def _allocated(plan: AttentionLayerPlan, terms: Sequence[LatentTerm]) -> AllocatedFormat:
+    stream = plan.layout.streams[terms[0].stream]
+    assert isinstance(stream, AllocatedFormat)
+    return stream
+
+
+def _run_table(plan: AttentionLayerPlan, terms: Sequence[LatentTerm]) -> torch.Tensor:
+    at = plan.layout.offsets[terms[0].stream]
+    return run_table(_allocated(plan, terms), at.codes, at.scales, plan.layout.block_size).to(plan.device)
+
+
+def _streams(plan: AttentionLayerPlan) -> tuple[HeadStream, HeadStream]:
+    """Of keys and of values."""
+    key, value = (plan.layout.streams[terms[0].stream] for terms in (plan.key_terms, plan.value_terms))
+    if isinstance(key, AllocatedFormat) and isinstance(value, AllocatedFormat):
+        return _of_fields(key_format(key)), _of_fields(value_format(value))
+    return _stream(plan, plan.key_terms[0].stream), _stream(plan, plan.value_terms[0].stream)
+
+
+def _of_fields(form: FieldFormat) -> HeadStream:
+    return HeadStream(form.bits, form.units, 0, 0, 0, 0, 0, 0, form.ones)
 
 
 def _stream(plan: AttentionLayerPlan, index: int) -> HeadStream:
     stream, at = plan.layout.streams[index], plan.layout.offsets[index]
     assert isinstance(stream, StreamFormat)
+    more = {}
+    bits = stream.bits
+    if bits == 3:
+        form = format_of_three_bits(stream.width, keys=index == plan.key_terms[0].stream)
+        bits, more = form.bits, {"ones": form.ones, "window": stream.width // 4}
     return HeadStream(
-        bits=stream.bits,
+        bits=bits,
         units=max(16, triton.next_power_of_2(stream.row_bytes // 2)),
         row_bytes=stream.row_bytes,
         codes=at.codes,
@@ -200,15 +284,16 @@ def _stream(plan: AttentionLayerPlan, index: int) -> HeadStream:
         zeros=at.zeros,
         outliers=at.outliers,
         num_outliers=stream.outlier_channels,
+        **more,
     )
 
 
 def _pieces(up: torch.Tensor, stream: HeadStream) -> torch.Tensor:
-    """``[heads, channels, columns]`` as ``[heads, pieces, units, columns]``, divided by what places count."""
+    """``[heads, channels, columns]`` as ``[heads, pieces * units, columns]``, divided by what places count."""
     of_bytes = up.unflatten(1, (-1, stream.row_bytes))
     places = torch.exp2(-stream.bits * torch.arange(of_bytes.shape[1], device=up.device, dtype=torch.float32))
     of_units = (of_bytes * places[:, None, None]).unflatten(2, (-1, 2)).transpose(2, 3).flatten(1, 2)
-    return F.pad(of_units, (0, 0, 0, stream.units - of_units.shape[2]))
+    return F.pad(of_units, (0, 0, 0, stream.units - of_units.shape[2])).flatten(1, 2)
 
 
 def _turned(rows: torch.Tensor, rope: RopeArrays) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,1 +1,0 @@
-"""The CUDA C++ kernels of csrc/cuda, and what hands layers and batches to them."""
