@@ -94,7 +94,7 @@ def make(out: Path) -> list[Path]:
         built, repaired = Path(temporary) / "built", Path(temporary) / "repaired"
         # The wheel is built of the unpacked source distribution: that one is whole, too.
         run(python, "-m", "build", "--no-isolation", "--outdir", built, PROJECT,
-            XQUANT_BUILD_KERNELS="1", XQUANT_BUILD_CUDA="0")  # fmt: skip
+            XQUANT_BUILD_KERNELS="1")  # fmt: skip
         (source,), (plain,) = built.glob("*.tar.gz"), built.glob("*.whl")
         run(python, "-m", "auditwheel", "show", plain)
         run(python, "-m", "auditwheel", "repair", "--wheel-dir", repaired, plain)

@@ -27,7 +27,7 @@ WELL = {
     },
     "kernels": {"choice": {"kind": "cpp", "text": "attention runs"}, "errors": {}, "ended": None},
     "attention": {"results": [], "error": None},
-    "compilers": dict.fromkeys(("g++", "python_headers", "cc", "nvcc"), COMPILER),
+    "compilers": dict.fromkeys(("g++", "python_headers", "cc"), COMPILER),
     "caches": {"factors": FOLDER, "vllm_compiled": FOLDER, "triton": FOLDER},
     "environment": {"variables": {}, "unread": []},
 }
@@ -91,13 +91,6 @@ SLOW = {
             "reinstall",
         ),
         (("kernels", "errors"), {"choice": "ValueError: x"}, ERROR, "no kernels can be chosen: ValueError: x", "unset"),
-        (
-            ("kernels", "errors"),
-            {"cuda_cpp": "RuntimeError: x"},
-            ERROR,
-            "the CUDA C++ kernels cannot",
-            "unset XQUANT_CUDA",
-        ),
         (("kernels", "choice"), SLOW, WARNING, "because these cannot be loaded (x; y)", "install g++ and reinstall"),
         (("attention", "error"), "ValueError: x", ERROR, "a tiny attention fails: ValueError: x", "reference"),
         (
@@ -140,7 +133,7 @@ def test_a_fault_is_named_with_what_to_do(path, value, severity, problem, remedy
     assert remedy in found.remedy
 
 
-@pytest.mark.parametrize("name", ["g++", "nvcc", "cc"])
+@pytest.mark.parametrize("name", ["g++", "cc"])
 def test_a_compiler_that_is_not_needed_is_not_missed(name):
     facts = ill("compilers", name, value={**COMPILER, "command": None})
     facts["vllm"]["platform"] = "cuda" if name == "g++" else "cpu"

@@ -49,7 +49,6 @@ _ELSEWHERE = """\
 _VARIABLE = re.compile(r'"(XQUANT_[A-Z_]+)"')
 # Variables of the environment; those that the package does not read are left out.
 _VARIABLES = {
-    "XQUANT_CUDA_KERNELS": "`1` takes the CUDA C++ kernels in place of the Triton ones",
     "XQUANT_ATTENTION_KERNELS": "names the kernels on CPUs; for tests",
 }
 

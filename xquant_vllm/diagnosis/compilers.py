@@ -13,26 +13,22 @@ NEEDED_FOR = {
     "g++": "builds the C++ kernels when this package is installed; on CPUs vLLM's torch.compile calls it at start-up",
     "python_headers": "with g++, for vLLM's torch.compile on CPUs",
     "cc": "on GPUs Triton calls it at start-up",
-    "nvcc": "builds the CUDA kernels when this package is installed, which are optional",
 }
 
 
 def compilers() -> dict[str, Any]:
     """By name: ``command``, ``version`` (both None where it is not there) and ``needed_for``."""
-    cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
-    nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or (str(cuda) if cuda.is_file() else None)
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     found = {
         "g++": _compiler(shlex.split(os.environ.get("CXX", "")) or ["g++"]),
         "python_headers": {"command": str(header) if header.is_file() else None, "version": None},
         "cc": _compiler([shutil.which(os.environ.get("CC") or "gcc") or "clang"]),
-        "nvcc": _compiler([nvcc] if nvcc else []),
     }
     return {name: {**of, "needed_for": NEEDED_FOR[name]} for name, of in found.items()}
 
 
 def _compiler(command: list[str]) -> dict[str, Any]:
-    if not command or shutil.which(command[0]) is None:
+    if shutil.which(command[0]) is None:
         return {"command": None, "version": None}
     try:
         done = subprocess.run(
@@ -41,6 +37,4 @@ def _compiler(command: list[str]) -> dict[str, Any]:
     except (OSError, subprocess.TimeoutExpired):
         return {"command": None, "version": None}
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    # nvcc says its version in its fourth line.
-    said = next((line for line in lines if "release" in line), lines[0] if lines else None)
-    return {"command": shlex.join(command) if done.returncode == 0 else None, "version": said}
+    return {"command": shlex.join(command) if done.returncode == 0 else None, "version": lines[0] if lines else None}

@@ -125,8 +125,6 @@ def _of_kernels(kernels: Mapping[str, Any]) -> Iterator[Finding]:
         )
     if "choice" in errors:
         yield Finding(ERROR, f"no kernels can be chosen: {errors['choice']}", "unset XQUANT_ATTENTION_KERNELS")
-    if "cuda_cpp" in errors:
-        yield Finding(ERROR, f"the CUDA C++ kernels cannot be used: {errors['cuda_cpp']}", "unset XQUANT_CUDA_KERNELS")
     choice = kernels["choice"] or {}
     if choice.get("kind") == "reference":
         text = choice["text"]

@@ -1,7 +1,6 @@
 """The process that imports torch, loads the kernels and calls them: which there are, which are used, do they agree."""
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from xquant_vllm.diagnosis.child import Found, find_out, tell
@@ -12,7 +11,7 @@ _SECONDS = 300
 
 
 def ask_kernels(device_type: str | None) -> Found:
-    """Ask in a process of its own: ``torch``, ``gpus``, ``cpp``, ``triton``, ``cuda_cpp``, ``choice``, ``attention``.
+    """Ask in a process of its own: ``torch``, ``gpus``, ``cpp``, ``triton``, ``choice``, ``attention``.
 
     Args:
         device_type: ``"cpu"`` or ``"cuda"``, as vLLM says; None: CUDA where torch sees a GPU.
@@ -36,7 +35,6 @@ def main() -> None:
                 ("gpus", _gpus),
                 ("triton", _triton),
                 ("cpp", _cpp),
-                ("cuda_cpp", _cuda_cpp),
                 ("choice", lambda: _choice(device_type())),
                 ("attention", lambda: _attention(device_type())),
             )
@@ -104,12 +102,6 @@ def _cpp() -> dict[str, Any]:
         "why_no_amx": cpu.tiles_refused(),
         "threads": cpu.num_threads(),
     }
-
-
-def _cuda_cpp() -> dict[str, Any]:
-    from xquant_vllm.attention.gpu.cuda import library as cuda
-
-    return {"library": str(cuda.LIBRARY_PATH), "built": Path(cuda.LIBRARY_PATH).is_file(), "used": bool(cuda.library())}
 
 
 def _choice(device_type: str) -> dict[str, Any]:

@@ -5,10 +5,6 @@ from typing import Any
 
 from xquant_vllm.diagnosis.child import Found
 from xquant_vllm.diagnosis.processor import NEEDED, missing_flags
-from xquant_vllm.plugin.unread.variables import READ
-
-_CUDA_VARIABLE = "XQUANT_CUDA_KERNELS"
-assert _CUDA_VARIABLE in READ
 
 
 def kernel_table(kernels: Found, flash: Any, processor: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -23,9 +19,6 @@ def kernel_table(kernels: Found, flash: Any, processor: Mapping[str, Any]) -> li
     kind = choice.get("kind")
     rows = [_cpp_row(isa, kernels, processor) for isa in NEEDED]
     rows.append({"name": "Triton", "used": kind == "triton", "why": _why_triton(kernels, kind)})
-    cuda = kernels.sections.get("cuda_cpp") or {}
-    used = kind == "triton" and bool(cuda.get("used"))
-    rows.append({"name": "CUDA C++", "used": used, "why": _why_cuda(kernels, used)})
     version = (flash or {}).get("version")
     rows.append(
         {
@@ -65,16 +58,6 @@ def _why_triton(kernels: Found, kind: str | None) -> str:
         return f"cannot be imported: {kernels.errors['triton']}"
     torch = kernels.sections.get("torch") or {}
     return "torch sees no GPU" if not torch.get("gpu_seen") else "vLLM does not run on the GPU"
-
-
-def _why_cuda(kernels: Found, used: bool) -> str:
-    cuda = kernels.sections.get("cuda_cpp")
-    if used:
-        return f"{_CUDA_VARIABLE}=1"
-    if cuda is None:
-        return _error_of(kernels, "cuda_cpp")
-    built = "" if cuda["built"] else "; they are not built"
-    return f"only with {_CUDA_VARIABLE}=1 on a GPU of compute capability 8.0 or later{built}"
 
 
 def _error_of(kernels: Found, section: str) -> str:

@@ -130,7 +130,7 @@ def test_without_torch_and_vllm(installed, capsys):
 
 def test_without_home_and_compilers(installed, capsys, monkeypatch, tmp_path):
     installed()
-    for name in ("HOME", "XDG_CACHE_HOME", "VLLM_CACHE_ROOT", "CXX", "CC", "NVCC"):
+    for name in ("HOME", "XDG_CACHE_HOME", "VLLM_CACHE_ROOT", "CXX", "CC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("os.path.expanduser", lambda path: path)

@@ -7,7 +7,6 @@ import pytest
 
 from tests.docs.pages import ROOT
 from xquant_vllm.attention import dispatch
-from xquant_vllm.attention.gpu.cuda import library as cuda
 from xquant_vllm.plugin.unread.variables import (
     READ,
     READ_ELSEWHERE,
@@ -19,7 +18,7 @@ from xquant_vllm.plugin.unread.variables import (
 
 
 def test_a_server_reads_what_is_listed():
-    assert set(READ) == {dispatch.OVERRIDE_VARIABLE, cuda.OVERRIDE_VARIABLE}
+    assert set(READ) == {dispatch.OVERRIDE_VARIABLE}
 
 
 def test_every_variable_of_the_repository_is_listed():

@@ -7,14 +7,12 @@ PREFIX = "XQUANT_"
 
 READ = {
     "XQUANT_ATTENTION_KERNELS": "kernels to use instead of those for this machine",
-    "XQUANT_CUDA_KERNELS": "whether the CUDA C++ kernels are used",
 }
 """What a server reads, and what it is for."""
 
 READ_ELSEWHERE = (
     # setup.py
     "XQUANT_BUILD_KERNELS",
-    "XQUANT_BUILD_CUDA",
     # tools and tests of the repository
     "XQUANT_FAMILIES_FOUND",
     "XQUANT_TEST_GPU_WORKER",
