@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from demo import can_compile
 
 from tests.e2e.families.test_families import ENGINE, PROMPT
 from tests.e2e.features.checkpoints import with_other_weights
@@ -33,6 +34,26 @@ def other(tiny, tmp_path_factory):
     return other
 
 
+def answers_around_new_weights(engines, old, new, way, xquant, **engine):
+    """What an engine answers before and after, and with its first weights again; and one that began with the new."""
+    tasks = [*ANSWERS, reload_by(way, new), *ANSWERS, reload_by("iterator", old), *ANSWERS]
+    settings = {**ENGINE, **engine, "xquant": xquant}
+    ours = engines.run(old, "xquant", tasks, **settings)
+    fresh = engines.run(new, "xquant", ANSWERS, **settings)
+    first, then = ours.tasks[2], ours.tasks[5]
+    assert [first["error"], then["error"]] == [None, None]
+    assert first["model"] == str(new if way == "path" else old)
+    assert ours.tasks[3:5] == fresh.tasks
+    assert ours.tasks[0] != fresh.tasks[0]
+    assert ours.tasks[6:] == ours.tasks[:2]
+    assert ours.tasks[1]["cached"][0] > 0
+    return ours
+
+
+def nightly(*parameters, **name):
+    return pytest.param(*parameters, marks=pytest.mark.nightly, **name)
+
+
 @pytest.mark.alike(keep=2)
 @pytest.mark.parametrize(
     ("family", "xquant", "way"),
@@ -40,26 +61,48 @@ def other(tiny, tmp_path_factory):
         ("llama-bias", {"cache": "latent"}, "path"),
         ("qwen3", {"cache": "latent", "bits": 8}, "chunks"),
         ("llama-bias", {"cache": "x"}, "chunks"),
-        pytest.param("mha", {"method": "xquant-cl"}, "path", marks=pytest.mark.nightly),
-        pytest.param("gemma2", {"cache": "latent", "fold_values": False}, "path", marks=pytest.mark.nightly),
-        pytest.param(
-            "llama",
-            {"method": "xquant-cl", "cache": "latent", "factor_cache": False},
-            "iterator",
-            marks=pytest.mark.nightly,
-        ),
+        nightly("mha", {"method": "xquant-cl"}, "path"),
+        nightly("gemma2", {"cache": "latent", "fold_values": False}, "path"),
+        nightly("llama", {"method": "xquant-cl", "cache": "latent", "factor_cache": False}, "iterator"),
+        # Other layouts of projections.
+        nightly("gpt2", {"cache": "latent"}, "path"),
+        nightly("gpt2", {"cache": "x"}, "path"),
+        nightly("falcon", {"cache": "latent"}, "path"),
+        nightly("falcon-mqa", {"cache": "latent"}, "chunks"),
+        # Those that run through vLLM's Transformers backend.
+        nightly("arcee", {"cache": "latent"}, "path"),
+        nightly("gpt-neox", {"cache": "latent"}, "path"),
+        nightly("gpt-neox", {"cache": "x"}, "path"),
+        nightly("smollm3", {"cache": "latent"}, "chunks"),
+        nightly("smollm3", {"cache": "latent", "method": "xquant-cl", "first_layers": 1}, "path"),
     ],
 )
 def test_answers_are_those_of_an_engine_that_was_started_with_the_weights(engines, tiny, other, family, xquant, way):
-    tasks = [*ANSWERS, reload_by(way, other(family)), *ANSWERS, reload_by("iterator", tiny(family)), *ANSWERS]
-    ours = engines.run(tiny(family), "xquant", tasks, xquant=xquant, **ENGINE).tasks
-    fresh = engines.run(other(family), "xquant", ANSWERS, xquant=xquant, **ENGINE).tasks
-    assert [task["error"] for task in (ours[2], ours[5])] == [None, None]
-    assert ours[2]["model"] == str((other if way == "path" else tiny)(family))
-    assert ours[3:5] == fresh
-    assert ours[0] != fresh[0]
-    assert ours[6:] == ours[:2]
-    assert ours[1]["cached"][0] > 0
+    answers_around_new_weights(engines, tiny(family), other(family), way, xquant)
+
+
+# Traced code finds its tensors as compiled code does, and takes no minute to make.
+TRACED = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
+COMPILED = {"enforce_eager": False}
+
+
+@pytest.mark.parametrize(
+    ("family", "xquant", "engine"),
+    [
+        # Other modules stand in for its own, later layers read its pages, and a pool holds what was made of them.
+        pytest.param("mha", {"method": "xquant-cl"}, TRACED, id="traced chain of X, hot"),
+        nightly("mha", {"method": "xquant-cl"}, COMPILED, id="chain of X, hot"),
+        nightly("llama-bias", {"cache": "latent"}, COMPILED, id="latents"),
+        nightly("llama-bias", {"cache": "x", "hot": 0}, COMPILED, id="X"),
+        nightly("smollm3", {"cache": "latent"}, COMPILED, id="Transformers backend"),
+    ],
+)
+def test_compiled_code_reads_the_new_matrices(engines, tiny, other, family, xquant, engine):
+    if engine is COMPILED and not can_compile():
+        pytest.skip("torch.compile needs Python.h, which python3-dev installs: vLLM itself cannot compile here")
+    ours = answers_around_new_weights(engines, tiny(family), other(family), "path", xquant, **engine)
+    assert "Warming up model for the compilation" in ours.log
+    assert ("attended from the pool" in ours.log) == (family == "mha")
 
 
 def test_a_request_that_runs_goes_on_with_the_new_weights(engines, tiny, other):

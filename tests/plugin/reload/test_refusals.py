@@ -25,8 +25,7 @@ def record(*, quantized=False, own_folder=False, mode="NONE", graphs="NONE", arc
         ({"quantized": True}, "were quantized"),
         ({"lora_config": object()}, "--enable-lora"),
         ({"kv_transfer_config": object()}, "KV connector"),
-        ({"graphs": "FULL"}, "--enforce-eager"),
-        ({"mode": "VLLM_COMPILE"}, "--enforce-eager"),
+        ({"graphs": "FULL", "mode": "VLLM_COMPILE"}, r"CUDA graphs \(cudagraph_mode FULL\) .*cudagraph_mode none"),
         ({"architecture": "GptOssForCausalLM"}, "vLLM's code of GptOssForCausalLM"),
     ],
 )
@@ -36,5 +35,6 @@ def test_the_reason_is_named_and_what_to_do(what, why):
         refuse_impossible(record(**what))
 
 
-def test_the_rest_is_loaded():
-    refuse_impossible(record())
+@pytest.mark.parametrize("mode", ["NONE", "DYNAMO_TRACE_ONCE", "VLLM_COMPILE"])
+def test_the_rest_is_loaded(mode):
+    refuse_impossible(record(mode=mode))

@@ -56,9 +56,12 @@ def _reasons(record: Any) -> Iterator[str]:
         yield "a KV connector keeps pages that were made with the old ones; leave it out"
     if not record.own_folder and factors_of(config)[1] is not None:
         yield "its folder has factors, which are made for the weights beside them; serve a folder without"
-    compilation = config.compilation_config
-    if any(getattr(mode, "name", "NONE") != "NONE" for mode in (compilation.mode, compilation.cudagraph_mode)):
-        yield "compiled graphs may read its old matrices; set --enforce-eager to be able to"
+    graphs = getattr(config.compilation_config.cudagraph_mode, "name", "NONE")
+    if graphs != "NONE":
+        yield (
+            f"its CUDA graphs (cudagraph_mode {graphs}) read matrices at the addresses of the capture, and new ones "
+            "lie elsewhere; to be able to, serve without such graphs: --compilation-config.cudagraph_mode none"
+        )
     architecture = config.model_config.architecture
     if architecture in _PAST_LOADERS:
         yield f"vLLM's code of {architecture} writes some of its weights where reloading loses them"
