@@ -20,6 +20,7 @@ def register() -> None:
         logger.warning(reason)
         return
 
+    from xquant_vllm.plugin.observe.front_end import share_metrics
     from xquant_vllm.plugin.platform import wrap_platform
     from xquant_vllm.plugin.refusals import unwrap_from_validation
     from xquant_vllm.plugin.registration import BACKENDS, get_member
@@ -29,4 +30,5 @@ def register() -> None:
         get_member(name)
     wrap_platform()
     unwrap_from_validation()
+    share_metrics()
     watch_engine_core()
