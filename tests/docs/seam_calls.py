@@ -116,6 +116,8 @@ REPLACED = {
         for worker in ("cpu_worker.CPUWorker", "gpu_worker.Worker")
         for name in ("determine_available_memory(self)", "execute_model(self, scheduler_output)", "shutdown(self)")
     ],
+    "What pages were made": ["vllm.v1.worker.gpu_worker.Worker.initialize_from_config(self, kv_cache_config)"],
+    "Tokens of a step": ["vllm.v1.worker.gpu_worker.Worker.execute_model(self, scheduler_output)"],
 }
 """What this package puts itself in the place of: vLLM must have no other parameters, because it may pass them."""
 
@@ -123,15 +125,20 @@ READ = {
     "vllm.v1.attention.backend.CommonAttentionMetadata": "query_start_loc query_start_loc_cpu seq_lens causal "
     "seq_lens_cpu_upper_bound num_actual_tokens max_query_len block_table_tensor",
     "vllm.v1.core.sched.output.SchedulerOutput": "finished_req_ids scheduled_new_reqs scheduled_cached_reqs "
-    "num_scheduled_tokens kv_cache_block_copies kv_connector_metadata kv_connector_block_state",
+    "num_scheduled_tokens total_num_scheduled_tokens kv_cache_block_copies kv_connector_metadata "
+    "kv_connector_block_state",
     "vllm.v1.core.sched.output.NewRequestData": "req_id block_ids num_computed_tokens",
     "vllm.v1.core.sched.output.CachedRequestData": "req_ids new_block_ids num_computed_tokens resumed_req_ids",
-    "vllm.v1.kv_cache_interface.KVCacheConfig": "num_blocks kv_cache_groups",
+    "vllm.v1.kv_cache_interface.KVCacheConfig": "num_blocks kv_cache_groups kv_cache_tensors",
+    "vllm.v1.kv_cache_interface.KVCacheTensor": "size",
+    "vllm.engine.arg_utils.EngineArgs": "disable_log_stats",
+    "vllm.config.ParallelConfig": "data_parallel_index rank world_size tensor_parallel_size",
     "vllm.v1.kv_cache_interface.KVCacheGroupSpec": "layer_names kv_cache_spec",
     "vllm.v1.kv_cache_interface.AttentionSpec": "block_size num_kv_heads head_size dtype num_head_slots "
     "state_content_bytes page_size_padded page_size_bytes",
     "vllm.v1.kv_cache_interface.SlidingWindowSpec": "sliding_window",
     "vllm.config.VllmConfig": "additional_config attention_config cache_config compilation_config load_config "
-    "model_config parallel_config scheduler_config speculative_config kv_transfer_config device_config lora_config",
+    "model_config parallel_config scheduler_config speculative_config kv_transfer_config device_config lora_config "
+    "instance_id",
 }
 """Attributes that are read of what vLLM hands over."""

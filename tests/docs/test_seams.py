@@ -25,6 +25,7 @@ _OWN = {
     "_xquant_hooked",
     "_kivi_hooked",
     "_xquant_unwraps",
+    "_xquant_shares",
     "_xquant_guards",
     "__class__",
     "own_folder",

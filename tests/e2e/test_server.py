@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from vllm_process import Progress, VllmServer, free_port, vllm_command
 
+from tests.packaging.dashboard import metric_names
+
 pytestmark = pytest.mark.e2e
 
 DOCKER = Path(__file__).resolve().parent.parent.parent / "docker"
@@ -25,6 +27,7 @@ def server(smollm2, tmp_path_factory):
         *ARGUMENTS,
         "--additional-config.xquant.bits",
         "8",
+        "--additional-config.xquant.quality_probe=0.05",
     ]
     log = tmp_path_factory.mktemp("server") / "server.log"
     # Started as the images do it; they find `vllm` on the path.
@@ -89,12 +92,48 @@ def test_aborted_requests_leave_their_neighbours_and_the_server_alone(client):
     assert _metric(client, "vllm:num_requests_running") == 0
 
 
-def _metric(client, name: str) -> float:
+def test_the_metrics_of_the_dashboard_are_served(client, server):
+    ask(client, QUESTIONS[0])
+    text = _metrics(client)
+    assert not [name for name in metric_names() if f"\n{name}{{" not in text]
+    # 8 bits of 30 layers with 3 kv heads of 64 channels.
+    assert _metric(client, "xquant_bytes_per_token") == 30 * 414
+    assert _metric(client, "xquant_bytes_per_token_16bit") == 30 * 768
+    (said,) = server.find(r"KV cache size: ([\d,]+) tokens").groups()
+    assert _metric(client, "xquant_capacity_tokens") == int(said.replace(",", ""))
+    assert server.find(
+        r"xquant: metrics \(xquant_...\) are written for /metrics; quality probe: compares one of 23 calls"
+    )
+    before = _metric(client, "xquant_rematerialized_tokens_total")
+    ask(client, QUESTIONS[1])
+    # Every step reads the prompt and what was answered before; the first reads the prompt alone.
+    assert _metric(client, "xquant_rematerialized_tokens_total") - before > 24 * 24
+    # Nothing runs, so nothing is attended to; there is no pool.
+    assert _metric(client, "xquant_cold_tokens") == _metric(client, "xquant_hot_tokens") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [("key_error", 1e-3, 0.02), ("value_error", 1e-3, 0.02), ("attention_divergence", 0, 0.01)],
+)
+def test_the_probe_finds_what_8_bits_lose(client, name, least, most):
+    total, count = (_metric(client, f"xquant_probe_{name}_{of}") for of in ("sum", "count"))
+    assert count > 0
+    print(f"{name}: {total / count:.5f}, mean of {count:.0f}")
+    assert least < total / count < most
+
+
+def _metrics(client) -> str:
     import urllib.request
 
     url = str(client.base_url).removesuffix("v1/") + "metrics"
     with urllib.request.urlopen(url, timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
+        return answer.read().decode()
+
+
+def _metric(client, name: str) -> float:
+    """The sum over all labels."""
+    lines = _metrics(client).splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
 
 

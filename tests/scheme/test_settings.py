@@ -68,6 +68,8 @@ def test_bits_of_keys_and_values_and_of_first_layers():
         ({"hot": "100%"}, ["'hot'", "'100%'", "nothing would be left"]),
         ({"hot": 1.5}, ["'hot'", "1.5", "less than 1"]),
         ({"hot": [1]}, ["'hot'", "[1]", "no amount of memory"]),
+        ({"quality_probe": 2}, ["'quality_probe'", "2", "it is a share", "such as 0.001", "0 for none"]),
+        ({"quality_probe": "often"}, ["'quality_probe'", "'often'", "set a share of the calls of layers"]),
         ({"basis": "shared"}, ["'basis'", "'shared'", 'set "head" or "joint"']),
         ({"bit": 4}, ["unknown setting 'bit'", "did you mean 'bits'?", "known are method, bits, cache, group_size"]),
         ([4], ["[4]", "not a table of settings"]),

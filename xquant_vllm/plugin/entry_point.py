@@ -22,6 +22,7 @@ def register() -> None:
         logger.warning(reason)
         return
 
+    from xquant_vllm.plugin.observe.front_end import share_metrics
     from xquant_vllm.plugin.platform import wrap_platform
     from xquant_vllm.plugin.refusals import unwrap_from_validation
     from xquant_vllm.plugin.registration import BACKENDS, get_member
@@ -31,6 +32,7 @@ def register() -> None:
         get_member(name)
     wrap_platform()
     unwrap_from_validation(_report_unread)
+    share_metrics()
     watch_engine_core()
 
 

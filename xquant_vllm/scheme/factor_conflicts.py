@@ -117,7 +117,7 @@ def _remedy(settings: XQuantSettings, header: FactorHeader, method: str) -> tupl
     method = settings.method if "method" in given else method
     chained = method == "xquant-cl"
     bits = settings.bits
-    ours = {"method", "bits", "factor_cache", "fold_values", "prompt", "hot"} | (
+    ours = {"method", "bits", "factor_cache", "fold_values", "prompt", "hot", "quality_probe"} | (
         {"first_layers", "anchor_interval"} if chained else {"basis"}
     )
     fixed = _CALIBRATED | {"basis": "joint"}

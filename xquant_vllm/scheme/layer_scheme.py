@@ -27,6 +27,8 @@ class LayerScheme:
         kernel_device: where the kernels run, if the up-projections were left on the host.
         key_scale: divides key latents before they are cached; None where no norm is over all key heads together.
         query_weight: ``[num_kv_heads, head_size]``, FP32, that query heads are multiplied by, or None.
+        folded_value: the up-projection of values that went into the output projection, as
+            ``LayerProjection.up_value``, for those who look at values; None: there is none, or nobody looks.
         in_values: whether all that is cached comes as values, because the model changes what it takes for keys.
     """
 
@@ -38,6 +40,7 @@ class LayerScheme:
     key_scale: KeyScale | None = None
     query_weight: torch.Tensor | None = None
     in_values: bool = False
+    folded_value: torch.Tensor | None = None
 
     def on_host(self) -> "LayerScheme":
         """The same with its up-projections on the host, for kernels that arrange them once and keep the result.

@@ -18,6 +18,7 @@ CONFIG_KEY = "xquant"
 _CHAIN_DEFAULTS = {"x": (3, 0), "latent": (1, 4)}
 
 
+_PROBE_ADVICE = "set a share of the calls of layers such as 0.001, or 0 for none"
 _BITS_ADVICE = 'set 8, 4, 3 or 2, or {"key": 4, "value": 2}'
 _ADVICE = {
     "method": 'set "xquant" or "xquant-cl"',
@@ -36,6 +37,7 @@ _ADVICE = {
     "fold_values": "set true or false",
     "prompt": 'set "cached" or "exact"',
     "hot": hot_share.ADVICE,
+    "quality_probe": _PROBE_ADVICE,
 }
 
 
@@ -92,6 +94,8 @@ class XQuantSettings(BaseModel):
         hot: memory for rematerialized keys and values of blocks in use: bytes (int or ``"2GiB"``), a share of the
             cache's memory (``"20%"`` or 0.2), or 0; None takes 0.2 for caches of the layer input, of joint latents and
             of chains on CPUs (:data:`~xquant_vllm.scheme.hot_share.DEFAULT_SHARE`), else 0.
+        quality_probe: share of the calls of layers, from 0 to 1, in which keys and values that were read back are
+            compared with exact ones; 0 for none. Changes no answer.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -112,6 +116,7 @@ class XQuantSettings(BaseModel):
     fold_values: bool = True
     prompt: Literal["cached", "exact"] = "cached"
     hot: int | float | None = None
+    quality_probe: float = 0
 
     @field_validator("bits", "first_layers_bits", "anchor_bits", mode="before")
     @classmethod
@@ -127,6 +132,13 @@ class XQuantSettings(BaseModel):
     @classmethod
     def _amount(cls, value: Any) -> int | float | None:
         return hot_share.parse_share(value)
+
+    @field_validator("quality_probe")
+    @classmethod
+    def _is_a_share(cls, value: float) -> float:
+        if not 0 <= value <= 1:
+            raise refuse("it is a share", _PROBE_ADVICE)
+        return value
 
     @field_validator("bits", "first_layers_bits", "anchor_bits")
     @classmethod

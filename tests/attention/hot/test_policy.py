@@ -348,3 +348,13 @@ def test_blocks_that_others_write_are_forgotten() -> None:
     step = world.step([(row, 1)])
     assert step.promoted == 4
     assert step.hot.all()
+
+
+@pytest.mark.parametrize(("window", "hot", "cold"), [(None, 40 + 9 + 41, 20 + 21), (16, 40 + 9 + 16, 20 + 16)])
+def test_tokens_are_counted_where_they_are_attended(window, hot, cold):
+    """Those that the queries of a row see, the row's own among them; padding and rows without tokens see none."""
+    hot_map = HotMap(20, 8, window)
+    table = np.arange(1, 19).reshape(3, 6)
+    hot_map.plan(table, np.array([40, 20, 9]), np.array([40, 20, 9]), np.array([False, True, False]))
+    hot_map.plan(table, np.array([41, 21, 9]), np.array([1, 1, 0]), np.array([False, True, False]))
+    assert (hot_map.counts.hot_tokens, hot_map.counts.cold_tokens) == (hot, cold)

@@ -61,9 +61,13 @@ def test_two_engines_behind_one_server(ranks, tmp_path):
             answers = list(pool.map(lambda prompt: complete(server.url, prompt), GREEDY["prompts"] * 4))
         assert answers == tokens(one) * 4
         with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as answer:
-            served = re.findall(r'vllm:request_success_total\{engine="(\d)".*length.*\} (\d+)', answer.read().decode())
+            metrics = answer.read().decode()
         log = server.log_text()
+    served = re.findall(r'vllm:request_success_total\{engine="(\d)".*length.*\} (\d+)', metrics)
     assert sum(int(float(count)) for _, count in served) == 18
+    # Both have counted what they read, and that it came from their pools.
+    counted = re.findall(r'xquant_rematerialized_tokens_total\{engine="(\d)".*rank="0"\} (\S+)', metrics)
+    assert [engine for engine, count in counted if float(count) > 0] == ["0", "1"]
     # Both engines have all of the memory that was named, and say so.
     assert re.findall(r"KV cache size: ([\d,]+) tokens", log) == [f"{one.capacity:,}"] * 2
     assert log.count("keep the keys and values of up to") == 2
@@ -72,7 +76,7 @@ def test_two_engines_behind_one_server(ranks, tmp_path):
 
 @pytest.mark.parametrize("experts", [{}, {"enable_expert_parallel": True}], ids=["cut", "shared out"])
 def test_two_processes_with_a_model_of_experts(ranks, tmp_path, experts):
-    """Offline, with variables for the ranks, which vLLM has for such models alone. Every expert is cut, or has a rank."""
+    """Offline, with variables for the ranks, which vLLM has for such models alone; experts are cut or have a rank."""
     one = ranks.one("gpt-oss", xquant={"bits": 8, "cache": "latent"})
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

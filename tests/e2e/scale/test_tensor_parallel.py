@@ -30,7 +30,7 @@ def pool_tokens(log):
 
 
 def pages_say(log):
-    """What vLLM, and what the lines about the pool say that pages hold."""
+    """What vLLM, and what the summary says that pages hold."""
     return re.findall(r"KV cache size: ([\d,]+) tokens", log), re.findall(r"pages hold ([\d,]+) tokens", log)
 
 
@@ -47,7 +47,7 @@ def test_two_ranks_answer_like_one(ranks, model, settings, times):
     by_vllm, by_pool = pages_say(two.log)
     assert by_vllm == [f"{two.capacity:,}"]
     assert set(by_pool) <= set(by_vllm)
-    assert two.log.count("bytes per token on this rank") == 2
+    assert two.log.count("bytes per token on this rank") == 1
     assert "on this rank" not in one.log
 
 
@@ -58,9 +58,9 @@ def test_ranks_keep_x_whole_and_a_pool_of_their_own_heads(ranks):
         "with --tensor-parallel-size 2 every rank keeps the whole layer input, 128 channels instead of the 128 of its "
         "own keys and values: the saving over 16 bit is 2 times smaller than on one rank"
     )
-    assert two.log.count(said) == 2
+    assert two.log.count(said) == 1
     pool = pool_tokens(one.log)[0]
-    assert pool_tokens(two.log) == [2 * pool] * 2 or pool_tokens(two.log) == [2 * pool + 1] * 2
+    assert pool_tokens(two.log) in ([2 * pool], [2 * pool + 1])
 
 
 ODD = {"worker_cls": "odd_worker.OddWorker", "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}

@@ -58,12 +58,11 @@ def _layers(monkeypatch):
 
 def test_a_share_is_taken_in_whole_tokens(caplog):
     config = Config({"cache": "x", "hot": "25%"})
-    with caplog.at_level(logging.INFO, "vllm.xquant_vllm"):
-        taken = take_pool(config)
+    taken = take_pool(config)
     tokens = TOTAL // 4 // PER_TOKEN
     assert taken == tokens * PER_TOKEN
-    assert hot_budget.hot_memory(config).tokens == tokens
-    assert f"up to {tokens:,} tokens in use" in caplog.text
+    memory = hot_budget.hot_memory(config)
+    assert (memory.tokens, memory.taken) == (tokens, taken)
     assert "fewer than one sequence" not in caplog.text
 
 
@@ -110,26 +109,18 @@ def test_less_than_a_block_is_no_pool(caplog):
     assert f"hot blocks are off: of 0.06 GiB of cache the pool would be {PER_TOKEN * BLOCK:,} bytes" in caplog.text
 
 
-def test_the_log_has_both_tiers_and_the_capacity(caplog):
-    """Times 16 bit with the pool counted; a layer that keeps keys and values counts with them."""
+def test_times_16_bit_counts_layers_that_keep_keys_and_values():
     config = Config({"method": "xquant-cl", "cache": "x", "bits": 2})
-    layers = config.compilation_config.static_forward_context
-    formats = [layer.impl.scheme.format for layer in layers.values()]
-    with caplog.at_level(logging.INFO, "vllm.xquant_vllm"):
-        taken = take_pool(config)
-    left = (TOTAL - taken) // config.needs.block_bytes * BLOCK
+    of_layers = config.compilation_config.static_forward_context
+    formats = [layer.impl.scheme.format for layer in of_layers.values()]
     plain = sum(form.plain_bytes_per_token for form in formats)
     ours = sum(form.bytes_per_token for form in formats)
-    assert f"pages hold {left:,} tokens, {0.8 * plain / ours:.2f}x of what 16 bit would hold" in caplog.text
-
-    caplog.clear()
+    assert hot_budget.times_plain(*hot_budget.own_layers(config), torch.bfloat16) == plain / ours
     kept = Layer(SimpleNamespace(num_kv_heads=HEADS, head_size=SIZE))
     kept.attn_backend = SimpleNamespace(get_name=lambda: "CPU_ATTN")
-    layers["kept"] = kept
-    with caplog.at_level(logging.INFO, "vllm.xquant_vllm"):
-        take_pool(config)
+    of_layers["kept"] = kept
     one = plain // LAYERS
-    assert f"tokens, {0.8 * (plain + one) / (ours + one):.2f}x of what" in caplog.text
+    assert hot_budget.times_plain(*hot_budget.own_layers(config), torch.bfloat16) == (plain + one) / (ours + one)
 
 
 def test_no_memory_left_for_pages():

@@ -71,12 +71,16 @@ class HotCounts:
         cold_rows: rows attended from pages.
         promoted_tokens: tokens read from pages into the pool.
         new_tokens: tokens written to the pool in the step that brought them.
+        hot_tokens: tokens that the hot rows have attended to, in each step anew.
+        cold_tokens: tokens that the cold rows have attended to, likewise.
     """
 
     hot_rows: int = 0
     cold_rows: int = 0
     promoted_tokens: int = 0
     new_tokens: int = 0
+    hot_tokens: int = 0
+    cold_tokens: int = 0
 
     def plus(self, more: "HotCounts", sign: int = 1) -> "HotCounts":
         """Both together, or with a ``sign`` of -1 what is left without ``more``."""
@@ -85,7 +89,14 @@ class HotCounts:
             self.cold_rows + sign * more.cold_rows,
             self.promoted_tokens + sign * more.promoted_tokens,
             self.new_tokens + sign * more.new_tokens,
+            self.hot_tokens + sign * more.hot_tokens,
+            self.cold_tokens + sign * more.cold_tokens,
         )
+
+
+def attended_before(computed: Ints, window: int | None) -> Ints:
+    """Of ``[num_rows]`` tokens that were there before a step, how many its queries see, likewise."""
+    return computed if window is None else np.minimum(computed, window - 1)
 
 
 class HotMap:
@@ -203,7 +214,10 @@ class HotMap:
         slots, positions, hot_slots = (np.concatenate(pair) for pair in zip(promoted, new, strict=True))
         num_hot = int(hot.sum())
         num_cold = int(taking_part.sum()) - num_hot
-        self.counts = self.counts.plus(HotCounts(num_hot, num_cold, len(promoted[0]), len(new[0])))
+        attended = np.where(taking_part, query_lens + attended_before(computed, self.window), 0)
+        hot_tokens = int(attended[hot].sum())
+        tokens = (hot_tokens, int(attended.sum()) - hot_tokens)
+        self.counts = self.counts.plus(HotCounts(num_hot, num_cold, len(promoted[0]), len(new[0]), *tokens))
         shown = np.where(hot[:, None], table, 0).astype(np.int32, copy=False)
         return HotStep(hot, shown, slots, positions, hot_slots, len(promoted[0]))
 

@@ -27,6 +27,9 @@ from xquant_vllm.scheme.factor_header import FactorHeader
 from xquant_vllm.scheme.factor_provider import FactorProvider
 from xquant_vllm.scheme.formats import LayerShape, layer_formats
 
+# Settings that change nothing about what is measured.
+_NOT_DESCRIBED = {"factor_cache", "prompt", "fold_values", "hot", "quality_probe"}
+
 
 def prepare_served(
     method: str, options: MethodOptions, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
@@ -75,7 +78,7 @@ def prepare_served(
         )
     settings = settings.for_chain("x" if formats[0].holds == "x" else "latent")
     needs_factors = any(form.holds != "x" for form in formats)
-    described = settings.model_dump(mode="json", exclude={"factor_cache", "prompt", "fold_values", "hot"})
+    described = settings.model_dump(mode="json", exclude=_NOT_DESCRIBED)
     described["factors"] = _describe(options, header, batch, dtype) if needs_factors else None
 
     def build(model: HookedModel) -> CacheMethod:

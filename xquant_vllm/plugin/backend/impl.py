@@ -17,6 +17,9 @@ from xquant_vllm.plugin.flash import attend_whole_for
 from xquant_vllm.plugin.hot.budget import rows_on_device
 from xquant_vllm.plugin.hot.worker import keep_pool_back
 from xquant_vllm.plugin.load.loader import install_loader_hook
+from xquant_vllm.plugin.observe.probe import probe_of
+from xquant_vllm.plugin.observe.steps import count_steps
+from xquant_vllm.plugin.observe.summary import summarize_start
 from xquant_vllm.plugin.refusals import announced
 from xquant_vllm.plugin.registration import BACKEND_NAME
 from xquant_vllm.scheme.layer_scheme import LayerScheme
@@ -67,6 +70,10 @@ class XQuantImpl(PagedImpl):
             from xquant_vllm.plugin.hot.gpu_steps import follow_scheduler
 
             follow_scheduler()
+        summarize_start()
+        # Around what others do to a step.
+        count_steps()
+        self._probe = probe_of(self.vllm_config)
 
     def set_scheme(self, scheme: LayerScheme, earlier: Sequence[Any]) -> None:
         """Take what surgery made of this layer. The weights are loaded by now, its sinks among them.
@@ -206,6 +213,9 @@ class XQuantImpl(PagedImpl):
         if plan.exact_from is not None:
             inputs = self.scheme.inputs(key[:tokens], value[:tokens])
         pages = self._pages(kv_cache)
+        if self._probe is not None and self._probe.is_due():
+            exact = self.scheme.inputs(key[:tokens], value[:tokens])
+            self._probe.measure(self, self.scheme.queries(query[:tokens]), pages, plan, attn_metadata.batch, exact)
         query, rows = self.scheme.queries(query[:tokens]), output[:tokens]
         hot = attn_metadata.hot
         if hot is not None and self.hot_pool is not None:

@@ -1,5 +1,7 @@
 """Per-batch metadata of the backends."""
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,9 +19,10 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from xquant_vllm.attention import dispatch
 from xquant_vllm.attention.batch import AttentionBatch
+from xquant_vllm.attention.hot.policy import HotMap
 from xquant_vllm.errors import UnsupportedError
-from xquant_vllm.plugin.backend.warm_up import builders_of
 from xquant_vllm.plugin.backend.wrappers import PACKAGE, raise_for_wrapper
+from xquant_vllm.plugin.builders import builders_of
 from xquant_vllm.plugin.hot.budget import of_a_draft, rows_on_device
 from xquant_vllm.plugin.hot.cpu import HotBuilder
 from xquant_vllm.plugin.refusals import announced
@@ -132,6 +135,8 @@ class XQuantMetadataBuilder(PagedMetadataBuilder):
         self._steps = dispatch.steps([layer.impl.plan(block_size) for layer in layers.values()], device)
         own = {name: layer.impl for name, layer in layers.items() if not of_a_draft(layer.impl, vllm_config)}
         self._some_without_pool = len(own) < len(layers)
+        # How many layers see how many tokens back.
+        self._windows = Counter(impl.sliding_window for impl in own.values())
         self._hot: HotBuilder | None = None
         self._hot_gpu: Any = None
         if own and rows_on_device():
@@ -140,6 +145,12 @@ class XQuantMetadataBuilder(PagedMetadataBuilder):
             self._hot_gpu = HotGpuBuilder.make(kv_cache_spec, list(own), list(own.values()), vllm_config, device)
         elif own and device.type == "cpu":
             self._hot = HotBuilder.make(kv_cache_spec, list(own.values()), vllm_config)
+
+    @property
+    def attended(self) -> tuple[Mapping[int | None, int], HotMap | None]:
+        """How many layers there are by window, those of a draft left out, and what is hot of them; None without."""
+        hot = self._hot if self._hot_gpu is None else self._hot_gpu
+        return self._windows, None if hot is None else hot.hot_map
 
     def build(
         self,

@@ -6,8 +6,6 @@ the block that vLLM gives to nobody. vLLM calls this where it warms up its own k
 before CUDA graphs are captured, unless ``--enforce-eager`` or ``--kernel-config.enable_jit_warmup=False`` is set.
 """
 
-import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +15,8 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
 from vllm.v1.attention.backend import CommonAttentionMetadata, max_decode_query_len
 
-from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.attention.start_up import Lengths, start_up_batches
+from xquant_vllm.plugin.builders import builders_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,9 +105,3 @@ def _run(layer: Any, metadata: Any, common: CommonAttentionMetadata, dtype: torc
 
 WARM_UP = WarmUp()
 """Registered by every layer when it is made, which is where all of vLLM's model runners collect such kernels."""
-
-
-@per_object
-def builders_of(compilation_config: Any) -> "weakref.WeakValueDictionary[Sequence[str], Any]":
-    """The metadata builders of an engine by the names of their layers; of those vLLM makes twice, the last."""
-    return weakref.WeakValueDictionary()

@@ -28,16 +28,19 @@ class HotMemory:
 
     Attributes:
         tokens: of every layer, that fit the pool; 0 until vLLM asks for the memory, and without a pool.
+        taken: bytes of the pool, and of what it needs beside it.
         maps: of the KV cache groups, by the address of their block table, with the step that was planned last.
     """
 
     tokens: int = 0
+    taken: int = 0
     maps: dict[int, tuple[HotMap, Any, Any]] = field(default_factory=dict)
 
-    def take(self, memory: int, per_token: int) -> int:
-        """Take whole tokens of so many bytes each out of ``memory``; the bytes that they take."""
+    def take(self, memory: int, per_token: int, shared: int = 0) -> int:
+        """Take whole tokens of so many bytes each out of ``memory``, and ``shared`` bytes; all bytes that are taken."""
         self.tokens = memory // per_token
-        return self.tokens * per_token
+        self.taken = self.tokens * per_token + shared
+        return self.taken
 
 
 @per_object
@@ -81,7 +84,7 @@ def _on_cpu() -> bool:
 
 
 def take_pool(vllm_config: Any, total: int, page_needs: Callable[[], PageNeeds]) -> int:
-    """Decide how large the pool of an engine is, and say so.
+    """Decide how large the pool of an engine is, and warn of one that is too small.
 
     A pool that nobody asked for leaves enough for pages of one sequence of ``--max-model-len``, without which vLLM
     would not start.
@@ -97,9 +100,7 @@ def take_pool(vllm_config: Any, total: int, page_needs: Callable[[], PageNeeds])
     Raises:
         SettingsError: no memory would be left for pages.
     """
-    layers = [x for x in vllm_config.compilation_config.static_forward_context.values() if isinstance(x, Attention)]
-    impls = [x.impl for x in layers if x.attn_backend.get_name() == BACKEND_NAME]
-    impls = [impl for impl in impls if impl.scheme is not None and not of_a_draft(impl, vllm_config)]
+    _, impls = own_layers(vllm_config)
     if not impls:
         return 0
     formats = [impl.scheme.format for impl in impls]
@@ -135,11 +136,23 @@ def take_pool(vllm_config: Any, total: int, page_needs: Callable[[], PageNeeds])
         )
         return 0
     memory = hot_memory(vllm_config)
-    taken = memory.take(wanted, per_token) + shared
-    # States of a hybrid model take of the same memory, as much with 16 bit.
-    times = None if getattr(vllm_config.model_config, "is_hybrid", False) else _times_plain(layers, impls, dtype)
-    _say(memory.tokens, taken, total, needs, None if times is None else (total - taken) / total * times)
+    taken = memory.take(wanted, per_token, shared)
+    if memory.tokens < needs.max_model_len:
+        logger.warning(
+            "xquant: the pool of hot blocks holds %s tokens, fewer than one sequence of --max-model-len %s: longer "
+            "sequences are attended from their pages, which is slow; set more, for example "
+            '--additional-config \'{"xquant": {"hot": "40%%"}}\'',
+            f"{memory.tokens:,}",
+            f"{needs.max_model_len:,}",
+        )
     return taken
+
+
+def own_layers(vllm_config: Any) -> tuple[Sequence[Any], Sequence[Any]]:
+    """All attention layers, and the implementations of those of the served model that are compressed."""
+    layers = [x for x in vllm_config.compilation_config.static_forward_context.values() if isinstance(x, Attention)]
+    impls = [x.impl for x in layers if x.attn_backend.get_name() == BACKEND_NAME]
+    return layers, [impl for impl in impls if impl.scheme is not None and not of_a_draft(impl, vllm_config)]
 
 
 def _on_platform(vllm_config: Any, impls: Sequence[Any]) -> tuple[str | None, int]:
@@ -158,30 +171,9 @@ def _on_platform(vllm_config: Any, impls: Sequence[Any]) -> tuple[str | None, in
     return reason, 0 if reason is not None else shared_bytes(vllm_config)
 
 
-def _times_plain(layers: Sequence[Any], impls: Sequence[Any], dtype: torch.dtype) -> float:
+def times_plain(layers: Sequence[Any], impls: Sequence[Any], dtype: torch.dtype) -> float:
     """How many times the tokens of a 16-bit cache pages of all layers hold in the same memory."""
     plain = sum(4 * layer.impl.num_kv_heads * layer.impl.head_size for layer in layers)
     kept = [layer.impl for layer in layers if layer.impl not in impls]
     ours = sum(impl.scheme.format.bytes_per_token for impl in impls)
     return plain / (ours + sum(2 * dtype.itemsize * impl.num_kv_heads * impl.head_size for impl in kept))
-
-
-def _say(tokens: int, taken: int, total: int, needs: PageNeeds, capacity: float | None) -> None:
-    """What the log says of the pool; ``capacity``: of the pages, a 16-bit cache in all of the memory being 1."""
-    logger.info(
-        "xquant: hot blocks: %.2f of %.2f GiB of the cache keep the keys and values of up to %s tokens in use; pages "
-        "hold %s tokens%s",
-        taken / 2**30,
-        total / 2**30,
-        f"{tokens:,}",
-        f"{needs.tokens(total - taken):,}",
-        "" if capacity is None else f", {capacity:.2f}x of what 16 bit would hold in all of it",
-    )
-    if tokens < needs.max_model_len:
-        logger.warning(
-            "xquant: the pool of hot blocks holds %s tokens, fewer than one sequence of --max-model-len %s: longer "
-            "sequences are attended from their pages, which is slow; set more, for example "
-            '--additional-config \'{"xquant": {"hot": "40%%"}}\'',
-            f"{tokens:,}",
-            f"{needs.max_model_len:,}",
-        )

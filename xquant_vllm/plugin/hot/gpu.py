@@ -212,6 +212,11 @@ class HotGpuBuilder:
         # vLLM may understate what a window of a row with drafted tokens sees: then the device alone knows.
         self._device_decides = vllm_config.speculative_config is not None and self._window is not None
 
+    @property
+    def hot_map(self) -> HotMap:
+        """Of the layers."""
+        return self._group.hot_map
+
     @classmethod
     def make(
         cls, spec: KVCacheSpec, names: Sequence[str], impls: Sequence[Any], vllm_config: Any, device: torch.device

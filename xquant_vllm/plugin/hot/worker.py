@@ -11,6 +11,7 @@ from xquant_vllm.attention.hot.policy import HotMap
 from xquant_vllm.plugin.connectors.transfers import blocks_written
 from xquant_vllm.plugin.hot.budget import hot_memory, rows_on_device, take_pool
 from xquant_vllm.plugin.hot.log import say_counts
+from xquant_vllm.plugin.worker_class import worker_class
 from xquant_vllm.scheme.hot_pool import PageNeeds
 
 
@@ -21,17 +22,7 @@ def keep_pool_back() -> None:
     It also says at its end what the pool was good for, and on CPUs lets the maps forget what something else than the
     store writes; on a GPU gpu_steps.py does that.
     """
-    from vllm.platforms import current_platform
-
-    worker: Any
-    if current_platform.is_cpu():
-        from vllm.v1.worker.cpu_worker import CPUWorker
-
-        worker = CPUWorker
-    else:
-        from vllm.v1.worker.gpu_worker import Worker
-
-        worker = Worker
+    worker = worker_class()
     original, end = worker.determine_available_memory, worker.shutdown
 
     @functools.wraps(original)
@@ -97,8 +88,12 @@ def _page_needs(worker: Any) -> PageNeeds:
     # A copy, because specs may be unified in place.
     groups = planning.get_kv_cache_groups(config, dict(worker.get_kv_cache_spec()))
     block = planning._pool_bytes_per_block(config, groups)
-    blocks = sum(_most_blocks(group.kv_cache_spec, config) for group in groups if not group.host_resident)
-    return PageNeeds(block, blocks, config.model_config.max_model_len)
+    return PageNeeds(block, sequence_blocks(groups, config), config.model_config.max_model_len)
+
+
+def sequence_blocks(groups: Sequence[Any], config: Any) -> int:
+    """Blocks of one sequence of ``--max-model-len`` in all KV cache groups, whose blocks come from one pool."""
+    return sum(_most_blocks(group.kv_cache_spec, config) for group in groups if not group.host_resident)
 
 
 def _most_blocks(spec: Any, config: Any) -> int:

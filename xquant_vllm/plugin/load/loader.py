@@ -20,7 +20,7 @@ from xquant_vllm.plugin.load.coverage import describe_coverage
 from xquant_vllm.plugin.load.projections.effective_weight import effective_linear
 from xquant_vllm.plugin.load.projections.rows import dense_stand_ins, is_plain, key_value_rows
 from xquant_vllm.plugin.load.recognize import AttentionParts
-from xquant_vllm.plugin.load.report import report
+from xquant_vllm.plugin.load.report import load_notes, note
 from xquant_vllm.plugin.load.rope.positions import keep_text_positions
 from xquant_vllm.plugin.load.surgery import Surgeon
 from xquant_vllm.plugin.load.trace.stand_ins import output_rows
@@ -34,9 +34,9 @@ from xquant_vllm.scheme.factor_provider import FactorProvider
 from xquant_vllm.scheme.formats import LayerShape, layer_formats
 from xquant_vllm.scheme.layer_weights import refuse_non_finite
 
-logger = logging.getLogger("vllm.xquant_vllm")
-
 _HOOKED = "_xquant_hooked"
+
+logger = logging.getLogger("vllm.xquant_vllm")
 
 
 def install_loader_hook() -> None:
@@ -57,7 +57,7 @@ def _process(original: Callable[[], None], model: Any, model_config: Any) -> Non
     if is_draft(config, model_config):
         refuse_mixed_pages(config)
         if not layers:
-            logger.info("xquant: of the draft, %s", describe_coverage(model))
+            load_notes(config.compilation_config).remarks.append(f"of the draft, {describe_coverage(model)}")
     elif not layers:
         _warn_of_none(config, model)
 
@@ -101,8 +101,7 @@ def _factorize(original: Callable[[], None], model: Any, layers: list[tuple[str,
     serve_new_weights(model)
     if impl.vllm_config.lora_config is not None:
         watch_adapters()
-    report([attention.impl for _, _, attention in layers], quantized, factors.describe(seconds))
-    logger.info("xquant: %s", describe_coverage(model))
+    note([attention.impl for _, _, attention in layers], quantized, factors.describe(seconds), describe_coverage(model))
 
 
 def _refuse_adapters(model: nn.Module, parts: list[AttentionParts]) -> None:

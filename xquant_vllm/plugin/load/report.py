@@ -1,75 +1,133 @@
-"""What the log says of the cache at start-up."""
+"""What was made of a model when it was loaded, noted for the summary that the log has once memory is given out."""
 
-import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from xquant_vllm.attention import dispatch, reference
+from xquant_vllm.attention.per_object import per_object
 from xquant_vllm.codec.layout import Stream, StreamFormat
 from xquant_vllm.scheme.formats import LayerFormat
 from xquant_vllm.scheme.settings import XQuantSettings
-
-logger = logging.getLogger("vllm.xquant_vllm")
 
 _WHAT = {
     "latents": "latents of keys and values",
     "x": "the layer input",
     "joint_kv": "joint latents of keys and values",
 }
+# Kinds of layers that have a line of their own.
+_KINDS = 4
 
 
-def report(impls: Sequence[Any], quantized: Sequence[str], factors: str) -> None:
-    """Say what is cached, in how many bytes, and by which kernels it is read.
+@dataclass(frozen=True)
+class LoadedCache:
+    """The layers of a model that are compressed: those of the model that is served, or of its draft.
+
+    Attributes:
+        settings: the user's.
+        formats: of the layers on this rank, in order.
+        factors: where the bases came from.
+        folded: layers whose up-projection of values is in the output projection.
+        quantized: names of the linear layers that had packed weights, one for each.
+        coverage: which layers are compressed, and which are not.
+    """
+
+    settings: XQuantSettings
+    formats: tuple[LayerFormat, ...]
+    factors: str
+    folded: int
+    quantized: tuple[str, ...]
+    coverage: str
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of all layers."""
+        return sum(form.bytes_per_token for form in self.formats)
+
+    @property
+    def plain_bytes_per_token(self) -> int:
+        """In a 16-bit cache."""
+        return sum(form.plain_bytes_per_token for form in self.formats)
+
+
+@dataclass
+class LoadNotes:
+    """Of an engine.
+
+    Attributes:
+        caches: of the model that is served, then of its draft.
+        remarks: what else is to be said.
+    """
+
+    caches: list[LoadedCache] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+@per_object
+def load_notes(compilation_config: Any) -> LoadNotes:
+    """Of an engine, by vLLM's ``CompilationConfig``, which a model has in common with its draft."""
+    return LoadNotes()
+
+
+def note(impls: Sequence[Any], quantized: Sequence[str], factors: str, coverage: str) -> None:
+    """Note what was made of a model.
 
     Args:
         impls: implementations of the layers, in order.
-        quantized: names of the linear layers that had packed weights, one for each.
-        factors: where the bases came from.
+        quantized: see :class:`LoadedCache`.
+        factors: likewise.
+        coverage: likewise.
     """
-    settings = impls[0].settings
-    formats = [impl.scheme.format for impl in impls]
-    config = impls[0].vllm_config
-    parallel = config.parallel_config
-    for line in _lines(settings, formats, factors, alone=parallel.world_size == 1):
-        logger.info("xquant: %s", line)
-    if settings.fold_values:
-        folded = sum(impl.scheme.projection.up_value is None for impl in impls)
-        logger.info(
-            "xquant: in %d of %d layers the up-projection of values is folded into the output projection",
-            folded,
-            len(impls),
-        )
-    ranks, total_kv_heads = parallel.tensor_parallel_size, config.model_config.get_total_num_kv_heads()
-    for line in (*_kept_apart(formats), *tensor_parallel(formats, ranks, total_kv_heads)):
-        logger.info("xquant: %s", line)
-    if quantized:
-        logger.info(
-            "xquant: %d quantized %s layers now hold their effective weight in the model's dtype, because packed "
-            "rows cannot be exchanged for down-projections; the other layers stay quantized",
-            len(quantized),
-            " and ".join(dict.fromkeys(quantized)),
-        )
-    device = config.device_config.device_type
-    fast = dispatch.select(device) is not reference
-    logger.log(logging.INFO if fast else logging.WARNING, "xquant: %s", dispatch.describe(device))
+    formats = tuple(impl.scheme.format for impl in impls)
+    folded = sum(impl.scheme.projection.up_value is None for impl in impls)
+    cache = LoadedCache(impls[0].settings, formats, factors, folded, tuple(quantized), coverage)
+    load_notes(impls[0].vllm_config.compilation_config).caches.append(cache)
 
 
-def _lines(settings: XQuantSettings, formats: Sequence[LayerFormat], factors: str, *, alone: bool) -> Iterator[str]:
-    taken = sum(form.bytes_per_token for form in formats)
-    plain = sum(form.plain_bytes_per_token for form in formats)
+def describe_cache(cache: LoadedCache, *, alone: bool) -> Iterator[str]:
+    """What is cached, in how many bytes.
+
+    Args:
+        cache: the layers.
+        alone: whether they are on one rank.
+    """
+    settings, formats = cache.settings, cache.formats
     kinds = " and ".join(_quoted(kind) for kind in dict.fromkeys(_cache_setting(form) for form in formats))
     sizes = {stream.group_size for form in formats for stream in form.streams if isinstance(stream, StreamFormat)}
     groups = "groups of " + ", ".join(map(str, sorted(sizes))) if sizes else "shared out among channels"
-    yield (
-        f"cache {kinds} at {settings.bits} bits, method {_quoted(settings.method)}, {groups}; {len(formats)} "
-        f"layers take {taken} bytes per token{'' if alone else ' on this rank'}, 16-bit keys and values take {plain} "
-        f"({plain / taken:.2f}x); {factors}"
-    )
-    for (holds, bits, size, deltas), count in Counter(map(_kind, formats)).items():
+    yield f"cache {kinds} at {settings.bits} bits, method {_quoted(settings.method)}, {groups}"
+    yield cache.factors
+    counted = Counter(map(_kind, formats)).most_common()
+    for (holds, bits, size, deltas), count in counted[:_KINDS]:
         yield (
             f"{count} layers hold {'differences of ' if deltas else ''}{_WHAT[holds]} at {bits}, {size} bytes per "
-            "token each"
+            f"token each, {count * size} together"
+        )
+    if len(counted) > _KINDS:
+        rest = sum(count for _, count in counted[_KINDS:])
+        taken = sum(count * size for (_, _, size, _), count in counted[_KINDS:])
+        yield f"{rest} more layers, of {len(counted) - _KINDS} more kinds, take {taken} bytes per token together"
+    taken, plain = cache.bytes_per_token, cache.plain_bytes_per_token
+    yield (
+        f"{len(formats)} layers take {taken} bytes per token{'' if alone else ' on this rank'}, 16-bit keys and values "
+        f"take {plain} ({plain / taken:.2f}x)"
+    )
+
+
+def describe_layers(cache: LoadedCache) -> Iterator[str]:
+    """Which layers, and what was done to the model's projections."""
+    yield cache.coverage
+    if cache.settings.fold_values:
+        yield (
+            f"in {cache.folded} of {len(cache.formats)} layers the up-projection of values is folded into the output "
+            "projection"
+        )
+    yield from _kept_apart(cache.formats)
+    if cache.quantized:
+        names = " and ".join(dict.fromkeys(cache.quantized))
+        yield (
+            f"{len(cache.quantized)} quantized {names} layers now hold their effective weight in the model's dtype, "
+            "because packed rows cannot be exchanged for down-projections; the other layers stay quantized"
         )
 
 

@@ -44,6 +44,8 @@ class Surgeon:
         """Prepare for layers of these formats, whose bases ``factors`` gives."""
         self._formats, self._builder = formats, SchemeBuilder(settings, formats, factors)
         self._fold_values = settings.fold_values
+        # For the quality probe, which runs on CPUs.
+        self._keeps_folded = settings.quality_probe > 0
 
     def operate(self, position: int, parts: AttentionParts, projections: Projections) -> LayerScheme:
         """Replace the projections of one attention module.
@@ -84,7 +86,12 @@ class Surgeon:
         after = _capture(parts, probe, stand_ins)
         earlier = [self._formats[index].streams[0] for index in form.reads]
         prove_keys_and_values(parts, scheme, earlier, probe.positions, before, after)
-        return scheme if fold is None else replace(scheme, projection=fold.perform(probe, stand_ins))
+        if fold is None:
+            return scheme
+        projection = fold.perform(probe, stand_ins)
+        value = scheme.projection.up_value
+        kept = self._keeps_folded and projection.up_value is None and value is not None and value.device.type == "cpu"
+        return replace(scheme, projection=projection, folded_value=value if kept else None)
 
 
 def _refuse_factors(parts: AttentionParts) -> None:

@@ -1,0 +1,1 @@
+"""What operators see of the cache: the summary at start-up, metrics, and the quality probe."""
