@@ -9,6 +9,7 @@ from xquant_vllm.cli.eval_arguments import add_eval
 from xquant_vllm.cli.factorize_arguments import add_factorize
 from xquant_vllm.cli.help_format import examples
 from xquant_vllm.cli.option_words import in_option_words
+from xquant_vllm.cli.serve_arguments import add_serve
 from xquant_vllm.errors import XQuantError
 
 _REFUSED, _INTERRUPTED = 2, 130
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 2 for a refusal or a failure, 130 after Ctrl-C.
     """
-    options = parser().parse_args(arguments)
+    options = _parsed(arguments)
     try:
         options.command(options)
     except XQuantError as error:
@@ -38,6 +39,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options; ``rest`` of a command that passes on what it does not know."""
+    whole = parser()
+    options, rest = whole.parse_known_args(arguments)
+    if not getattr(options, "passes_on", False):
+        return whole.parse_args(arguments)
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    if typed[1] != options.model:
+        # An option's value may have been taken for it.
+        whole.error(f"name the model first: xquant {typed[0]} MODEL [options]")
+    options.rest = rest
+    return options
+
+
 def parser() -> argparse.ArgumentParser:
     """What parses the arguments of all commands."""
     xquant = argparse.ArgumentParser(
@@ -46,12 +61,14 @@ def parser() -> argparse.ArgumentParser:
         **examples(
             "xquant eval perplexity models/smollm2-135m-instruct --bits 3",
             "xquant factorize MODEL --out DIR --calibration my_text.txt --bits 3",
+            "xquant serve MODEL --bits 2",
         ),
     )
     xquant.add_argument("--version", action="version", version=__version__)
     commands = xquant.add_subparsers(required=True, metavar="COMMAND")
     add_factorize(commands)
     add_eval(commands)
+    add_serve(commands)
     return xquant
 
 
@@ -59,4 +76,5 @@ def _left_behind(options: argparse.Namespace) -> str:
     """What there is of a result that did not come about."""
     if getattr(options, "resume", None) is not None:
         return f"scores so far are in {options.resume}, and the same command goes on after them"
-    return f"nothing was written{f' to {options.out}' if options.out else ''}"
+    out = getattr(options, "out", None)
+    return f"nothing was written{f' to {out}' if out else ''}"

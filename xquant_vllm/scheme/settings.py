@@ -19,6 +19,7 @@ _CHAIN_DEFAULTS = {"x": (3, 0), "latent": (1, 4)}
 
 
 _BITS_ADVICE = 'set 8, 4, 3 or 2, or {"key": 4, "value": 2}'
+_CALIBRATION_ADVICE = 'set "auto", "none", "mixed-text", "python-docs", or the path of a text file'
 _ADVICE = {
     "method": 'set "xquant" or "xquant-cl"',
     "bits": _BITS_ADVICE,
@@ -36,6 +37,7 @@ _ADVICE = {
     "fold_values": "set true or false",
     "prompt": 'set "cached" or "exact"',
     "hot": hot_share.ADVICE,
+    "calibration": _CALIBRATION_ADVICE,
 }
 
 
@@ -93,6 +95,10 @@ class XQuantSettings(BaseModel):
             cache's memory (``"20%"`` or 0.2), or 0; None takes, on CPUs, what
             :data:`~xquant_vllm.scheme.hot_share.DEFAULT_SHARE` is for caches of the layer input, of joint latents and
             of chains, and 0 for latents per head.
+        calibration: ``"auto"``: factors are calibrated at the first start where that loses less, on the text of this
+            package (:func:`xquant_vllm.scheme.calibration.choice.choose_calibration`); ``"none"``: they are computed
+            from the weights alone; else the text to calibrate on, a file (UTF-8), ``"mixed-text"`` or
+            ``"python-docs"``. A model folder that has factors is served with these in any case.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -113,6 +119,7 @@ class XQuantSettings(BaseModel):
     fold_values: bool = True
     prompt: Literal["cached", "exact"] = "cached"
     hot: int | float | None = None
+    calibration: str = "auto"
 
     @field_validator("bits", "first_layers_bits", "anchor_bits", mode="before")
     @classmethod
@@ -128,6 +135,13 @@ class XQuantSettings(BaseModel):
     @classmethod
     def _amount(cls, value: Any) -> int | float | None:
         return hot_share.parse_share(value)
+
+    @field_validator("calibration")
+    @classmethod
+    def _names_a_text(cls, value: str) -> str:
+        if not value.strip():
+            raise refuse("it names no text", _CALIBRATION_ADVICE)
+        return value
 
     @field_validator("bits", "first_layers_bits", "anchor_bits")
     @classmethod
