@@ -148,7 +148,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _end_with_server() -> None:
-    sys.stdin.buffer.read()
+    # Not by sys.stdin, whose lock a thread would hold when this process ends by itself.
+    while os.read(0, 1):
+        pass
     os._exit(_FAILED)
 
 
