@@ -41,7 +41,7 @@ def test_one_command_calibrates_and_serves(tiny, text, tmp_path):
     environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     program = [str(Path(vllm_command()).with_name("python")), "-m", "xquant_vllm.cli", "serve"]
     with VllmServer(command, log, free_port(), environment, program=program) as server:
-        server.wait(server.is_healthy, "it answered", 180, Progress("server"))
+        server.wait(server.is_healthy, "it answered", 300, Progress("server"))
         said = log.read_text()
         assert complete(server.url)
     steps = ["step 1 of 3, plan", "step 2 of 3, factors", "step 3 of 3, serve: vllm serve"]

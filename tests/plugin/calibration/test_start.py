@@ -70,7 +70,13 @@ def configure(model, xquant=None, **arguments):
     return EngineArgs(model=model, additional_config={"xquant": xquant or {}}, **arguments).create_engine_config()
 
 
-@pytest.mark.parametrize("settings", [{"bits": 2}, {"bits": 3, "method": "xquant-cl"}], ids=["head", "chain"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"bits": 2}, id="head"),
+        pytest.param({"bits": 3, "method": "xquant-cl"}, id="chain", marks=pytest.mark.nightly),
+    ],
+)
 def test_the_first_start_calibrates_and_later_ones_find_it(models, text, said, settings, monkeypatch):
     settings = {**settings, "calibration": text}
     config = configure(models("llama"), settings)
@@ -129,6 +135,12 @@ def test_a_text_that_is_named_is_not_given_up_silently(models, asked):
         ValueError, match="'calibration': 'python-docs' cannot work: this is a test; set \"calibration\""
     ):
         configure(models("llama"), {"bits": 2, "calibration": "python-docs"})
+
+
+def test_a_text_that_is_not_there_is_refused_in_one_sentence(models, asked):
+    named = "xquant: setting 'calibration': '/no/text' cannot work: the file cannot be read .*; set \"calibration\": "
+    with pytest.raises(ValueError, match=named):
+        configure(models("llama"), {"calibration": "/no/text"})
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ class CalibrationRequest:
         """Where its factors are kept; None for a user without a home.
 
         Raises:
-            RefusedError: the model or the text cannot be read.
+            RefusedError: the model or the text cannot be read; the message is the reason alone.
         """
         root = cache_folder()
         if root is None:
@@ -57,10 +57,7 @@ class CalibrationRequest:
         try:
             text = text_digest(self.text)
         except OSError as error:
-            raise RefusedError(
-                f"xquant: setting 'calibration': {self.text!r} cannot work: the file cannot be read "
-                f'({error.strerror or error}); name a text file, or set "auto" or "none"'
-            ) from None
+            raise RefusedError(f"the file cannot be read ({error.strerror or error}); name a text file") from None
         content = {
             **dataclasses.asdict(self),
             "model": checkpoint_digest(Path(self.model)),
@@ -96,7 +93,7 @@ def checkpoint_digest(folder: Path) -> str:
         Hexadecimal digits.
 
     Raises:
-        RefusedError: it is none.
+        RefusedError: it is none; the message is the reason alone.
     """
     digest = hashlib.sha256()
     for name in ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
