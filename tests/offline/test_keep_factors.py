@@ -1,5 +1,6 @@
 """What the process does that calibrates for a server's first start."""
 
+import dataclasses
 import fcntl
 import json
 import subprocess
@@ -104,10 +105,10 @@ def test_the_process_answers_on_standard_output_and_tells_on_standard_error(aske
     assert "xquant: loading model in float32 to calibrate on " in said
     assert "xquant: calibrate: sequence 1 of 1 done after" in said
     assert "xquant: factorize: layer 3 of 3 done after" in said
-    with run(KeepRequest(asked.factors, asked.folder / "text.txt" / "file")) as child:
-        (asked.folder / "text.txt").write_text("no folder")
+    missing = dataclasses.replace(asked.factors, model="/no/model")
+    with run(KeepRequest(missing, asked.folder.with_name("other"))) as child:
         answer = child.stdout.read()
-    assert "Not a directory" in json.loads(answer)["refused"]
+    assert json.loads(answer)["refused"].startswith("xquant: there is no folder '/no/model'")
 
 
 def test_the_process_ends_with_its_server(asked):

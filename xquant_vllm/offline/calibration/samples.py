@@ -1,5 +1,6 @@
 """What a text shows of every layer: its inputs and the gradients of its keys and values, on the transformers model."""
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -111,6 +112,9 @@ def _run(
         for index, sequence in enumerate(counted_bar(batch.to(device), len(batch), "calibrate", "sequence")):
             if not known(index):
                 take(index, _samples(model, sequence, observers, checkpoint, _SEED + index))
+    # Its layers are in circles of references.
+    del model, modules, observers
+    gc.collect()
 
 
 def _tokens(batch: torch.Tensor) -> str:
