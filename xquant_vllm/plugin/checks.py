@@ -59,7 +59,8 @@ def check_config(vllm_config: Any) -> None:
 
 def _calibrated_now(vllm_config: Any, settings: XQuantSettings) -> bool:
     """Calibrate what is to be calibrated."""
-    if vllm_config.model_config is None:
+    # vLLM makes configurations anew in other processes, and those of drafts of that of their model.
+    if vllm_config.model_config is None or has_facts(vllm_config):
         return False
     folder, header = factors_of(vllm_config)
     if header is not None:
@@ -69,7 +70,7 @@ def _calibrated_now(vllm_config: Any, settings: XQuantSettings) -> bool:
                 "are served as they are; leave it out, or serve the model that they were made from"
             )
         return False
-    calibrated = calibrate_at_start(vllm_config, settings, derived=has_facts(vllm_config))
+    calibrated = calibrate_at_start(vllm_config, settings)
     if calibrated:
         forget_settings(vllm_config)
     return calibrated

@@ -1,5 +1,6 @@
 """What vLLM's own configuration of an engine has calibrated, and what it does where that cannot be."""
 
+import dataclasses
 import logging
 import signal
 
@@ -90,6 +91,9 @@ def test_the_first_start_calibrates_and_later_ones_find_it(models, text, said, s
     assert "xquant: calibration: calibrate: sequence 1 of 1 done" in lines
     assert f"xquant: calibrated: factors in {folder}" in lines
     monkeypatch.setattr(start, "calibrate", None)
+    # As vLLM does in the process of the engine.
+    again = dataclasses.replace(config)
+    assert settings_of(again) == settings_of(config)
     assert kept_folder(configure(models("llama"), settings)) == folder
     assert "xquant: calibrated before" in said()[-1]
     # Of damaged ones the header is looked at here.

@@ -7,14 +7,14 @@ user has named a text: then it is refused.
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from xquant_vllm.errors import FactorFileError, RefusedError, SettingsError, cause_of
 from xquant_vllm.plugin.calibration.child import calibrate
 from xquant_vllm.plugin.drafts import HEADS
-from xquant_vllm.plugin.kept_folder import KEPT_KEY, write_kept_folder
+from xquant_vllm.plugin.kept_folder import write_kept_folder
 from xquant_vllm.plugin.registration import BACKEND_NAME
 from xquant_vllm.projection.factor_file import dtype_name
 from xquant_vllm.scheme.calibration.choice import (
@@ -36,13 +36,12 @@ _LOADS = ("auto", "hf", "safetensors", "instanttensor", "fastsafetensors", "runa
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
-def calibrate_at_start(vllm_config: Any, settings: XQuantSettings, *, derived: bool) -> bool:
+def calibrate_at_start(vllm_config: Any, settings: XQuantSettings) -> bool:
     """Have an engine's factors calibrated if its settings ask for that, and note where they are.
 
     Args:
         vllm_config: vLLM's configuration, of a model whose folder has no factors.
         settings: the user's.
-        derived: whether the configuration was made from that of an engine which has started already.
 
     Returns:
         Whether there are factors now that there were not before.
@@ -50,9 +49,6 @@ def calibrate_at_start(vllm_config: Any, settings: XQuantSettings, *, derived: b
     Raises:
         SettingsError: the user has named a text, and calibration is not possible.
     """
-    additional = vllm_config.additional_config
-    if derived or (isinstance(additional, Mapping) and KEPT_KEY in additional):
-        return False
     model = vllm_config.model_config
     shape = ModelShape(
         model.get_hidden_size(),
