@@ -47,6 +47,10 @@ def _plugin(
     return Method(name, label, engine, calibrated=calibrated)
 
 
+# What is measured is the speed of a format, and those that are calibrated say so.
+_DATA_FREE = {"calibration": "none"}
+_CHAIN = {"method": "xquant-cl", **_DATA_FREE}
+
 METHODS = {
     method.name: method
     for method in (
@@ -61,12 +65,12 @@ METHODS = {
         _plugin("kivi", "KIVI 4 bits", "kivi", {"bits": 4}),
         _plugin("kivi-2", "KIVI 2 bits", "kivi", {"bits": 2}),
         _plugin("xquant", "xquant 4 bits", "xquant", {"bits": 4}),
-        _plugin("xquant-3", "xquant 3 bits", "xquant", {"bits": 3}),
-        _plugin("xquant-2", "xquant 2 bits", "xquant", {"bits": 2}),
+        _plugin("xquant-3", "xquant 3 bits", "xquant", {"bits": 3, **_DATA_FREE}),
+        _plugin("xquant-2", "xquant 2 bits", "xquant", {"bits": 2, **_DATA_FREE}),
         _plugin("x", "X 4 bits, not hot", "xquant", {"bits": 4, "cache": "x", "hot": 0}),
         _plugin("x-hot", "X 4 bits, hot", "xquant", {"bits": 4, "cache": "x", "hot": "50%"}),
-        _plugin("chain-2", "xquant-cl 2 bits, not hot", "xquant", {"method": "xquant-cl", "bits": 2, "hot": 0}),
-        _plugin("chain-2-hot", "xquant-cl 2 bits, hot", "xquant", {"method": "xquant-cl", "bits": 2, "hot": "50%"}),
+        _plugin("chain-2", "xquant-cl 2 bits, not hot", "xquant", {**_CHAIN, "bits": 2, "hot": 0}),
+        _plugin("chain-2-hot", "xquant-cl 2 bits, hot", "xquant", {**_CHAIN, "bits": 2, "hot": "50%"}),
         _plugin("xquant-hot", "xquant 4 bits, hot", "xquant", {"bits": 4, "hot": "50%"}),
         _plugin(
             "joint-4-hot",
@@ -82,8 +86,8 @@ METHODS = {
             {"hot": "50%"},
             ("--method", "xquant-cl", "--bits", "3", "--anchor-interval", "4"),
         ),
-        _plugin("xquant-cl", "xquant-cl 4 bits", "xquant", {"method": "xquant-cl", "bits": 4}),
-        _plugin("xquant-cl-2", "xquant-cl 2 bits", "xquant", {"method": "xquant-cl", "bits": 2}),
+        _plugin("xquant-cl", "xquant-cl 4 bits", "xquant", {**_CHAIN, "bits": 4}),
+        _plugin("xquant-cl-2", "xquant-cl 2 bits", "xquant", {**_CHAIN, "bits": 2}),
     )
 }
 

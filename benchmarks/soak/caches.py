@@ -49,7 +49,7 @@ CACHES = {
         SoakedCache(CONTROL, None),
         SoakedCache("latent", {"bits": 4}, is_killed=True),
         SoakedCache("x", {"bits": 4, "cache": "x"}, speculates=True),
-        SoakedCache("chain", {"bits": 4, "method": "xquant-cl"}),
+        SoakedCache("chain", {"bits": 4, "method": "xquant-cl", "calibration": "none"}),
         SoakedCache("joint", {}, calibrated=True),
         SoakedCache("x-hot", {"bits": 4, "cache": "x", "hot": "50%"}, hot=True),
     )

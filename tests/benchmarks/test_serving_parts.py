@@ -58,7 +58,7 @@ def test_ratios_are_of_the_same_repeat(tmp_path) -> None:
 def test_methods_as_flags() -> None:
     flags = METHODS["xquant-cl"].flags()
     assert flags[:2] == ["--attention-backend", "xquant"]
-    assert flags[3] == '{"xquant": {"method": "xquant-cl", "bits": 4}}'
+    assert flags[3] == '{"xquant": {"method": "xquant-cl", "calibration": "none", "bits": 4}}'
     assert METHODS["16bit"].flags() == []
 
 

@@ -97,6 +97,9 @@ class Workplace:
     def _xquant(self, words: list[str], *, run: bool) -> None:
         """Run ``xquant``, on the tiny checkpoint and with few tokens."""
         words = synopsis(words)
+        if words[0] == "serve":
+            check_xquant_serve(words)
+            return
         options = parse_xquant(words)
         slow = getattr(options, "through", "") == "vllm" or getattr(options, "device", "cpu") != "cpu"
         if not run or slow or getattr(options, "dataset", None):
@@ -216,6 +219,19 @@ def check_serve(words: list[str]) -> None:
     for key, settings in (options.additional_config or {}).items():
         assert key in parsers, f"--additional-config has {key!r}, which no backend of this package reads"
         parsers[key](settings)
+
+
+def check_xquant_serve(words: list[str]) -> None:
+    """Hold ``xquant serve`` to its parser, and what it makes of the rest to that of ``vllm serve``.
+
+    Raises:
+        AssertionError: as above.
+    """
+    seen: list[list[str]] = []
+    with captured() as said, mock.patch("os.execv", lambda _, arguments: seen.append(arguments[1:])):
+        status = main(words)
+    assert status == 0, said.getvalue()
+    check_serve(seen[0])
 
 
 def check_make(words: list[str]) -> None:

@@ -107,7 +107,8 @@ class Engines:
             model: checkpoint folder.
             backend: value of ``attention_backend``.
             tasks: see ``engine_process.py``.
-            xquant: the xquant settings, or None to pass none.
+            xquant: the xquant settings, or None to pass none. Unless they say otherwise nothing is calibrated, which
+                most tests are not about.
             kivi: the kivi settings, likewise.
             environment: further environment variables.
             engine: further arguments of ``vllm.LLM``.
@@ -116,6 +117,8 @@ class Engines:
             EngineFailed: the process failed.
         """
         arguments = {**DEFAULTS, "model": str(model), "attention_backend": backend, **engine}
+        if isinstance(xquant, dict):
+            xquant = {**xquant, "calibration": xquant.get("calibration", "none")}
         additional = {key: value for key, value in (("xquant", xquant), ("kivi", kivi)) if value is not None}
         if additional:
             arguments["additional_config"] = additional

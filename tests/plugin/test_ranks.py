@@ -230,4 +230,6 @@ def test_a_pipeline_on_cpus_is_not_served_eagerly(tiny, backend):
 
 
 def test_a_pipeline_serves_a_chain(tiny):
-    configure(tiny[0], additional_config={"xquant": {"method": "xquant-cl"}}, pipeline_parallel_size=2)
+    configure(
+        tiny[0], additional_config={"xquant": {"method": "xquant-cl", "calibration": "none"}}, pipeline_parallel_size=2
+    )

@@ -11,9 +11,9 @@ from typing import Any
 from xquant_vllm.errors import RefusedError
 from xquant_vllm.evaluation.files import replace_json
 from xquant_vllm.evaluation.tasks.datasets import dataset_text
-from xquant_vllm.offline.texts import python_docs_to_evaluate, read_file, text_name
+from xquant_vllm.offline.texts import python_docs_to_evaluate, read_file
 from xquant_vllm.offline.writable import check_file, check_folder
-from xquant_vllm.scheme.factor_header import PYTHON_DOCS
+from xquant_vllm.scheme.calibration.texts import PYTHON_DOCS, text_name
 
 
 def text_of(options: argparse.Namespace) -> tuple[str, str]:

@@ -47,8 +47,8 @@ def _add_calibration(group: Any) -> None:
     group.add_argument(
         "--calibration",
         metavar="TEXT_FILE",
-        help="plain text like what will be served, or python-docs for half of the text that ships with "
-        "Python (default: none, bases from the weights alone)",
+        help="plain text like what will be served; mixed-text for that of this package, python-docs for half of "
+        "the text that ships with Python (default: none, bases from the weights alone)",
     )
     group.add_argument(
         "--calibration-tokens", metavar="N", type=int, help="tokens of it to read (default 2048; only with a text)"

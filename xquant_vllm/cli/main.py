@@ -11,6 +11,7 @@ from xquant_vllm.cli.help_format import examples
 from xquant_vllm.cli.inspection.arguments import add_cache, add_doctor, add_inspect
 from xquant_vllm.cli.option_words import in_option_words
 from xquant_vllm.cli.plan_arguments import add_plan
+from xquant_vllm.cli.serve_arguments import add_serve
 from xquant_vllm.cli.setup_cpu import add_setup_cpu
 from xquant_vllm.errors import XQuantError
 
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 where a command has found what it looks for and that is bad, 2 for a refusal or a failure,
         130 after Ctrl-C.
     """
-    options = parser().parse_args(arguments)
+    options = _parsed(arguments)
     try:
         status: int | None = options.command(options)
     except XQuantError as error:
@@ -42,6 +43,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status or 0
 
 
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options; ``rest`` of a command that passes on what it does not know."""
+    whole = parser()
+    options, rest = whole.parse_known_args(arguments)
+    if not getattr(options, "passes_on", False):
+        return whole.parse_args(arguments)
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    if typed[1] != options.model:
+        # An option's value may have been taken for it.
+        whole.error(f"name the model first: xquant {typed[0]} MODEL [options]")
+    options.rest = rest
+    return options
+
+
 def parser() -> argparse.ArgumentParser:
     """What parses the arguments of all commands."""
     xquant = argparse.ArgumentParser(
@@ -51,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
             "xquant eval perplexity models/smollm2-135m-instruct --bits 3",
             "xquant factorize MODEL --out DIR --calibration my_text.txt --bits 3",
             "xquant doctor",
+            "xquant serve MODEL --bits 2",
         ),
     )
     xquant.add_argument("--version", action="version", version=__version__)
@@ -62,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     add_cache(commands)
     add_doctor(commands)
     add_setup_cpu(commands)
+    add_serve(commands)
     return xquant
 
 

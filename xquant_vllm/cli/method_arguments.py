@@ -42,7 +42,7 @@ def add_method(group: Any) -> None:
         "--calibration",
         metavar="TEXT_FILE",
         help="with xquant and xquant-cl: text to fit the factors to; python-docs for the other half of Python's "
-        "documentation (default), none for factors from the weights alone",
+        "documentation (default), mixed-text for what a server takes by itself, none for the weights alone",
     )
     group.add_argument(
         "--calibration-tokens", type=int, metavar="N", help="tokens of it to read, 64 or more (default 2048)"

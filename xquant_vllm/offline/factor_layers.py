@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -71,7 +72,12 @@ def data_free_layers(checkpoint: Checkpoint, spec: BasisSpec, device: torch.devi
 
 
 def calibrated_layers(
-    checkpoint: Checkpoint, plan: CalibrationPlan, batch: torch.Tensor, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    plan: CalibrationPlan,
+    batch: torch.Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    kept: Path | None = None,
 ) -> FactorLayers:
     """Factors fitted to a text; the model has run on it when this returns.
 
@@ -81,11 +87,12 @@ def calibrated_layers(
         batch: token ids ``[sequences, length]``.
         dtype: to serve in.
         device: where to compute.
+        kept: see :func:`xquant_vllm.offline.calibration.calibrated.fit_layers`.
 
     Raises:
         RefusedError: the model cannot be run.
     """
-    fitted = fit_layers(checkpoint, plan, batch, dtype, device)
+    fitted = fit_layers(checkpoint, plan, batch, dtype, device, kept)
 
     def layers() -> Generator[FactorLayer, None, None]:
         for layer, of_layer in enumerate(fitted):

@@ -1,5 +1,7 @@
 """From a checkpoint to a folder that is served without factorizing anything: ``xquant factorize`` as a function."""
 
+from pathlib import Path
+
 import torch
 
 from xquant_vllm import __version__
@@ -11,9 +13,9 @@ from xquant_vllm.offline.factor_layers import calibrated_layers, data_free_layer
 from xquant_vllm.offline.factor_writer import WrittenFactors, write_factors
 from xquant_vllm.offline.factorize_options import FactorizeOptions
 from xquant_vllm.offline.output_folder import check_output, link_checkpoint, replaced_folder
-from xquant_vllm.offline.texts import text_name
 from xquant_vllm.projection.calibration import GRADIENT_RIDGE, INPUT_RIDGE
 from xquant_vllm.projection.factor_file import FACTORS_FILE, FORMAT_VERSION, HEADER_FILE, dtype_name, write_json
+from xquant_vllm.scheme.calibration.texts import text_name
 from xquant_vllm.scheme.factor_header import (
     Calibration,
     ChainSettings,
@@ -26,7 +28,7 @@ from xquant_vllm.scheme.formats import LayerShape, layer_formats
 from xquant_vllm.scheme.layer_weights import spec_of
 from xquant_vllm.scheme.settings import XQuantSettings
 
-__all__ = ["FactorizeOptions", "factorize"]
+__all__ = ["FactorizeOptions", "factorize", "write_calibrated"]
 
 
 def factorize(options: FactorizeOptions) -> FactorHeader:
@@ -53,38 +55,68 @@ def factorize(options: FactorizeOptions) -> FactorHeader:
     check_output(options.out, options.force)
     checkpoint = open_checkpoint(options.model)
     _check_fit(options, settings, checkpoint)
+    with replaced_folder(options.out, checkpoint.folder, options.force) as folder:
+        header = _write(folder, options, settings, checkpoint, None)
+        link_checkpoint(checkpoint.folder, folder, checkpoint.files)
+    return header
+
+
+def write_calibrated(folder: Path, options: FactorizeOptions, checkpoint: Checkpoint, kept: Path) -> FactorHeader:
+    """Write calibrated factors alone, in a way that can be interrupted.
+
+    Args:
+        folder: where to, not there yet.
+        options: what to make; ``out`` and ``force`` say nothing here.
+        checkpoint: the model.
+        kept: see :func:`xquant_vllm.offline.calibration.calibrated.fit_layers`.
+
+    Returns:
+        What the folder's header says of its factors.
+
+    Raises:
+        RefusedError: the model, the text or an option cannot be used.
+        OSError: the disk is full, or the like.
+    """
+    settings = options.settings()
+    _check_fit(options, settings, checkpoint)
+    folder.mkdir()
+    return _write(folder, options, settings, checkpoint, kept)
+
+
+def _write(
+    folder: Path, options: FactorizeOptions, settings: XQuantSettings, checkpoint: Checkpoint, kept: Path | None
+) -> FactorHeader:
+    """Write factors and their header."""
     dtype, device = checkpoint.serving_dtype(options.dtype), torch.device(options.device)
     plan = batch = None
-    with replaced_folder(options.out, checkpoint.folder, options.force) as folder:
-        if options.calibration is None:
-            factors = data_free_layers(checkpoint, spec_of(settings, dtype), device)
-        else:
-            for layer in range(checkpoint.layers):
-                # Looked at now, since the model runs over the text before a layer is fitted.
-                checkpoint.served_key_value(layer, dtype)
-            plan = plan_calibration(checkpoint, settings)
-            batch = tokenize(checkpoint, options.calibration, calibration_tokens(options.calibration_tokens))
-            factors = calibrated_layers(checkpoint, plan, batch, dtype, device)
-        written = write_factors(folder / FACTORS_FILE, factors, checkpoint.layers)
-        header = FactorHeader(
-            format=FORMAT_VERSION,
-            package=__version__,
-            source=Source(
-                architecture=checkpoint.architecture,
-                layers=checkpoint.layers,
-                hidden_size=checkpoint.hidden_size,
-                kv_heads=checkpoint.kv_heads,
-                head_size=checkpoint.head_size,
-                fingerprints=written.fingerprints,
-            ),
-            settings=_factor_settings(settings, options.bits is not None, plan, written),
-            dtype=dtype_name(dtype),
-            calibration=None if batch is None else _calibration(options, batch),
-            checksums=written.checksums,
-        )
-        header = header.model_copy(update={"checksum": header_checksum(header.model_dump(mode="json"))})
-        write_json(folder / HEADER_FILE, header.model_dump())
-        link_checkpoint(checkpoint.folder, folder, checkpoint.files)
+    if options.calibration is None:
+        factors = data_free_layers(checkpoint, spec_of(settings, dtype), device)
+    else:
+        for layer in range(checkpoint.layers):
+            # Looked at now, since the model runs over the text before a layer is fitted.
+            checkpoint.served_key_value(layer, dtype)
+        plan = plan_calibration(checkpoint, settings)
+        batch = tokenize(checkpoint, options.calibration, calibration_tokens(options.calibration_tokens))
+        factors = calibrated_layers(checkpoint, plan, batch, dtype, device, kept)
+    written = write_factors(folder / FACTORS_FILE, factors, checkpoint.layers)
+    header = FactorHeader(
+        format=FORMAT_VERSION,
+        package=__version__,
+        source=Source(
+            architecture=checkpoint.architecture,
+            layers=checkpoint.layers,
+            hidden_size=checkpoint.hidden_size,
+            kv_heads=checkpoint.kv_heads,
+            head_size=checkpoint.head_size,
+            fingerprints=written.fingerprints,
+        ),
+        settings=_factor_settings(settings, options.bits is not None, plan, written),
+        dtype=dtype_name(dtype),
+        calibration=None if batch is None else _calibration(options, batch),
+        checksums=written.checksums,
+    )
+    header = header.model_copy(update={"checksum": header_checksum(header.model_dump(mode="json"))})
+    write_json(folder / HEADER_FILE, header.model_dump())
     return header
 
 

@@ -19,8 +19,8 @@ class FactorizeOptions:
     Attributes:
         model: folder of a safetensors checkpoint, or its name on the Hugging Face hub.
         out: folder to write; must not be there yet, unless ``force`` is set.
-        calibration: a text file (UTF-8), or ``"python-docs"`` for half of the text that ships with Python. None
-            computes the bases from the weights alone.
+        calibration: a text file (UTF-8), ``"mixed-text"`` for that of this package, or ``"python-docs"`` for half of
+            the text that ships with Python. None computes the bases from the weights alone.
         calibration_tokens: tokens of the text to read, at least 64; None for 2048. Only with ``calibration``.
         bits: 16, 8, 4, 3 or 2, or two of them, for keys and for values: what the folder is served with if the server
             is told nothing else. With ``calibration`` one number, 8, 4, 3 or 2, which is built in. None for 4.
@@ -80,7 +80,7 @@ class FactorizeOptions:
         chained = self.method == "xquant-cl"
         if chained and self.calibration is None:
             raise RefusedError(
-                "xquant: --method xquant-cl fits a chain to a text: give --calibration TEXT_FILE (or python-docs); a "
+                "xquant: --method xquant-cl fits a chain to a text: give --calibration TEXT_FILE (or mixed-text); a "
                 "chain from the weights alone needs no file, serve the model itself with the setting "
                 '"method": "xquant-cl"'
             )

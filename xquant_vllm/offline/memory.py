@@ -25,15 +25,28 @@ def warn_of_memory(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.dev
         doing: what is about to be done with it.
         instead: what to set.
     """
-    available = available_memory(device)
-    weights = num_weights(checkpoint)
+    if problem := memory_problem(checkpoint, dtype, device, doing):
+        say(f"warning: {problem}; it may be killed. {instead}")
+
+
+def memory_problem(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, doing: str) -> str | None:
+    """Why a model will hardly fit into memory; None if it will.
+
+    Args:
+        checkpoint: the model.
+        dtype: of its weights in memory.
+        device: where they will be.
+        doing: what is about to be done with it.
+    """
+    available, weights = available_memory(device), num_weights(checkpoint)
     needed = int(weights * dtype.itemsize * _OVER_WEIGHTS) + _BESIDE
-    if available is not None and needed > available:
-        say(
-            f"warning: {doing} {checkpoint.name} in {dtype_name(dtype)} takes about {needed / 1e9:.1f} GB of memory "
-            f"({weights / 1e9:.1f} billion weights of {dtype.itemsize} bytes, and what computes with them), but "
-            f"{available / 1e9:.1f} GB are free; it may be killed. {instead}"
-        )
+    if available is None or needed <= available:
+        return None
+    return (
+        f"{doing} {checkpoint.name} in {dtype_name(dtype)} takes about {needed / 1e9:.1f} GB of memory "
+        f"({weights / 1e9:.1f} billion weights of {dtype.itemsize} bytes, and what computes with them), but "
+        f"{available / 1e9:.1f} GB are free"
+    )
 
 
 def num_weights(checkpoint: Checkpoint) -> int:

@@ -1,24 +1,20 @@
-"""Texts: files, and the documentation that ships with CPython, half of it to calibrate on and half to evaluate on."""
+"""Texts: files, the one of this package, and CPython's documentation: half to calibrate on, half to evaluate on."""
 
 from pathlib import Path
 from typing import Any
 
 from xquant_vllm.errors import RefusedError
-from xquant_vllm.scheme.factor_header import PYTHON_DOCS
-
-
-def text_name(source: str) -> str:
-    """What results and headers call a text: no path of this machine."""
-    return source if source == PYTHON_DOCS else Path(source).name
+from xquant_vllm.scheme.calibration.texts import MIXED_TEXT, PYTHON_DOCS, mixed_text
 
 
 def calibration_text(source: str) -> str:
-    """The text of ``--calibration``: a file, or the calibration half of the documentation.
+    """The text of ``--calibration``: a file, or one that needs none.
 
     Raises:
         RefusedError: the file cannot be read.
     """
-    return python_docs_to_calibrate() if source == PYTHON_DOCS else read_file("--calibration", source)
+    built_in = {MIXED_TEXT: mixed_text, PYTHON_DOCS: python_docs_to_calibrate}
+    return built_in[source]() if source in built_in else read_file("--calibration", source)
 
 
 def read_file(option: str, path: str) -> str:

@@ -6,12 +6,14 @@ from typing import Any
 from xquant_vllm.codec.layout import BLOCK_SIZE_MULTIPLE
 from xquant_vllm.errors import SettingsError, UnsupportedError
 from xquant_vllm.plugin.attention_kinds import REFUSED_LAYERS
+from xquant_vllm.plugin.calibration.start import calibrate_at_start
 from xquant_vllm.plugin.connectors.allowed import connector_problems, prepare_connector
 from xquant_vllm.plugin.drafts import SPECULATIVE, unsupported_speculation
-from xquant_vllm.plugin.engine_factors import check_factors
-from xquant_vllm.plugin.engine_settings import settings_of
-from xquant_vllm.plugin.ranks import unsupported_ranks
+from xquant_vllm.plugin.engine_factors import check_factors, factors_of
+from xquant_vllm.plugin.engine_settings import forget_settings, settings_of
+from xquant_vllm.plugin.ranks import has_facts, unsupported_ranks
 from xquant_vllm.plugin.registration import BACKEND_NAME
+from xquant_vllm.scheme.calibration.choice import AUTO, NONE
 from xquant_vllm.scheme.formats import LayerShape, layer_formats
 from xquant_vllm.scheme.settings import XQuantSettings
 
@@ -49,6 +51,33 @@ def check_config(vllm_config: Any) -> None:
     if problems:
         raise UnsupportedError("\n".join(f"xquant: {problem}" for problem in problems))
     prepare_connector(vllm_config)
+    _check_model(vllm_config, settings)
+    # Minutes, so it is the last thing that is done; and what is then served is looked at as well.
+    if _calibrated_now(vllm_config, settings):
+        _check_model(vllm_config, settings_of(vllm_config))
+
+
+def _calibrated_now(vllm_config: Any, settings: XQuantSettings) -> bool:
+    """Calibrate what is to be calibrated."""
+    # vLLM makes configurations anew in other processes, and those of drafts of that of their model.
+    if vllm_config.model_config is None or has_facts(vllm_config):
+        return False
+    folder, header = factors_of(vllm_config)
+    if header is not None:
+        if settings.calibration not in (AUTO, NONE):
+            raise SettingsError(
+                f"xquant: setting 'calibration': {settings.calibration!r} cannot work: {folder} has factors, which "
+                "are served as they are; leave it out, or serve the model that they were made from"
+            )
+        return False
+    calibrated = calibrate_at_start(vllm_config, settings)
+    if calibrated:
+        forget_settings(vllm_config)
+    return calibrated
+
+
+def _check_model(vllm_config: Any, settings: XQuantSettings) -> None:
+    """Refuse settings that do not fit the model, and factors that cannot be served."""
     model = vllm_config.model_config
     if model is not None:
         check_factors(vllm_config, settings)

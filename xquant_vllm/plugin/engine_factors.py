@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from xquant_vllm.errors import FactorFileError
+from xquant_vllm.plugin.kept_folder import kept_folder
 from xquant_vllm.projection.factor_file import FACTORS_FILE, HEADER_FILE, dtype_name, read_json
 from xquant_vllm.projection.predicted import layers_of_groups
 from xquant_vllm.scheme.factor_conflicts import factors_in, over_factors, refuse_factors
@@ -21,12 +22,14 @@ _WEIGHTS = (".safetensors", ".bin", ".pt")
 
 
 def factors_of(vllm_config: Any) -> tuple[Path | None, FactorHeader | None]:
-    """The model's folder and the header of its factors; None for a model without.
+    """The folder of a model's factors, which is the model's own or where they were kept, and their header; or None.
 
     Raises:
         SettingsError: the header cannot be used.
     """
     model = getattr(getattr(vllm_config, "model_config", None), "model", None)
+    if (kept := kept_folder(vllm_config)) is not None:
+        return kept, factors_in(kept)
     if not isinstance(model, str) or not Path(model).is_dir():
         return None, None
     return Path(model), factors_in(Path(model))
@@ -139,9 +142,8 @@ def _problems(vllm_config: Any, header: FactorHeader, settings: XQuantSettings) 
             "--basis head",
         )
     if header.settings.chain is not None and stages > 1:
-        anchors = [layer for layer in range(1, source.layers) if settings.is_anchor(layer)]
-        cut = sorted({*_first_layers(source.layers, stages)} - {0, *anchors})
-        if cut:
+        anchors = _anchors(source.layers, settings)
+        if cut := cut_links(vllm_config, source.layers, settings):
             yield (
                 f"has a chain, and --pipeline-parallel-size {stages} would cut it before {_listed(cut)}; it can be cut "
                 f"before {_listed(anchors)} (set VLLM_PP_LAYER_PARTITION, the number of layers of every rank)",
@@ -155,6 +157,22 @@ def _problems(vllm_config: Any, header: FactorHeader, settings: XQuantSettings) 
             f"this one has {shape[0]} layers with {shape[1]} of {shape[2]}",
             "",
         )
+
+
+def cut_links(vllm_config: Any, layers: int, settings: XQuantSettings) -> list[int]:
+    """Layers of a chain with which a rank of a pipeline would begin, although they build on the layers before.
+
+    Args:
+        vllm_config: the configuration.
+        layers: of the model.
+        settings: of the chain, with its defaults filled in.
+    """
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    return sorted({*_first_layers(layers, stages)} - {0, *_anchors(layers, settings)})
+
+
+def _anchors(layers: int, settings: XQuantSettings) -> list[int]:
+    return [layer for layer in range(1, layers) if settings.is_anchor(layer)]
 
 
 def _first_layers(layers: int, stages: int) -> list[int]:

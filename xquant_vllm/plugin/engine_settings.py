@@ -25,3 +25,8 @@ def settings_of(vllm_config: Any) -> XQuantSettings:
     if getattr(vllm_config, "lora_config", None) is None:
         return settings
     return settings.model_copy(update={"cache": settings.cache or "latent", "fold_values": False})
+
+
+def forget_settings(vllm_config: Any) -> None:
+    """Have settings parsed once more, because what they are laid over has changed."""
+    settings_of.kept.pop(id(vllm_config), None)  # type: ignore[attr-defined]

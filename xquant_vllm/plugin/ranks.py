@@ -38,6 +38,11 @@ def write_facts(vllm_config: Any) -> None:
         vllm_config.additional_config = {**vllm_config.additional_config, **facts}
 
 
+def has_facts(vllm_config: Any) -> bool:
+    """Whether a configuration was made from that of an engine, whose facts are written down in it: a draft's is."""
+    return isinstance(vllm_config.additional_config, Mapping) and FACTS_KEY in vllm_config.additional_config
+
+
 @per_object
 def check_rank(vllm_config: Any) -> None:
     """Refuse a rank that is not set up like its engine, when its first layer is built.

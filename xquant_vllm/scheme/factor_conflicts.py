@@ -9,7 +9,9 @@ from typing import Any
 from xquant_vllm.codec.packing import UNQUANTIZED_BITS
 from xquant_vllm.errors import FactorFileError, SettingsError
 from xquant_vllm.projection.factor_file import FACTORS_FILE, HEADER_FILE
-from xquant_vllm.scheme.factor_header import PYTHON_DOCS, FactorHeader, FactorSettings, read_header
+from xquant_vllm.scheme.calibration.request import is_kept
+from xquant_vllm.scheme.calibration.texts import BUILT_IN, PYTHON_DOCS
+from xquant_vllm.scheme.factor_header import FactorHeader, FactorSettings, read_header
 from xquant_vllm.scheme.settings import PerStream, XQuantSettings
 
 # Built into all calibrated factors: they know of nothing else.
@@ -47,6 +49,8 @@ def refuse_factors(path: Path, problem: str, header: FactorHeader | None, option
         header: what it says about itself, if that can be read and is to be made so again.
         options: of the command that makes it anew, over those of the header; None if there is no such command.
     """
+    if is_kept(path.parent):
+        return SettingsError(f"xquant: {path} {problem}; remove {path.parent}, and the next start makes it anew")
     if options is None:
         return SettingsError(f"xquant: {path} {problem}; serve the model that it was made from")
     given = shlex.split(options)
@@ -62,7 +66,7 @@ def refuse_factors(path: Path, problem: str, header: FactorHeader | None, option
     folder = shlex.quote(str(path.parent))
     text = given[given.index("--calibration") + 1] if "--calibration" in given else PYTHON_DOCS
     # A header knows no paths of the machine that it was made on.
-    note = "" if text == PYTHON_DOCS else f" (with the path of {text})"
+    note = "" if text in BUILT_IN else f" (with the path of {text})"
     return SettingsError(
         f"xquant: {path} {problem}; make it anew with `xquant factorize {folder} --out {folder}{words} --force`{note}, "
         "or serve the model that it was made from"

@@ -47,15 +47,11 @@ class Source(_Model):
     fingerprints: list[list[str]]
 
 
-# The text that every Python has; others are files.
-PYTHON_DOCS = "python-docs"
-
-
 class Calibration(_Model):
     """The text that calibrated the bases.
 
     Attributes:
-        text: ``PYTHON_DOCS``, or a file's name without its folders.
+        text: a name in :data:`xquant_vllm.scheme.calibration.texts.BUILT_IN`, or a file's name without its folders.
         tokens: how many tokens of it were read.
         ridge: see :data:`xquant_vllm.projection.calibration.INPUT_RIDGE`.
         gradient_ridge: see :data:`xquant_vllm.projection.calibration.GRADIENT_RIDGE`.

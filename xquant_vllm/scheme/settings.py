@@ -20,6 +20,7 @@ _CHAIN_DEFAULTS = {"x": (3, 0), "latent": (1, 4)}
 
 _PROBE_ADVICE = "set a share of the calls of layers such as 0.001, or 0 for none"
 _BITS_ADVICE = 'set 8, 4, 3 or 2, or {"key": 4, "value": 2}'
+_CALIBRATION_ADVICE = 'set "auto", "none", "mixed-text", "python-docs", or the path of a text file'
 _ADVICE = {
     "method": 'set "xquant" or "xquant-cl"',
     "bits": _BITS_ADVICE,
@@ -38,6 +39,7 @@ _ADVICE = {
     "prompt": 'set "cached" or "exact"',
     "hot": hot_share.ADVICE,
     "quality_probe": _PROBE_ADVICE,
+    "calibration": _CALIBRATION_ADVICE,
 }
 
 
@@ -96,6 +98,10 @@ class XQuantSettings(BaseModel):
             of chains on CPUs (:data:`~xquant_vllm.scheme.hot_share.DEFAULT_SHARE`), else 0.
         quality_probe: share of the calls of layers, from 0 to 1, in which keys and values that were read back are
             compared with exact ones; 0 for none. Changes no answer.
+        calibration: ``"auto"``: factors are calibrated at the first start where that loses less, on the text of this
+            package (:func:`xquant_vllm.scheme.calibration.choice.choose_calibration`); ``"none"``: they are computed
+            from the weights alone; else the text to calibrate on, a file (UTF-8), ``"mixed-text"`` or
+            ``"python-docs"``. A model folder that has factors is served with these in any case.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -117,6 +123,7 @@ class XQuantSettings(BaseModel):
     prompt: Literal["cached", "exact"] = "cached"
     hot: int | float | None = None
     quality_probe: float = 0
+    calibration: str = "auto"
 
     @field_validator("bits", "first_layers_bits", "anchor_bits", mode="before")
     @classmethod
@@ -138,6 +145,13 @@ class XQuantSettings(BaseModel):
     def _is_a_share(cls, value: float) -> float:
         if not 0 <= value <= 1:
             raise refuse("it is a share", _PROBE_ADVICE)
+        return value
+
+    @field_validator("calibration")
+    @classmethod
+    def _names_a_text(cls, value: str) -> str:
+        if not value.strip():
+            raise refuse("it names no text", _CALIBRATION_ADVICE)
         return value
 
     @field_validator("bits", "first_layers_bits", "anchor_bits")

@@ -52,7 +52,7 @@ class Pair:
             "enforce_eager": True,
             "served_model_name": "tiny",
             "attention_backend": "xquant",
-            "additional_config": json.dumps({"xquant": xquant}),
+            "additional_config": json.dumps({"xquant": {"calibration": "none", **xquant}}),
             "kv_transfer_config": json.dumps({"kv_connector": "NixlConnector", "kv_role": role}),
             **settings,
         }

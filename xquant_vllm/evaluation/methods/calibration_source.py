@@ -7,9 +7,9 @@ import torch
 from xquant_vllm.errors import RefusedError
 from xquant_vllm.evaluation.methods.method_names import DEFAULT_CALIBRATION, NO_CALIBRATION
 from xquant_vllm.evaluation.methods.method_options import MethodOptions
-from xquant_vllm.offline.calibration.calibration_plan import CALIBRATED_BITS
 from xquant_vllm.offline.calibration.calibration_tokens import calibration_tokens, tokenize
 from xquant_vllm.offline.checkpoint import Checkpoint
+from xquant_vllm.scheme.calibration.choice import CALIBRATED_BITS
 from xquant_vllm.scheme.factor_header import FactorHeader
 from xquant_vllm.scheme.settings import XQuantSettings
 

@@ -99,6 +99,11 @@ class MethodOptions:
                 f"xquant: --settings has 'prompt': {given['prompt']!r}, with which a prompt does not read its own "
                 'tokens from the cache, so the result would tell nothing of the cache; set "cached" or leave it out'
             )
+        if "calibration" in given:
+            raise RefusedError(
+                f"xquant: --settings has 'calibration': {given['calibration']!r}, which is an option here; give "
+                "--calibration instead"
+            )
         if given.get("hot"):
             raise RefusedError(
                 f"xquant: --settings has 'hot': {given['hot']!r}, but evaluations read every token from its page: a "

@@ -20,9 +20,9 @@ from xquant_vllm.offline.calibration.calibrated import CalibratedFactors, fit_la
 from xquant_vllm.offline.calibration.calibration_plan import plan_calibration
 from xquant_vllm.offline.checkpoint import Checkpoint
 from xquant_vllm.offline.progress import counted_bar
-from xquant_vllm.offline.texts import text_name
 from xquant_vllm.plugin.checks import check_layer_kinds, check_layers
 from xquant_vllm.projection.factor_file import DTYPES, dtype_name
+from xquant_vllm.scheme.calibration.texts import text_name
 from xquant_vllm.scheme.factor_header import FactorHeader
 from xquant_vllm.scheme.factor_provider import FactorProvider
 from xquant_vllm.scheme.formats import LayerShape, layer_formats

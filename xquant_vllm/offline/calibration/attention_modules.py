@@ -30,3 +30,9 @@ def attention_modules(model: nn.Module, checkpoint: Checkpoint) -> list[Any]:
             "bases from the weights alone"
         )
     return [modules[layer] for layer in range(checkpoint.layers)]
+
+
+def decoder_layers(model: nn.Module, modules: list[Any]) -> list[nn.Module]:
+    """The layers that attention modules are parts of."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return [model.get_submodule(names[id(module)].rpartition(".")[0]) for module in modules]

@@ -1,13 +1,14 @@
 """Calibrated factors of a checkpoint: what ``xquant factorize`` writes to a folder, and an evaluation takes at once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from xquant_vllm.codec.allocation import LayerAllocation
 from xquant_vllm.offline.calibration.calibration_plan import CalibrationPlan
-from xquant_vllm.offline.calibration.samples import collect_samples
+from xquant_vllm.offline.calibration.samples import collect_kept_samples, collect_samples
 from xquant_vllm.offline.checkpoint import Checkpoint
 from xquant_vllm.projection.calibrated import fit_heads
 from xquant_vllm.projection.calibration import LayerSample
@@ -26,7 +27,12 @@ class CalibratedLayer:
 
 
 def fit_layers(
-    checkpoint: Checkpoint, plan: CalibrationPlan, batch: torch.Tensor, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    plan: CalibrationPlan,
+    batch: torch.Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    kept: Path | None = None,
 ) -> Iterator[CalibratedLayer]:
     """Run the model on a text, and then fit its layers one by one, in order, as they are asked for.
 
@@ -36,16 +42,27 @@ def fit_layers(
         batch: token ids ``[sequences, length]``.
         dtype: to serve in.
         device: where to compute.
+        kept: folder for what the model shows on the way, for this model, text and device alone: what is there is not
+            computed again. None for this process's memory.
 
     Raises:
         RefusedError: the model's attention is not recognized.
     """
     # At once and not with the first layer, whose time it would seem to be.
-    return _fitted(checkpoint, plan, collect_samples(checkpoint, batch, device), dtype, device)
+    samples: Iterable[LayerSample] = (
+        collect_samples(checkpoint, batch, device)
+        if kept is None
+        else collect_kept_samples(checkpoint, batch, device, kept)
+    )
+    return _fitted(checkpoint, plan, samples, dtype, device)
 
 
 def _fitted(
-    checkpoint: Checkpoint, plan: CalibrationPlan, samples: list[LayerSample], dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    plan: CalibrationPlan,
+    samples: Iterable[LayerSample],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Iterator[CalibratedLayer]:
     chain = PredictedChain(dtype)
     heads = checkpoint.kv_heads

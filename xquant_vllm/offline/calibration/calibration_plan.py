@@ -7,10 +7,8 @@ from xquant_vllm.offline.checkpoint import Checkpoint
 from xquant_vllm.offline.option_values import spaced
 from xquant_vllm.projection.calibrated import layer_budget
 from xquant_vllm.projection.predicted import layers_of_groups
+from xquant_vllm.scheme.calibration.choice import CALIBRATED_BITS
 from xquant_vllm.scheme.settings import XQuantSettings
-
-# What a channel can be given, on average: with more, a budget would not be spent.
-CALIBRATED_BITS = (8, 4, 3, 2)
 
 
 @dataclass(frozen=True)

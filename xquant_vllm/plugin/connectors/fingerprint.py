@@ -24,7 +24,7 @@ from xquant_vllm.projection.factor_file import tensor_bytes
 from xquant_vllm.scheme.layer_scheme import LayerScheme
 
 # Settings that change nothing about what pages hold.
-_NOT_OF_PAGES = {"hot", "factor_cache", "quality_probe"}
+_NOT_OF_PAGES = {"hot", "factor_cache", "calibration", "quality_probe"}
 # Of a model's configuration, what says where it was found and who wrote it.
 _NOT_OF_THE_MODEL = ("_name_or_path", "name_or_path", "transformers_version")
 FINGERPRINT_BYTES = 16

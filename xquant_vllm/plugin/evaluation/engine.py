@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from xquant_vllm.scheme.calibration.choice import NONE
 from xquant_vllm.scheme.settings import CONFIG_KEY
 
 # Prompt tokens that are computed in one step; longer windows take several. It bounds the memory of activations, and
@@ -50,7 +51,8 @@ class EvaluationEngine:
         options: dict[str, Any] = {}
         if request.settings is not None:
             # Nothing is gained by a pool of hot blocks, and results stay comparable to the last bit.
-            settings = {**request.settings, "hot": 0}
+            # What is to be calibrated was, and lies in the folder.
+            settings = {**request.settings, "hot": 0, "calibration": NONE}
             options = {"attention_backend": "xquant", "additional_config": {CONFIG_KEY: settings}}
         self._llm = LLM(
             request.model,

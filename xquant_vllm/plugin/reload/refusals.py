@@ -6,6 +6,7 @@ from typing import Any
 
 from xquant_vllm.errors import UnsupportedError
 from xquant_vllm.plugin.engine_factors import factors_of
+from xquant_vllm.plugin.kept_folder import kept_folder
 from xquant_vllm.plugin.refusals import announced
 from xquant_vllm.projection.factor_file import HEADER_FILE
 
@@ -54,7 +55,9 @@ def _reasons(record: Any) -> Iterator[str]:
         yield "with --enable-lora its projections are wrapped; leave that out"
     if config.kv_transfer_config is not None:
         yield "a KV connector keeps pages that were made with the old ones; leave it out"
-    if not record.own_folder and factors_of(config)[1] is not None:
+    if not record.own_folder and kept_folder(config) is not None:
+        yield 'its factors were calibrated for the weights that it has; set "calibration": "none" to be able to'
+    elif not record.own_folder and factors_of(config)[1] is not None:
         yield "its folder has factors, which are made for the weights beside them; serve a folder without"
     graphs = getattr(config.compilation_config.cudagraph_mode, "name", "NONE")
     if graphs != "NONE":

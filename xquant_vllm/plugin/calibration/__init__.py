@@ -1,0 +1,1 @@
+"""Calibration at an engine's first start, before a weight is loaded."""
