@@ -3,14 +3,13 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-import xquant_vllm
 from reference import MARK
 from xquant_vllm.kivi.plugin import settings as kivi
+from xquant_vllm.plugin.unread.variables import READ
 from xquant_vllm.scheme import settings as xquant
 
 _INTRODUCTION = """\
@@ -45,13 +44,6 @@ _ELSEWHERE = """\
   [families.md](families.md#layers-that-keep-keys-and-values).
 """
 
-# How a variable is named in the code.
-_VARIABLE = re.compile(r'"(XQUANT_[A-Z_]+)"')
-# Variables of the environment; those that the package does not read are left out.
-_VARIABLES = {
-    "XQUANT_ATTENTION_KERNELS": "names the kernels on CPUs; for tests",
-}
-
 
 def page() -> str:
     """The page in Markdown."""
@@ -62,19 +54,8 @@ def page() -> str:
     lines += ["This backend is there to compare with ([kivi.md](design/kivi.md)). Its settings stand under `kivi`.", ""]
     lines += _sections(kivi.KiviSettings, kivi._ADVICE, "kivi: ")
     lines += [_ELSEWHERE, "Environment variables, read at start-up only:", ""]
-    lines += [f"* `{name}`: {_VARIABLES[name]}" for name in variables()]
+    lines += [f"* `{name}`: {meaning}" for name, meaning in READ.items()]
     return "\n".join(lines) + "\n"
-
-
-def variables() -> list[str]:
-    """Names of the environment variables of its own that the package reads.
-
-    Raises:
-        KeyError: one is not described in ``_VARIABLES``.
-    """
-    folder = Path(xquant_vllm.__file__).parent
-    read = {name for path in folder.rglob("*.py") for name in _VARIABLE.findall(path.read_text())}
-    return sorted(read)
 
 
 def _sections(model: type[BaseModel], advice: Mapping[str, str], prefix: str) -> Iterator[str]:
