@@ -74,15 +74,14 @@ def test_two_engines_behind_one_server(ranks, tmp_path):
     assert "are computed anew" not in log
 
 
-@pytest.mark.parametrize("experts", [{}, {"enable_expert_parallel": True}], ids=["cut", "shared out"])
-def test_two_processes_with_a_model_of_experts(ranks, tmp_path, experts):
-    """Offline, with variables for the ranks, which vLLM has for such models alone; experts are cut or have a rank."""
+def test_two_processes_that_share_the_experts_out(ranks, tmp_path):
+    """Offline, with variables for the ranks, which vLLM has for such models alone."""
     one = ranks.one("gpt-oss", xquant={"bits": 8, "cache": "latent"})
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = {**engine.DEFAULTS, **ENGINE, "model": str(ranks.model("gpt-oss")), "attention_backend": "xquant"}
-    arguments |= {"additional_config": {"xquant": {"bits": 8, "cache": "latent"}}, **experts}
+    arguments["additional_config"] = {"xquant": {"bits": 8, "cache": "latent"}}
     processes = []
     for rank in (0, 1):
         request = {"engine": arguments, "tasks": [GREEDY]}
