@@ -228,6 +228,7 @@ def head_tables(plan: AttentionLayerPlan, columns: torch.Tensor) -> HeadTables:
     rounded = (stored * unit).half().float()
     total = rounded.sum(1, keepdim=True).half().float()
     lead = -total.expand(-1, key.num_outliers, -1)
+    of_codes = fields_of_three_bits(lead, rounded) if key.ones else _pieces(torch.cat((lead, rounded), 1), key)
     rows = [total / unit, outliers]
     if bias is not None:
         rows.append(bias)
@@ -236,7 +237,7 @@ def head_tables(plan: AttentionLayerPlan, columns: torch.Tensor) -> HeadTables:
         key=key,
         value=value,
         middle=middle,
-        up=(fields_of_three_bits(lead, rounded) if key.ones else _pieces(torch.cat((lead, rounded), 1), key)).half(),
+        up=of_codes.half().contiguous(),
         rows=turned.half().contiguous(),
         factors=torch.cat((_SUBNORMAL / unit[:, :, 0], of_rows), 1).contiguous(),
         turns=turns,
@@ -270,8 +271,7 @@ def _of_fields(form: FieldFormat) -> HeadStream:
 def _stream(plan: AttentionLayerPlan, index: int) -> HeadStream:
     stream, at = plan.layout.streams[index], plan.layout.offsets[index]
     assert isinstance(stream, StreamFormat)
-    more = {}
-    bits = stream.bits
+    bits, more = stream.bits, dict[str, int]()
     if bits == 3:
         form = format_of_three_bits(stream.width, keys=index == plan.key_terms[0].stream)
         bits, more = form.bits, {"ones": form.ones, "window": stream.width // 4}
