@@ -19,7 +19,7 @@ import ray_serve
 from vllm_process import Progress, VllmServer, free_port
 
 SCRIPT = Path(ray_serve.__file__)
-READY = "layers are compressed, which is all"
+READY = "are compressed, which is all"
 REPLICAS = 1
 
 
