@@ -101,7 +101,8 @@ def test_the_doctor_finds_nothing_wrong(ready):
 
 def test_it_serves_outside_of_the_checkout(ready, smollm2):
     arguments = [str(smollm2), "--attention-backend", "xquant", "--max-model-len", "512", "--enforce-eager",
-                 "--kv-cache-memory-bytes", "67108864", "--served-model-name", "smollm2"]  # fmt: skip
+                 "--kv-cache-memory-bytes", "67108864", "--served-model-name", "smollm2",
+                 "--dtype", "float32", "--additional-config.xquant.bits", "8"]  # fmt: skip
     program = [str(ready.bin / "vllm"), "serve"]
     # VllmServer adds to this process's variables; `env -i` takes them away.
     given = [f"{name}={text}" for name, text in {**ready.variables, "HF_HUB_OFFLINE": "1"}.items()]
