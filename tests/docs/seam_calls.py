@@ -124,7 +124,8 @@ READ = {
     "vllm.v1.attention.backend.CommonAttentionMetadata": "query_start_loc query_start_loc_cpu seq_lens causal "
     "seq_lens_cpu_upper_bound num_actual_tokens max_query_len block_table_tensor",
     "vllm.v1.core.sched.output.SchedulerOutput": "finished_req_ids scheduled_new_reqs scheduled_cached_reqs "
-    "num_scheduled_tokens total_num_scheduled_tokens kv_cache_block_copies kv_connector_metadata kv_connector_block_state",
+    "num_scheduled_tokens total_num_scheduled_tokens kv_cache_block_copies kv_connector_metadata "
+    "kv_connector_block_state",
     "vllm.v1.core.sched.output.NewRequestData": "req_id block_ids num_computed_tokens",
     "vllm.v1.core.sched.output.CachedRequestData": "req_ids new_block_ids num_computed_tokens resumed_req_ids",
     "vllm.v1.kv_cache_interface.KVCacheConfig": "num_blocks kv_cache_groups kv_cache_tensors",
