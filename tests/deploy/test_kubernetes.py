@@ -12,7 +12,7 @@ import pytest
 
 from tests.deploy.manifests import FOLDER, ROOT, SERVING, container, documents, environment, kind, mounts, pod
 from tests.docs.commands import check_serve
-from xquant_vllm.scheme.factor_cache import cache_folder
+from xquant_vllm.scheme.factor_cache_folder import cache_folder
 
 FILES = sorted(path.name for path in FOLDER.glob("*.yaml"))
 # The oldest and the newest Kubernetes whose schemas the validator has, of those with all that is used here.

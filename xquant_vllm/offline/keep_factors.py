@@ -20,6 +20,7 @@ from typing import Any
 
 from xquant_vllm.errors import RefusedError, XQuantError, cause_of
 from xquant_vllm.offline.progress import in_lines, say
+from xquant_vllm.scheme.calibration.kept import write_about
 from xquant_vllm.scheme.calibration.request import CalibrationRequest, is_whole
 
 _FAILED = 1
@@ -75,6 +76,9 @@ def keep_factors(request: KeepRequest) -> None:
         shutil.rmtree(new, ignore_errors=True)
         work.mkdir(exist_ok=True)
         _calibrate(request, new, work)
+        write_about(
+            new, request.factors.model, {k: v for k, v in asdict(request.factors).items() if k != "model" and v}
+        )
         # Half of one: a damaged file was removed.
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)

@@ -1,7 +1,8 @@
 """What is in the factor cache, and how entries are removed while servers use it.
 
-There is no lock. An entry gets its name when it is whole, and is not changed afterwards. Who has opened it goes on
-reading what was removed; who comes later computes it again. Files that are still being written are left alone.
+Of files there is no lock. An entry gets its name when it is whole, and is not changed afterwards. Who has opened it
+goes on reading what was removed; who comes later computes it again. Files that are still being written are left alone.
+Folders of calibrated factors are entries, too (:mod:`xquant_vllm.scheme.calibration.kept`).
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from xquant_vllm.scheme.calibration.kept import kept_folders, remove_kept
 from xquant_vllm.scheme.factor_cache_folder import ABOUT, PART_SUFFIX, SUFFIX
 
 # Seconds after which nobody writes to a part of an entry any more.
@@ -28,15 +30,16 @@ _LONGEST_HEADER = 1 << 20
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A file of the cache: the factors of one layer on one rank, or what a process that was killed left of some.
+    """The factors of one layer on one rank, all that were calibrated of a model, or what is left of a killed process.
 
     Attributes:
-        path: the file.
+        path: the file, or the folder of calibrated factors.
         size: its bytes.
         last_used: when it was read or written last, in seconds since 1970.
         about: ``model``, ``layer``, ``settings`` and ``created``, as it was noted; empty for an entry of an older
             release, and where it cannot be read.
         part: whether it is no entry, but left of one.
+        calibrated: whether it is a folder.
     """
 
     path: Path
@@ -44,6 +47,7 @@ class CacheEntry:
     last_used: float
     about: dict[str, Any] = field(default_factory=dict)
     part: bool = False
+    calibrated: bool = False
 
     @property
     def model(self) -> str | None:
@@ -57,7 +61,7 @@ class CacheEntry:
 
 
 def cache_entries(folder: Path) -> list[CacheEntry]:
-    """The cache's files in its folder, and nothing else that is there; none where there is no folder.
+    """What the cache keeps in its folder, and nothing else that is there; none where there is no folder.
 
     Args:
         folder: see :func:`xquant_vllm.scheme.factor_cache_folder.cache_folder`.
@@ -67,17 +71,24 @@ def cache_entries(folder: Path) -> list[CacheEntry]:
     """
     try:
         with os.scandir(folder) as found:
-            return sorted(_entries(found), key=lambda entry: entry.path)
+            files = sorted(_entries(found), key=lambda entry: entry.path)
     except FileNotFoundError:
         return []
+    now = time.time()
+    kept = (CacheEntry(*of, calibrated=True) for of in kept_folders(folder))
+    return [*files, *(entry for entry in kept if not (entry.part and now - entry.last_used < ABANDONED))]
 
 
 def remove(entry: CacheEntry) -> bool:
     """Remove an entry, unless it was used after it was listed; whether it is gone by this call.
 
+    A folder stays for some minutes after a server has chosen it, because the server has yet to read it.
+
     Raises:
         OSError: it cannot be removed.
     """
+    if entry.calibrated:
+        return remove_kept(entry.path, entry.last_used)
     try:
         found = entry.path.lstat()
         if found.st_mtime > entry.last_used or not stat.S_ISREG(found.st_mode):

@@ -24,6 +24,7 @@ from xquant_vllm.scheme.calibration.choice import (
     choose_calibration,
     why_not_calibrated,
 )
+from xquant_vllm.scheme.calibration.kept import touch
 from xquant_vllm.scheme.calibration.request import CalibrationRequest, is_whole
 from xquant_vllm.scheme.calibration.texts import text_name
 from xquant_vllm.scheme.factor_header import read_header
@@ -101,6 +102,7 @@ def _factors(vllm_config: Any, settings: XQuantSettings, choice: CalibrationChoi
     if not os.access(_nearest(folder), os.W_OK) and not is_whole(folder):
         raise RefusedError(f"factors cannot be kept in {folder.parent}; make it writable, or set XDG_CACHE_HOME")
     what = f"{request.bits} bits, method {request.method!r}"
+    touch(folder)
     if _can_be_read(folder):
         logger.info("xquant: calibrated before (%s, on %s): factors in %s", what, text_name(choice.text), folder)
         return folder

@@ -13,10 +13,10 @@ from typing import Any
 
 from xquant_vllm.errors import RefusedError, cause_of
 from xquant_vllm.projection.factor_file import FACTORS_FILE, FORMAT_VERSION, HEADER_FILE
+from xquant_vllm.scheme.calibration.kept import KEPT_ROOM
 from xquant_vllm.scheme.calibration.texts import text_digest
-from xquant_vllm.scheme.factor_cache import cache_folder
+from xquant_vllm.scheme.factor_cache_folder import cache_folder
 
-_ROOM = "calibrated"
 # Of every tensor, bytes that are looked at in each of a few places.
 _LOOKED_AT, _PLACES = 4096, 4
 
@@ -65,13 +65,13 @@ class CalibrationRequest:
             "format": FORMAT_VERSION,
         }
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        return root / _ROOM / digest[:32]
+        return root / KEPT_ROOM / digest[:32]
 
 
 def is_kept(folder: Path) -> bool:
     """Whether a folder is one that a start has calibrated, and not a user's."""
     root = cache_folder()
-    return root is not None and folder.parent == root / _ROOM
+    return root is not None and folder.parent == root / KEPT_ROOM
 
 
 def is_whole(folder: Path) -> bool:
