@@ -38,7 +38,7 @@ LINTED := xquant_vllm tests tools examples benchmarks docker setup.py
 
 .PHONY: help venv kernels cuda-check gpu-counts gpu-sweep triton-matrix model demo serve \
 	test test-models test-gpu test-docs test-scale test-gpu-worker test-next-vllm test-nightly accuracy pictures bench-cpu \
-	families families-write families-all soak sanitize dist lint clean
+	families families-write families-all soak sanitize dist docs reference lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -107,8 +107,15 @@ accuracy: test-models ## compare the accuracy of all caches per byte (an hour on
 	$(VENV)/bin/python benchmarks/compare_accuracy.py --write --models models/smollm2-135m-instruct \
 		models/smollm2-135m-instruct-mha models/gemma-3-270m $(ACCURACY_ARGS)
 
-pictures: venv ## make the picture of README.md from benchmarks/results/accuracy
+pictures: venv ## make the pictures of README.md and docs/how-it-works.md from result files and page layouts
 	$(VENV)/bin/python benchmarks/capacity_plot.py
+	$(VENV)/bin/python tools/draw_figures.py
+
+reference: venv ## write docs/command-line.md and docs/settings.md from the parsers and the settings
+	$(VENV)/bin/python tools/write_reference.py
+
+docs: venv ## build the documentation as a site into build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 bench-cpu: venv ## measure decode, hot blocks, serving under memory pressure, and kernels, against 16 bit (45 minutes)
 	$(VENV)/bin/python tools/prepare_model.py --model smollm2 --model smollm2-mha

@@ -3,6 +3,7 @@
 import pydoc_data.topics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,21 @@ def pytest_configure(config: pytest.Config) -> None:
     from tests.family_coverage import FamilyCoverage
 
     config.pluginmanager.register(FamilyCoverage(config))
+
+
+# First, so that the option -m sees what is nightly.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave all but the first cases of tests of many alike to nightly runs."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("alike")
+        if mark is None or item.get_closest_marker("nightly") is not None:
+            continue
+        test = item.nodeid.partition("[")[0]
+        seen[test] += 1
+        if seen[test] > mark.kwargs["keep"]:
+            item.add_marker(pytest.mark.nightly)
 
 
 def _prepared(name: str) -> Path:

@@ -9,8 +9,9 @@ and run ``make test``, then ``make families-write``. Families are free text, one
 method or for pages of X write ``"method=xquant-cl"`` or ``"cache=x"`` instead of ``*LATENTS``. A model that is refused
 at start-up has the only feature ``"refused"``.
 
-Every run writes the marks of all collected tests and how these went to ``build/families.json``. The marks travel with
-the reports, so this works under pytest-xdist.
+Every run writes the marks of all collected tests and how these went to ``build/families.json``; tests that it leaves
+out because they are marked nightly have the outcome "nightly". The marks travel with the reports and with what workers
+say at their end, so this works under pytest-xdist.
 """
 
 import json
@@ -22,7 +23,7 @@ from family_table import COVERAGE_PATH, check_features
 
 LATENTS = ("method=xquant", "cache=latent")
 
-_PROPERTY = "covers"
+_PROPERTY, _NIGHTLY = "covers", "nightly"
 _OUTCOMES = ("failed", "skipped", "passed")
 
 
@@ -40,6 +41,7 @@ class FamilyCoverage:
         self._writes = not hasattr(config, "workerinput")
         self._outcomes: dict[str, str] = {}
         self._marks: dict[str, list[list[str]]] = {}
+        self._left_out: dict[str, list[list[str]]] = {}
 
     # First, so that the marks are checked of tests that -k and -m deselect, too.
     @pytest.hookimpl(tryfirst=True)
@@ -49,6 +51,14 @@ class FamilyCoverage:
             if pairs:
                 item.user_properties.append((_PROPERTY, pairs))
 
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        nightly = (item for item in items if item.get_closest_marker(_NIGHTLY))
+        self._left_out |= {item.nodeid: pairs for item in nightly if (pairs := covered_by(item))}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node) -> None:
+        self._left_out |= getattr(node, "workeroutput", {}).get(_NIGHTLY, {})
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         pairs = dict(report.user_properties).get(_PROPERTY)
         if not pairs or (report.when != "call" and report.passed):
@@ -56,10 +66,14 @@ class FamilyCoverage:
         worst = min(report.outcome, self._outcomes.get(report.nodeid, "passed"), key=_OUTCOMES.index)
         self._marks[report.nodeid], self._outcomes[report.nodeid] = pairs, worst
 
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if not self._writes:
+            session.config.workeroutput[_NIGHTLY] = self._left_out
         if not self._writes or not self._marks:
             return
-        tests = {name: {"outcome": self._outcomes[name], "covers": self._marks[name]} for name in sorted(self._marks)}
+        outcomes = dict.fromkeys(self._left_out, _NIGHTLY) | self._outcomes
+        marks = self._left_out | self._marks
+        tests = {name: {"outcome": outcomes[name], "covers": marks[name]} for name in sorted(marks)}
         COVERAGE_PATH.parent.mkdir(exist_ok=True)
         unfinished = Path(f"{COVERAGE_PATH}.{os.getpid()}")
         unfinished.write_text(json.dumps(tests, indent=1))

@@ -114,7 +114,11 @@ def main() -> int:
         return _fail(
             "it differs from what the tests covered; run `make test`, then `make families-write`, and commit it"
         )
-    print(f"{DOCUMENT_PATH.relative_to(ROOT)}: as {len(tests)} tests cover it, {len(skipped)} of them skipped here")
+    nightly = sum(test["outcome"] == "nightly" for test in tests.values())
+    print(
+        f"{DOCUMENT_PATH.relative_to(ROOT)}: as {len(tests)} tests cover it, {len(skipped)} of them skipped here and "
+        f"{nightly} left to `make test-nightly`"
+    )
     return 0
 
 

@@ -47,12 +47,14 @@ def processors(results: Path) -> list[Processor]:
     Args:
         results: the folder of results; those in ``cpu`` and below are read.
     """
-    found: dict[str, Processor] = {}
+    found: dict[tuple[str, str | None], Processor] = {}
     files = {path: read_json(path) for path in (results / "cpu").rglob("*.json")}
     for path, result in sorted(files.items(), key=lambda item: (item[1]["machine"]["date"], str(item[0]))):
         for cell, ratio in _cells(result):
             machine = result["machine"]
-            processor = found.setdefault(machine["processor"], Processor(machine["processor"]))
+            # Virtual machines call very different processors by one name.
+            key = (machine["processor"], machine.get("instruction_set"))
+            processor = found.setdefault(key, Processor(machine["processor"]))
             processor.about = about(machine) or processor.about
             processor.ratios[cell], processor.files[cell] = ratio, str(path.relative_to(results))
     known = [processor for processor in found.values() if any(what != "pressure" for what, _ in processor.ratios)]

@@ -50,3 +50,11 @@ def test_the_worst_is_first_and_the_newest_counts(tmp_path) -> None:
     write_json(tmp_path / "cpu/e.json", offline("fast", "2026-01-03", 0.1, compiled=False))
     assert [(one.name, one.worst()) for one in processors(tmp_path)] == [("slow", 0.6), ("fast", 0.99)]
     assert "| fast |  |  | 0.99 (0.99-0.99) |  |  |" in table(tmp_path)
+
+
+def test_one_name_for_two_processors(tmp_path) -> None:
+    old, new = offline("a name", "2026-01-01", 0.9), offline("a name", "2026-01-02", 0.6)
+    new["machine"] |= {"model": 173, "instruction_set": "amx"}
+    write_json(tmp_path / "cpu/old.json", old)
+    write_json(tmp_path / "cpu/new.json", new)
+    assert [(one.about, one.worst()) for one in processors(tmp_path)] == [("model 173", 0.6), ("", 0.9)]

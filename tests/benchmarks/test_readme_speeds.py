@@ -8,7 +8,9 @@ import pytest
 from benchmarks.cpu.processors import processors
 from benchmarks.results_page import RESULTS
 
-README = " ".join((Path(__file__).resolve().parent.parent.parent / "README.md").read_text().split())
+ROOT = Path(__file__).resolve().parent.parent.parent
+README = " ".join((ROOT / "README.md").read_text().split())
+HOW_IT_WORKS = " ".join((ROOT / "docs" / "how-it-works.md").read_text().split())
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,7 @@ def test_the_default_by_processor(context):
 def test_the_default_from_the_worst_to_the_best():
     ratios = [*speeds("decode", 512), *speeds("decode", 4096)]
     assert f"at {min(ratios):.2f} to {max(ratios):.2f} times the 16-bit speed, by processor" in README
+    assert f"at {min(ratios):.2f} to {max(ratios):.2f} times the speed of 16 bit on CPUs, by processor" in HOW_IT_WORKS
 
 
 def test_serving_under_memory_pressure():

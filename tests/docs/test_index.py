@@ -21,6 +21,6 @@ def test_every_page_is_found_from_the_index():
 
 def test_every_picture_is_shown_by_a_page():
     shown = set().union(*map(linked, (DOCS.parent / "README.md", *DOCS.rglob("*.md"))))
-    pictures = set(DOCS.rglob("*.png"))
+    pictures = set(DOCS.rglob("*.png")) | set(DOCS.rglob("*.svg"))
     assert pictures
     assert pictures <= shown

@@ -72,6 +72,7 @@ def test_folding_values_in_bfloat16_stays_as_close_to_float32(run):
     assert with_fold <= 1.25 * without
 
 
+@pytest.mark.alike(keep=2)
 # Mean change of the log-probability of the text's tokens, and mean absolute change per token, against the 16-bit cache
 # in FP32. Measured -0.0005/0.008, -0.0015/0.16, 0.14/0.37 and 0.91/1.26; a broken codec or projection is far beyond.
 @pytest.mark.covers("Llama", "bits=8", "bits=4", "bits=3", "bits=2", *LATENTS)
@@ -97,6 +98,7 @@ def test_more_bits_are_closer(run):
     assert spreads == sorted(spreads)
 
 
+@pytest.mark.alike(keep=1)
 @pytest.mark.parametrize("bits", [8, 3])
 def test_the_offline_evaluation_loses_what_serving_loses(run, smollm2, documentation, bits):
     """On the whole. Token by token they differ: a sum in another order makes another code, and then all after it."""

@@ -37,6 +37,7 @@ def step_difference(ours, expected):
     return max(abs(ours[token] - expected[token]) for token in ours.keys() & expected.keys())
 
 
+@pytest.mark.alike(keep=2)
 @pytest.mark.parametrize("name", CASES)
 def test_a_prompt_of_one_step_is_attended_exactly(engines, tmp_path, name):
     family, settings = CASES[name]

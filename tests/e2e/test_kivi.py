@@ -53,6 +53,7 @@ def step_difference(ours, expected):
     return max(abs(a[token] - b[token]) for a, b in zip(ours, expected, strict=True) for token in a.keys() & b.keys())
 
 
+@pytest.mark.alike(keep=1)
 # Windows shorter than the residual, some layers with and some without, key norms.
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mistral-window"])
 def test_serving_reads_what_the_baseline_reads_however_prompts_are_cut(serve, tiny, family):
@@ -68,6 +69,7 @@ def test_serving_reads_what_the_baseline_reads_however_prompts_are_cut(serve, ti
     assert step_difference(warm["logits"][0], cold["logits"][0]) < 0.05 * loss
 
 
+@pytest.mark.alike(keep=1)
 @pytest.mark.parametrize(("family", "pre_rope"), [("llama", False), ("llama", True), ("gemma3", True)])
 def test_a_prompt_of_one_step_is_attended_exactly(serve, tiny, family, pre_rope):
     """With ``pre_rope`` that also means that keys are rotated as the model would have."""

@@ -52,6 +52,7 @@ def chain_bytes(bits: int) -> int:
     return FIRST_LAYERS * X_BYTES[4] + (LAYERS - FIRST_LAYERS) * X_BYTES[bits]
 
 
+@pytest.mark.alike(keep=1)
 @pytest.mark.parametrize(("bits", "least"), [(4, 7.0), (3, 9.2), (2, 12.0)])
 def test_capacity_is_what_the_formula_says(engines, smollm2_mha, perplexity, bits, least):
     plain = engines.run(smollm2_mha, "CPU_ATTN", [], dtype="bfloat16").cache_tokens
@@ -74,6 +75,7 @@ def test_capacity_with_the_default_pool(engines, smollm2_mha):
     assert int(hot.replace(",", "")) == int(DEFAULTS["kv_cache_memory_bytes"] * DEFAULT_SHARE) // PLAIN_BYTES
 
 
+@pytest.mark.alike(keep=1)
 # Measured: 15.13 without quantization; X 15.78, 18.05, 81; chain 15.16, 15.60, 18.8.
 @pytest.mark.covers("Llama", *X, *CHAIN, "bits=4", "bits=3", "bits=2")
 @pytest.mark.parametrize(("bits", "x_most", "chain_most"), [(4, 1.10, 1.03), (3, 1.40, 1.10), (2, 12.0, 1.50)])

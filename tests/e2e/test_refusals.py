@@ -50,6 +50,7 @@ def put(value):
 K, V = "model.layers.1.self_attn.k_proj.weight", "model.layers.2.self_attn.v_proj.weight"
 
 
+@pytest.mark.alike(keep=1)
 @pytest.mark.parametrize("cache", ["latent", "x"])
 @pytest.mark.parametrize(("name", "value", "layer"), [(K, float("nan"), 1), (V, float("inf"), 2)])
 def test_weights_that_are_no_numbers(engines, tmp_path, name, value, layer, cache):
@@ -75,6 +76,7 @@ def test_keys_that_are_infinite_in_float16(engines, tmp_path):
         assert part in said
 
 
+@pytest.mark.alike(keep=1)
 @pytest.mark.parametrize("backend", ["xquant", "kivi"])
 def test_offloading_is_refused_by_its_flag(engines, tmp_path, backend):
     folder = save_tiny_model(tmp_path / "model", "llama")

@@ -73,6 +73,7 @@ def test_warm_equals_cold(unchunked):
     assert_same(warm["logits"][0], cold["logits"][0])
 
 
+@pytest.mark.alike(keep=1)
 @pytest.mark.covers("Llama", "chunked prefill", "prefix caching", "bits=4", *LATENTS)
 @pytest.mark.parametrize("chunk", [16, 64, 500])
 def test_chunked_equals_whole(logits, unchunked, prompt, chunk):

@@ -20,6 +20,9 @@ class Collector:
     def pytest_collection_finish(self, session):
         self.pairs += [pair for item in session.items for pair in covered_by(item)]
 
+    def pytest_deselected(self, items):
+        self.pairs += [pair for item in items if item.get_closest_marker("nightly") for pair in covered_by(item)]
+
 
 @cache
 def marked_families(tests: Path) -> dict[str, set[str]]:
@@ -99,3 +102,10 @@ def test_the_tool_writes_only_what_passed(tool, outcome, checked):
     assert status == 1
     assert "test_x did not pass" in printed
     assert tool()[0] == checked
+
+
+def test_tests_left_to_another_run_count(tool):
+    tool("--write", outcome="passed")
+    status, printed = tool(outcome="nightly")
+    assert status == 0
+    assert "1 left to `make test-nightly`" in printed

@@ -138,5 +138,5 @@ def install_package(pip: Pip, project: Path) -> None:
     Without build isolation, for which pip would fetch build tools anew. The extra "cpu" is left out: vLLM is there,
     and naming it would bring back what drop_misfits removed.
     """
-    say("installing xquant-vllm (editable) with its test and demo tools, about half a minute")
-    pip.install("--quiet", "--no-build-isolation", "--editable", ".[test,demo]", cwd=project)
+    say("installing xquant-vllm (editable) with its tools (tests, demo, documentation), about half a minute")
+    pip.install("--quiet", "--no-build-isolation", "--editable", ".[test,demo,docs]", cwd=project)

@@ -74,7 +74,7 @@ class XQuantSettings(BaseModel):
             width up to 128.
         first_layers: how many layers from the first on use ``first_layers_bits``; None takes 0, but in a chain of X 3
             and in a chain of latents 1. There they are anchors, and the last of them is the base of the first group.
-        first_layers_bits: their bits; None takes ``bits``, but at least 4.
+        first_layers_bits: bits of the first layers; None takes ``bits``, but at least 4.
         anchor_interval: with ``"xquant-cl"``, layers from one anchor to the next; 0 for a single chain to the end. None
             takes 0 for X, and 4 for latents, where a layer multiplies what all layers of its group have stored.
         anchor_bits: bits of the anchors after the first layers; None takes ``first_layers_bits``.
@@ -90,9 +90,8 @@ class XQuantSettings(BaseModel):
         prompt: ``"cached"``: all tokens are attended to as the cache holds them, so that outputs do not depend on how
             prompts were cut; ``"exact"``: tokens of a prompt see those of their own step as the model computed them.
         hot: memory for rematerialized keys and values of blocks in use: bytes (int or ``"2GiB"``), a share of the
-            cache's memory (``"20%"`` or 0.2), or 0; None takes, on CPUs, what
-            :data:`~xquant_vllm.scheme.hot_share.DEFAULT_SHARE` is for caches of the layer input, of joint latents and
-            of chains, and 0 for latents per head.
+            cache's memory (``"20%"`` or 0.2), or 0; None takes 0.2 for caches of the layer input, of joint latents and
+            of chains on CPUs (:data:`~xquant_vllm.scheme.hot_share.DEFAULT_SHARE`), else 0.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -47,6 +47,7 @@ def serve(engines):
     return serve
 
 
+@pytest.mark.alike(keep=2)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.nightly if name in SELDOM else ()) for name in CASES]
 )
@@ -91,6 +92,7 @@ def other_weight(model, folder):
     return folder
 
 
+@pytest.mark.alike(keep=1)
 @pytest.mark.parametrize(
     ("change", "xquant", "differs"),
     [

@@ -22,6 +22,7 @@ CASES = {
 }
 
 
+@pytest.mark.alike(keep=1)
 @pytest.mark.parametrize("name", CASES)
 def test_what_it_takes_for_pages_are_pages(engines, tmp_path, name):
     family, xquant = CASES[name]

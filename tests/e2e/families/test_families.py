@@ -99,6 +99,7 @@ SERVED = [
 ]
 
 
+@pytest.mark.alike(keep=3)
 @pytest.mark.parametrize("family", SERVED)
 def test_eight_bits_match_the_16_bit_cache(logprobs, family):
     assert_close(logprobs(family, "xquant", xquant=EIGHT), logprobs(family, "CPU_ATTN"), 0.03)
@@ -109,6 +110,7 @@ def caching(method, cache, family, name, *features):
     return pytest.param(method, cache, family, id=f"{method}-{cache}-{family}", marks=marks)
 
 
+@pytest.mark.alike(keep=3)
 @pytest.mark.parametrize(
     ("method", "cache", "family"),
     [
@@ -142,6 +144,7 @@ def test_layer_inputs_and_chains_match_the_16_bit_cache(serve, logprobs, method,
     assert warm["logits"] == cold["logits"]
 
 
+@pytest.mark.alike(keep=2)
 @pytest.mark.parametrize(
     ("family", "cache"), [("mha", "x"), ("phi3", "x"), ("opt", "x"), ("llama-bias", "latent"), ("mqa", "latent")]
 )
@@ -154,6 +157,7 @@ def also_covering(parameter, *features):
     return covering(*parameter.values, mark.args[0], *features)
 
 
+@pytest.mark.alike(keep=3)
 @pytest.mark.parametrize("family", [also_covering(p, "prefix caching", "chunked prefill") for p in SERVED])
 def test_a_cached_prefix_gives_the_same_logits(serve, family):
     """The rest of the prompt, prefilled behind a cached prefix, is another chunk than without one."""
@@ -167,6 +171,7 @@ def test_a_cached_prefix_gives_the_same_logits(serve, family):
     assert largest <= 0.05
 
 
+@pytest.mark.alike(keep=1)
 @pytest.mark.parametrize(
     "family",
     [
@@ -184,6 +189,7 @@ def test_rope_variants(logprobs, family):
     assert_far(expected, logprobs("llama", "CPU_ATTN"))
 
 
+@pytest.mark.alike(keep=1)
 @pytest.mark.skipif(
     not can_compile(),
     reason="torch.compile needs Python.h, which python3-dev installs: vLLM itself cannot compile here",
@@ -234,6 +240,7 @@ WITH_SINKS = [
 ]
 
 
+@pytest.mark.alike(keep=1)
 @pytest.mark.parametrize("settings", [{"cache": "latent"}, {"cache": "x"}, {"cache": "latent", "prompt": "exact"}])
 @pytest.mark.parametrize("family", WITH_SINKS)
 def test_attention_sinks_are_those_of_the_16_bit_cache(logprobs, tiny, engines, tmp_path, family, settings):
@@ -305,6 +312,7 @@ def test_full_layers_that_keep_keys_and_values(serve):
     assert_close(mixed.tasks[2]["logprobs"][0], serve("gemma3", "CPU_ATTN").tasks[2]["logprobs"][0], 0.03)
 
 
+@pytest.mark.alike(keep=1)
 @pytest.mark.covers("Qwen3", "qk-norm", *LATENTS, "bits=8")
 @pytest.mark.parametrize(
     "settings",
@@ -332,6 +340,7 @@ def folded_layers(result):
     return int(result.log.partition(" of 3 layers the up-projection of values is folded")[0].rpartition(" ")[2])
 
 
+@pytest.mark.alike(keep=2)
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen3"])
 def test_values_folded_into_the_output_projection_change_nothing(serve, family):
     """But for the order of products: without quantization no code can change. OPT's values have a bias."""

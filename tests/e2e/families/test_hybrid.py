@@ -41,6 +41,7 @@ def block_size(result):
     return int(re.search(r"Setting attention block size to (\d+) tokens", result.log)[1])
 
 
+@pytest.mark.alike(keep=1)
 @pytest.mark.parametrize(
     ("family", "layers", "states"),
     [

@@ -24,6 +24,7 @@ def serve(engines, tmp_path_factory):
     return serve
 
 
+@pytest.mark.alike(keep=1)
 @pytest.mark.covers(
     "Isaac (multimodal RoPE as of Qwen2-VL and Qwen3-VL), text alone",
     *("qk-norm", "rope=multimodal", "prefix caching", "chunked prefill", "bits=8"),

@@ -69,6 +69,7 @@ def served(family, name, *features):
     return pytest.param(family, id=family, marks=marks)
 
 
+@pytest.mark.alike(keep=1)
 @pytest.mark.parametrize(
     "family",
     [
@@ -90,6 +91,7 @@ def test_eight_bits_match_the_model(serve, plain, expected, tiny, tmp_path, fami
     assert distance > 0.1
 
 
+@pytest.mark.alike(keep=1)
 @pytest.mark.parametrize(
     ("family", "settings"),
     [

@@ -87,6 +87,7 @@ SERVED = [
 ]
 
 
+@pytest.mark.alike(keep=2)
 @pytest.mark.parametrize("family", SERVED)
 def test_eight_bits_match_the_model(serve, expected, family):
     ours = serve(family, xquant=EIGHT)
@@ -99,6 +100,7 @@ def test_eight_bits_match_the_model(serve, expected, family):
     assert folded_layers(ours) == (0 if family in ("gpt2", "chatglm") else 3)
 
 
+@pytest.mark.alike(keep=1)
 @pytest.mark.parametrize(
     ("method", "cache", "family"),
     [

@@ -24,6 +24,7 @@ def as_parameter(family):
     return pytest.param(family, id=re.sub(r"\W+", "-", family.name.replace("+", " plus")).strip("-"), marks=marks)
 
 
+@pytest.mark.alike(keep=1)
 @pytest.mark.parametrize("family", map(as_parameter, FAMILIES))
 def test_a_family_of_the_model_hub(engines, tmp_path, request, family):
     found = outcome_of(engines, family, tmp_path)

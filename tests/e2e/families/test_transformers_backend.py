@@ -71,6 +71,7 @@ def assert_served(serve, expected, family):
     assert folded_layers(ours) == (0 if family in WITH_BIAS else 3)
 
 
+@pytest.mark.alike(keep=2)
 @pytest.mark.parametrize("family", SERVED)
 def test_models_without_a_class_in_vllm(serve, expected, family):
     assert_served(serve, expected, family)
@@ -90,6 +91,7 @@ def test_models_that_are_asked_to(serve, expected, family):
     assert_close(logprobs(ours), expected(family), 0.002)
 
 
+@pytest.mark.alike(keep=1)
 @pytest.mark.parametrize(
     ("family", "settings"),
     [

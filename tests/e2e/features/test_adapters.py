@@ -18,6 +18,7 @@ def with_adapter(folder, number=1):
     return {"kind": "feature", "name": "adapter", "folder": str(folder), "number": number, "prompt": PROMPT}
 
 
+@pytest.mark.alike(keep=1)
 @pytest.mark.parametrize("xquant", [{"bits": 8}, {"bits": 8, "method": "xquant-cl"}])
 def test_adapters_of_queries_and_outputs(engines, tiny, tmp_path, xquant):
     """Beside requests without one. Refused ones leave the engine serving, also where one would replace another."""

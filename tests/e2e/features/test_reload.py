@@ -54,6 +54,7 @@ def nightly(*parameters, **name):
     return pytest.param(*parameters, marks=pytest.mark.nightly, **name)
 
 
+@pytest.mark.alike(keep=2)
 @pytest.mark.parametrize(
     ("family", "xquant", "way"),
     [
@@ -197,6 +198,7 @@ def test_quantized_projections_keep_their_weights(engines, tmp_path):
     assert ours[2]["logits"] == ours[0]["logits"]
 
 
+@pytest.mark.alike(keep=1)
 @pytest.mark.parametrize("pre_rope", [False, True])
 def test_kivi_takes_new_weights(engines, tiny, pre_rope):
     """It changes none: the same ones loaded again give the same."""

@@ -135,6 +135,7 @@ def assert_same_answers(hot, cold, tolerance=TOLERANCE):
     assert compared > 0.8 * sum(map(len, cold["tokens"]))
 
 
+@pytest.mark.alike(keep=2)
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_hot_is_what_pages_say(trace, name, seed):

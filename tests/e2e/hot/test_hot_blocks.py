@@ -56,6 +56,7 @@ def assert_same(actual, expected):
             assert ours["cached"] == theirs["cached"]
 
 
+@pytest.mark.alike(keep=1)
 @pytest.mark.parametrize("xquant", [X, CHAIN_OF_X, LATENTS], ids=["X", "chain of X", "latents"])
 def test_hot_equals_cold(run, smollm2_mha, tasks, xquant):
     cold, hot = (run(smollm2_mha, tasks, xquant, hot) for hot in (0, "50%"))

@@ -133,6 +133,7 @@ def test_weights_that_changed_under_their_factors_are_refused(engines, tiny, tmp
         engines.run(folder, "xquant", TASKS, xquant=LATENT, **ENGINE)
 
 
+@pytest.mark.alike(keep=1)
 @pytest.mark.parametrize("options", [(), ("--calibration", "python-docs", "--calibration-tokens", "256")])
 def test_factors_of_a_model_with_attention_sinks(engines, tmp_path, monkeypatch, options):
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: FakeTokenizer())
