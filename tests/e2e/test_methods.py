@@ -70,7 +70,7 @@ def test_capacity_with_the_default_pool(engines, smollm2_mha):
     print(f"{chain.capacity} / {plain} tokens, {chain.capacity / plain:.2f}x")
     assert chain.capacity / plain >= 10
     assert f"KV cache size: {chain.capacity:,} tokens" in chain.log
-    assert f"pages hold {chain.capacity:,} tokens, 10.10x of what 16 bit would hold in all of it" in chain.log
+    assert f"pages hold {chain.capacity:,} tokens, 10.11x of what 16 bit would hold in all of it" in chain.log
     (hot,) = re.findall(r"keep the keys and values of up to ([\d,]+) tokens in use", chain.log)
     assert int(hot.replace(",", "")) == int(DEFAULTS["kv_cache_memory_bytes"] * DEFAULT_SHARE) // PLAIN_BYTES
 

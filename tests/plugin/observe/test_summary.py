@@ -51,8 +51,9 @@ class Engine(Config):
         sequence = self.needs.max_model_len // BLOCK
         spec = SimpleNamespace(max_memory_usage_pages=lambda config: sequence)
         group = SimpleNamespace(kv_cache_spec=spec, host_resident=False)
-        tensors = [SimpleNamespace(size=BLOCKS * BLOCK * form.bytes_per_token) for form in self.formats]
-        return Memory(self, SimpleNamespace(kv_cache_tensors=tensors, kv_cache_groups=[group], num_blocks=BLOCKS))
+        hot = hot_budget.hot_memory(self)
+        hot.share(BLOCKS * BLOCK * self.bytes + hot.taken)
+        return Memory(self, SimpleNamespace(kv_cache_groups=[group], num_blocks=BLOCKS))
 
 
 @pytest.fixture(autouse=True)

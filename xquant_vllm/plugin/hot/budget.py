@@ -28,13 +28,20 @@ class HotMemory:
 
     Attributes:
         tokens: of every layer, that fit the pool; 0 until vLLM asks for the memory, and without a pool.
+        total: bytes for pages and pool together; 0 until vLLM asks for the memory.
         taken: bytes of the pool, and of what it needs beside it.
         maps: of the KV cache groups, by the address of their block table, with the step that was planned last.
     """
 
     tokens: int = 0
+    total: int = 0
     taken: int = 0
     maps: dict[int, tuple[HotMap, Any, Any]] = field(default_factory=dict)
+
+    def share(self, total: int) -> int:
+        """Note what there is for pages and pool; what is left for pages."""
+        self.total = total
+        return total - self.taken
 
     def take(self, memory: int, per_token: int, shared: int = 0) -> int:
         """Take whole tokens of so many bytes each out of ``memory``, and ``shared`` bytes; all bytes that are taken."""

@@ -28,7 +28,8 @@ def keep_pool_back() -> None:
     @functools.wraps(original)
     def determine_available_memory(self: Any) -> int:
         total = original(self)
-        return total - take_pool(self.vllm_config, total, lambda: _page_needs(self))
+        take_pool(self.vllm_config, total, lambda: _page_needs(self))
+        return hot_memory(self.vllm_config).share(total)
 
     @functools.wraps(end)
     def shutdown(self: Any) -> Any:

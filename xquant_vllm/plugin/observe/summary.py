@@ -60,12 +60,12 @@ class Memory:
             kv_cache_config: vLLM's ``KVCacheConfig``, of the pages that were made.
         """
         hot = hot_memory(vllm_config)
-        self.pages = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
-        self.pool, self.hot_tokens = hot.taken, hot.tokens
+        # Tensors of pages may lie upon each other, so their sizes do not add up.
+        self.pages, self.pool, self.hot_tokens = hot.total - hot.taken, hot.taken, hot.tokens
         blocks = sequence_blocks(kv_cache_config.kv_cache_groups, vllm_config)
         self.tokens = int(kv_cache_config.num_blocks / blocks * vllm_config.model_config.max_model_len)
         self.times: float | None = None
-        if not getattr(vllm_config.model_config, "is_hybrid", False):
+        if hot.total and not getattr(vllm_config.model_config, "is_hybrid", False):
             layers, impls = own_layers(vllm_config)
             share = self.pages / (self.pages + self.pool)
             self.times = share * times_plain(layers, impls, vllm_config.model_config.dtype)
