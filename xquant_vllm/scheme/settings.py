@@ -96,12 +96,12 @@ class XQuantSettings(BaseModel):
         hot: memory for rematerialized keys and values of blocks in use: bytes (int or ``"2GiB"``), a share of the
             cache's memory (``"20%"`` or 0.2), or 0; None takes 0.2 for caches of the layer input, of joint latents and
             of chains on CPUs (:data:`~xquant_vllm.scheme.hot_share.DEFAULT_SHARE`), else 0.
-        quality_probe: share of the calls of layers, from 0 to 1, in which keys and values that were read back are
-            compared with exact ones; 0 for none. Changes no answer.
         calibration: ``"auto"``: factors are calibrated at the first start where that loses less, on the text of this
             package (:func:`xquant_vllm.scheme.calibration.choice.choose_calibration`); ``"none"``: they are computed
             from the weights alone; else the text to calibrate on, a file (UTF-8), ``"mixed-text"`` or
             ``"python-docs"``. A model folder that has factors is served with these in any case.
+        quality_probe: share of the calls of layers, from 0 to 1, in which keys and values that were read back are
+            compared with exact ones; 0 for none. Changes no answer.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -122,8 +122,8 @@ class XQuantSettings(BaseModel):
     fold_values: bool = True
     prompt: Literal["cached", "exact"] = "cached"
     hot: int | float | None = None
-    quality_probe: float = 0
     calibration: str = "auto"
+    quality_probe: float = 0
 
     @field_validator("bits", "first_layers_bits", "anchor_bits", mode="before")
     @classmethod

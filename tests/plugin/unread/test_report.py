@@ -12,7 +12,7 @@ from xquant_vllm.offline.factorize import factorize
 from xquant_vllm.offline.factorize_options import FactorizeOptions
 from xquant_vllm.plugin.unread import report
 
-X = {"xquant": {"bits": 2}}
+X = {"xquant": {"bits": 8}}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_one_warning_names_what_is_ignored_and_what_to_set(tiny, caplog, backend
         ),
         ("xquant", {"additional_config": {"XQUANT": {"bits": 2}}}, ["'XQUANT'", '{"xquant": {"bits": 2}}']),
         ("xquant", {"additional_config": {"xqaunt": {"bits": 2}}}, ["'xqaunt'", '{"xquant": {"bits": 2}}']),
-        ("xquant", {"additional_config": {**X, "hot": 0}}, ["'hot'", '{"xquant": {"hot": 0, "bits": 2}}']),
+        ("xquant", {"additional_config": {**X, "hot": 0}}, ["'hot'", '{"xquant": {"hot": 0, "bits": 8}}']),
         ("xquant", {"additional_config": {"kivi": {"bits": 2}}}, ["'kivi'", "set --attention-backend kivi"]),
         ("kivi", {"additional_config": X}, ["'xquant'", "set --attention-backend xquant"]),
         ("kivi", {"additional_config": {"residual": 64}}, ["'residual'", '{"kivi": {"residual": 64}}']),
