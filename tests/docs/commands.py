@@ -154,11 +154,12 @@ def synopsis(words: list[str]) -> list[str]:
 
 
 def parse_xquant(words: list[str]) -> argparse.Namespace:
-    """What ``xquant`` makes of its arguments.
+    """What ``xquant`` makes of its arguments; not of ``xquant serve``, which would become a server.
 
     Raises:
         AssertionError: it refuses them.
     """
+    assert words[0] != "serve", "see check_xquant_serve"
     original = argparse.ArgumentParser.parse_args
     parsed: list[argparse.Namespace] = []
 

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from tests.docs.commands import check_serve
+from tests.docs.commands import check_serve, check_xquant_serve
 from tests.planning.models import config_folder
 from xquant_vllm.errors import RefusedError
 from xquant_vllm.planning.caches import Kind
@@ -115,15 +115,12 @@ def test_keys_that_are_normed_together_cannot_share_a_latent(tmp_path):
 
 @pytest.mark.parametrize("config", [{}, MHA])
 def test_commands_can_be_typed(tmp_path, config):
-    from tests.docs.commands import parse_xquant
-
     for option in plan_of(config_folder(tmp_path, **config), ranks=1, batched_tokens=512).options:
-        for command in option.command.split(" && "):
-            words = shlex.split(command)
-            if words[0] == "vllm":
-                check_serve(words[1:])
-            else:
-                parse_xquant(words[1:])
+        program, *words = shlex.split(option.command)
+        if program == "vllm":
+            check_serve(words)
+        else:
+            check_xquant_serve(words)
 
 
 def test_the_recommendation_is_the_simplest_of_the_largest_that_lose_little(tmp_path):
