@@ -12,6 +12,7 @@ from typing import Any
 
 from xquant_vllm.errors import SettingsError
 from xquant_vllm.plugin.drafts import WITHOUT_DRAFT_LAYERS
+from xquant_vllm.plugin.kept_folder import KEPT_KEY
 from xquant_vllm.plugin.ranks import FACTS_KEY, VERSION_KEY
 from xquant_vllm.plugin.registration import selected_backends
 from xquant_vllm.plugin.unread.additional import lost_settings
@@ -22,6 +23,8 @@ logger = logging.getLogger("vllm.xquant_vllm")
 
 # As vLLM calls the processes that answer requests beside each other, each of which makes the configuration again.
 _API_SERVER = "ApiServer_"
+# What this package notes in a configuration, from which another one may be made.
+_OF_THIS_PACKAGE = (VERSION_KEY, FACTS_KEY, KEPT_KEY)
 
 
 def report_unread(arguments: Any, vllm_config: Any) -> None:
@@ -61,7 +64,7 @@ def _lost(arguments: Any, vllm_config: Any, read: list[str]) -> list[Lost]:
     additional = getattr(arguments, "additional_config", None)
     lost: list[Lost] = []
     if isinstance(additional, Mapping):
-        given = {word: value for word, value in additional.items() if word not in (VERSION_KEY, FACTS_KEY)}
+        given = {word: value for word, value in additional.items() if word not in _OF_THIS_PACKAGE}
         lost += lost_settings(given, read, instead)
     return [*lost, *lost_elsewhere(arguments, vllm_config, read, instead)]
 
