@@ -24,7 +24,7 @@ from xquant_vllm.scheme.factor_header import FactorHeader, read_header
 from xquant_vllm.scheme.factor_provider import FactorProvider
 from xquant_vllm.scheme.formats import LayerFormat, LayerShape, layer_formats
 from xquant_vllm.scheme.layer_weights import HeadShard, LayerWeights
-from xquant_vllm.scheme.settings import parse_settings
+from xquant_vllm.scheme.settings import XQuantSettings, parse_settings
 
 LAYERS, KV_HEADS, HEAD_SIZE, HIDDEN = 3, 4, 32, 128
 SIZES = (KV_HEADS, HEAD_SIZE, HIDDEN)
@@ -329,6 +329,15 @@ def test_settings_that_contradict_the_folder_are_refused_with_a_command_that_hel
     check_factors(config_of(folder), served)
     for name, value in parse_settings(settings):
         assert name not in settings or getattr(served, name) == value
+
+
+@pytest.mark.parametrize("name", XQuantSettings.model_fields)
+def test_any_other_setting_may_stand_beside_one_that_contradicts(made, name):
+    others = {"hot": 0, "calibration": "none", "quality_probe": 0.01, "group_size": 16, "cache": "latent"}
+    default = XQuantSettings.model_fields[name].default
+    settings = {name: others.get(name, default), "bits": 2}
+    with pytest.raises(SettingsError, match="'bits' asks for key 2 / value 2"):
+        settings_of(config_of(made("head"), **settings))
 
 
 @pytest.mark.parametrize(

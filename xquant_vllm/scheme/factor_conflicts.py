@@ -12,7 +12,7 @@ from xquant_vllm.projection.factor_file import FACTORS_FILE, HEADER_FILE
 from xquant_vllm.scheme.calibration.request import is_kept
 from xquant_vllm.scheme.calibration.texts import BUILT_IN, PYTHON_DOCS
 from xquant_vllm.scheme.factor_header import FactorHeader, FactorSettings, read_header
-from xquant_vllm.scheme.settings import PerStream, XQuantSettings
+from xquant_vllm.scheme.settings import NOT_STORED, PerStream, XQuantSettings
 
 # Built into all calibrated factors: they know of nothing else.
 _CALIBRATED: dict[str, Any] = {
@@ -121,9 +121,7 @@ def _remedy(settings: XQuantSettings, header: FactorHeader, method: str) -> tupl
     method = settings.method if "method" in given else method
     chained = method == "xquant-cl"
     bits = settings.bits
-    ours = {"method", "bits", "factor_cache", "fold_values", "prompt", "hot", "quality_probe"} | (
-        {"first_layers", "anchor_interval"} if chained else {"basis"}
-    )
+    ours = {"method", "bits", *NOT_STORED} | ({"first_layers", "anchor_interval"} if chained else {"basis"})
     fixed = _CALIBRATED | {"basis": "joint"}
     plain = all(name in ours or getattr(settings, name) == fixed[name] for name in given)
     can_calibrate = plain and bits.key == bits.value and bits.key != UNQUANTIZED_BITS

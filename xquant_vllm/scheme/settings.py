@@ -12,6 +12,8 @@ from xquant_vllm.scheme import hot_share
 from xquant_vllm.scheme.setting_errors import refuse, validated
 
 CONFIG_KEY = "xquant"
+# Settings that decide nothing about the factors that a folder has.
+NOT_STORED = ("factor_cache", "fold_values", "prompt", "hot", "calibration", "quality_probe")
 
 # First layers and anchor interval. For X the paper's choice (section 3.3): the first layers change most from one to the
 # next, and a single base.

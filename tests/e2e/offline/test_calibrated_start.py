@@ -90,7 +90,7 @@ def test_tensor_parallel_ranks_share_one_calibration(engines, tiny, text):
     engine = {**ENGINE, "dtype": "float32"}
     ours = engines.run(tiny, "xquant", TASKS, xquant=settings, environment=binding, tensor_parallel_size=2, **engine)
     assert ours.log.count("xquant: calibrated: factors in") == 1
-    assert ours.log.count("factors read from") == 2
+    assert ours.log.count("factors read from") == 1  # the first rank speaks
     alone = engines.run(tiny, "xquant", TASKS, xquant=settings, **engine)
     assert "xquant: calibrated before" in alone.log
     assert ours.tasks[0]["tokens"] == alone.tasks[0]["tokens"]

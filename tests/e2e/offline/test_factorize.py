@@ -107,7 +107,7 @@ def test_tensor_parallel_ranks_take_their_heads_from_one_file(engines, tiny):
     binding = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
     ours = engines.run(folder, "xquant", TASKS, xquant=LATENT, environment=binding, tensor_parallel_size=2, **ENGINE)
     alone = engines.run(folder, "xquant", TASKS, xquant=LATENT, **ENGINE)
-    assert ours.log.count("factors read from") == 2
+    assert ours.log.count("factors read from") == 1  # the first rank speaks
     pairs = zip(ours.tasks[-1]["logprobs"][0], alone.tasks[-1]["logprobs"][0], strict=True)
     assert statistics.mean(abs(p - q) for p, q in pairs) < 1e-3
 
