@@ -51,6 +51,8 @@ def test_two_ranks_answer_like_one(ranks, model, settings, times):
     assert "on this rank" not in one.log
 
 
+# Minutes; tests/e2e/families has ranks by default.
+@pytest.mark.nightly
 def test_ranks_keep_x_whole_and_a_pool_of_their_own_heads(ranks):
     two = ranks.several("mha", xquant=X, tensor_parallel_size=2, distributed_executor_backend="mp")
     one = ranks.one("mha", xquant=X)
