@@ -22,7 +22,6 @@ def register() -> None:
         logger.warning(reason)
         return
 
-    from xquant_vllm.plugin.observe.front_end import share_metrics
     from xquant_vllm.plugin.platform import wrap_platform
     from xquant_vllm.plugin.refusals import unwrap_from_validation
     from xquant_vllm.plugin.registration import BACKENDS, get_member
@@ -31,12 +30,13 @@ def register() -> None:
     for name in BACKENDS:
         get_member(name)
     wrap_platform()
-    unwrap_from_validation(_report_unread)
-    share_metrics()
+    unwrap_from_validation(_look_at_configuration)
     watch_engine_core()
 
 
-def _report_unread(arguments: Any, vllm_config: Any) -> None:
+def _look_at_configuration(arguments: Any, vllm_config: Any) -> None:
+    from xquant_vllm.plugin.observe.front_end import share_metrics
     from xquant_vllm.plugin.unread.report import report_unread
 
     report_unread(arguments, vllm_config)
+    share_metrics(arguments, vllm_config)

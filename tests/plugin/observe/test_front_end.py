@@ -11,6 +11,7 @@ from prometheus_client import REGISTRY
 
 from xquant_vllm.plugin.observe import front_end, metrics
 from xquant_vllm.plugin.observe.board import Board
+from xquant_vllm.plugin.refusals import unwrap_from_validation
 
 
 @pytest.fixture
@@ -54,6 +55,7 @@ CODE = """
 import multiprocessing, os, sys
 from types import SimpleNamespace
 from xquant_vllm.plugin.observe import front_end
+from xquant_vllm.plugin.refusals import unwrap_from_validation
 config = SimpleNamespace(instance_id=sys.argv[1])
 front_end.open_folder(config)
 multiprocessing.get_context("fork").Process(target=print).start()
@@ -81,11 +83,11 @@ def test_only_for_engines_of_this_backend_with_statistics(config, monkeypatch, b
 
     chosen = SimpleNamespace(backend=SimpleNamespace(name=backend))
     answer = SimpleNamespace(attention_config=chosen, instance_id="9")
-    arguments = SimpleNamespace(disable_log_stats=no_statistics)
+    arguments = SimpleNamespace(disable_log_stats=no_statistics, attention_backend=None, attention_config=None)
     monkeypatch.setattr(module.EngineArgs, "create_engine_config", lambda self, usage_context=None: answer)
     opened = []
     monkeypatch.setattr(front_end, "open_folder", opened.append)
-    front_end.share_metrics()
-    front_end.share_metrics()
+    unwrap_from_validation(front_end.share_metrics)
+    unwrap_from_validation(front_end.share_metrics)
     assert module.EngineArgs.create_engine_config(arguments) is answer
     assert opened == [answer] * made

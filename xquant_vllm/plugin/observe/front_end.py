@@ -1,11 +1,9 @@
 """Lets the server that is scraped show what workers write; see board.py."""
 
 import atexit
-import functools
 import logging
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,29 +15,18 @@ logger = logging.getLogger("vllm.xquant_vllm")
 VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 """Of prometheus_client: the folder that processes share. vLLM sets it before it starts several API servers."""
 
-_ARGUMENTS_MODULE = "vllm.engine.arg_utils"
-_SHARES = "_xquant_shares"
 
-
-def share_metrics() -> None:
+def share_metrics(arguments: Any, vllm_config: Any) -> None:
     """Make room for an engine's metrics in the process that makes its configuration, before its workers start.
 
-    Once per process, and only where configurations are made: there the server is, too.
+    Only where configurations are made: there the server is, too.
+
+    Args:
+        arguments: vLLM's ``EngineArgs``.
+        vllm_config: the configuration that was made of them.
     """
-    module: Any = sys.modules.get(_ARGUMENTS_MODULE)
-    if module is None or getattr(module.EngineArgs.create_engine_config, _SHARES, False):
-        return
-    original = module.EngineArgs.create_engine_config
-
-    @functools.wraps(original)
-    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        config = original(self, *args, **kwargs)
-        if not self.disable_log_stats and BACKEND_NAME in selected_backends(config.attention_config):
-            open_folder(config)
-        return config
-
-    setattr(create_engine_config, _SHARES, True)
-    module.EngineArgs.create_engine_config = create_engine_config
+    if not arguments.disable_log_stats and BACKEND_NAME in selected_backends(vllm_config.attention_config):
+        open_folder(vllm_config)
 
 
 def folder_of(vllm_config: Any) -> Path:
