@@ -51,9 +51,7 @@ def kept_folders(root: Path) -> Iterator[tuple[Path, int, float, dict[str, Any],
             if not (part or _FOLDER.fullmatch(path.name)) or path.is_symlink() or not path.is_dir():
                 continue
             with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                states = [file.lstat() for file in path.rglob("*")]
-                used = max((state.st_mtime for state in states), default=path.lstat().st_mtime)
-                yield path, sum(state.st_size for state in states), used, {} if part else _about(path), part
+                yield path, *_size_and_use(path), {} if part else _about(path), part
 
 
 def remove_kept(folder: Path, last_used: float) -> bool:
@@ -68,8 +66,11 @@ def remove_kept(folder: Path, last_used: float) -> bool:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        used = next((found[2] for found in kept_folders(folder.parent.parent) if found[0] == folder), None)
-        if used is None or used > last_used or time.time() - used < READ_BY_THEN:
+        try:
+            _, used = _size_and_use(folder)
+        except FileNotFoundError:
+            return False
+        if used > last_used or time.time() - used < READ_BY_THEN:
             return False
         # Under another name first: a server never finds half of a folder.
         removed = folder.with_name(f".{name}.removed")
@@ -78,6 +79,17 @@ def remove_kept(folder: Path, last_used: float) -> bool:
             folder.rename(removed)
         shutil.rmtree(removed)
     return True
+
+
+def _size_and_use(folder: Path) -> tuple[int, float]:
+    """Bytes of a folder, and when it was used last.
+
+    Raises:
+        FileNotFoundError: it is gone, or a part of it.
+    """
+    states = [file.lstat() for file in folder.rglob("*")]
+    used = max((state.st_mtime for state in states), default=folder.lstat().st_mtime)
+    return sum(state.st_size for state in states), used
 
 
 def _about(folder: Path) -> dict[str, Any]:
