@@ -15,6 +15,8 @@ import count_instructions
 PRODUCTS = 16 + 8 + 8  # of keys, scores and values
 LOADS_AND_STORES = 2 * (4 + 2 + 8) + 2 * (2 * 3 + 2) + 4 * (1 + 2 + 2)
 ZEROED = 16 + 4 + 8
+# An instruction that the system interrupts, say for a page of memory, may be counted twice: a 24th of one per tile.
+INTERRUPTED = 0.1
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +35,9 @@ def test_instructions_of_tiles(bits: int) -> None:
         if not there:
             pytest.skip("this machine cannot run the code for AMX")
         counts = count_instructions.per_tile(trap(), bits)
-    assert counts["tile products"] == PRODUCTS
-    assert counts["tile loads and stores"] == LOADS_AND_STORES
-    assert counts["other of tiles"] == ZEROED + 2 / 4
+    assert counts["tile products"] == pytest.approx(PRODUCTS, abs=INTERRUPTED)
+    assert counts["tile loads and stores"] == pytest.approx(LOADS_AND_STORES, abs=INTERRUPTED)
+    assert counts["other of tiles"] == pytest.approx(ZEROED + 2 / 4, abs=INTERRUPTED)
     assert counts["dot products"] == 0
 
 
@@ -45,5 +47,5 @@ def test_instructions_of_vnni() -> None:
         if not there:
             pytest.skip("this machine has no VNNI")
         counts = count_instructions.per_tile(trap(), 4)
-    assert counts["dot products"] == 64 * 4 * 16 + 3 * 4 * 16 * 2
+    assert counts["dot products"] == pytest.approx(64 * 4 * 16 + 3 * 4 * 16 * 2, abs=INTERRUPTED)
     assert counts["tile products"] == 0
