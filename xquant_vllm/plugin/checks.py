@@ -11,6 +11,7 @@ from xquant_vllm.plugin.connectors.allowed import connector_problems, prepare_co
 from xquant_vllm.plugin.drafts import SPECULATIVE, unsupported_speculation
 from xquant_vllm.plugin.engine_factors import check_factors, factors_of
 from xquant_vllm.plugin.engine_settings import forget_settings, settings_of
+from xquant_vllm.plugin.making import look_once
 from xquant_vllm.plugin.ranks import has_facts, unsupported_ranks
 from xquant_vllm.plugin.registration import BACKEND_NAME
 from xquant_vllm.scheme.calibration.choice import AUTO, NONE
@@ -70,6 +71,8 @@ def _calibrated_now(vllm_config: Any, settings: XQuantSettings) -> bool:
                 "are served as they are; leave it out, or serve the model that they were made from"
             )
         return False
+    # Settings that are not read are told now: they might have asked for other factors.
+    look_once(vllm_config)
     calibrated = calibrate_at_start(vllm_config, settings)
     if calibrated:
         forget_settings(vllm_config)

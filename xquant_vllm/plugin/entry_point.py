@@ -30,13 +30,17 @@ def register() -> None:
     for name in BACKENDS:
         get_member(name)
     wrap_platform()
-    unwrap_from_validation(_look_at_configuration)
+    unwrap_from_validation(_look, _then)
     watch_engine_core()
 
 
-def _look_at_configuration(arguments: Any, vllm_config: Any) -> None:
-    from xquant_vllm.plugin.observe.front_end import share_metrics
+def _look(arguments: Any, vllm_config: Any) -> None:
     from xquant_vllm.plugin.unread.report import report_unread
 
     report_unread(arguments, vllm_config)
+
+
+def _then(arguments: Any, vllm_config: Any) -> None:
+    from xquant_vllm.plugin.observe.front_end import share_metrics
+
     share_metrics(arguments, vllm_config)

@@ -3,11 +3,12 @@
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from xquant_vllm.errors import XQuantError
+from xquant_vllm.plugin.making import Look, look_once, making
 
 logger = logging.getLogger("vllm.xquant_vllm")
 
@@ -31,13 +32,14 @@ def announced() -> Iterator[None]:
         raise
 
 
-def unwrap_from_validation(look: Callable[[Any, Any], None]) -> None:
+def unwrap_from_validation(look: Look, then: Look) -> None:
     """Keep pydantic, which validates vLLM's configurations, from burying an error of this package in its own.
 
     Once per process, and only where configurations are made.
 
     Args:
-        look: called with vLLM's ``EngineArgs`` and the configuration that was made of them; may refuse them.
+        look: called when the configuration is made, or before it is calibrated, which takes minutes.
+        then: called when it is made.
     """
     module: Any = sys.modules.get(_ARGUMENTS_MODULE)
     if module is None or getattr(module.EngineArgs.create_engine_config, _UNWRAPS, False):
@@ -50,9 +52,11 @@ def unwrap_from_validation(look: Callable[[Any, Any], None]) -> None:
 
         try:
             _look_into_folder(self)
-            config = original(self, *args, **kwargs)
-            with announced():
-                look(self, config)
+            with making(self, look):
+                config = original(self, *args, **kwargs)
+                with announced():
+                    look_once(config)
+                    then(self, config)
             return config
         except XQuantError:
             raise

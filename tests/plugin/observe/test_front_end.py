@@ -87,7 +87,7 @@ def test_only_for_engines_of_this_backend_with_statistics(config, monkeypatch, b
     monkeypatch.setattr(module.EngineArgs, "create_engine_config", lambda self, usage_context=None: answer)
     opened = []
     monkeypatch.setattr(front_end, "open_folder", opened.append)
-    unwrap_from_validation(front_end.share_metrics)
-    unwrap_from_validation(front_end.share_metrics)
+    unwrap_from_validation(lambda *_: None, front_end.share_metrics)
+    unwrap_from_validation(lambda *_: None, front_end.share_metrics)
     assert module.EngineArgs.create_engine_config(arguments) is answer
     assert opened == [answer] * made

@@ -10,6 +10,7 @@ from tests.tiny_models import save_tiny_model
 from xquant_vllm.errors import SettingsError
 from xquant_vllm.offline.factorize import factorize
 from xquant_vllm.offline.factorize_options import FactorizeOptions
+from xquant_vllm.plugin import checks
 from xquant_vllm.plugin.unread import report
 
 X = {"xquant": {"bits": 8}}
@@ -200,3 +201,15 @@ def test_a_fault_of_ours_does_not_end_the_server_of_another_backend(tiny, caplog
     configure(tiny, "CPU_ATTN")
     with pytest.raises(RuntimeError, match="a fault"):
         configure(tiny, "xquant")
+
+
+def test_it_is_said_before_minutes_go_into_calibration_and_once(tiny, caplog, monkeypatch):
+    told = []
+    monkeypatch.setattr(checks, "calibrate_at_start", lambda *_: told.append(said(caplog)) or False)
+    with pytest.raises(SettingsError, match="'bits' in --additional-config is not read"):
+        configure(tiny, "xquant", additional_config={"bits": 2})
+    assert not told
+    caplog.clear()
+    configure(tiny, "xquant", additional_config={**X, "kivi": {}})
+    assert told == [said(caplog)]
+    assert len(told[0]) == 1

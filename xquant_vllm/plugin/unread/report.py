@@ -1,7 +1,7 @@
 """Says once, where an engine's configuration is made, what of it has no effect.
 
-That is the process that a user starts: its command line is there as it was given, the configuration is complete, and
-no rank is there yet.
+That is the process that a user starts: its command line is there as it was given, the configuration is complete but for
+what calibration adds, and no rank is there yet.
 """
 
 import logging
