@@ -92,3 +92,9 @@ def _table(text: str) -> dict[str, Any]:
 
 def _plain(value: Any) -> str:
     return json.dumps(value)
+
+
+def number_of(arguments: Sequence[str], options: Sequence[str]) -> int | None:
+    """The whole number that an option is given, under any of its names; None if it is not there, or no number."""
+    values = [value for found in _without(arguments, options)[1].values() for value in found]
+    return int(values[-1]) if values and values[-1].isdigit() else None

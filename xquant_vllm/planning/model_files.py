@@ -46,12 +46,22 @@ def read_model(model: str) -> ModelFiles:
     Raises:
         RefusedError: there is no such model, or a file of it cannot be read.
     """
+    here = read_model_here(model)
+    return _from_hub(model) if here is None else here
+
+
+def read_model_here(model: str) -> ModelFiles | None:
+    """Read what needs no network; None of a model on the hub that was not fetched.
+
+    Raises:
+        RefusedError: as of :func:`read_model`.
+    """
     folder = Path(model)
     if model and folder.is_dir():
         return _from_folder(model, folder)
     hub_name(model)
     cached = _cached_folder(model)
-    return _from_hub(model) if cached is None else _from_folder(model, cached)
+    return None if cached is None else _from_folder(model, cached)
 
 
 def _from_folder(name: str, folder: Path) -> ModelFiles:

@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from xquant_vllm.errors import RefusedError, SettingsError
-from xquant_vllm.planning.caches import CHAIN, HEAD, JOINT, PLAIN, Kind, kinds, layer_shapes, of_formats
+from xquant_vllm.planning.caches import HEAD, PLAIN, Kind, kinds, of_formats
 from xquant_vllm.planning.commands import serve_folder
+from xquant_vllm.planning.factor_folder import folder_formats, kind_of
 from xquant_vllm.planning.losses import Losses, nearest_losses
 from xquant_vllm.planning.model_files import ModelFiles, read_model
 from xquant_vllm.planning.options import Option, option_of, plan_option
@@ -14,7 +15,6 @@ from xquant_vllm.planning.recommend import MOST_LOSS, recommend
 from xquant_vllm.planning.serving import Device, Serving
 from xquant_vllm.scheme.factor_conflicts import factors_in, over_factors
 from xquant_vllm.scheme.factor_header import FactorHeader
-from xquant_vllm.scheme.formats import layer_formats
 from xquant_vllm.scheme.settings import XQuantSettings
 
 
@@ -113,18 +113,14 @@ def _of_folder(
 ) -> Option:
     """The cache that is built into a folder of calibrated factors."""
     settings = over_factors(XQuantSettings(), files.folder, header)
-    method = CHAIN if header.settings.chain is not None else JOINT if header.settings.basis == "joint" else HEAD
-    kind = Kind(method, settings.bits.key, True)
+    kind = kind_of(settings, header)
     loss = losses.of(kind)
     reason = None
     if model.problems:
         reason = model.problems[0]
-    elif method != HEAD and serving.ranks > 1:
+    elif kind.method != HEAD and serving.ranks > 1:
         reason = "its latents do not shard, so it serves --tensor-parallel-size 1"
-    heads = slice(model.kv_heads_of_rank(serving.ranks))
-    allocations = {layer: header.allocation_of(layer, heads) or () for layer in range(model.layers)}
-    formats = layer_formats(settings, layer_shapes(model, serving.ranks), allocations)
-    made = of_formats(formats, model, serving)
+    made = of_formats(folder_formats(settings, header, model, serving), model, serving)
     found = option_of(kind, made, reason, model, serving, None if loss is None else (loss.increase, loss.kl))
     return found if found.command is None else replace(found, command=serve_folder(files.name, serving))
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from xquant_vllm.errors import FactorFileError, RefusedError, SettingsError, cause_of
+from xquant_vllm.errors import FactorFileError, RefusedError, cause_of
 from xquant_vllm.plugin.calibration.child import calibrate
 from xquant_vllm.plugin.drafts import HEADS
 from xquant_vllm.plugin.kept_folder import write_kept_folder
@@ -21,6 +21,7 @@ from xquant_vllm.scheme.calibration.choice import (
     AUTO,
     CalibrationChoice,
     ModelShape,
+    cannot_calibrate,
     choose_calibration,
     why_not_calibrated,
 )
@@ -68,10 +69,7 @@ def calibrate_at_start(vllm_config: Any, settings: XQuantSettings) -> bool:
     except (RefusedError, OSError) as error:
         reason = str(error).removeprefix("xquant: ")
         if settings.calibration != AUTO:
-            raise SettingsError(
-                f"xquant: setting 'calibration': {settings.calibration!r} cannot work: {reason}; set "
-                '"calibration": "none" for factors from the weights alone'
-            ) from None
+            raise cannot_calibrate(settings.calibration, reason) from None
         logger.warning(
             "xquant: not calibrated: factors are computed from the weights alone, which lose more at %s bits: %s",
             settings.bits,

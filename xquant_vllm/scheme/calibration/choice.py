@@ -9,6 +9,7 @@ latents it would mix. So a single kv head gets that one.
 from dataclasses import dataclass
 from typing import Literal
 
+from xquant_vllm.errors import SettingsError
 from xquant_vllm.scheme.calibration.texts import MIXED_TEXT
 from xquant_vllm.scheme.settings import XQuantSettings
 
@@ -119,6 +120,19 @@ def why_not_calibrated(settings: XQuantSettings, shape: ModelShape) -> str | Non
     if not settings.factor_cache:
         return "the setting 'factor_cache': false lets nothing be kept"
     return None
+
+
+def cannot_calibrate(text: str, reason: str) -> SettingsError:
+    """The error where a user's text cannot be calibrated on.
+
+    Args:
+        text: the user's.
+        reason: see :func:`why_not_calibrated`.
+    """
+    return SettingsError(
+        f"xquant: setting 'calibration': {text!r} cannot work: {reason}; set "
+        '"calibration": "none" for factors from the weights alone'
+    )
 
 
 def _default(name: str) -> object:
