@@ -217,8 +217,26 @@ def inspect_here() -> None:
     registry._run_in_subprocess = lambda inspect: inspect()
 
 
+def keep_what_all_engines_share() -> None:
+    """Have garbage collections, of which every engine makes a dozen, leave out all that is there now.
+
+    That is all of PyTorch and vLLM: to look at them takes longer than the rest of a tiny engine. vLLM itself freezes and
+    unfreezes engines; what it freezes here would never be freed. Its CPU kernels for Triton's are registered once, and
+    stay: to look for the others in all modules takes as long.
+    """
+    from vllm.triton_utils import dispatcher
+
+    gc.unfreeze, unfreeze = (lambda: None), gc.unfreeze
+    gc.freeze, freeze = (lambda: None), gc.freeze
+    unfreeze()
+    gc.collect()
+    freeze()
+    dispatcher.register_kernels = lambda overrides: None
+
+
 def serve() -> None:
     """Run engines one after another."""
+    first = True
     with os.fdopen(os.dup(1), "w") as done:
         for line in sys.stdin:
             request_path, result_path, log_path = line.rstrip("\n").split("\t")
@@ -230,6 +248,9 @@ def serve() -> None:
             except Exception:
                 traceback.print_exc()
             clean_up()
+            if first:
+                keep_what_all_engines_share()
+                first = False
             sys.stdout.flush()
             sys.stderr.flush()
             print("done", file=done, flush=True)
