@@ -17,6 +17,8 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+# Variables that nothing reads while it is imported.
+_READ_LATE = {"VLLM_CPU_OMP_THREADS_BIND"}
 _TIMEOUT_S = 600
 DEFAULTS = {
     "max_model_len": 1024,
@@ -45,11 +47,15 @@ class Result:
 
 
 class _Server:
-    """A process that runs engines one after another, so that vLLM is imported once."""
+    """A process that runs engines one after another, so that vLLM is imported once.
 
-    def __init__(self, environment: dict[str, str]) -> None:
+    ``how`` is ``"--serve"`` for all in that process, or ``"--fork"`` for each in a process that is forked from it.
+    """
+
+    def __init__(self, how: str, environment: dict[str, str]) -> None:
+        self._forks = how == "--fork"
         self._process = subprocess.Popen(
-            [sys.executable, str(_SCRIPT), "--serve"],
+            [sys.executable, str(_SCRIPT), how],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -57,13 +63,17 @@ class _Server:
             bufsize=1,
         )
 
-    def run(self, request: Path, result: Path) -> str:
+    def run(self, request: Path, result: Path, environment: dict[str, str]) -> str:
         """Run an engine; what it printed. Without a result it failed."""
         log = result.with_suffix(".log")
-        self._process.stdin.write(f"{request}\t{result}\t{log}\n")
+        more = f"\t{json.dumps(environment)}" if self._forks else ""
+        self._process.stdin.write(f"{request}\t{result}\t{log}{more}\n")
         ready, _, _ = select.select([self._process.stdout], [], [], _TIMEOUT_S)
-        if not ready or self._process.stdout.readline() != "done\n":
+        answer = self._process.stdout.readline().split() if ready else []
+        if answer[:1] != ["done"]:
             self.stop()
+        if answer[1:] not in ([], ["0"]):  # the exit status of a process of its own
+            result.unlink(missing_ok=True)
         return log.read_text() if log.exists() else ""
 
     def running(self) -> bool:
@@ -83,12 +93,12 @@ class Engines:
         # What one engine caches, the next one of this session finds; nothing is left in the user's own cache.
         self._environment = {**os.environ, **_ENVIRONMENT, "XDG_CACHE_HOME": str(folder / "cache")}
         self._results: dict[str, Result] = {}
-        self._server: _Server | None = None
+        self._servers: dict[str, _Server] = {}
 
     def close(self) -> None:
-        """End the process that engines share."""
-        if self._server is not None:
-            self._server.stop()
+        """End the processes that engines share."""
+        for server in self._servers.values():
+            server.stop()
 
     def run(
         self,
@@ -134,16 +144,19 @@ class Engines:
     def _start(self, key: str, request: str, environment: dict[str, str], alone: bool) -> Result:
         request_path, result_path = self._folder / f"{key}.request.json", self._folder / f"{key}.result.json"
         request_path.write_text(request)
-        log = self._alone(request_path, result_path, environment) if alone else self._shared(request_path, result_path)
+        if not environment.keys() <= _READ_LATE:
+            log = self._alone(request_path, result_path, environment)
+        else:
+            log = self._server("--fork" if alone else "--serve").run(request_path, result_path, environment)
         if not result_path.exists():
             raise EngineFailed(log)
         answer = json.loads(result_path.read_text())
         return Result(answer["cache_tokens"], answer["capacity"], answer["tasks"], log)
 
-    def _shared(self, request_path: Path, result_path: Path) -> str:
-        if self._server is None or not self._server.running():
-            self._server = _Server(self._environment)
-        return self._server.run(request_path, result_path)
+    def _server(self, how: str) -> _Server:
+        if how not in self._servers or not self._servers[how].running():
+            self._servers[how] = _Server(how, self._environment)
+        return self._servers[how]
 
     def _alone(self, request_path: Path, result_path: Path, environment: dict[str, str]) -> str:
         process = subprocess.run(

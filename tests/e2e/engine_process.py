@@ -2,6 +2,7 @@
 
 Usage: python engine_process.py REQUEST.json RESULT.json
        python engine_process.py --serve
+       python engine_process.py --fork
 
 The request has ``engine`` (arguments of ``vllm.LLM``) and ``tasks``, each a table with ``kind`` and its arguments.
 A result is written per task, and the capacity of the KV cache as vLLM allocated it: ``cache_tokens`` in all blocks, and
@@ -9,16 +10,22 @@ A result is written per task, and the capacity of the KV cache as vLLM allocated
 
 With ``--serve``, engines run one after another: every line of the standard input names a request, a result and a log
 file, tab separated; everything printed goes to that log, and the standard output gets one line when the engine is gone.
+With ``--fork`` every line has environment variables as JSON behind it, and its engine a process of its own, which is
+forked from one that has imported what engines import.
 """
 
+import ctypes
 import gc
+import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 from typing import Any
 
 NUM_LOGITS = 256
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent has ended
 
 
 def greedy(llm: Any, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
@@ -161,6 +168,16 @@ KINDS = {
     )
 }
 
+# What an engine imports; none of it decides anything by what is in the environment.
+IMPORTED = (
+    "vllm.entrypoints.llm",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.executor.uniproc_executor",
+    "vllm.model_executor.models.llama",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+)
+
 
 def start_ray() -> None:
     """Start Ray with two devices, without what an engine does not need."""
@@ -234,27 +251,62 @@ def keep_what_all_engines_share() -> None:
     dispatcher.register_kernels = lambda overrides: None
 
 
+def print_to(log_path: str) -> None:
+    """Have everything that is printed from here on go to a file."""
+    with open(log_path, "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+
+
+def try_to_run(request_path: str, result_path: str) -> bool:
+    """Run an engine, print its error if there is one; whether there was none."""
+    try:
+        run(request_path, result_path)
+    except Exception:
+        traceback.print_exc()
+        return False
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return True
+
+
 def serve() -> None:
-    """Run engines one after another."""
+    """Run engines one after another in this process."""
     first = True
     with os.fdopen(os.dup(1), "w") as done:
         for line in sys.stdin:
             request_path, result_path, log_path = line.rstrip("\n").split("\t")
-            with open(log_path, "w") as log:
-                os.dup2(log.fileno(), 1)
-                os.dup2(log.fileno(), 2)
-            try:
-                run(request_path, result_path)
-            except Exception:
-                traceback.print_exc()
+            print_to(log_path)
+            try_to_run(request_path, result_path)
             clean_up()
             if first:
                 keep_what_all_engines_share()
                 first = False
-            sys.stdout.flush()
-            sys.stderr.flush()
             print("done", file=done, flush=True)
 
 
+def fork() -> None:
+    """Run engines one after another, each in a process of its own."""
+    for name in IMPORTED:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+    with os.fdopen(os.dup(1), "w") as done:
+        for line in sys.stdin:
+            request_path, result_path, log_path, environment = line.rstrip("\n").split("\t")
+            child = os.fork()
+            if not child:
+                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+                os.environ.update(json.loads(environment))
+                print_to(log_path)
+                os._exit(0 if try_to_run(request_path, result_path) else 1)
+            _, status = os.waitpid(child, 0)
+            print("done", status, file=done, flush=True)
+
+
 if __name__ == "__main__":
-    serve() if sys.argv[1:] == ["--serve"] else run(*sys.argv[1:])
+    if sys.argv[1:] in (["--serve"], ["--fork"]):
+        serve() if sys.argv[1] == "--serve" else fork()
+    else:
+        run(*sys.argv[1:])
