@@ -237,9 +237,9 @@ def inspect_here() -> None:
 def keep_what_all_engines_share() -> None:
     """Have garbage collections, of which every engine makes a dozen, leave out all that is there now.
 
-    That is all of PyTorch and vLLM: to look at them takes longer than the rest of a tiny engine. vLLM itself freezes and
-    unfreezes engines; what it freezes here would never be freed. Its CPU kernels for Triton's are registered once, and
-    stay: to look for the others in all modules takes as long.
+    That is all of PyTorch and vLLM: to look at them takes longer than the rest of a tiny engine. vLLM itself freezes
+    and unfreezes engines; what it freezes here would never be freed. Its CPU kernels for Triton's are registered once,
+    and stay: to look for the others in all modules takes as long.
     """
     from vllm.triton_utils import dispatcher
 
