@@ -17,7 +17,7 @@ def test_sizes_and_losses_are_told(tmp_path):
     plan, factors = steps(config_folder(tmp_path))
     assert "with the default settings: xquant, per head, 4 bits: " in plan
     assert " bytes per token, 2,048 at 16 bit (" in plan
-    assert "the perplexity of " in plan
+    assert " in perplexity (of " in plan
     assert factors == "computed from the weights alone by the server's first start, and kept for later ones"
 
 

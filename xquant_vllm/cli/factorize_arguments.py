@@ -20,6 +20,7 @@ def add_factorize(commands: Any) -> None:
             "xquant factorize models/smollm2-135m-instruct --out factorized",
             "xquant factorize MODEL --out DIR --calibration my_text.txt --bits 3",
             "xquant factorize MODEL --out DIR --method xquant-cl --calibration my_text.txt --bits 2",
+            "xquant factorize MODEL --out DIR --calibration my_text.txt --max-kl 0.02",
         ),
     )
     parser.set_defaults(command=_run)
@@ -27,6 +28,7 @@ def add_factorize(commands: Any) -> None:
     _add_output(parser.add_argument_group("output"))
     _add_calibration(parser.add_argument_group("calibration"))
     _add_method(parser.add_argument_group("method"))
+    _add_certificate(parser.add_argument_group("measured loss"))
     parser.add_argument_group("where to compute").add_argument(
         "--device", choices=["cpu", "cuda"], default="cpu", help="default cpu"
     )
@@ -59,7 +61,6 @@ def _add_method(group: Any) -> None:
     group.add_argument(
         "--method",
         choices=["xquant", "xquant-cl"],
-        default="xquant",
         help="xquant: bases of every layer by itself (default); xquant-cl: a chain that predicts layers from those "
         "before; needs --calibration",
     )
@@ -102,6 +103,28 @@ def _add_method(group: Any) -> None:
         type=int,
         metavar="N",
         help="only with xquant-cl: layers at the start that are stored by themselves (default 1)",
+    )
+
+
+def _add_certificate(group: Any) -> None:
+    group.add_argument(
+        "--max-kl",
+        metavar="NATS",
+        type=float,
+        help="write the cache of fewest bytes whose divergence from 16 bit, measured on other text, is known to be no "
+        "more than that (the upper end of its 95%% interval); searches bits, and the method unless one is set",
+    )
+    group.add_argument(
+        "--certificate-text",
+        metavar="TEXT_FILE",
+        help="plain text to measure on (default: what --calibration has left of its file, or else half of the text "
+        "that ships with Python)",
+    )
+    group.add_argument(
+        "--no-certificate",
+        dest="certificate",
+        action="store_false",
+        help="do not measure what the cache loses; it takes about as long as calibration",
     )
 
 

@@ -54,8 +54,8 @@ def _sizes(plan: SettingsPlan, parsed: XQuantSettings) -> str:
     )
     if plan.loss is None:
         return f"{text}; what it loses was not measured"
-    of = f"{plan.loss_of}, {'of this shape' if plan.loss_is_of_this_shape else 'the most alike that was measured'}"
-    return f"{text}; the perplexity of {of}, rose by {plan.loss.increase:.2f}"
+    of = f"{plan.losses.model}, {plan.losses.relation}"
+    return f"{text}; expected loss {plan.loss.increase:+.2f} in perplexity (of {of})"
 
 
 def _factors(plan: SettingsPlan) -> str:

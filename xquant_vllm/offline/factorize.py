@@ -1,5 +1,6 @@
 """From a checkpoint to a folder that is served without factorizing anything: ``xquant factorize`` as a function."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from xquant_vllm import __version__
 from xquant_vllm.errors import RefusedError, counted
 from xquant_vllm.offline.calibration.calibration_plan import CalibrationPlan, plan_calibration
-from xquant_vllm.offline.calibration.calibration_tokens import calibration_tokens, tokenize
+from xquant_vllm.offline.calibration.calibration_tokens import tokenize
 from xquant_vllm.offline.checkpoint import Checkpoint, open_checkpoint
 from xquant_vllm.offline.factor_layers import calibrated_layers, data_free_layers
 from xquant_vllm.offline.factor_writer import WrittenFactors, write_factors
@@ -28,10 +29,14 @@ from xquant_vllm.scheme.formats import LayerShape, layer_formats
 from xquant_vllm.scheme.layer_weights import spec_of
 from xquant_vllm.scheme.settings import XQuantSettings
 
-__all__ = ["FactorizeOptions", "factorize", "write_calibrated"]
+__all__ = ["FactorizeOptions", "Finish", "factorize", "write_calibrated", "write_header"]
 
 
-def factorize(options: FactorizeOptions) -> FactorHeader:
+Finish = Callable[[Path, FactorHeader], FactorHeader]
+"""Called with a whole folder before it takes its name, and its header; returns the header that the folder then has."""
+
+
+def factorize(options: FactorizeOptions, finish: Finish | None = None, kept: Path | None = None) -> FactorHeader:
     """Write a copy of a checkpoint with its key and value projections factorized.
 
     What it is doing is shown on standard error. The folder takes its name when it is whole; after an error or an
@@ -39,6 +44,8 @@ def factorize(options: FactorizeOptions) -> FactorHeader:
 
     Args:
         options: what to make, of what, where.
+        finish: what is to be done last; an error of it leaves no folder.
+        kept: see :func:`xquant_vllm.offline.calibration.calibrated.fit_layers`.
 
     Returns:
         What the folder's header says of its factors.
@@ -56,8 +63,10 @@ def factorize(options: FactorizeOptions) -> FactorHeader:
     checkpoint = open_checkpoint(options.model)
     _check_fit(options, settings, checkpoint)
     with replaced_folder(options.out, checkpoint.folder, options.force) as folder:
-        header = _write(folder, options, settings, checkpoint, None)
+        header = _write(folder, options, settings, checkpoint, kept)
         link_checkpoint(checkpoint.folder, folder, checkpoint.files)
+        if finish is not None:
+            header = finish(folder, header)
     return header
 
 
@@ -96,7 +105,7 @@ def _write(
             # Looked at now, since the model runs over the text before a layer is fitted.
             checkpoint.served_key_value(layer, dtype)
         plan = plan_calibration(checkpoint, settings)
-        batch = tokenize(checkpoint, options.calibration, calibration_tokens(options.calibration_tokens))
+        batch = tokenize(checkpoint, options.calibration, options.calibration_tokens)
         factors = calibrated_layers(checkpoint, plan, batch, dtype, device, kept)
     written = write_factors(folder / FACTORS_FILE, factors, checkpoint.layers)
     header = FactorHeader(
@@ -115,6 +124,19 @@ def _write(
         calibration=None if batch is None else _calibration(options, batch),
         checksums=written.checksums,
     )
+    return write_header(folder, header)
+
+
+def write_header(folder: Path, header: FactorHeader) -> FactorHeader:
+    """Write a header with its checksum.
+
+    Args:
+        folder: where to.
+        header: whatever its checksum is.
+
+    Returns:
+        What was written.
+    """
     header = header.model_copy(update={"checksum": header_checksum(header.model_dump(mode="json"))})
     write_json(folder / HEADER_FILE, header.model_dump())
     return header

@@ -1,8 +1,11 @@
 """What a folder of factors says of its cache."""
 
 from xquant_vllm.planning.caches import CHAIN, HEAD, JOINT, Kind, layer_shapes
+from xquant_vllm.planning.losses import Losses, certified_losses
+from xquant_vllm.planning.model_files import ModelFiles
 from xquant_vllm.planning.planned_model import PlannedModel
 from xquant_vllm.planning.serving import Serving
+from xquant_vllm.scheme.factor_conflicts import over_factors
 from xquant_vllm.scheme.factor_header import FactorHeader
 from xquant_vllm.scheme.formats import LayerFormat, layer_formats
 from xquant_vllm.scheme.settings import XQuantSettings
@@ -17,6 +20,19 @@ def kind_of(settings: XQuantSettings, header: FactorHeader) -> Kind:
     """
     method = CHAIN if header.settings.chain is not None else JOINT if header.settings.basis == "joint" else HEAD
     return Kind(method, settings.bits.key, True)
+
+
+def folder_losses(files: ModelFiles, header: FactorHeader) -> Losses | None:
+    """What was measured of calibrated factors; None where nothing was.
+
+    Args:
+        files: the folder.
+        header: its.
+    """
+    if header.certificate is None:
+        return None
+    settings = over_factors(XQuantSettings(), files.folder, header)
+    return certified_losses(files.name, kind_of(settings, header), header.certificate)
 
 
 def folder_formats(

@@ -14,6 +14,7 @@ from typing import Any
 
 from xquant_vllm.planning.caches import PLAIN, Kind
 from xquant_vllm.planning.planned_model import PlannedModel
+from xquant_vllm.scheme.certificate import Certificate
 
 _FILE = Path(__file__).with_name("losses.json")
 
@@ -39,15 +40,36 @@ class Losses:
         model: its name.
         alike: whether the planned model has its very shape.
         rows: losses that were measured.
+        own: whether they are those of the planned model's own factors.
     """
 
     model: str
     alike: bool
     rows: dict[Kind, Loss]
+    own: bool = False
+
+    @property
+    def relation(self) -> str:
+        """What that model is to the planned one."""
+        if self.own:
+            return "measured when its factors were made"
+        return "which has this very shape" if self.alike else "the measured model that is most like this one"
 
     def of(self, kind: Kind) -> Loss | None:
         """Of a cache; None where it was not measured."""
         return Loss(0.0, 0.0) if kind.method == PLAIN else self.rows.get(kind)
+
+
+def certified_losses(name: str, kind: Kind, certificate: Certificate) -> Losses:
+    """What a folder's own certificate says of the cache that is built into it.
+
+    Args:
+        name: of the model.
+        kind: of that cache.
+        certificate: the folder's.
+    """
+    loss = Loss(certificate.increase.mean, certificate.kl.mean)
+    return Losses(f"{name} on {certificate.text}", True, {kind: loss}, own=True)
 
 
 @functools.cache

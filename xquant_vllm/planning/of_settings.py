@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from xquant_vllm.planning.caches import CHAIN, HEAD, JOINT, PLAIN, Kind, X, layer_shapes, of_formats, pages
-from xquant_vllm.planning.factor_folder import folder_formats, kind_of
-from xquant_vllm.planning.losses import Loss, nearest_losses
+from xquant_vllm.planning.factor_folder import folder_formats, folder_losses, kind_of
+from xquant_vllm.planning.losses import Loss, Losses, nearest_losses
 from xquant_vllm.planning.model_files import ModelFiles
 from xquant_vllm.planning.planned_model import PlannedModel, planned_model
 from xquant_vllm.planning.serving import Device, Serving
@@ -33,8 +33,7 @@ class SettingsPlan:
         bytes_per_token: of all layers of a rank, in pages.
         plain_bytes_per_token: of a 16-bit cache.
         loss: expected, None where it was not measured, say with other groups.
-        loss_of: the model that it was measured on.
-        loss_is_of_this_shape: whether that model has the shape of the planned one.
+        losses: where that comes from.
         built_in: whether the folder has the factors.
         choice: what is calibrated at the first start, None where nothing is.
         not_calibrated: why nothing is calibrated where it would lose less, None where there is no reason.
@@ -44,8 +43,7 @@ class SettingsPlan:
     bytes_per_token: int
     plain_bytes_per_token: int
     loss: Loss | None
-    loss_of: str
-    loss_is_of_this_shape: bool
+    losses: Losses
     built_in: bool
     choice: CalibrationChoice | None
     not_calibrated: str | None
@@ -70,6 +68,7 @@ def plan_settings(files: ModelFiles, settings: XQuantSettings, ranks: int, devic
     header = None if files.folder is None else factors_in(files.folder)
     built_in, choice, not_calibrated = header is not None and header.settings.allocation is not None, None, None
     if header is not None and built_in:
+        losses = folder_losses(files, header) or losses
         served = over_factors(settings, files.folder, header)
         kind, formats = kind_of(served, header), folder_formats(served, header, model, serving)
     else:
@@ -90,8 +89,7 @@ def plan_settings(files: ModelFiles, settings: XQuantSettings, ranks: int, devic
         bytes_per_token=of_formats(formats, model, serving).bytes_per_token,
         plain_bytes_per_token=pages(Kind(PLAIN, 16), model, serving).bytes_per_token,
         loss=losses.of(kind) if built_in or choice is not None or _as_measured(settings) else None,
-        loss_of=losses.model,
-        loss_is_of_this_shape=losses.alike,
+        losses=losses,
         built_in=built_in,
         choice=choice,
         not_calibrated=not_calibrated,

@@ -6,7 +6,7 @@ from typing import Any
 from xquant_vllm.errors import RefusedError, SettingsError
 from xquant_vllm.planning.caches import HEAD, PLAIN, Kind, kinds, of_formats
 from xquant_vllm.planning.commands import serve_folder
-from xquant_vllm.planning.factor_folder import folder_formats, kind_of
+from xquant_vllm.planning.factor_folder import folder_formats, folder_losses, kind_of
 from xquant_vllm.planning.losses import Losses, nearest_losses
 from xquant_vllm.planning.model_files import ModelFiles, read_model
 from xquant_vllm.planning.options import Option, option_of, plan_option
@@ -101,6 +101,7 @@ def make_plan(request: PlanRequest) -> Plan:
     except SettingsError as error:
         raise RefusedError(str(error)) from None
     if header is not None and header.settings.allocation is not None:
+        losses = folder_losses(files, header) or losses
         plain = plan_option(Kind(PLAIN, 16), model, serving, losses)
         options: tuple[Option, ...] = (plain, _of_folder(files, header, model, serving, losses))
     else:

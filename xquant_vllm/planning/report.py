@@ -83,10 +83,9 @@ def _row(option: Option, plain_bytes: int, plain_tokens: int) -> tuple[str, ...]
 
 
 def _footnotes(plan: Plan) -> list[str]:
-    shape = "which has this very shape" if plan.losses.alike else "the measured model that is most like this one"
     return [
-        f"loss: increase in perplexity of {plan.losses.model}, {shape}; ? is not measured. Measure your model with "
-        "xquant eval perplexity.",
+        f"loss: increase in perplexity of {plan.losses.model}, {plan.losses.relation}; ? is not measured. Measure your "
+        "model with xquant eval perplexity.",
         "kFLOP: computed beyond 16 bit per cached token that a step attends to, where it is not hot.",
     ]
 

@@ -18,6 +18,7 @@ from xquant_vllm.projection.basis import BasisKind
 from xquant_vllm.projection.factor_file import DTYPES, FORMAT_VERSION, HEADER_FILE, read_json, refuse_other_than_files
 from xquant_vllm.projection.layer import BasisSpec
 from xquant_vllm.projection.predicted import joint_kv_width
+from xquant_vllm.scheme.certificate import Certificate
 from xquant_vllm.scheme.settings import PerStream
 
 logger = logging.getLogger("vllm.xquant_vllm")
@@ -100,6 +101,7 @@ class FactorHeader(_Model):
         settings: how, and the default bits.
         dtype: dtype of the down-projections, which is the one to serve in.
         calibration: None for data-free bases.
+        certificate: what the cache loses on other text; None where it was not measured.
         checksums: SHA-256 of every tensor.
         checksum: SHA-256 of all else in this header, see :func:`header_checksum`; None in files of 0.1.0 and before.
     """
@@ -110,6 +112,7 @@ class FactorHeader(_Model):
     settings: FactorSettings
     dtype: str
     calibration: Calibration | None
+    certificate: Certificate | None = None
     checksums: dict[str, str]
     checksum: str | None = None
 

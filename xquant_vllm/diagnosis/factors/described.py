@@ -28,10 +28,11 @@ def describe_factors(given: Path) -> dict[str, Any]:
 
     Returns:
         As JSON: ``schema``, ``folder``, ``model``, ``package``, ``format``, ``dtype``, ``method``, ``basis``, ``bits``,
-        ``bits_built_in``, ``chain``, ``calibration``, ``layers``, ``bytes_per_token``, ``bytes_per_token_16bit``,
-        ``header_checked`` (false for a header without a checksum, of an older release), ``tensors`` and ``problems``:
-        a line for everything that is not whole. Bytes are those of one rank that serves all kv heads, with no settings
-        but those of the folder.
+        ``bits_built_in``, ``chain``, ``calibration``, ``certificate`` (see
+        :class:`xquant_vllm.scheme.certificate.Certificate`; null where nothing was measured), ``layers``,
+        ``bytes_per_token``, ``bytes_per_token_16bit``, ``header_checked`` (false for a header without a checksum, of an
+        older release), ``tensors`` and ``problems``: a line for everything that is not whole. Bytes are those of one
+        rank that serves all kv heads, with no settings but those of the folder.
 
     Raises:
         RefusedError: there are no factors, or they cannot be read.
@@ -54,6 +55,7 @@ def describe_factors(given: Path) -> dict[str, Any]:
         "bits_built_in": made_for.allocation is not None,
         "chain": None if made_for.chain is None else made_for.chain.model_dump(),
         "calibration": None if header.calibration is None else header.calibration.model_dump(),
+        "certificate": None if header.certificate is None else header.certificate.model_dump(),
         "layers": [_layer(form) for form in formats],
         "bytes_per_token": sum(form.bytes_per_token for form in formats),
         "bytes_per_token_16bit": sum(form.plain_bytes_per_token for form in formats),

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from xquant_vllm.scheme.certificate import Certificate
+
 _COLUMNS = 32
 # Of 0 to 8 bits, and of more.
 _BLOCKS, _PLAIN = "·▁▂▃▄▅▆▇██", "012345678+"
@@ -27,6 +29,9 @@ def in_words(facts: Mapping[str, Any], encoding: str | None) -> Iterator[str]:
         if calibration is None
         else f"calibrated on {calibration['tokens']} tokens of {calibration['text']}"
     )
+    if facts["certificate"] is not None:
+        bits = "" if facts["bits_built_in"] else ", at these bits"
+        yield f"measured loss{bits} {Certificate.model_validate(facts['certificate']).describe()}"
     yield from _layers(facts["layers"], _marks(encoding))
     yield (
         f"all layers: {facts['bytes_per_token']} bytes per token, 16-bit keys and values take "

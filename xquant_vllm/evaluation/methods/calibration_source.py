@@ -7,7 +7,7 @@ import torch
 from xquant_vllm.errors import RefusedError
 from xquant_vllm.evaluation.methods.method_names import DEFAULT_CALIBRATION, NO_CALIBRATION
 from xquant_vllm.evaluation.methods.method_options import MethodOptions
-from xquant_vllm.offline.calibration.calibration_tokens import calibration_tokens, tokenize
+from xquant_vllm.offline.calibration.calibration_tokens import tokenize
 from xquant_vllm.offline.checkpoint import Checkpoint
 from xquant_vllm.scheme.calibration.choice import CALIBRATED_BITS
 from xquant_vllm.scheme.factor_header import FactorHeader
@@ -86,4 +86,4 @@ def calibration_batch(
     source = calibration_source(options, checkpoint.folder, settings, header)
     if source is None:
         return None
-    return tokenize(checkpoint, source, calibration_tokens(options.calibration_tokens))
+    return tokenize(checkpoint, source, options.calibration_tokens)

@@ -1,5 +1,7 @@
 """The tokens that a model is calibrated on."""
 
+from dataclasses import dataclass
+
 import torch
 
 from xquant_vllm.errors import RefusedError, counted
@@ -31,33 +33,82 @@ def calibration_tokens(given: int | None) -> int:
     return tokens
 
 
-def tokenize(checkpoint: Checkpoint, calibration: str, tokens: int) -> torch.Tensor:
-    """Sequences spread evenly over the text.
+@dataclass(frozen=True)
+class CalibrationSequences:
+    """A text in sequences of tokens, each of which begins as the tokenizer begins a text.
+
+    Attributes:
+        taken: to calibrate on, spread evenly over the text.
+        left: the others.
+    """
+
+    taken: list[list[int]]
+    left: list[list[int]]
+
+
+def calibration_sequences(checkpoint: Checkpoint, calibration: str, tokens: int | None) -> CalibrationSequences:
+    """Cut a text.
 
     Args:
         checkpoint: whose tokenizer to use.
-        calibration: a file, or ``python-docs``.
-        tokens: how many to take at most.
-
-    Returns:
-        ``[sequences, length]``, int64. Each begins as the tokenizer begins a text.
+        calibration: a file, or one of :data:`xquant_vllm.scheme.calibration.texts.BUILT_IN`.
+        tokens: how many to take at most; None for the default.
 
     Raises:
         RefusedError: the text cannot be read or is too short, or there is no tokenizer.
     """
+    wanted = calibration_tokens(tokens)
     text = calibration_text(calibration)
     tokenizer = load_tokenizer(checkpoint)
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    opening = opening_tokens(tokenizer)
     if len(ids) < _FEWEST_TOKENS:
         raise RefusedError(
             f"xquant: --calibration {calibration} has {counted(len(ids), 'token')}, too few to say anything about a "
             "model; give a text of a few thousand words"
         )
+    rows = _cut(checkpoint, ids, opening_tokens(tokenizer), wanted)
+    count = max(1, min(wanted // len(rows[0]), len(rows)))
+    taken = [len(rows) * index // count for index in range(count)]
+    return CalibrationSequences(
+        [rows[index] for index in taken], [row for index, row in enumerate(rows) if index not in taken]
+    )
+
+
+def sequences_of(checkpoint: Checkpoint, text: str) -> list[list[int]]:
+    """A text in sequences like those; none where it is too short.
+
+    Args:
+        checkpoint: whose tokenizer to use.
+        text: the text.
+
+    Raises:
+        RefusedError: there is no tokenizer.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    return _cut(checkpoint, ids, opening_tokens(tokenizer), _SEQUENCE) if len(ids) >= _FEWEST_TOKENS else []
+
+
+def _cut(checkpoint: Checkpoint, ids: list[int], opening: list[int], longest: int) -> list[list[int]]:
+    """Sequences of equal length, without a rest at the end, no longer than the model has positions."""
     text_config = checkpoint.config.get("text_config") or checkpoint.config
-    length = min(_SEQUENCE, tokens, len(ids) + len(opening), text_config.get("max_position_embeddings") or _SEQUENCE)
-    step = length - len(opening)
-    available = len(ids) // step
-    count = max(1, min(tokens // length, available))
-    starts = [step * (available * i // count) for i in range(count)]
-    return torch.tensor([opening + ids[start : start + step] for start in starts])
+    positions = text_config.get("max_position_embeddings") or _SEQUENCE
+    step = min(_SEQUENCE, longest, len(ids) + len(opening), positions) - len(opening)
+    return [opening + ids[start : start + step] for start in range(0, len(ids) - step + 1, step)]
+
+
+def tokenize(checkpoint: Checkpoint, calibration: str, tokens: int | None) -> torch.Tensor:
+    """Sequences spread evenly over the text.
+
+    Args:
+        checkpoint: see :func:`calibration_sequences`.
+        calibration: likewise.
+        tokens: likewise.
+
+    Returns:
+        ``[sequences, length]``, int64.
+
+    Raises:
+        RefusedError: likewise.
+    """
+    return torch.tensor(calibration_sequences(checkpoint, calibration, tokens).taken)

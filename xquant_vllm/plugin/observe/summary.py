@@ -8,6 +8,7 @@ from typing import Any
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from xquant_vllm.attention import dispatch, reference
+from xquant_vllm.plugin.engine_factors import factors_of
 from xquant_vllm.plugin.hot.budget import hot_memory, own_layers, times_plain
 from xquant_vllm.plugin.hot.worker import sequence_blocks
 from xquant_vllm.plugin.load.report import LoadNotes, describe_cache, describe_layers, load_notes, tensor_parallel
@@ -86,6 +87,10 @@ def summary(vllm_config: Any, notes: LoadNotes, memory: Memory) -> Iterator[str]
     heads = vllm_config.model_config.get_total_num_kv_heads()
     for cache in notes.caches:
         yield from describe_cache(cache, alone=parallel.world_size == 1)
+    _, header = factors_of(vllm_config)
+    # Others are served with any bits.
+    if header is not None and header.settings.allocation is not None and header.certificate is not None:
+        yield f"measured loss of these factors {header.certificate.describe()}"
     total = memory.pages + memory.pool
     times = "" if memory.times is None else f", {memory.times:.2f}x of what 16 bit would hold in all of it"
     yield f"pages hold {memory.tokens:,} tokens{times} ({memory.pages / 2**30:.2f} of {total / 2**30:.2f} GiB)"
