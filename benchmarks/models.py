@@ -48,7 +48,7 @@ def served(method: Method, model: Path, folder: Path = CALIBRATED) -> Method:
     copy = folder / "-".join((model.name, *(word.lstrip("-") for word in method.calibrated)))
     if not copy.is_dir():  # it is moved there whole
         folder.mkdir(parents=True, exist_ok=True)
-        options = ["--calibration", _TEXT, *method.calibrated]
+        options = ["--no-certificate", "--calibration", _TEXT, *method.calibrated]
         _run(["-m", "xquant_vllm.cli", "factorize", str(model), "--out", str(copy), *options])
     return dataclasses.replace(method, engine={**method.engine, "model": str(copy)})
 

@@ -41,7 +41,7 @@ def test_every_help_ends_with_examples_that_parse(capsys, command):
 @pytest.mark.parametrize(
     ("command", "groups"),
     [
-        (("factorize",), ["output", "calibration", "method", "where to compute"]),
+        (("factorize",), ["output", "calibration", "method", "measured loss", "where to compute"]),
         (("eval", "perplexity"), ["what is evaluated", "method", "how it runs", "output"]),
         (("eval", "needle"), ["what is evaluated", "method", "how it runs", "output"]),
         (("plan",), ["how it is served", "recommendation", "requests", "output"]),

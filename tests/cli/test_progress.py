@@ -46,7 +46,14 @@ def test_a_factorization_shows_its_steps(llama, tokenizer, tmp_path, capsys):
     options = ("--calibration", "python-docs", "--calibration-tokens", "64")
     assert main(["factorize", str(llama), "--out", str(tmp_path / "out"), *options]) == 0
     errors = capsys.readouterr().err
-    assert steps(errors) == ["xquant: loading model in float32 to calibrate on 64 tokens", "calibrate", "factorize"]
+    assert steps(errors) == [
+        "xquant: loading model in float32 to calibrate on 64 tokens",
+        "calibrate",
+        "factorize",
+        "xquant: loading what was written in float32",
+        "prepare cache",
+        "measure",
+    ]
     # The bar of the calibration is whole before the other one begins.
     assert errors.index("calibrate: 100%") < errors.index("factorize:")
 

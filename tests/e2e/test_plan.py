@@ -83,7 +83,7 @@ def test_calibrated_folders_hold_what_was_planned_before_there_was_a_text(engine
     from xquant_vllm.cli.main import main
 
     folder = tmp_path / "calibrated"
-    words = ["factorize", str(smollm2), "--out", str(folder), "--calibration", "python-docs"]
+    words = ["factorize", str(smollm2), "--out", str(folder), "--calibration", "python-docs", "--no-certificate"]
     assert main([*words, "--calibration-tokens", "512", "--bits", str(kind.bits), *options]) == 0
     before = by_kind(make_plan(PlanRequest(str(smollm2), 256 << 20, 1024)).options, kind)
     after = by_kind(make_plan(PlanRequest(str(folder), 256 << 20, 1024)).options, kind)

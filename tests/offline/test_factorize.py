@@ -50,7 +50,7 @@ def test_it_returns_what_the_folder_says(model, tmp_path, capsys):
 def test_it_makes_what_the_command_makes(model, tmp_path, monkeypatch, options, typed):
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: FakeTokenizer())
     header = factorize(FactorizeOptions(str(model), tmp_path / "called", **options))
-    assert main(["factorize", str(model), "--out", str(tmp_path / "typed"), *typed]) == 0
+    assert main(["factorize", str(model), "--out", str(tmp_path / "typed"), "--no-certificate", *typed]) == 0
     assert header == read_header(tmp_path / "typed")
 
 

@@ -16,6 +16,11 @@ class _Making:
     look: Look
     looked: bool = False
 
+    def look_once(self, vllm_config: Any) -> None:
+        if not self.looked:
+            self.looked = True
+            self.look(self.arguments, vllm_config)
+
 
 _MAKING: ContextVar[_Making | None] = ContextVar("making", default=None)
 
@@ -33,6 +38,5 @@ def making(arguments: Any, look: Look) -> Iterator[None]:
 def look_once(vllm_config: Any) -> None:
     """Look at the configuration that is being made, unless that was done; nothing where none is made of arguments."""
     made = _MAKING.get()
-    if made is not None and not made.looked:
-        made.looked = True
-        made.look(made.arguments, vllm_config)
+    if made is not None:
+        made.look_once(vllm_config)

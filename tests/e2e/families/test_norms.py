@@ -139,8 +139,11 @@ def test_ranks_divide_by_the_norm_over_the_heads_of_all_of_them(engines, expecte
 
 def test_calibrated_factors_of_normalized_keys_are_served(engines, expected, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: FakeTokenizer())
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 60)
     options = ("--bits", "8", "--calibration", "python-docs", "--calibration-tokens", "256", "--dtype", "float32")
-    assert factorize(tiny("olmoe-gqa"), tmp_path / "folder", *options) == 0
+    assert factorize(tiny("olmoe-gqa"), tmp_path / "folder", *options, "--certificate-text", text) == 0
     calibrated = engines.run(tmp_path / "folder", "xquant", TASKS, **ENGINE)
     assert "(calibrated on 256 tokens)" in calibrated.log
+    assert "xquant: measured loss of these factors on text.txt (511 tokens, not calibrated on): KL" in calibrated.log
     assert_close(logprobs(calibrated), expected("olmoe-gqa"), 0.06)

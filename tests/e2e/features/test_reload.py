@@ -182,7 +182,8 @@ def test_what_is_refused_leaves_the_engine_serving(engines, tiny, other, tmp_pat
 
 def test_factors_of_the_old_weights_are_not_served_with_new_ones(engines, tiny, other, tmp_path):
     folder = tmp_path / "factors"
-    assert main(["factorize", str(tiny("llama-bias")), "--out", str(folder), "--dtype", "float32"]) == 0
+    options = ["--dtype", "float32", "--no-certificate"]
+    assert main(["factorize", str(tiny("llama-bias")), "--out", str(folder), *options]) == 0
     tasks = [LOGITS, reload_by("iterator", other("llama-bias")), reload_by("path", folder), reload_by("own"), LOGITS]
     ours = engines.run(folder, "xquant", tasks, **ENGINE).tasks
     assert "has factors, which are made for the weights beside them" in ours[1]["error"]

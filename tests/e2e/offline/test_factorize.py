@@ -25,6 +25,7 @@ LATENT = {"cache": "latent"}
 
 def factorize(model, out, *options):
     command = [sys.executable, "-m", "xquant_vllm.cli", "factorize", str(model), "--out", str(out), *options]
+    command.append("--no-certificate")
     process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert process.returncode == 0, process.stderr
     return out

@@ -30,9 +30,13 @@ class OfflineEngine:
     def _method(self) -> CacheMethod:
         return self._prepared.build(self._model)
 
-    def load(self) -> None:
-        """Load the model and make the method's cache now, and say so, instead of with the first logits."""
-        name, dtype = self._checkpoint.name, dtype_name(self._dtype)
+    def load(self, name: str | None = None) -> None:
+        """Load the model and make the method's cache now, and say so, instead of with the first logits.
+
+        Args:
+            name: what to call the model; None for its own name.
+        """
+        name, dtype = name or self._checkpoint.name, dtype_name(self._dtype)
         instead = "Set --dtype bfloat16, or --device cuda" if dtype == "float32" else "Take a machine with more memory"
         warn_of_memory(self._checkpoint, self._dtype, self._device, "evaluating", instead)
         say(f"loading {name} in {dtype}")

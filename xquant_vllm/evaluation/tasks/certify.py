@@ -37,6 +37,8 @@ def certify(folder: Path, header: FactorHeader, text: str, windows: torch.Tensor
     method = "xquant" if header.settings.chain is None else "xquant-cl"
     prepared = prepare_method(method, MethodOptions(), checkpoint, dtype, windows.shape[1], device)
     engine = OfflineEngine(checkpoint, prepared, dtype, device)
+    # The folder has no name yet.
+    engine.load("what was written")
     scores = []
     for window in counted_bar(iter(windows), len(windows), "measure", "window"):
         scores += score_stretches(window, engine.reference(window), engine.candidate(window))
