@@ -249,3 +249,26 @@ def test_numbers_that_are_not_finite_are_refused(models, fake_tokenizer, capsys,
     monkeypatch.setattr(FakeTokenizer, "encode", lambda *_, **__: [1] * 200)
     assert evaluate(models("llama"), *SMALL, "--method", "kivi") == 2
     assert "yields numbers that are not finite; set --dtype float32" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_by_position(llama, tokenizer, tmp_path, capsys):
+    options = ("--window", 64, "--windows", 2, "--bits", 2, "--calibration", "none", "--resume", tmp_path / "kept")
+    assert evaluate(llama, *options, "--json") == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert "positions" not in plain
+    for _ in range(2):  # the second time from what was kept
+        assert evaluate(llama, *options, "--position-buckets", 4, "--json") == 0
+        result = json.loads(capsys.readouterr().out)
+        positions = result.pop("positions")
+        assert result["kl"] == pytest.approx(plain["kl"])
+        assert result["window_perplexities"] == pytest.approx(plain["window_perplexities"])
+        assert [row["last"] for row in positions] == [15, 31, 47, 63]
+        assert sum(row["kl"] * (row["last"] - row["first"] + 1) for row in positions) / 63 == pytest.approx(plain["kl"])
+    assert evaluate(llama, *options, "--position-buckets", 4) == 0
+    assert "48-63" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("buckets", [0, -1, 64])
+def test_buckets_that_cannot_be(llama, tokenizer, capsys, buckets):
+    assert evaluate(llama, "--window", 64, "--position-buckets", buckets) == 2
+    assert f"xquant: --position-buckets {buckets} cannot work" in capsys.readouterr().err

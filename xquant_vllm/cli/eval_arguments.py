@@ -49,6 +49,12 @@ def _add_perplexity(tasks: Any) -> None:
     evaluated.add_argument(
         "--stride", type=int, metavar="N", help="tokens from one window's start to the next's (default: the window)"
     )
+    evaluated.add_argument(
+        "--position-buckets",
+        type=int,
+        metavar="N",
+        help="also say it for N ranges of positions in the window: whether the loss grows with the distance",
+    )
     add_method(parser.add_argument_group("method"))
     _add_run(parser.add_argument_group("how it runs"))
     _add_output(parser.add_argument_group("output"))

@@ -1,12 +1,20 @@
 """``xquant eval perplexity``: from options to a result."""
 
 import argparse
+from collections.abc import Callable
+from functools import partial
+
+import torch
 
 from xquant_vllm.cli.eval_output import check_outputs, refuse_infinite, report, text_of
 from xquant_vllm.cli.eval_subject import Subject
+from xquant_vllm.errors import RefusedError
+from xquant_vllm.evaluation.engines.logits import Rows
+from xquant_vllm.evaluation.tasks.kept_scores import Score
 from xquant_vllm.evaluation.tasks.perplexity import evaluate_windows
+from xquant_vllm.evaluation.tasks.positions import PositionScores, position_lines, position_table, score_positions
 from xquant_vllm.evaluation.tasks.result import perplexity_result, summary
-from xquant_vllm.evaluation.tasks.scores import WindowScore
+from xquant_vllm.evaluation.tasks.scores import WindowScore, score_window, total
 from xquant_vllm.evaluation.tasks.windows import cut_windows
 from xquant_vllm.offline.progress import counted_bar
 
@@ -23,6 +31,7 @@ def evaluate_perplexity(options: argparse.Namespace) -> None:
         UnsupportedError: the server would refuse the method for this model.
         OSError: a result cannot be written.
     """
+    _check(options)
     check_outputs(options)
     with Subject(options) as subject:
         text, name = text_of(options)
@@ -30,14 +39,49 @@ def evaluate_perplexity(options: argparse.Namespace) -> None:
         stride = options.window if options.stride is None else options.stride
         windows = cut_windows(subject.tokenizer(), text, name, options.window, options.windows, stride)
         subject.prepare(options.window)
-        kept = subject.kept_scores("perplexity", WindowScore)
-        missing = [window for window in windows if kept is None or kept.load(window) is None]
-        scores = []
-        with subject.engine(missing) as engine:
-            found = evaluate_windows(windows, engine.reference, subject.candidate(engine), kept)
-            for score in counted_bar(found, len(windows), options.method, "window"):
-                refuse_infinite(score.kl + score.nll + score.nll_16bit)
-                scores.append(score)
+        if options.position_buckets is None:
+            scores = _scores(options, subject, windows, "perplexity", WindowScore, score_window)
+            table = None
+        else:
+            count = options.position_buckets
+            by_position = partial(score_positions, buckets=count)
+            found = _scores(options, subject, windows, f"perplexity-{count}", PositionScores, by_position)
+            scores = [total(score.buckets) for score in found]
+            table = position_table(found, options.window)
         about = {"text": name, "window": options.window, "windows": options.windows, "stride": stride, **subject.about}
         result = perplexity_result(subject.method, subject.bytes_16bit, scores, about)
-    report(result, summary(result), options)
+    lines = [summary(result)]
+    if table is not None:
+        result["positions"] = table
+        lines += position_lines(table)
+    report(result, "\n".join(lines), options)
+
+
+def _scores(
+    options: argparse.Namespace,
+    subject: Subject,
+    windows: torch.Tensor,
+    task: str,
+    kind: type[Score],
+    score_one: Callable[[torch.Tensor, Rows, Rows], Score],
+) -> list[Score]:
+    """Scores of all windows, those that are kept and those that are not."""
+    kept = subject.kept_scores(task, kind)
+    missing = [window for window in windows if kept is None or kept.load(window) is None]
+    scores = []
+    with subject.engine(missing) as engine:
+        found = evaluate_windows(windows, engine.reference, subject.candidate(engine), score_one, kept)
+        for score in counted_bar(found, len(windows), options.method, "window"):
+            parts = score.buckets if isinstance(score, PositionScores) else [score]
+            refuse_infinite(sum(part.kl + part.nll + part.nll_16bit for part in parts))
+            scores.append(score)
+    return scores
+
+
+def _check(options: argparse.Namespace) -> None:
+    count = options.position_buckets
+    if count is not None and not 1 <= count < options.window:
+        raise RefusedError(
+            f"xquant: --position-buckets {count} cannot work; set 1 or more, and fewer than --window {options.window} "
+            "has tokens"
+        )

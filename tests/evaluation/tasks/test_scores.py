@@ -58,10 +58,10 @@ def test_windows_come_one_by_one_and_kept_ones_are_not_computed_again():
 
         return yields
 
-    first = list(evaluate_windows(WINDOWS[:2], make(1), make(2), Kept()))
+    first = list(evaluate_windows(WINDOWS[:2], make(1), make(2), score_window, Kept()))
     assert computed == [1, 2, 1, 2]
-    again = list(evaluate_windows(WINDOWS, make(1), make(2), Kept()))
+    again = list(evaluate_windows(WINDOWS, make(1), make(2), score_window, Kept()))
     assert computed == [1, 2] * 4
     assert again[:2] == first
-    assert next(evaluate_windows(WINDOWS[:1], make(1), None)).kl == 0
+    assert next(evaluate_windows(WINDOWS[:1], make(1), None, score_window)).kl == 0
     assert computed[8:] == [1]
