@@ -31,6 +31,8 @@ class Pip:
         """Install; raise with pip's own error lines if it fails."""
         self.log.unlink(missing_ok=True)
         command = [str(self.python), "-m", "pip", "--disable-pip-version-check", "--log", str(self.log), "install"]
+        # Every module of vLLM's hundred packages would be compiled, for minutes; Python compiles what it imports.
+        command.append("--no-compile")
         # The kernels are built by `make kernels`, where the compiler's words are seen; pip would hide them.
         environment = {**os.environ, "XQUANT_BUILD_KERNELS": "0", "PIP_NO_INPUT": "1"}
         done = subprocess.run([*command, *arguments], cwd=cwd, env=environment, check=False, stdin=subprocess.DEVNULL)
