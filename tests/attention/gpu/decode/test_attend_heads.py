@@ -46,6 +46,9 @@ SPECS = {
     # Runs of 2 to 8 bits, of which rows have odd numbers of bytes.
     "calibrated": sized(64, seqs=((150, 1), (33, 1)), allocated=1.0, folded=True, seed=3),
     "calibrated, up-projected": sized(64, seqs=((70, 4), (3, 3)), allocated=1.0, bias=True, strided=True, seed=4),
+    # Rows of three parts, of which the last may have nothing to read.
+    "calibrated, long keys": sized(128, seqs=((70, 1),), kv_heads=1, allocated=1.0, folded=True, seed=9),
+    "calibrated, long values": sized(128, seqs=((70, 1),), kv_heads=1, group=4, allocated=1.0, seed=7),
 }
 
 

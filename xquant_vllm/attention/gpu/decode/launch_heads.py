@@ -16,7 +16,8 @@ from xquant_vllm.attention.plan import AttentionLayerPlan
 _LEAST_ROWS = 8  # of a product
 # Rows of a tile of queries where sums are over fields, of which there are up to four times as many as channels.
 _ROWS_OF_FIELDS = 16
-# Block ids take half of them: codes are two tiles ahead, and one where shared memory is small (8.6 and 8.9).
+# Block ids take half of them: codes are two tiles ahead. They are one where shared memory is small (8.6 and 8.9), and
+# for rows of runs, whose tiles take longer than memory does: two programs fit a multiprocessor so.
 _STAGES, _FEW_STAGES, _LARGE_SHARED_MEMORY = 5, 3, 160000
 
 
@@ -66,7 +67,7 @@ def launch_heads(
         tables.value_runs if runs else gpu_plan.columns,
     )
     key, value = tables.key, tables.value
-    stages = _STAGES if shared_memory(plan.device) >= _LARGE_SHARED_MEMORY else _FEW_STAGES
+    stages = _FEW_STAGES if runs or shared_memory(plan.device) < _LARGE_SHARED_MEMORY else _STAGES
     attend_heads[(sequences * tiles, kv_heads, splits)](
         batch,
         gpu_plan.columns,
@@ -83,6 +84,8 @@ def launch_heads(
         BLOCK_SIZE=plan.layout.block_size,
         KEY_BITS=key.bits,
         KEY_UNITS=key.units,
+        KEY_SECOND=key.second,
+        KEY_THIRD=key.third,
         KEY_ROW_BYTES=key.row_bytes,
         KEY_CODES=key.codes,
         KEY_SCALES=key.scales,
@@ -95,6 +98,8 @@ def launch_heads(
         BIAS=gpu_plan.has_key_bias,
         VALUE_BITS=value.bits,
         VALUE_UNITS=value.units,
+        VALUE_SECOND=value.second,
+        VALUE_THIRD=value.third,
         VALUE_ROW_BYTES=value.row_bytes,
         VALUE_CODES=value.codes,
         VALUE_SCALES=value.scales,
