@@ -45,6 +45,8 @@ MOST_CHANNELS = 128
 MOST_GROUP = 16
 # Rows of a tile of queries: more do not fit the registers.
 MOST_ROWS = 32
+# The same where sums are over fields of values, of which there are up to four times as many as channels.
+MOST_ROWS_OF_FIELDS = 16
 # Of FP16, with room to round up.
 _LARGEST = 30000.0
 _SUBNORMAL = 2.0**24
@@ -168,7 +170,8 @@ def _shared_bytes(plan: AttentionLayerPlan, columns: int) -> int:
     key, value = _streams(plan)
     runs = isinstance(plan.layout.streams[0], AllocatedFormat)
     rows = (0 if runs else 1 + key.num_outliers) + (plan.projection.key_bias is not None)
-    stays = 2 * columns * (key.rows + rows * TILE + MOST_ROWS)
+    queries = MOST_ROWS_OF_FIELDS if runs or value.ones else MOST_ROWS
+    stays = 2 * columns * (key.rows + rows * TILE + queries)
     codes = max(part * of.pieces for of in (key, value) for part in of.parts)
     # Rows that are not aligned are read twice.
     loaded = (2 if runs else 1) * 2 * sum(sum(of.parts) + of.ones for of in (key, value))
