@@ -8,7 +8,7 @@ import torch
 
 from tests.attention.attention_cases import Case, Spec, make_case
 from xquant_vllm.attention import reference
-from xquant_vllm.attention.gpu import launch
+from xquant_vllm.attention.gpu import launch, workspace
 from xquant_vllm.attention.gpu.gpu_plan import prepare
 
 HALF = torch.float16
@@ -19,7 +19,8 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def attended(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """By the kernel and by the reference in FP32; padding is left alone."""
+    """By the kernel and by the reference in FP32; padding is left alone, and the workspace is full of NaN before."""
+    workspace.take(torch.device("cpu"), ((1 << 24,), torch.uint8))[0].fill_(0xFF)
     assert prepare(case.plan, HALF).general_because is None
     tokens = int(case.batch.query_start_loc[-1])
     output = case.run(launch)

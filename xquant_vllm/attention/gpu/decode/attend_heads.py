@@ -473,5 +473,10 @@ def attend_heads(
             field = VALUE_WIDTH_1 + VALUE_WIDTH_2 + VALUE_WIDTH_3 + tl.arange(0, 8 * VALUE_ONES)
             tl.store(at + field[:, None], ones_sums * _SUBNORMAL, row_valid[None, :])
     else:
+        CHANNELS: tl.constexpr = VALUE_ROW_BYTES * 8 // VALUE_BITS
+        if VALUE_WIDTH > CHANNELS:  # ``merge`` multiplies what is behind the channels by 0
+            column = tl.arange(0, VALUE_WIDTH)
+            behind = row_valid[None, :] & (column >= CHANNELS)[:, None]
+            tl.store(at + column[:, None], tl.zeros([VALUE_WIDTH, ROWS], tl.float32), behind)
         channel, factor = channels_of(VALUE_UNITS, VALUE_ROW_BYTES, VALUE_BITS)
         tl.store(at + channel[:, None], sums_1 * factor[:, None], row_valid[None, :] & (channel >= 0)[:, None])
