@@ -79,9 +79,11 @@ def main() -> None:
     print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head), flush=True)
     text, facts = line(rows.served())
     print(text, flush=True)
-    text, calibrated = line(rows.calibrated())
-    print(text, flush=True)
-    facts["calibrated_warp_instructions"] = calibrated["decode_warp_instructions"]
+    for bits in (2, 4):
+        text, calibrated = line(rows.calibrated(bits))
+        print(text, flush=True)
+        facts[f"calibrated_{bits}_warp_instructions"] = calibrated["decode_warp_instructions"]
+        facts[f"calibrated_{bits}_spills"] = calibrated["decode_spills"]
     if not arguments.served:
         for row in rows.others():
             print(line(row)[0], flush=True)

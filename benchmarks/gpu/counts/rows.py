@@ -129,9 +129,9 @@ def served() -> Row:
     return _row("per head, 4 bits: the served default", make_plan(served_spec()))
 
 
-def calibrated() -> Row:
-    """Decoding from latents whose channels have bits of their own."""
-    return _row("per head, calibrated 2 bits", _layer("allocated 2"))
+def calibrated(bits: int) -> Row:
+    """Decoding from latents whose channels have bits of their own, so many on average."""
+    return _row(f"per head, calibrated {bits} bits", _layer(f"allocated {bits}"))
 
 
 def others() -> list[Row]:
@@ -144,7 +144,7 @@ def others() -> list[Row]:
             _row(f"per head, 4 bits, heads of {size}", make_plan(served_spec(size)), head_size=size)
             for size in (64, 256)
         ),
-        _row("per head, calibrated 4 bits", _layer("allocated 4")),
+        calibrated(3),
         _row("joint, calibrated 4 bits", _layer("joint allocated 4")),
         _row("X, 4 bits", make_plan(replace(served_spec(), kind="x", key_group=128, key_outliers=0))),
         *map(_kivi, (4, 2)),

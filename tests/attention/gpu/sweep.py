@@ -24,7 +24,7 @@ SPILLS = {
     "dense": 64,
     "kivi_attend": 1536,
     "merge": 16,
-    "project_spans": 128,
+    "project_spans": 192,
     "rematerialize_pages": 128,
     "store_rotated": 384,
     "subtract_product": 16,

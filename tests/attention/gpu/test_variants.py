@@ -25,8 +25,11 @@ def test_variants() -> None:
     for case in cases:
         print(case)
         assert sum(case["later"].values()) == 0, case
-        assert case["started"].get("attend", 0) <= 2
-        assert sum(case["started"].values()) <= 20
+        # Calibrated layers differ in how long their rows are.
+        several = case["case"].startswith("calibrated")
+        assert case["started"].get("attend", 0) <= (3 if several else 2)
+        assert case["started"].get("attend_heads", 0) <= (12 if several else 2)
+        assert sum(case["started"].values()) <= (30 if several else 20)
 
 
 def test_start_up_batches() -> None:

@@ -2,8 +2,9 @@
 
 ``python -m tests.attention.gpu.variants`` calls the host functions for the batches with which an engine starts
 (attention/start_up.py), then for those of a long day: 1 to 256 sequences, any number of drafted tokens, prompts of many
-lengths, block tables of another width. Nothing is compiled: of every launch, what Triton would compile it for is noted.
-It prints one line of JSON per case. Must run without TRITON_INTERPRET.
+lengths, block tables of another width. Nothing is compiled: of every launch, what Triton would compile it for is noted,
+also whether tensors start at a multiple of 16 bytes. Some cases have several layers, as a model has. It prints one line
+of JSON per case. Must run without TRITON_INTERPRET.
 """
 
 import json
@@ -11,15 +12,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import triton
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, MockTensor
 
+from benchmarks.gpu import layers
 from tests.attention.attention_cases import make_plan
 from tests.attention.gpu import compile_cases
-from tests.attention.gpu.compiled import GPUlessDriver, _mocked
+from tests.attention.gpu.compiled import GPUlessDriver
 from tests.kivi.gpu import compile_cases as kivi_cases
 from tests.kivi.kivi_cases import make_plan as make_kivi_plan
 from xquant_vllm.attention.batch import AttentionBatch
@@ -28,6 +31,7 @@ from xquant_vllm.attention.gpu.hot.buffers import BufferSizes, HotBuffers
 from xquant_vllm.attention.gpu.hot.rows import HotRowTensors
 from xquant_vllm.attention.gpu.hot.write import write_tokens
 from xquant_vllm.attention.gpu.store.store import store
+from xquant_vllm.attention.plan import AttentionLayerPlan
 from xquant_vllm.attention.start_up import Lengths, start_up_batches
 from xquant_vllm.kivi.gpu.launch import paged_attention as kivi_attention
 from xquant_vllm.kivi.gpu.store import store as kivi_store
@@ -38,6 +42,25 @@ Step = Callable[[AttentionBatch, int], None]
 """Of a batch on the host, and of its query tokens."""
 
 
+class _Placed(MockTensor):
+    """A tensor without memory that says where the one in its place starts."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__(tensor.dtype)
+        self._start = 0 if tensor.device.type == "meta" else tensor.data_ptr()
+
+    def data_ptr(self) -> int:
+        return self._start
+
+
+def _placed(argument: Any) -> Any:
+    if isinstance(argument, torch.Tensor):
+        return _Placed(argument)
+    if isinstance(argument, tuple):
+        return type(argument)(*map(_placed, argument))
+    return argument
+
+
 @contextmanager
 def noted_variants() -> Iterator[dict[str, set[str]]]:
     """Within it a launch adds what it would be compiled for to its kernel's."""
@@ -46,7 +69,7 @@ def noted_variants() -> Iterator[dict[str, set[str]]]:
 
     def note(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         *_, binder = self.device_caches[90]
-        _, specialization, options = binder(*map(_mocked, args), debug=False, **kwargs)
+        _, specialization, options = binder(*map(_placed, args), debug=False, **kwargs)
         found.setdefault(self.__name__, set()).add(f"{specialization} {sorted(map(str, options.items()))}")
 
     JITFunction.run = note
@@ -84,25 +107,41 @@ def served_batches(decode_tokens: int) -> Iterator[Lengths]:
 
 
 def latents(spec: Any, decode_tokens: int) -> Step:
+    """One layer."""
+    return _layer(make_plan(spec), spec.dtype)
+
+
+def calibrated(plans: Callable[[], list[AttentionLayerPlan]], decode_tokens: int) -> Step:
+    """Several layers, whose channels have bits of their own, one after another."""
+    steps = [_layer(plan, torch.bfloat16) for plan in plans()]
+
+    def step(batch: AttentionBatch, tokens: int) -> None:
+        for of_layer in steps:
+            of_layer(batch, tokens)
+
+    return step
+
+
+def _layer(plan: AttentionLayerPlan, dtype: torch.dtype) -> Step:
     """A layer's store and attention, and what hot blocks add to it."""
-    plan = make_plan(spec)
+    kv_heads, head_size = plan.projection.num_kv_heads, plan.projection.head_size
     pages = [torch.zeros(1, layout.page_bytes, dtype=torch.uint8) for layout in plan.layouts]
     rows = HotRowTensors(SEQUENCES, LENGTH // BLOCK, TOKENS, torch.device("cpu"))
     hot_of = torch.zeros(9, dtype=torch.int32)
     # The products in between are computed: few, and of X small ones.
-    written = (1, 2, 3, 15, 16, 255, 256) if spec.kind == "latent" else (1, 2, 3)
-    buffers = HotBuffers(BufferSizes.of([plan]), TOKENS, spec.dtype, plan.device)
-    pool = [torch.zeros(1, BLOCK, spec.kv_heads, spec.head_size, dtype=spec.dtype) for _ in range(2)]
+    written = (1, 2, 3, 15, 16, 255, 256) if len(plan.layout.streams) > 1 else (1, 2, 3)
+    buffers = HotBuffers(BufferSizes.of([plan]), TOKENS, dtype, plan.device)
+    pool = [torch.zeros(1, BLOCK, kv_heads, head_size, dtype=dtype) for _ in range(2)]
 
     def step(batch: AttentionBatch, tokens: int) -> None:
-        inputs = [torch.zeros(tokens, of.num_heads, of.width, dtype=spec.dtype) for of in plan.layout.streams]
+        inputs = [torch.zeros(tokens, of.num_heads, of.width, dtype=dtype) for of in plan.layout.streams]
         slots = torch.zeros(tokens, dtype=torch.int64)
         store(pages, plan, slots, inputs)
         located = rows.locate(batch, slots, hot_of, BLOCK, None, None)
         if tokens in written:
             for before in (None, "layer"):
                 write_tokens(pages, plan, located.written, buffers, *pool, layer="layer", before=before)
-        query = torch.zeros(tokens, plan.num_heads, spec.head_size, dtype=spec.dtype)
+        query = torch.zeros(tokens, plan.num_heads, head_size, dtype=dtype)
         launch.paged_attention(query, pages, plan, batch, torch.empty_like(query), inputs)
 
     return step
@@ -125,6 +164,25 @@ def kivi(spec: Any, decode_tokens: int) -> Step:
 
 
 _SERVED = replace(compile_cases.SPECS["folded"], key_outliers=1)
+_SMALL = layers.Model("small", 1024, 8, 2, 128)
+_JOINT = replace(compile_cases.SPECS["chain"], kv_heads=2, hidden_size=1024)
+
+
+def _of_model(*formats: str) -> list[AttentionLayerPlan]:
+    """Layers whose runs differ as calibration has them; every third sees a window only."""
+    plans = [
+        layers.make_layer(_SMALL, form, LENGTH, BLOCK, torch.device("cpu"), seed)
+        for seed, form in enumerate(formats * 3)
+    ]
+    return [replace(plan, sliding_window=100) if index % 3 == 2 else plan for index, plan in enumerate(plans)]
+
+
+def _chain() -> list[AttentionLayerPlan]:
+    """An anchor, and layers that add to it."""
+    anchor = layers.make_layer(_SMALL, "joint allocated 4", LENGTH, BLOCK, torch.device("cpu"), 0)
+    return [anchor, *(make_plan(replace(_JOINT, earlier=(4,) * before, seed=before)) for before in (1, 2, 3))]
+
+
 # What is served, and query tokens of a decoding sequence at most.
 CASES: dict[str, tuple[Callable[[Any, int], Step], Any, int]] = {
     "latents": (latents, _SERVED, 1),
@@ -132,6 +190,10 @@ CASES: dict[str, tuple[Callable[[Any, int], Step], Any, int]] = {
     "latents, 40 drafted, exact prompts": (latents, replace(_SERVED, exact_from=42), 41),
     "X": (latents, replace(compile_cases.SPECS["x"], hidden_size=1024), 1),
     "chain of X": (latents, replace(compile_cases.SPECS["deltas"], hidden_size=1024), 1),
+    "calibrated per head": (calibrated, partial(_of_model, "allocated 2", "allocated 4"), 1),
+    "calibrated per head, 5 drafted": (calibrated, partial(_of_model, "allocated 3", "allocated 4"), 6),
+    "calibrated joint": (calibrated, partial(_of_model, "joint allocated 4"), 1),
+    "calibrated chain": (calibrated, _chain, 1),
     "KIVI": (kivi, kivi_cases.SPECS["KIVI 4"], 1),
     "KIVI, 5 drafted": (kivi, kivi_cases.SPECS["KIVI 4"], 6),
 }

@@ -59,6 +59,7 @@ def let_vllm_take_triton() -> None:
 def become_gpu_worker() -> None:
     """Make vLLM's CPU worker do what the GPU's does; before an engine starts."""
     let_vllm_take_triton()
+    _let_scalars_mask()
     import torch
     from gpu_worker.cpu_graph import CpuGraph, capture
     from vllm.platforms.cpu import CpuPlatform
@@ -76,6 +77,25 @@ def become_gpu_worker() -> None:
     CPUWorker.determine_available_memory = _determine_available_memory
     del CPUWorker.compile_or_warm_up_model
     _note_steps()
+
+
+def _let_scalars_mask() -> None:
+    """Let a comparison of scalars stay one when it meets a block, as vLLM's kernels for drafted tokens need it.
+
+    Triton 3.9's interpreter makes a block of the type that was compared from it, and refuses that as a mask.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    original = InterpreterBuilder.create_splat
+
+    def create_splat(self: Any, ret_ty: Any, arg: Any) -> Any:
+        if arg.data.dtype == np.bool_:
+            return TensorHandle(np.full(ret_ty.shape, arg.data.item()), tl.int1)
+        return original(self, ret_ty, arg)
+
+    InterpreterBuilder.create_splat = create_splat
 
 
 def _prepare(worker: Any) -> None:

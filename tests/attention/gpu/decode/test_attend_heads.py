@@ -8,7 +8,7 @@ import torch
 
 from tests.attention.attention_cases import Case, Spec, make_case
 from xquant_vllm.attention import reference
-from xquant_vllm.attention.gpu import launch
+from xquant_vllm.attention.gpu import launch, workspace
 from xquant_vllm.attention.gpu.gpu_plan import prepare
 
 HALF = torch.float16
@@ -19,7 +19,8 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def attended(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """By the kernel and by the reference in FP32; padding is left alone."""
+    """By the kernel and by the reference in FP32; padding is left alone, and the workspace is full of NaN before."""
+    workspace.take(torch.device("cpu"), ((1 << 24,), torch.uint8))[0].fill_(0xFF)
     assert prepare(case.plan, HALF).general_because is None
     tokens = int(case.batch.query_start_loc[-1])
     output = case.run(launch)
@@ -46,6 +47,9 @@ SPECS = {
     # Runs of 2 to 8 bits, of which rows have odd numbers of bytes.
     "calibrated": sized(64, seqs=((150, 1), (33, 1)), allocated=1.0, folded=True, seed=3),
     "calibrated, up-projected": sized(64, seqs=((70, 4), (3, 3)), allocated=1.0, bias=True, strided=True, seed=4),
+    # Rows of three parts, of which the last may have nothing to read.
+    "calibrated, long keys": sized(128, seqs=((70, 1),), kv_heads=1, allocated=1.0, folded=True, seed=9),
+    "calibrated, long values": sized(128, seqs=((70, 1),), kv_heads=1, group=4, allocated=1.0, seed=7),
 }
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.gpu import layers
 from tests.attention.attention_cases import Spec, make_plan
 from xquant_vllm.attention.gpu.gpu_plan import prepare
 from xquant_vllm.attention.gpu.tables import head_tables as tables
@@ -61,6 +62,13 @@ def test_shared_memory(limit: int, bias: bool, taken: bool, monkeypatch: pytest.
     reason = refusal(plan, torch.float16)
     assert (reason is None) == taken
     assert taken or "shared memory, more than the 101376 of this GPU" in str(reason)
+
+
+@pytest.mark.parametrize(("bits", "taken"), [(2, True), (3, True), (4, False)])
+def test_shared_memory_of_calibrated_latents(bits: int, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "shared_memory", lambda device: 101376)
+    plan = layers.make_layer(layers.LLAMA_3, f"allocated {bits}", 128, 16, torch.device("cpu"), 0)
+    assert (refusal(plan, torch.bfloat16) is None) == taken
 
 
 @pytest.mark.parametrize("outliers", [0, 1])

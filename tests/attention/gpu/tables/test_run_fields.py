@@ -43,23 +43,25 @@ def _numbers(rows: torch.Tensor, runs: Runs, form: FieldFormat, behind: int) -> 
     """Fields as the kernel has them, ``[TOKENS, form.number]``; behind a row there is something else."""
     first, count = window_of_ones(runs)
 
-    def read(part: torch.Tensor, units: int, bits: int, mask: int) -> torch.Tensor:
+    def read(part: torch.Tensor, units: int, mask: int) -> torch.Tensor:
         padded = torch.full((TOKENS, 2 * units), 0, dtype=torch.uint8)
         padded[:, : part.shape[1]] = part
         if part.shape[1] < 2 * units:
             padded[:, part.shape[1]] = 0x5A
-        if behind and units == form.units:
+        if behind and mask == 0xFFFF:
             padded[:, -4:] = torch.tensor([behind >> 8 * i & 0xFF for i in range(4)], dtype=torch.uint8)
-        of_units = padded.view(torch.int16).int() & mask
-        pieces = []
+        return padded.view(torch.int16).int() & mask
+
+    def pieces(units: torch.Tensor, bits: int) -> torch.Tensor:
+        found = []
         for piece in range(16 // bits):
             of_place = ((1 << bits) - 1) << bits * (piece // 2)
-            pieces.append(of_units >> 8 * (piece % 2) & of_place)
-        return torch.cat(pieces, 1)
+            found.append(units >> 8 * (piece % 2) & of_place)
+        return torch.cat(found, 1)
 
-    found = [read(rows, form.units, form.bits, 0xFFFF)]
+    found = [pieces(part, form.bits) for part in read(rows, sum(form.parts), 0xFFFF).split(form.parts, 1)]
     if form.ones:
-        found.append(read(rows[:, first : first + count], form.ones, 2, 0xAAAA))
+        found.append(pieces(read(rows[:, first : first + count], form.ones, 0xAAAA), 2))
     return torch.cat(found, 1).float()
 
 
@@ -105,10 +107,12 @@ def test_values(seed: int, folded: bool) -> None:
 def test_formats() -> None:
     """Fields are as wide as the narrowest plane, but for single bits; rows of keys have room for the constant."""
     wide = AllocatedFormat(128, (((8, 4), (4, 32)), ((4, 8),)))
-    assert key_format(wide) == FieldFormat(bits=4, units=16, ones=0)
+    assert key_format(wide) == FieldFormat(bits=4, parts=(16, 0, 0), ones=0)
     threes = AllocatedFormat(128, (((8, 4), (3, 40)), ((2, 128),)))
-    assert key_format(threes) == FieldFormat(bits=2, units=32, ones=4)
-    assert value_format(threes) == FieldFormat(bits=2, units=16, ones=8)
+    assert key_format(threes) == FieldFormat(bits=2, parts=(16, 8, 0), ones=4)
+    assert value_format(threes) == FieldFormat(bits=2, parts=(16, 0, 0), ones=8)
+    wide = AllocatedFormat(128, (((8, 128),), ((3, 8),)))
+    assert [key_format(wide).parts, value_format(wide).parts] == [(32, 32, 8), (32, 32, 0)]
     assert window_of_ones(threes.runs[0]) == (4 + 10, 5)
     assert window_of_ones(threes.runs[1]) == (0, 0)
 

@@ -20,12 +20,13 @@ import triton
 import triton.language as tl
 
 from xquant_vllm.attention.gpu.device.code_units import (
-    bits_from,
     channels_of,
     pieces_of,
     side_by_side,
     turned,
     units_of,
+    word_from,
+    words_from,
 )
 from xquant_vllm.attention.gpu.device.query_tile import rows_of_tile, seen_by_tile
 from xquant_vllm.attention.gpu.device.softmax import capped
@@ -60,10 +61,10 @@ class Heads(NamedTuple):
 
 @triton.jit
 def _load_units(row, UNITS: tl.constexpr, ROW_BYTES: tl.constexpr):
-    """``[TILE, UNITS]`` uint16 from pointers to bytes ``[TILE]``; 0 where a row has no more units."""
+    """``[TILE, UNITS]`` uint16 from pointers to bytes ``[TILE]``; 0 where a row has no more than ``ROW_BYTES``."""
     unit = tl.arange(0, UNITS)
     at = row.to(tl.pointer_type(tl.uint16))[:, None] + unit[None, :]
-    if 2 * UNITS == ROW_BYTES:
+    if 2 * UNITS <= ROW_BYTES:
         # What is read of tokens that are not there is in page 0, and is not used.
         return tl.load(at)
     return tl.load(at, (2 * unit < ROW_BYTES)[None, :], 0)
@@ -107,17 +108,59 @@ def _load_parameters(
 
 
 @triton.jit
-def _load_words(pages, at, row_bytes, WORDS: tl.constexpr, PTX: tl.constexpr):
-    """``[TILE, WORDS]`` uint32 from bytes ``at`` ``[TILE]`` of the pages on, which need not be aligned.
+def _load_words(pages, at, row_bytes, FIRST: tl.constexpr, WORDS: tl.constexpr, PTX: tl.constexpr):
+    """``[TILE, WORDS]`` uint32, from the ``FIRST`` of rows at bytes ``at`` ``[TILE]`` on, which need not be aligned.
 
-    What follows a row's ``row_bytes`` is not specified: ten bytes of it are read at most, over and over. Behind codes
-    there are always 16.
+    What follows a row's ``row_bytes`` is not specified: 15 bytes of it are read at most, over and over. Behind codes
+    there are always 16. Two words are loaded at once, which halves the rows whose addresses a thread has to know.
     """
-    word = tl.minimum(tl.arange(0, WORDS), (row_bytes + 2) // 4)
-    ahead = at & 3
-    aligned = (pages + (at - ahead)).to(tl.pointer_type(tl.uint32))[:, None] + word[None, :]
+    if WORDS == 2:  # a row of one pair would be laid out anew on its way
+        word = tl.minimum(FIRST + tl.arange(0, WORDS), (row_bytes + 2) // 4)
+        ahead = at & 3
+        aligned = (pages + (at - ahead)).to(tl.pointer_type(tl.uint32))[:, None] + word[None, :]
+        low, high = tl.load(aligned), tl.load(aligned + 1)
+        return word_from(low, high, tl.broadcast_to((8 * ahead).to(tl.uint32)[:, None], [_TILE, WORDS]), PTX)
+    PAIRS: tl.constexpr = WORDS // 2
+    pair = tl.minimum(FIRST // 2 + tl.arange(0, PAIRS), (row_bytes + 6) // 8)
+    ahead = at & 7
+    aligned = (pages + (at - ahead)).to(tl.pointer_type(tl.uint64))[:, None] + pair[None, :]
     low, high = tl.load(aligned), tl.load(aligned + 1)
-    return bits_from(low, high, tl.broadcast_to((8 * ahead).to(tl.uint32)[:, None], [_TILE, WORDS]), PTX)
+    shift = tl.broadcast_to((8 * ahead).to(tl.uint32)[:, None], [_TILE, PAIRS])
+    first, second = words_from(low, high, shift, PTX)
+    return tl.reshape(tl.join(first, second), [_TILE, WORDS])
+
+
+@triton.jit
+def _load_fields(
+    pages, at, row_bytes, FIRST: tl.constexpr, UNITS: tl.constexpr, CONSTANT_LAST: tl.constexpr, PTX: tl.constexpr
+):
+    """``[TILE, UNITS]`` uint16 from unit ``FIRST`` of rows on; the last two are the constant if asked for."""
+    WORDS: tl.constexpr = UNITS // 2
+    words = _load_words(pages, at, row_bytes, FIRST // 2, WORDS, PTX)
+    if CONSTANT_LAST:
+        words = tl.where(tl.arange(0, WORDS)[None, :] == WORDS - 1, _CONSTANT, words).to(tl.uint32)
+    return units_of(words, WORDS, _TILE)
+
+
+@triton.jit
+def _load_up(up, FIRST: tl.constexpr, COUNT: tl.constexpr, HALF: tl.constexpr):
+    """Halves ``[COUNT, HALF]`` of rows of the up-projection, from row ``FIRST`` on."""
+    at = up + (FIRST + tl.arange(0, COUNT)[:, None]) * (2 * HALF)
+    return tl.load(at), tl.load(at + HALF)
+
+
+@triton.jit
+def _rematerialized(units, up_low, up_high, low, high, UNITS: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
+    """Halves of keys, to which what units make is added."""
+    codes = side_by_side(pieces_of(units, BITS, PTX), UNITS, _TILE, BITS)
+    return tl.dot(codes, up_low, low), tl.dot(codes, up_high, high)
+
+
+@triton.jit
+def _weighed(units, weight, sums, UNITS: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
+    """Sums over values, to which those of units are added."""
+    codes = side_by_side(pieces_of(units, BITS, PTX), UNITS, _TILE, BITS)
+    return tl.dot(tl.trans(codes), weight.to(tl.float16), sums)
 
 
 @triton.jit
@@ -151,6 +194,8 @@ def attend_heads(
     BLOCK_SIZE: tl.constexpr,
     KEY_BITS: tl.constexpr,
     KEY_UNITS: tl.constexpr,
+    KEY_SECOND: tl.constexpr,
+    KEY_THIRD: tl.constexpr,
     KEY_ROW_BYTES: tl.constexpr,
     KEY_CODES: tl.constexpr,
     KEY_SCALES: tl.constexpr,
@@ -163,6 +208,8 @@ def attend_heads(
     BIAS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
     VALUE_UNITS: tl.constexpr,
+    VALUE_SECOND: tl.constexpr,
+    VALUE_THIRD: tl.constexpr,
     VALUE_ROW_BYTES: tl.constexpr,
     VALUE_CODES: tl.constexpr,
     VALUE_SCALES: tl.constexpr,
@@ -220,13 +267,20 @@ def attend_heads(
     pair, distance = tl.arange(0, HALF), tl.arange(0, _TILE)
     # What stays: the up-projection, rows and angles of all distances, queries.
     KEY_WIDTH: tl.constexpr = 16 // KEY_BITS * KEY_UNITS
-    VALUE_FIELDS: tl.constexpr = 16 // VALUE_BITS * VALUE_UNITS
-    up = heads.up + head * ((KEY_WIDTH + 8 * KEY_ONES) * 2 * HALF) + pair[None, :]
-    of_fields = up + tl.arange(0, KEY_WIDTH)[:, None] * (2 * HALF)
-    up_low, up_high = tl.load(of_fields), tl.load(of_fields + HALF)
+    KEY_WIDTH_2: tl.constexpr = 16 // KEY_BITS * KEY_SECOND
+    KEY_WIDTH_3: tl.constexpr = 16 // KEY_BITS * KEY_THIRD
+    KEY_FIELDS: tl.constexpr = KEY_WIDTH + KEY_WIDTH_2 + KEY_WIDTH_3
+    VALUE_WIDTH_1: tl.constexpr = 16 // VALUE_BITS * VALUE_UNITS
+    VALUE_WIDTH_2: tl.constexpr = 16 // VALUE_BITS * VALUE_SECOND
+    VALUE_WIDTH_3: tl.constexpr = 16 // VALUE_BITS * VALUE_THIRD
+    up = heads.up + head * ((KEY_FIELDS + 8 * KEY_ONES) * 2 * HALF) + pair[None, :]
+    low_1, high_1 = _load_up(up, 0, KEY_WIDTH, HALF)
+    if KEY_SECOND:
+        low_2, high_2 = _load_up(up, KEY_WIDTH, KEY_WIDTH_2, HALF)
+    if KEY_THIRD:
+        low_3, high_3 = _load_up(up, KEY_WIDTH + KEY_WIDTH_2, KEY_WIDTH_3, HALF)
     if KEY_ONES:
-        of_ones = up + (KEY_WIDTH + tl.arange(0, 8 * KEY_ONES)[:, None]) * (2 * HALF)
-        ones_low, ones_high = tl.load(of_ones), tl.load(of_ones + HALF)
+        ones_low, ones_high = _load_up(up, KEY_FIELDS, 8 * KEY_ONES, HALF)
     turns = heads.turns + distance[:, None] * HALF + pair[None, :]
     cos, sin = tl.load(turns), tl.load(turns + _TILE * HALF)
     NUM_ROWS: tl.constexpr = BIAS + (0 if RUNS else 1 + OUTLIERS)
@@ -259,7 +313,11 @@ def attend_heads(
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([_TILE, ROWS], tl.float32)
     zeros = tl.zeros([_TILE, ROWS], tl.float32)
-    sums = tl.zeros([VALUE_FIELDS, ROWS], tl.float32)
+    sums_1 = tl.zeros([VALUE_WIDTH_1, ROWS], tl.float32)
+    if VALUE_SECOND:
+        sums_2 = tl.zeros([VALUE_WIDTH_2, ROWS], tl.float32)
+    if VALUE_THIRD:
+        sums_3 = tl.zeros([VALUE_WIDTH_3, ROWS], tl.float32)
     if VALUE_ONES:
         ones_sums = tl.zeros([8 * VALUE_ONES, ROWS], tl.float32)
 
@@ -293,11 +351,13 @@ def attend_heads(
             in_page = block.to(tl.int64) * heads.page_stride
             key_at = in_page + key_codes_at + position.to(tl.uint32) % BLOCK_SIZE * key_bytes
             value_at = in_page + value_codes_at + position.to(tl.uint32) % BLOCK_SIZE * value_bytes
-            key_words = _load_words(heads.pages, key_at, key_bytes, KEY_UNITS // 2, PTX)
+            key_units = _load_fields(heads.pages, key_at, key_bytes, 0, KEY_UNITS, not KEY_SECOND, PTX)
+            if KEY_SECOND:
+                units_2 = _load_fields(heads.pages, key_at, key_bytes, KEY_UNITS, KEY_SECOND, not KEY_THIRD, PTX)
+            if KEY_THIRD:
+                units_3 = _load_fields(heads.pages, key_at, key_bytes, KEY_UNITS + KEY_SECOND, KEY_THIRD, True, PTX)
             if KEY_ONES:
-                key_ones = _load_words(heads.pages, key_at + key_ones_at, key_ones_bytes, KEY_ONES // 2, PTX)
-            constant = tl.arange(0, KEY_UNITS // 2)[None, :] == KEY_UNITS // 2 - 1
-            key_units = units_of(tl.where(constant, _CONSTANT, key_words).to(tl.uint32), KEY_UNITS // 2, _TILE)
+                key_ones = _load_fields(heads.pages, key_at + key_ones_at, key_ones_bytes, 0, KEY_ONES, False, PTX)
             ks, of_value = tl.exp2(_octaves(key_octaves)), _octaves(value_octaves)
             inverse = tl.exp2(-of_value)
             key_octaves, value_octaves = _load_scales(
@@ -308,6 +368,12 @@ def attend_heads(
             row_of_head = head * BLOCK_SIZE + position.to(tl.uint32) % BLOCK_SIZE
             key_units = _load_units(page + KEY_CODES + row_of_head * KEY_ROW_BYTES, KEY_UNITS, KEY_ROW_BYTES)
             value_units = _load_units(page + VALUE_CODES + row_of_head * VALUE_ROW_BYTES, VALUE_UNITS, VALUE_ROW_BYTES)
+            if KEY_SECOND:
+                rest = page + (KEY_CODES + 2 * KEY_UNITS) + row_of_head * KEY_ROW_BYTES
+                units_2 = _load_units(rest, KEY_SECOND, KEY_ROW_BYTES - 2 * KEY_UNITS)
+            if VALUE_SECOND:
+                rest = page + (VALUE_CODES + 2 * VALUE_UNITS) + row_of_head * VALUE_ROW_BYTES
+                value_units_2 = _load_units(rest, VALUE_SECOND, VALUE_ROW_BYTES - 2 * VALUE_UNITS)
             if KEY_ONES:
                 window = page + (KEY_CODES + KEY_WINDOW) + row_of_head * KEY_ROW_BYTES
                 key_ones = _load_units(window, KEY_ONES, KEY_ROW_BYTES - KEY_WINDOW)
@@ -325,14 +391,14 @@ def attend_heads(
         # Keys, per scale and without what meets the scores.
         if MIDDLE:
             key_units |= tl.where(tl.arange(0, KEY_UNITS) == 0, MIDDLE, 0).to(tl.uint16)[None, :]
-        key_codes = side_by_side(pieces_of(key_units, KEY_BITS, PTX), KEY_UNITS, _TILE, KEY_BITS)
-        low, high = tl.dot(key_codes, up_low), tl.dot(key_codes, up_high)
+        none = tl.zeros([_TILE, HALF], tl.float32)
+        low, high = _rematerialized(key_units, low_1, high_1, none, none, KEY_UNITS, KEY_BITS, PTX)
+        if KEY_SECOND:
+            low, high = _rematerialized(units_2, low_2, high_2, low, high, KEY_SECOND, KEY_BITS, PTX)
+        if KEY_THIRD:
+            low, high = _rematerialized(units_3, low_3, high_3, low, high, KEY_THIRD, KEY_BITS, PTX)
         if KEY_ONES:
-            if RUNS:
-                key_ones = units_of(key_ones, KEY_ONES // 2, _TILE)
-            ones = key_ones & _UPPER_BITS
-            ones_codes = side_by_side(pieces_of(ones, 2, PTX), KEY_ONES, _TILE, 2)
-            low, high = tl.dot(ones_codes, ones_low, low), tl.dot(ones_codes, ones_high, high)
+            low, high = _rematerialized(key_ones & _UPPER_BITS, ones_low, ones_high, low, high, KEY_ONES, 2, PTX)
         low_key, high_key = turned(low.to(tl.float16), high.to(tl.float16), cos, sin, PTX)
 
         # Queries, turned back to the tile's first position.
@@ -375,30 +441,42 @@ def attend_heads(
         total = total * decay + weight * inverse[:, None]
 
         if RUNS:
-            value_words = _load_words(heads.pages, value_at, value_bytes, VALUE_UNITS // 2, PTX)
-            value_units = units_of(value_words, VALUE_UNITS // 2, _TILE)
-        value_codes = side_by_side(pieces_of(value_units, VALUE_BITS, PTX), VALUE_UNITS, _TILE, VALUE_BITS)
-        sums = tl.dot(tl.trans(value_codes), weight.to(tl.float16), sums * decay)
+            value_units = _load_fields(heads.pages, value_at, value_bytes, 0, VALUE_UNITS, False, PTX)
+        sums_1 = _weighed(value_units, weight, sums_1 * decay, VALUE_UNITS, VALUE_BITS, PTX)
+        if VALUE_SECOND:
+            if RUNS:
+                value_units_2 = _load_fields(heads.pages, value_at, value_bytes, VALUE_UNITS, VALUE_SECOND, False, PTX)
+            sums_2 = _weighed(value_units_2, weight, sums_2 * decay, VALUE_SECOND, VALUE_BITS, PTX)
+        if VALUE_THIRD:
+            FIRST: tl.constexpr = VALUE_UNITS + VALUE_SECOND
+            value_units_3 = _load_fields(heads.pages, value_at, value_bytes, FIRST, VALUE_THIRD, False, PTX)
+            sums_3 = _weighed(value_units_3, weight, sums_3 * decay, VALUE_THIRD, VALUE_BITS, PTX)
         if VALUE_ONES:
             if RUNS:
-                value_ones = units_of(
-                    _load_words(heads.pages, value_at + value_ones_at, value_ones_bytes, VALUE_ONES // 2, PTX),
-                    VALUE_ONES // 2,
-                    _TILE,
-                )
-            ones = value_ones & _UPPER_BITS
-            ones_codes = side_by_side(pieces_of(ones, 2, PTX), VALUE_ONES, _TILE, 2)
-            ones_sums = tl.dot(tl.trans(ones_codes), weight.to(tl.float16), ones_sums * decay)
+                ones_at = value_at + value_ones_at
+                value_ones = _load_fields(heads.pages, ones_at, value_ones_bytes, 0, VALUE_ONES, False, PTX)
+            ones_sums = _weighed(value_ones & _UPPER_BITS, weight, ones_sums * decay, VALUE_ONES, 2, PTX)
 
     tl.store(stats, largest * _LN2, row_valid)
     tl.store(stats + 1, tl.sum(total, 0), row_valid)
     tl.store(stats + 2, tl.sum(zeros, 0), row_valid)
     at = partial.sums + (row.to(tl.int64) * splits + split)[None, :] * VALUE_WIDTH
     if RUNS or VALUE_ONES:
-        tl.store(at + tl.arange(0, VALUE_FIELDS)[:, None], sums * _SUBNORMAL, row_valid[None, :])
+        tl.store(at + tl.arange(0, VALUE_WIDTH_1)[:, None], sums_1 * _SUBNORMAL, row_valid[None, :])
+        if VALUE_SECOND:
+            field = VALUE_WIDTH_1 + tl.arange(0, VALUE_WIDTH_2)
+            tl.store(at + field[:, None], sums_2 * _SUBNORMAL, row_valid[None, :])
+        if VALUE_THIRD:
+            field = VALUE_WIDTH_1 + VALUE_WIDTH_2 + tl.arange(0, VALUE_WIDTH_3)
+            tl.store(at + field[:, None], sums_3 * _SUBNORMAL, row_valid[None, :])
         if VALUE_ONES:
-            field = VALUE_FIELDS + tl.arange(0, 8 * VALUE_ONES)
+            field = VALUE_WIDTH_1 + VALUE_WIDTH_2 + VALUE_WIDTH_3 + tl.arange(0, 8 * VALUE_ONES)
             tl.store(at + field[:, None], ones_sums * _SUBNORMAL, row_valid[None, :])
     else:
+        CHANNELS: tl.constexpr = VALUE_ROW_BYTES * 8 // VALUE_BITS
+        if VALUE_WIDTH > CHANNELS:  # ``merge`` multiplies what is behind the channels by 0
+            column = tl.arange(0, VALUE_WIDTH)
+            behind = row_valid[None, :] & (column >= CHANNELS)[:, None]
+            tl.store(at + column[:, None], tl.zeros([VALUE_WIDTH, ROWS], tl.float32), behind)
         channel, factor = channels_of(VALUE_UNITS, VALUE_ROW_BYTES, VALUE_BITS)
-        tl.store(at + channel[:, None], sums * factor[:, None], row_valid[None, :] & (channel >= 0)[:, None])
+        tl.store(at + channel[:, None], sums_1 * factor[:, None], row_valid[None, :] & (channel >= 0)[:, None])

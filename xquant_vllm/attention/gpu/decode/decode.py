@@ -25,6 +25,9 @@ from xquant_vllm.attention.gpu.page_pointers import page_pointers
 from xquant_vllm.attention.gpu.tiling import shape_of
 from xquant_vllm.attention.plan import AttentionLayerPlan
 
+# Products of FP32 are no tensor cores': four warps would spill 10 KB a thread of what they unroll to.
+_MERGE_WARPS = {torch.float32: 16}
+
 
 def workspace_parts(
     plan: AttentionLayerPlan, gpu_plan: GpuPlan, tokens: int, splits: int
@@ -151,5 +154,6 @@ def decode(
         FACTORS=fields is not None and fields.are_codes,
         BIAS=gpu_plan.has_value_bias,
         SINKS=plan.sinks is not None,
+        num_warps=_MERGE_WARPS.get(gpu_plan.dtype, 4),
         **products(gpu_plan.dtype),
     )

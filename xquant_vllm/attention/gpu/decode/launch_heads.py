@@ -9,14 +9,13 @@ from xquant_vllm.attention.gpu.device.arguments import Batch, Partial
 from xquant_vllm.attention.gpu.gpu_plan import GpuPlan
 from xquant_vllm.attention.gpu.limits import shared_memory
 from xquant_vllm.attention.gpu.operands import ATTENDS
-from xquant_vllm.attention.gpu.tables.head_tables import MOST_ROWS
+from xquant_vllm.attention.gpu.tables.head_tables import MOST_ROWS, MOST_ROWS_OF_FIELDS
 from xquant_vllm.attention.gpu.tiling import rows_of
 from xquant_vllm.attention.plan import AttentionLayerPlan
 
 _LEAST_ROWS = 8  # of a product
-# Rows of a tile of queries where sums are over fields, of which there are up to four times as many as channels.
-_ROWS_OF_FIELDS = 16
-# Block ids take half of them: codes are two tiles ahead, and one where shared memory is small (8.6 and 8.9).
+# Block ids take half of them: codes are two tiles ahead. They are one where shared memory is small (8.6 and 8.9), and
+# for rows of runs, whose tiles take longer than memory does: two programs fit a multiprocessor so.
 _STAGES, _FEW_STAGES, _LARGE_SHARED_MEMORY = 5, 3, 160000
 
 
@@ -50,7 +49,7 @@ def launch_heads(
     assert tables is not None
     kv_heads = plan.projection.num_kv_heads
     group = plan.num_heads // kv_heads
-    most = MOST_ROWS if gpu_plan.fields is None else _ROWS_OF_FIELDS
+    most = MOST_ROWS if gpu_plan.fields is None else MOST_ROWS_OF_FIELDS
     rows = rows_of(group, longest, decode_tokens, _LEAST_ROWS, most)
     tiles = triton.cdiv(longest, rows // group)
     runs = tables.key_runs is not None
@@ -66,7 +65,7 @@ def launch_heads(
         tables.value_runs if runs else gpu_plan.columns,
     )
     key, value = tables.key, tables.value
-    stages = _STAGES if shared_memory(plan.device) >= _LARGE_SHARED_MEMORY else _FEW_STAGES
+    stages = _FEW_STAGES if runs or shared_memory(plan.device) < _LARGE_SHARED_MEMORY else _STAGES
     attend_heads[(sequences * tiles, kv_heads, splits)](
         batch,
         gpu_plan.columns,
@@ -83,6 +82,8 @@ def launch_heads(
         BLOCK_SIZE=plan.layout.block_size,
         KEY_BITS=key.bits,
         KEY_UNITS=key.units,
+        KEY_SECOND=key.second,
+        KEY_THIRD=key.third,
         KEY_ROW_BYTES=key.row_bytes,
         KEY_CODES=key.codes,
         KEY_SCALES=key.scales,
@@ -95,6 +96,8 @@ def launch_heads(
         BIAS=gpu_plan.has_key_bias,
         VALUE_BITS=value.bits,
         VALUE_UNITS=value.units,
+        VALUE_SECOND=value.second,
+        VALUE_THIRD=value.third,
         VALUE_ROW_BYTES=value.row_bytes,
         VALUE_CODES=value.codes,
         VALUE_SCALES=value.scales,

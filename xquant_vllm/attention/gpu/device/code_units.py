@@ -78,13 +78,34 @@ def _piece(units, shift: tl.constexpr, mask: tl.constexpr):
 
 
 @triton.jit
-def bits_from(low, high, shift, PTX: tl.constexpr):
+def word_from(low, high, shift, PTX: tl.constexpr):
     """The 32 bits of two uint32 that follow each other, from bit ``shift`` (0 to 31) of the first on."""
     if PTX:
         return tl.inline_asm_elementwise(
             "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, shift], tl.uint32, is_pure=True, pack=1
         )
     return ((low.to(tl.uint64) | (high.to(tl.uint64) << 32)) >> shift.to(tl.uint64)).to(tl.uint32)
+
+
+@triton.jit
+def words_from(low, high, shift, PTX: tl.constexpr):
+    """64 bits of two uint64 that follow each other, from bit ``shift`` (0 to 56) of the first on, as two uint32."""
+    if PTX:
+        first, second = tl.inline_asm_elementwise(
+            """{ .reg .pred far; .reg .b32 a, b, c, d;
+            mov.b64 {a, b}, $2; mov.b64 {c, d}, $3; setp.ge.u32 far, $4, 32;
+            selp.b32 a, b, a, far; selp.b32 b, c, b, far; selp.b32 c, d, c, far;
+            shf.r.wrap.b32 $0, a, b, $4; shf.r.wrap.b32 $1, b, c, $4; }""",
+            "=&r,=&r,l,l,r",
+            [low, high, shift],
+            (tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
+        return first, second
+    of_shift = shift.to(tl.uint64)
+    found = (low >> of_shift) | ((high << 1) << (63 - of_shift))
+    return (found & 0xFFFFFFFF).to(tl.uint32), (found >> 32).to(tl.uint32)
 
 
 @triton.jit

@@ -29,6 +29,13 @@ _HALF_PRECISION = (
     DenseTile(64, 16, 2, 4),
     DenseTile(16, 16, 2, 4),
 )
+# Of more than 128 channels a program has twice as many sums: four warps would spill 360 bytes a thread on 9.0.
+_WIDE_HALF_PRECISION = (
+    DenseTile(64, 32, 3, 8),
+    DenseTile(64, 32, 2, 8),
+    DenseTile(64, 16, 2, 8),
+    DenseTile(16, 16, 2, 4),
+)
 _FULL_PRECISION = (DenseTile(32, 32, 2, 8), DenseTile(32, 16, 2, 8), DenseTile(16, 16, 2, 4), DenseTile(16, 16, 1, 4))
 
 
@@ -48,9 +55,9 @@ def dense_tile(width: int, dtype: torch.dtype, shared_memory: int) -> DenseTile:
     Raises:
         ValueError: none does.
     """
-    of_dtype: tuple[DenseTile, ...] = _FULL_PRECISION if dtype == torch.float32 else _HALF_PRECISION
-    # Wider heads have so many sums that registers are short.
-    tiles = [tile for tile in of_dtype if tile.tokens <= 32 or width <= 128]
+    tiles: tuple[DenseTile, ...] = _WIDE_HALF_PRECISION if width > 128 else _HALF_PRECISION
+    if dtype == torch.float32:
+        tiles = _FULL_PRECISION
     for tile in tiles:
         if bytes_of_tile(tile, width, dtype) <= shared_memory:
             return tile

@@ -45,6 +45,8 @@ MOST_CHANNELS = 128
 MOST_GROUP = 16
 # Rows of a tile of queries: more do not fit the registers.
 MOST_ROWS = 32
+# The same where sums are over fields of values, of which there are up to four times as many as channels.
+MOST_ROWS_OF_FIELDS = 16
 # Of FP16, with room to round up.
 _LARGEST = 30000.0
 _SUBNORMAL = 2.0**24
@@ -56,12 +58,14 @@ class HeadStream:
 
     Attributes:
         bits: of a code, or of a field.
-        units: of two bytes of a token's codes, a power of two of at least 16.
+        units: of two bytes of a token's codes, a power of two of at least 16; those of the first of several parts.
         row_bytes: bytes of a token's codes. These and the next ones are 0 where every head has its own.
         codes: byte of a page where the codes start; then ``scales``, ``zeros`` and ``outliers``.
         num_outliers: outlier channels.
         ones: units of a window of single bits, see :class:`FieldFormat`.
         window: byte of a row where that starts.
+        second: units of the second part, see :class:`FieldFormat`; 0: there is none.
+        third: units of the third.
     """
 
     bits: int
@@ -74,6 +78,8 @@ class HeadStream:
     num_outliers: int
     ones: int = 0
     window: int = 0
+    second: int = 0
+    third: int = 0
 
     @property
     def pieces(self) -> int:
@@ -83,7 +89,12 @@ class HeadStream:
     @property
     def rows(self) -> int:
         """Of what is multiplied by codes, or by fields."""
-        return self.pieces * self.units + 8 * self.ones
+        return self.pieces * sum(self.parts) + 8 * self.ones
+
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """Units of all parts."""
+        return self.units, self.second, self.third
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,7 @@ class HeadTables:
         middle: what is taken off the codes of keys, so that what products round is small: the middle of their range.
             The code of the outlier channel, which is 0, is set to it, and the up-projection's row is minus the sum of
             all others. 0 where there is no outlier channel.
-        up: FP16 ``[num_kv_heads, pieces * units + 8 * ones, 2 * half]``: rows of the key's up-projection by pieces.
+        up: FP16 ``[num_kv_heads, key.rows, 2 * half]``: rows of the key's up-projection by pieces.
         rows: FP16 ``[num_kv_heads, num_rows, TILE, 2 * half]``, turned by every distance within a tile: what zero
             points multiply, then outliers, then the bias; of runs the bias alone, or anything.
         factors: FP32 ``[num_kv_heads, 1 + num_rows]``: what products of codes count, and the rows.
@@ -159,10 +170,11 @@ def _shared_bytes(plan: AttentionLayerPlan, columns: int) -> int:
     key, value = _streams(plan)
     runs = isinstance(plan.layout.streams[0], AllocatedFormat)
     rows = (0 if runs else 1 + key.num_outliers) + (plan.projection.key_bias is not None)
-    stays = 2 * columns * (key.rows + rows * TILE + MOST_ROWS)
-    codes = max(of.units * of.pieces for of in (key, value))
+    queries = MOST_ROWS_OF_FIELDS if runs or value.ones else MOST_ROWS
+    stays = 2 * columns * (key.rows + rows * TILE + queries)
+    codes = max(part * of.pieces for of in (key, value) for part in of.parts)
     # Rows that are not aligned are read twice.
-    loaded = (2 if runs else 1) * 2 * sum(of.units + of.ones for of in (key, value))
+    loaded = (2 if runs else 1) * 2 * sum(sum(of.parts) + of.ones for of in (key, value))
     return stays + TILE * (2 * codes + loaded) + 1024
 
 
@@ -265,19 +277,21 @@ def _streams(plan: AttentionLayerPlan) -> tuple[HeadStream, HeadStream]:
 
 
 def _of_fields(form: FieldFormat) -> HeadStream:
-    return HeadStream(form.bits, form.units, 0, 0, 0, 0, 0, 0, form.ones)
+    first, second, third = form.parts
+    return HeadStream(form.bits, first, 0, 0, 0, 0, 0, 0, form.ones, second=second, third=third)
 
 
 def _stream(plan: AttentionLayerPlan, index: int) -> HeadStream:
     stream, at = plan.layout.streams[index], plan.layout.offsets[index]
     assert isinstance(stream, StreamFormat)
-    bits, more = stream.bits, dict[str, int]()
+    bits, units, more = stream.bits, max(16, triton.next_power_of_2(stream.row_bytes // 2)), dict[str, int]()
     if bits == 3:
         form = format_of_three_bits(stream.width, keys=index == plan.key_terms[0].stream)
-        bits, more = form.bits, {"ones": form.ones, "window": stream.width // 4}
+        bits, (units, second, third) = form.bits, form.parts
+        more = {"ones": form.ones, "window": stream.width // 4, "second": second, "third": third}
     return HeadStream(
         bits=bits,
-        units=max(16, triton.next_power_of_2(stream.row_bytes // 2)),
+        units=units,
         row_bytes=stream.row_bytes,
         codes=at.codes,
         scales=at.scales,

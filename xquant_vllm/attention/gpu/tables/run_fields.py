@@ -14,6 +14,7 @@ of their own, with all other bits masked out.
 
 import math
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import triton
@@ -28,6 +29,9 @@ from xquant_vllm.codec.packing import PLANES
 # two. They meet what takes the middle off all codes.
 CONSTANT, CONSTANT_BYTES, CONSTANT_NUMBER = 0x03030000, 4, 3
 _LEAST_UNITS = 16
+# Fields of a part of a row, of several: at least, as sums over values are 64 rows of a product; and at most, where
+# three parts suffice, as so many are unpacked at once, into registers and shared memory.
+_LEAST_FIELDS, _MOST_FIELDS = 64, 128
 # Units of a window of single bits at least: 32 rows of a product of keys, and 64 of sums over values.
 _KEY_ONES, _VALUE_ONES = 4, 8
 # The upper bit of a code of 3 bits counts 4; the one beside it, which counts as much, is taken from it.
@@ -57,12 +61,13 @@ class FieldFormat:
 
     Attributes:
         bits: of a field: 2, 4 or 8.
-        units: of two bytes of a row, a power of two.
+        parts: units of two bytes of a row. Its parts are read and multiplied one after another: powers of two, of which
+            later ones may be 0.
         ones: units of the window of single bits, a power of two; 0: there are none.
     """
 
     bits: int
-    units: int
+    parts: tuple[int, int, int]
     ones: int
 
     @property
@@ -73,7 +78,12 @@ class FieldFormat:
     @property
     def number(self) -> int:
         """Fields of a row, those of the window included."""
-        return self.pieces * self.units + 8 * self.ones
+        return self.pieces * sum(self.parts) + 8 * self.ones
+
+    def in_order(self, rows: FieldRows) -> torch.Tensor:
+        """What fields meet in the order in which they are read, ``[number, columns]``."""
+        parts = *rows.fields.split(self.parts, 1), rows.ones
+        return torch.cat([part.flatten(0, 1) for part in parts])
 
 
 @dataclass(frozen=True)
@@ -111,11 +121,27 @@ def _format(stream: AllocatedFormat, more_bytes: int, least_ones: int) -> FieldF
     planes = [plane for runs in stream.runs for bits, _ in runs for plane in PLANES[bits]]
     longest = max(map(run_bytes, stream.runs)) + more_bytes
     window = max(window_of_ones(runs)[1] for runs in stream.runs)
-    return FieldFormat(
-        bits=max(2, min(planes)),
-        units=max(_LEAST_UNITS, triton.next_power_of_2(-(-longest // 2))),
-        ones=max(least_ones, triton.next_power_of_2(-(-window // 2))) if window else 0,
-    )
+    bits = max(2, min(planes))
+    parts = _parts(-(-longest // 2), 16 // bits)
+    ones = max(least_ones, triton.next_power_of_2(-(-window // 2))) if window else 0
+    return FieldFormat(bits, parts, ones)
+
+
+def _parts(units: int, pieces: int) -> tuple[int, int, int]:
+    """So many units, or a few more, as three powers of two, of which later ones may be 0."""
+    most, least = _MOST_FIELDS // pieces, _LEAST_FIELDS // pieces
+    while 3 * most < units:
+        most *= 2
+    sizes = [0, *(1 << bit for bit in range(most.bit_length()))]
+    fitting = [
+        (first, second, third)
+        for first, second, third in product(sizes, repeat=3)
+        if first >= max(_LEAST_UNITS, second)
+        and second >= third
+        and (not second or min(of for of in (first, second, third) if of) >= least)
+        and first + second + third >= units
+    ]
+    return min(fitting, key=lambda parts: (sum(parts), sum(map(bool, parts))))
 
 
 def window_of_ones(runs: Runs) -> tuple[int, int]:
@@ -151,7 +177,7 @@ def fields_of_three_bits(lead: torch.Tensor, stored: torch.Tensor) -> torch.Tens
         made = field_rows(((3, channels),), rows, form, torch.float16)
         if lead.shape[1]:
             made.fields[0, 0] = lead[head, 0]
-        found.append(torch.cat((made.fields.flatten(0, 1), made.ones.flatten(0, 1))))
+        found.append(form.in_order(made))
     return torch.stack(found)
 
 
@@ -166,7 +192,7 @@ def field_rows(runs: Runs, rows: torch.Tensor, form: FieldFormat, dtype: torch.d
     """
     channel, stride, bits, shift = code_bytes(runs).long().to(rows.device)
     columns = rows.shape[1]
-    fields = rows.new_zeros(8 // form.bits, 2 * form.units, columns)
+    fields = rows.new_zeros(8 // form.bits, 2 * sum(form.parts), columns)
     middle = rows.new_zeros(columns)
     for place in range(fields.shape[0]):
         code = form.bits * place // bits
@@ -235,7 +261,7 @@ def key_fields(stream: AllocatedFormat, up: torch.Tensor, largest: float) -> tup
         taken = -made.middle / CONSTANT_NUMBER
         made.fields[0, -1] = taken.half().float()
         made.fields[1, -1] = taken - made.fields[0, -1]
-        found.append(torch.cat((made.fields.flatten(0, 1), made.ones.flatten(0, 1))).half())
+        found.append(form.in_order(made).half())
         counted.append(1 / unit)
     return torch.stack(found).contiguous(), torch.tensor(counted, device=up.device)
 
@@ -268,10 +294,10 @@ def merged_fields(
         else:
             rows = _stepped(runs, up[head]) if isinstance(stream, AllocatedFormat) else up[head]
         made = field_rows(runs, rows, form, dtype)
-        found.append(torch.cat((made.fields.flatten(0, 1), made.ones.flatten(0, 1))))
+        found.append(form.in_order(made))
         # Of runs sums of weighed scales follow, else of weighed zero points.
         sums.append(-made.middle if isinstance(stream, AllocatedFormat) else rows.to(dtype).float().sum(0))
-    width = min(_MERGED, form.pieces * form.units)
+    width = min(_MERGED, form.pieces * form.parts[0])
     return MergedFields(
         first_band=torch.arange(len(found) + 1, dtype=torch.int32, device=device),
         up=torch.stack(found).to(dtype).contiguous(),
