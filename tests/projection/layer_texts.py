@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from xquant_vllm.projection.calibration import GRADIENT_RIDGE, LayerSample
+from xquant_vllm.projection.calibration import GRADIENT_RIDGE, LARGEST_GRADIENT, LayerSample
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,14 @@ def fisher(gradient: torch.Tensor) -> torch.Tensor:
     gradient = gradient.double()
     moment = gradient.T @ gradient / len(gradient)
     return moment + GRADIENT_RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
+
+
+def limited(gradient: torch.Tensor) -> torch.Tensor:
+    """Gradients ``[num_tokens, n]`` in FP64, of which no token has more than its share."""
+    gradient = gradient.double()
+    squares = gradient.square().sum(1)
+    shares = [(LARGEST_GRADIENT * squares.mean() / square).clamp_max(1).sqrt() for square in squares]
+    return torch.stack([share * of_token for share, of_token in zip(shares, gradient, strict=True)])
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:

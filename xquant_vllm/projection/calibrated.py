@@ -6,8 +6,9 @@ import torch
 
 from xquant_vllm.codec.allocation import Runs, allocate
 from xquant_vllm.projection.basis import LatentBasis, left_inverse
-from xquant_vllm.projection.calibration import LayerSample, WeightedProjection, second_moment, weigh
+from xquant_vllm.projection.calibration import LayerSample, second_moment, weigh
 from xquant_vllm.projection.channels import channel_basis, principal_channels
+from xquant_vllm.projection.refit import refit_up
 
 # The paper's groups, and bytes of their scale and zero.
 _PAPER_GROUP, _PAPER_PARAMETERS = 128, 4
@@ -69,23 +70,18 @@ def fit_heads(
     """
     of_values = sample.hidden.to(torch.float64)
     of_keys = of_values if sample.key_factor is None else of_values * sample.key_factor.to(of_values).unsqueeze(1)
-    mean_squares = [hidden.square().mean().item() for hidden in (of_keys, of_values)]
-    fits: tuple[list[_Fit], list[_Fit]] = ([], [])
+    weights = [weight.to(of_values).unflatten(0, (num_kv_heads, -1)).mT for weight in (key_weight, value_weight)]
     gradients = [part.unflatten(1, (num_kv_heads, -1)) for part in (sample.key_gradient, sample.value_gradient)]
+    fits: tuple[list[_Fit], list[_Fit]] = ([], [])
     for head in range(num_kv_heads):
-        pair = []
-        for weight, gradient, hidden, mean_square in zip(
-            (key_weight, value_weight), gradients, (of_keys, of_values), mean_squares, strict=True
-        ):
-            columns = weight.to(hidden).unflatten(0, (num_kv_heads, -1))[head].T
-            projection = weigh(columns, [gradient[:, head]])
-            weighted = hidden @ projection.into
-            channels = principal_channels(second_moment(weighted, projection.into, mean_square))
-            pair.append((columns, projection, weighted, channels))
+        pair = [
+            _Part(of_keys, weights[0][head], gradients[0][:, head], are_keys=True),
+            _Part(of_values, weights[1][head], gradients[1][:, head], are_keys=False),
+        ]
         codes = budget // num_kv_heads - 2  # but for two scales
-        runs = allocate([channels.variances for *_, channels in pair], codes)
-        for fit, of_runs, (columns, projection, weighted, channels) in zip(fits, runs, pair, strict=True):
-            fit.append(_fit(columns, projection, channel_basis(channels, of_runs, weighted), of_runs, dtype))
+        runs = allocate([part.channels.variances for part in pair], codes)
+        for fits_of_part, part, of_runs in zip(fits, pair, runs, strict=True):
+            fits_of_part.append(part.fit(of_runs, dtype))
     key, value = (
         LatentBasis(torch.stack([fit.down for fit in of_heads]), torch.stack([fit.up for fit in of_heads]))
         for of_heads in fits
@@ -101,10 +97,27 @@ class _Fit:
     runs: Runs
 
 
-def _fit(
-    columns: torch.Tensor, projection: WeightedProjection, basis: torch.Tensor, runs: Runs, dtype: torch.dtype
-) -> _Fit:
-    """Down-projection as served, and what best inverts it after its rounding."""
-    down = (projection.into @ basis).to(dtype)
-    up = left_inverse(down.unsqueeze(0), columns.unsqueeze(0))[0]
-    return _Fit(down, up.to(torch.float32), runs)
+class _Part:
+    """The keys, or the values, of one kv head."""
+
+    def __init__(self, hidden: torch.Tensor, columns: torch.Tensor, gradient: torch.Tensor, *, are_keys: bool) -> None:
+        """Weight what is projected, and find its principal channels.
+
+        Args:
+            hidden: ``[num_tokens, hidden_size]``, FP64, the inputs.
+            columns: ``[hidden_size, head_size]``, FP64, the projection.
+            gradient: ``[num_tokens, head_size]``, of its outputs.
+            are_keys: whether these are keys.
+        """
+        self._hidden, self._columns, self._gradient = hidden, columns, gradient
+        self._into = (weigh(columns, gradient, None) if are_keys else weigh(columns, None, gradient)).into
+        self._weighted = hidden @ self._into
+        self.channels = principal_channels(second_moment(self._weighted, self._into, hidden.square().mean().item()))
+
+    def fit(self, runs: Runs, dtype: torch.dtype) -> _Fit:
+        """Down-projection as served, and what best inverts it after its rounding and that of the latents."""
+        down = (self._into @ channel_basis(self.channels, runs, self._weighted)).to(dtype)
+        up = left_inverse(down.unsqueeze(0), self._columns.unsqueeze(0))[0]
+        latents = self._hidden @ down.to(self._hidden)
+        up = refit_up(up, latents, self._hidden @ self._columns, self._gradient, runs)
+        return _Fit(down, up.to(torch.float32), runs)

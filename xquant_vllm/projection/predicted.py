@@ -26,6 +26,7 @@ from xquant_vllm.codec.allocation import Runs, allocate
 from xquant_vllm.projection.basis import left_inverse
 from xquant_vllm.projection.calibration import LayerSample, second_moment, weigh
 from xquant_vllm.projection.channels import channel_basis, principal_channels
+from xquant_vllm.projection.refit import refit_up
 
 # Ridge on the predictor, relative to each decoded channel's energy. Of 1e-3 to 1e-1 the best on SmolLM2.
 _PREDICTOR_RIDGE = 1e-2
@@ -96,7 +97,7 @@ class PredictedChain:
             self._decoded, self._unrolled = [], []
         hidden = sample.hidden.to(torch.float64)
         columns = torch.cat([weight.to(hidden).T for weight in (key_weight, value_weight)], 1)
-        projection = weigh(columns, [sample.key_gradient, sample.value_gradient])
+        projection = weigh(columns, sample.key_gradient, sample.value_gradient)
         exact = hidden @ projection.into
         predictor, predicted = self._predict(exact)
 
@@ -110,6 +111,8 @@ class PredictedChain:
         down = (projection.into @ basis).to(self._dtype)
         up = left_inverse(down.unsqueeze(0), projection.into.unsqueeze(0))[0]
         stored = (hidden @ down.to(hidden) - predicted @ basis).float()
+        gradient = torch.cat((sample.key_gradient, sample.value_gradient), 1).to(up) @ projection.back.T
+        up = refit_up(up, stored, residual, gradient, runs)
         decoded = dequantize_allocated(*quantize_allocated(stored, runs), runs, stored.shape[1])
         self._decoded.append(predicted + decoded.to(up) @ up)
 

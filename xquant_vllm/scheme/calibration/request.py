@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xquant_vllm.errors import RefusedError, cause_of
-from xquant_vllm.projection.factor_file import FACTORS_FILE, FORMAT_VERSION, HEADER_FILE
+from xquant_vllm.projection.factor_file import CALIBRATION_VERSION, FACTORS_FILE, FORMAT_VERSION, HEADER_FILE
 from xquant_vllm.scheme.calibration.kept import KEPT_ROOM
 from xquant_vllm.scheme.calibration.texts import text_digest
 from xquant_vllm.scheme.factor_cache_folder import cache_folder
@@ -63,6 +63,7 @@ class CalibrationRequest:
             "model": checkpoint_digest(Path(self.model)),
             "text": text,
             "format": FORMAT_VERSION,
+            "fit": CALIBRATION_VERSION,
         }
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return root / KEPT_ROOM / digest[:32]
