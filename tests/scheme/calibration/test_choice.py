@@ -26,7 +26,7 @@ FREE = "data-free"
         # A single head has one latent for its keys and values, which loses less than two.
         ({"bits": 3}, SINGLE, "joint"),
         ({"bits": 2}, SINGLE, "joint"),
-        ({"bits": 3, **HEAD}, SINGLE, FREE),
+        ({"bits": 3, **HEAD}, SINGLE, "head"),
         ({"bits": 2, **HEAD}, SINGLE, "head"),
         # Left to the checkpoint, which may have a norm that forbids joint latents.
         ({"bits": 3}, NARROW, None),
@@ -37,7 +37,7 @@ FREE = "data-free"
         ({**CHAIN, "bits": 8}, GROUPED, FREE),
         ({"bits": 2}, TWO_RANKS, "head"),
         ({"bits": 2}, ModelShape(640, 1, 256, ranks=2), "head"),
-        ({"bits": 3}, ModelShape(640, 1, 256, ranks=2), FREE),
+        ({"bits": 3}, ModelShape(640, 1, 256, ranks=2), "head"),
         ({"bits": 2}, ModelShape(576, 9, 64, ranks=2), "head"),
     ],
 )

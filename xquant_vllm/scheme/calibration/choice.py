@@ -1,9 +1,8 @@
 """What the setting ``"calibration"`` makes of the other settings: whether to calibrate, and with which basis.
 
 The rule is what docs/accuracy.md shows. Below 4 bits latents per head lose several times less calibrated, and so do
-joint latents and chains at 4 bits. Calibrated latents of a *single* kv head, one for its keys and one for its values,
-lose more than data-free ones at 3 bits (Gemma 3); one latent for both loses much less, and there are no heads whose
-latents it would mix. So a single kv head gets that one.
+joint latents and chains at 4 bits. For a *single* kv head one latent for its keys and values loses less than one for
+each (Gemma 3), and there are no heads whose latents it would mix. So a single kv head gets that one.
 """
 
 from dataclasses import dataclass
@@ -73,8 +72,6 @@ def choose_calibration(settings: XQuantSettings, shape: ModelShape) -> Calibrati
         return CalibrationChoice(settings.calibration, basis)
     asked_joint = settings.method == "xquant-cl" or settings.basis == "joint"
     if bits > 4 or (bits == 4 and not asked_joint):
-        return None
-    if basis == "head" and shape.kv_heads == 1 and bits > 2:
         return None
     return CalibrationChoice(MIXED_TEXT, basis)
 
