@@ -35,6 +35,7 @@ from xquant_vllm.scheme.builder import Factors, SchemeBuilder
 from xquant_vllm.scheme.formats import LayerFormat
 from xquant_vllm.scheme.layer_scheme import LayerScheme
 from xquant_vllm.scheme.settings import XQuantSettings
+from xquant_vllm.scheme.unfitted import unfitted
 
 
 class Surgeon:
@@ -72,7 +73,10 @@ class Surgeon:
             _refuse_factors(parts)
         if parts.norm_is_shared:
             refuse_other_layouts(parts)
-        scheme, down = self._builder.build(position, layer_parameters(parts, form.shape, projections))
+        parameters = layer_parameters(parts, form.shape, projections)
+        scheme, down = self._builder.build(position, parameters)
+        # Now, because the weights are about to be overwritten.
+        proved = unfitted(scheme, down, parameters)
         # What vLLM has processed it may have packed. What was not is still the checkpoint's.
         fold = ValueFold.prepare(parts, scheme.projection, probe, stand_ins) if in_place and self._fold_values else None
         if down is None:
@@ -80,12 +84,12 @@ class Surgeon:
         else:
             stand_ins |= replace_rows(parts, projections, down)
         if parts.norm_is_shared:
-            scheme = replace(scheme, in_values=True)
+            scheme, proved = replace(scheme, in_values=True), replace(proved, in_values=True)
             stand_ins |= {} if down is None else pass_as_values(parts, stand_ins[parts.key.child])
         _leave_keys_alone(parts, probe.hidden.device)
         after = _capture(parts, probe, stand_ins)
         earlier = [self._formats[index].streams[0] for index in form.reads]
-        prove_keys_and_values(parts, scheme, earlier, probe.positions, before, after)
+        prove_keys_and_values(parts, proved, earlier, probe.positions, before, after)
         if fold is None:
             return scheme
         projection = fold.perform(probe, stand_ins)
