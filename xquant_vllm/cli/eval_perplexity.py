@@ -1,7 +1,7 @@
 """``xquant eval perplexity``: from options to a result."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -40,12 +40,13 @@ def evaluate_perplexity(options: argparse.Namespace) -> None:
         windows = cut_windows(subject.tokenizer(), text, name, options.window, options.windows, stride)
         subject.prepare(options.window)
         if options.position_buckets is None:
-            scores = _scores(options, subject, windows, "perplexity", WindowScore, score_window)
+            scores = _scores(options, subject, windows, "perplexity", WindowScore, score_window, lambda score: [score])
             table = None
         else:
             count = options.position_buckets
             by_position = partial(score_positions, buckets=count)
-            found = _scores(options, subject, windows, f"perplexity-{count}", PositionScores, by_position)
+            task = f"perplexity-{count}"
+            found = _scores(options, subject, windows, task, PositionScores, by_position, lambda score: score.buckets)
             scores = [total(score.buckets) for score in found]
             table = position_table(found, options.window)
         about = {"text": name, "window": options.window, "windows": options.windows, "stride": stride, **subject.about}
@@ -64,6 +65,7 @@ def _scores(
     task: str,
     kind: type[Score],
     score_one: Callable[[torch.Tensor, Rows, Rows], Score],
+    parts_of: Callable[[Score], Sequence[WindowScore]],
 ) -> list[Score]:
     """Scores of all windows, those that are kept and those that are not."""
     kept = subject.kept_scores(task, kind)
@@ -72,8 +74,8 @@ def _scores(
     with subject.engine(missing) as engine:
         found = evaluate_windows(windows, engine.reference, subject.candidate(engine), score_one, kept)
         for score in counted_bar(found, len(windows), options.method, "window"):
-            parts = score.buckets if isinstance(score, PositionScores) else [score]
-            refuse_infinite(sum(part.kl + part.nll + part.nll_16bit for part in parts))
+            for part in parts_of(score):
+                refuse_infinite(part.kl + part.nll + part.nll_16bit)
             scores.append(score)
     return scores
 
