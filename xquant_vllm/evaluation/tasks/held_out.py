@@ -37,7 +37,8 @@ def held_out(
     if calibration is not None and calibration not in BUILT_IN:
         left = calibration_sequences(checkpoint, calibration, calibration_tokens).left
         if len(left) >= _WINDOWS // 2:
-            return f"{counted(len(left), 'sequence')} of {text_name(calibration)}", _spread(left)
+            windows = _spread(left)
+            return f"{counted(len(windows), 'sequence')} of {text_name(calibration)}", windows
     return PYTHON_DOCS, _spread(sequences_of(checkpoint, python_docs_to_evaluate()))
 
 
