@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from xquant_vllm.evaluation.engines.logits import Rows
-from xquant_vllm.evaluation.tasks.scores import WindowScore, score_window, total
+from xquant_vllm.evaluation.tasks.scores import WindowScore, score_parts, total
 from xquant_vllm.scheme.certificate import Certificate, Measured
 
 # Predicted tokens of a stretch. Errors of tokens that are nearer to each other go together.
@@ -22,10 +22,8 @@ def score_stretches(tokens: torch.Tensor, reference: Rows, candidate: Rows) -> l
         reference: with the 16-bit cache, logits ``[num_tokens, vocabulary]``.
         candidate: with the quantized cache, likewise.
     """
-    return [
-        score_window(tokens[at : at + STRETCH + 1], reference[at : at + STRETCH], candidate[at : at + STRETCH])
-        for at in range(0, len(tokens) - 1, STRETCH)
-    ]
+    predicted = len(tokens) - 1
+    return score_parts(tokens, reference, candidate, [*range(STRETCH, predicted, STRETCH), predicted])
 
 
 def certificate_of(scores: Sequence[WindowScore], text: str, dtype: str, bytes_per_token: int) -> Certificate:

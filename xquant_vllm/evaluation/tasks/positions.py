@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from xquant_vllm.evaluation.engines.logits import Rows
-from xquant_vllm.evaluation.tasks.scores import WindowScore, score_window, total
+from xquant_vllm.evaluation.tasks.result import figures
+from xquant_vllm.evaluation.tasks.scores import WindowScore, score_parts, total
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,7 @@ def score_positions(tokens: torch.Tensor, reference: Rows, candidate: Rows, buck
         candidate: with the quantized cache, likewise.
         buckets: of how many.
     """
-    scores, start = [], 0
-    for end in bucket_ends(len(tokens), buckets):
-        scores.append(score_window(tokens[start : end + 1], reference[start:end], candidate[start:end]))
-        start = end
-    return together(scores)
+    return together(score_parts(tokens, reference, candidate, bucket_ends(len(tokens), buckets)))
 
 
 def position_table(scores: Sequence[PositionScores], num_tokens: int) -> list[dict[str, Any]]:
@@ -75,21 +73,10 @@ def position_table(scores: Sequence[PositionScores], num_tokens: int) -> list[di
         ``perplexity_16bit``, ``increase``, ``kl`` and ``top1_agreement``.
     """
     buckets = [total(of_bucket) for of_bucket in zip(*(score.buckets for score in scores), strict=True)]
-    table, start = [], 0
-    for whole, end in zip(buckets, bucket_ends(num_tokens, len(buckets)), strict=True):
-        table.append(
-            {
-                "first": start + 1,
-                "last": end,
-                "perplexity": whole.perplexity,
-                "perplexity_16bit": whole.perplexity_16bit,
-                "increase": whole.perplexity - whole.perplexity_16bit,
-                "kl": whole.kl / whole.predicted,
-                "top1_agreement": whole.agreements / whole.predicted,
-            }
-        )
-        start = end
-    return table
+    ends = pairwise((0, *bucket_ends(num_tokens, len(buckets))))
+    return [
+        {"first": start + 1, "last": end, **figures(whole)} for whole, (start, end) in zip(buckets, ends, strict=True)
+    ]
 
 
 def position_lines(table: Sequence[Mapping[str, Any]]) -> list[str]:

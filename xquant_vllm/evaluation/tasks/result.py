@@ -23,6 +23,17 @@ def versions() -> dict[str, str]:
     }
 
 
+def figures(whole: WindowScore) -> dict[str, float]:
+    """What a score says, per predicted token."""
+    return {
+        "perplexity": whole.perplexity,
+        "perplexity_16bit": whole.perplexity_16bit,
+        "increase": whole.perplexity - whole.perplexity_16bit,
+        "kl": whole.kl / whole.predicted,
+        "top1_agreement": whole.agreements / whole.predicted,
+    }
+
+
 def perplexity_result(
     method: PreparedMethod, bytes_16bit: int, scores: Sequence[WindowScore], about: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -39,11 +50,7 @@ def perplexity_result(
         "task": "perplexity",
         "method": method.name,
         "bits": method.bits,
-        "perplexity": whole.perplexity,
-        "perplexity_16bit": whole.perplexity_16bit,
-        "increase": whole.perplexity - whole.perplexity_16bit,
-        "kl": whole.kl / whole.predicted,
-        "top1_agreement": whole.agreements / whole.predicted,
+        **figures(whole),
         "bytes_per_token": method.bytes_per_token,
         "bytes_per_token_16bit": bytes_16bit,
         **about,

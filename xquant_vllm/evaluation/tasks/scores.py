@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch.nn import functional
@@ -67,6 +68,21 @@ def score_window(tokens: torch.Tensor, reference: Rows, candidate: Rows) -> Wind
         kl += functional.kl_div(read, exact, reduction="sum", log_target=True).item()
         agreements += int((exact.argmax(-1) == read.argmax(-1)).sum())
     return WindowScore(len(targets), nll, nll_16bit, kl, agreements)
+
+
+def score_parts(tokens: torch.Tensor, reference: Rows, candidate: Rows, ends: Sequence[int]) -> list[WindowScore]:
+    """Compare two models on a window, part by part.
+
+    Args:
+        tokens: ``[num_tokens]``, int64.
+        reference: with the 16-bit cache, logits or log-probabilities ``[num_tokens, vocabulary]``.
+        candidate: with the quantized cache, likewise.
+        ends: of the parts, in predicted tokens from the start of the window; the last is that of the window.
+    """
+    return [
+        score_window(tokens[start : end + 1], reference[start:end], candidate[start:end])
+        for start, end in pairwise((0, *ends))
+    ]
 
 
 def total(scores: Sequence[WindowScore]) -> WindowScore:
