@@ -4,7 +4,6 @@ import argparse
 import json
 from typing import Any
 
-import torch
 from pydantic_core import PydanticCustomError
 
 from xquant_vllm.errors import RefusedError
@@ -12,6 +11,7 @@ from xquant_vllm.offline.writable import check_file
 from xquant_vllm.planning.plan import Plan, PlanRequest, make_plan
 from xquant_vllm.planning.recommend import MOST_LOSS
 from xquant_vllm.planning.report import report
+from xquant_vllm.planning.serving import this_device
 from xquant_vllm.planning.traces.read import read_trace
 from xquant_vllm.planning.traces.replay import Rates
 from xquant_vllm.planning.traces.worth import TraceWorth, worth_of
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
             context=options.context,
             hot=_hot(options.hot),
             ranks=options.tp,
-            device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            device=options.device or this_device(),
             dtype=options.dtype,
             batched_tokens=options.max_num_batched_tokens,
             most_loss=MOST_LOSS if options.max_loss is None else options.max_loss,

@@ -9,6 +9,7 @@ from xquant_vllm.errors import FactorFileError, RefusedError
 from xquant_vllm.planning.model_files import read_model_here
 from xquant_vllm.planning.of_settings import SettingsPlan, plan_settings
 from xquant_vllm.planning.report import label
+from xquant_vllm.planning.serving import this_device
 from xquant_vllm.scheme.calibration.choice import AUTO, NONE
 from xquant_vllm.scheme.calibration.texts import text_name
 from xquant_vllm.scheme.settings import XQuantSettings
@@ -37,7 +38,7 @@ def serve_steps(
         files = read_model_here(model)
         if files is None:
             return f"{model} with {says}; it is not on this machine yet, so sizes are told when it is", _asked(parsed)
-        plan = plan_settings(files, parsed, number_of(rest, _RANKS) or 1, _device())
+        plan = plan_settings(files, parsed, number_of(rest, _RANKS) or 1, this_device())
     except (RefusedError, FactorFileError) as error:
         reason = str(error).splitlines()[0].removeprefix("xquant: ")
         return f"{model} with {says}; no sizes ({reason})", _asked(parsed)
@@ -75,9 +76,3 @@ def _asked(parsed: XQuantSettings) -> str:
         NONE: "computed from the weights alone by the server's first start",
     }.get(parsed.calibration, f"calibrated on {text_name(parsed.calibration)} by the server's first start")
     return f"{how}, and kept for later ones; a folder that has factors is served as it is"
-
-
-def _device() -> Any:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

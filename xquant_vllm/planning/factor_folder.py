@@ -5,21 +5,16 @@ from xquant_vllm.planning.losses import Losses, certified_losses
 from xquant_vllm.planning.model_files import ModelFiles
 from xquant_vllm.planning.planned_model import PlannedModel
 from xquant_vllm.planning.serving import Serving
-from xquant_vllm.scheme.factor_conflicts import over_factors
 from xquant_vllm.scheme.factor_header import FactorHeader
 from xquant_vllm.scheme.formats import LayerFormat, layer_formats
 from xquant_vllm.scheme.settings import XQuantSettings
 
 
-def kind_of(settings: XQuantSettings, header: FactorHeader) -> Kind:
-    """The row of a plan that calibrated factors belong to.
-
-    Args:
-        settings: those that the folder is served with.
-        header: of the folder.
-    """
+def kind_of(header: FactorHeader) -> Kind:
+    """The row of a plan that calibrated factors belong to; their bits are built in."""
+    assert header.settings.bits is not None
     method = CHAIN if header.settings.chain is not None else JOINT if header.settings.basis == "joint" else HEAD
-    return Kind(method, settings.bits.key, True)
+    return Kind(method, header.settings.bits.key, True)
 
 
 def folder_losses(files: ModelFiles, header: FactorHeader) -> Losses | None:
@@ -31,8 +26,7 @@ def folder_losses(files: ModelFiles, header: FactorHeader) -> Losses | None:
     """
     if header.certificate is None:
         return None
-    settings = over_factors(XQuantSettings(), files.folder, header)
-    return certified_losses(files.name, kind_of(settings, header), header.certificate)
+    return certified_losses(files.name, kind_of(header), header.certificate)
 
 
 def folder_formats(

@@ -70,7 +70,7 @@ def plan_settings(files: ModelFiles, settings: XQuantSettings, ranks: int, devic
     if header is not None and built_in:
         losses = folder_losses(files, header) or losses
         served = over_factors(settings, files.folder, header)
-        kind, formats = kind_of(served, header), folder_formats(served, header, model, serving)
+        kind, formats = kind_of(header), folder_formats(served, header, model, serving)
     else:
         shape = ModelShape(model.hidden_size, model.kv_heads, model.head_size, ranks)
         choice = None if header is not None else choose_calibration(settings, shape)
@@ -81,7 +81,8 @@ def plan_settings(files: ModelFiles, settings: XQuantSettings, ranks: int, devic
             if not_calibrated is not None:
                 choice = None
         formats = layer_formats(settings, layer_shapes(model, ranks))
-        kind = _kind(settings, model, formats[0], choice)
+        joint = _is_joint(settings, choice, shape.narrow and not model.keys_normed_together)
+        kind = _kind(settings, formats[0], joint, calibrated=choice is not None)
         if choice is not None:
             formats = pages(kind, model, serving).formats
     return SettingsPlan(
@@ -105,16 +106,18 @@ def _of_model(model: PlannedModel) -> str | None:
     return None if model.calibratable else "its weights are quantized, or of a structure that is not known"
 
 
-def _kind(settings: XQuantSettings, model: PlannedModel, form: LayerFormat, choice: CalibrationChoice | None) -> Kind:
+def _is_joint(settings: XQuantSettings, choice: CalibrationChoice | None, joint_if_open: bool) -> bool:
+    """Whether latents are joint; a choice may leave it to the calibration."""
+    basis = settings.basis if choice is None else choice.basis
+    return joint_if_open if basis is None else basis == "joint"
+
+
+def _kind(settings: XQuantSettings, form: LayerFormat, joint: bool, *, calibrated: bool) -> Kind:
     """Which row of a plan this is."""
-    joint = settings.basis == "joint"
-    if choice is not None:
-        narrow = model.hidden_size < 2 * model.kv_heads * model.head_size
-        joint = choice.basis == "joint" or (choice.basis is None and narrow and not model.keys_normed_together)
     if settings.method == "xquant-cl":
         method = CHAIN
-    elif choice is None and form.holds == "x":
+    elif form.holds == "x" and not calibrated:
         method = X
     else:
         method = JOINT if joint else HEAD
-    return Kind(method, settings.bits.key, choice is not None)
+    return Kind(method, settings.bits.key, calibrated)

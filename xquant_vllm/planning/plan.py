@@ -114,7 +114,7 @@ def _of_folder(
 ) -> Option:
     """The cache that is built into a folder of calibrated factors."""
     settings = over_factors(XQuantSettings(), files.folder, header)
-    kind = kind_of(settings, header)
+    kind = kind_of(header)
     loss = losses.of(kind)
     reason = None
     if model.problems:

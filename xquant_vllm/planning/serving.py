@@ -9,6 +9,7 @@ from xquant_vllm.planning.page_groups import Sequences
 
 Device = Literal["cpu", "cuda"]
 
+
 # What vLLM takes where a user says nothing: tokens of a block, and batches under way at once, by platform.
 _BLOCK_SIZE: dict[Device, int] = {"cpu": 128, "cuda": 16}
 _BATCHES: dict[Device, int] = {"cpu": 1, "cuda": 2}
@@ -51,3 +52,8 @@ class Serving:
         times = self.ranks if self.device == "cpu" else 1
         batched = self.batched_tokens or DEFAULT_BATCHED_TOKENS * times
         return Sequences(self.context, _BATCHES[self.device] * batched)
+
+
+def this_device() -> Device:
+    """Where a server on this machine would compute."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
