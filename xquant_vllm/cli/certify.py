@@ -33,8 +33,9 @@ def certifying(
 
     def finish(folder: Path, header: FactorHeader) -> FactorHeader:
         try:
-            name, windows = held_out(open_checkpoint(folder), text, options.calibration, options.calibration_tokens)
-            found = certify(folder, header, name, windows, torch.device(options.device))
+            checkpoint = open_checkpoint(folder)
+            name, windows = held_out(checkpoint, text, options.calibration, options.calibration_tokens)
+            found = certify(checkpoint, header, name, windows, torch.device(options.device))
         except RefusedError as error:
             if demanded:
                 raise

@@ -10,13 +10,17 @@ from xquant_vllm.errors import RefusedError, UnsupportedError
 from xquant_vllm.offline.checkpoint import Checkpoint, open_checkpoint
 from xquant_vllm.offline.factorize import FactorizeOptions, factorize
 from xquant_vllm.offline.progress import say
-from xquant_vllm.scheme.calibration.choice import CALIBRATED_BITS
+from xquant_vllm.scheme.calibration.choice import CALIBRATED_BITS, ModelShape
 from xquant_vllm.scheme.certificate import Certificate
 from xquant_vllm.scheme.factor_header import FactorHeader
 
 
 class _TooMuchError(RefusedError):
     """A candidate loses more than is allowed."""
+
+    def __init__(self, found: Certificate) -> None:
+        super().__init__(found.describe())
+        self.found = found
 
 
 def search(options: FactorizeOptions, most: float, text: str | None, *, chosen: bool) -> FactorHeader:
@@ -37,25 +41,23 @@ def search(options: FactorizeOptions, most: float, text: str | None, *, chosen: 
     Raises:
         RefusedError: no cache is good enough, or the model, the text or an option cannot be used.
     """
+
+    def judge(found: Certificate) -> None:
+        if found.kl.high > most:
+            raise _TooMuchError(found)
+
     checkpoint = open_checkpoint(options.model)
     best: tuple[float, str] | None = None
     # What the model shows on the text is the same for all.
     with tempfile.TemporaryDirectory(prefix="xquant-samples-") as kept:
         for candidate in _candidates(options, checkpoint, chosen):
             name = _name(candidate)
-            found: list[Certificate] = []
-
-            def judge(certificate: Certificate, found: list[Certificate] = found) -> None:
-                found.append(certificate)
-                if certificate.kl.high > most:
-                    raise _TooMuchError("")
-
             try:
                 return factorize(candidate, certifying(candidate, text, demanded=True, judge=judge), Path(kept))
-            except _TooMuchError:
-                say(f"{name}: {found[0].describe()}: more than --max-kl {most:g}")
-                if best is None or found[0].kl.high < best[0]:
-                    best = found[0].kl.high, name
+            except _TooMuchError as error:
+                say(f"{name}: {error}: more than --max-kl {most:g}")
+                if best is None or error.found.kl.high < best[0]:
+                    best = error.found.kl.high, name
             except UnsupportedError as error:
                 say(f"{name}: {str(error).removeprefix('xquant: ')}")
     least = "" if best is None else f"; the best was {best[1]}, whose divergence may be {best[0]:.2g}"
@@ -67,7 +69,7 @@ def search(options: FactorizeOptions, most: float, text: str | None, *, chosen: 
 
 def _candidates(options: FactorizeOptions, checkpoint: Checkpoint, chosen: bool) -> Iterator[FactorizeOptions]:
     """By bytes, and among those of the same bits what is read fastest first."""
-    narrow = checkpoint.hidden_size < 2 * checkpoint.kv_heads * checkpoint.head_size
+    narrow = ModelShape(checkpoint.hidden_size, checkpoint.kv_heads, checkpoint.head_size).narrow
     for bits in sorted(CALIBRATED_BITS):
         plain = dataclasses.replace(options, bits=bits)
         if chosen:

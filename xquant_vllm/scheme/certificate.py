@@ -49,5 +49,5 @@ class Certificate(_Model):
 
 
 def _digits(divergence: float) -> str:
-    """Two significant digits, without an exponent."""
+    """Four digits behind the point, or six of a small one."""
     return f"{divergence:.4f}" if divergence >= 0.001 else f"{divergence:.6f}"

@@ -1,7 +1,5 @@
 """Measures what a folder of factors loses."""
 
-from pathlib import Path
-
 import torch
 
 from xquant_vllm.errors import RefusedError
@@ -9,7 +7,7 @@ from xquant_vllm.evaluation.engines.offline_engine import OfflineEngine
 from xquant_vllm.evaluation.methods.method_options import MethodOptions
 from xquant_vllm.evaluation.methods.methods import prepare_method
 from xquant_vllm.evaluation.tasks.certificate import certificate_of, score_stretches
-from xquant_vllm.offline.checkpoint import Checkpoint, open_checkpoint
+from xquant_vllm.offline.checkpoint import Checkpoint
 from xquant_vllm.offline.memory import memory_problem
 from xquant_vllm.offline.progress import counted_bar
 from xquant_vllm.projection.factor_file import DTYPES, dtype_name
@@ -17,13 +15,15 @@ from xquant_vllm.scheme.certificate import Certificate
 from xquant_vllm.scheme.factor_header import FactorHeader
 
 
-def certify(folder: Path, header: FactorHeader, text: str, windows: torch.Tensor, device: torch.device) -> Certificate:
+def certify(
+    checkpoint: Checkpoint, header: FactorHeader, text: str, windows: torch.Tensor, device: torch.device
+) -> Certificate:
     """Run the model with both caches.
 
     It computes in FP32, or, where the model does not fit like this, in the dtype that the factors are for.
 
     Args:
-        folder: that the factors are in, with the checkpoint.
+        checkpoint: the folder that the factors are in.
         header: theirs.
         text: name of the text.
         windows: token ids ``[windows, length]``.
@@ -32,7 +32,6 @@ def certify(folder: Path, header: FactorHeader, text: str, windows: torch.Tensor
     Raises:
         RefusedError: the model cannot be run, or does not fit into memory.
     """
-    checkpoint = open_checkpoint(folder)
     dtype = _dtype(checkpoint, header, device)
     method = "xquant" if header.settings.chain is None else "xquant-cl"
     prepared = prepare_method(method, MethodOptions(), checkpoint, dtype, windows.shape[1], device)

@@ -3,7 +3,7 @@
 import torch
 
 from xquant_vllm.errors import RefusedError, counted
-from xquant_vllm.offline.calibration.calibration_tokens import calibration_sequences, sequences_of
+from xquant_vllm.offline.calibration.calibration_tokens import calibration_sequences, sequences_of, spread
 from xquant_vllm.offline.checkpoint import Checkpoint
 from xquant_vllm.offline.texts import python_docs_to_evaluate, read_file
 from xquant_vllm.scheme.calibration.texts import BUILT_IN, PYTHON_DOCS, text_name
@@ -44,5 +44,4 @@ def held_out(
 
 def _spread(rows: list[list[int]]) -> torch.Tensor:
     """So many, evenly over the text."""
-    count = min(_WINDOWS, len(rows))
-    return torch.tensor([rows[len(rows) * index // count] for index in range(count)])
+    return torch.tensor([rows[index] for index in spread(len(rows), _WINDOWS)])

@@ -67,11 +67,16 @@ def calibration_sequences(checkpoint: Checkpoint, calibration: str, tokens: int 
             "model; give a text of a few thousand words"
         )
     rows = _cut(checkpoint, ids, opening_tokens(tokenizer), wanted)
-    count = max(1, min(wanted // len(rows[0]), len(rows)))
-    taken = [len(rows) * index // count for index in range(count)]
+    taken = spread(len(rows), max(1, wanted // len(rows[0])))
     return CalibrationSequences(
         [rows[index] for index in taken], [row for index, row in enumerate(rows) if index not in taken]
     )
+
+
+def spread(available: int, count: int) -> list[int]:
+    """So many numbers below ``available``, or all of them, evenly apart."""
+    count = min(count, available)
+    return [available * index // count for index in range(count)]
 
 
 def sequences_of(checkpoint: Checkpoint, text: str) -> list[list[int]]:
