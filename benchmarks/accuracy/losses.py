@@ -19,7 +19,10 @@ LOSSES = ROOT / "xquant_vllm" / "planning" / "losses.json"
 SHAPES = {
     "smollm2-135m-instruct": (576, 9, 3, 64, 30),
     "smollm2-135m-instruct-mha": (576, 9, 9, 64, 30),
+    "smollm2-135m-instruct-mha-full-rank": (576, 9, 9, 64, 30),
     "gemma-3-270m": (640, 4, 1, 256, 18),
+    "qwen2.5-coder-0.5b-instruct": (896, 14, 2, 64, 24),
+    "qwen2.5-coder-1.5b-instruct": (1536, 12, 2, 128, 28),
 }
 # Names of rows, and what a plan calls them: method, calibrated. With multi-head attention the data-free default is X.
 ROWS = {

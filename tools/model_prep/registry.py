@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from . import gemma3, smollm2, smollm2_mha
+from . import gemma3, qwen_coder, smollm2, smollm2_full_rank, smollm2_mha
 from .recipe import Recipe
 
-MODELS: dict[str, Recipe] = {recipe.name: recipe for recipe in (smollm2.RECIPE, gemma3.RECIPE, smollm2_mha.RECIPE)}
+MODELS: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        smollm2.RECIPE,
+        gemma3.RECIPE,
+        smollm2_mha.RECIPE,
+        smollm2_full_rank.RECIPE,
+        qwen_coder.SMALL,
+        qwen_coder.LARGE,
+    )
+}

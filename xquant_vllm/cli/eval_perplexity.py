@@ -9,7 +9,7 @@ import torch
 from xquant_vllm.cli.eval_output import check_outputs, refuse_infinite, report, text_of
 from xquant_vllm.cli.eval_subject import Subject
 from xquant_vllm.errors import RefusedError
-from xquant_vllm.evaluation.engines.logits import Rows
+from xquant_vllm.evaluation.model.logits import Rows
 from xquant_vllm.evaluation.tasks.kept_scores import Score
 from xquant_vllm.evaluation.tasks.perplexity import evaluate_windows
 from xquant_vllm.evaluation.tasks.positions import PositionScores, position_lines, position_table, score_positions

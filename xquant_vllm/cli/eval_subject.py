@@ -12,7 +12,7 @@ import torch
 
 from xquant_vllm.cli.vllm_folder import vllm_folder
 from xquant_vllm.errors import RefusedError
-from xquant_vllm.evaluation.engines.logits import Engine, Logits
+from xquant_vllm.evaluation.model.logits import Engine, Logits
 from xquant_vllm.evaluation.engines.offline_engine import OfflineEngine
 from xquant_vllm.evaluation.engines.vllm_engine import serve, vllm_version
 from xquant_vllm.evaluation.methods.method_names import SERVED_METHODS

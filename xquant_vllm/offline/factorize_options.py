@@ -21,7 +21,7 @@ class FactorizeOptions:
         out: folder to write; must not be there yet, unless ``force`` is set.
         calibration: a text file (UTF-8), ``"mixed-text"`` for that of this package, or ``"python-docs"`` for half of
             the text that ships with Python. None computes the bases from the weights alone.
-        calibration_tokens: tokens of the text to read, at least 64; None for 2048. Only with ``calibration``.
+        calibration_tokens: tokens of the text to read, at least 64; None for 8192. Only with ``calibration``.
         bits: 16, 8, 4, 3 or 2, or two of them, for keys and for values: what the folder is served with if the server
             is told nothing else. With ``calibration`` one number, 8, 4, 3 or 2, which is built in. None for 4.
         method: ``"xquant"``, every layer by itself, or ``"xquant-cl"``, a chain of layers; needs ``calibration``.

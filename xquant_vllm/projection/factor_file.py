@@ -24,7 +24,7 @@ HEADER_FILE = "xquant_factors.json"
 FORMAT_VERSION = 2
 # Of what a text's factors are fitted by: those that a server has kept of an earlier one are fitted again. Folders that
 # `xquant factorize` wrote are served as they are.
-CALIBRATION_VERSION = 2
+CALIBRATION_VERSION = 3
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

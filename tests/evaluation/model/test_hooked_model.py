@@ -114,6 +114,21 @@ def test_what_is_read_is_what_attention_sees(models, family):
         assert torch.allclose(changed[0], changed[2], atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_that_are_computed_when_they_are_asked_for_are_the_same(models, family, monkeypatch):
+    model, _, _ = models(family)
+    method = ScaledHeads(1.5)
+    whole = model.logits(TOKENS, method)
+    assert isinstance(model.rows(TOKENS, method), torch.Tensor), "of a short window all are there at once"
+    monkeypatch.setattr("xquant_vllm.evaluation.model.hooked_model._AT_ONCE", 0)
+    rows = model.rows(TOKENS, method)
+    assert not isinstance(rows, torch.Tensor)
+    model.logits(TOKENS, CacheMethod())  # what was held does not change with the next run
+    for positions in (slice(0, 7), slice(64, len(TOKENS))):
+        assert torch.allclose(rows[positions], whole[positions], atol=1e-4, rtol=1e-4)
+        assert not rows[positions].requires_grad
+
+
 def test_a_sequence_begins_after_it_was_announced(models):
     model, _, _ = models("qwen2")
     started = []

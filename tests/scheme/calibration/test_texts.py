@@ -6,7 +6,7 @@ from xquant_vllm.scheme.calibration.texts import mixed_text, text_digest, text_n
 
 def test_the_text_of_the_package_is_long_enough_for_the_default():
     """A token is about four letters."""
-    assert len(mixed_text()) > 4 * 2048
+    assert len(mixed_text()) > 4 * 8192
     assert calibration_text("mixed-text") == mixed_text()
 
 

@@ -4,6 +4,7 @@ from functools import cached_property
 
 import torch
 
+from xquant_vllm.evaluation.model.logits import Rows
 from xquant_vllm.evaluation.methods.prepared_method import PreparedMethod
 from xquant_vllm.evaluation.model.cache_method import CacheMethod
 from xquant_vllm.evaluation.model.hooked_model import HookedModel
@@ -43,10 +44,13 @@ class OfflineEngine:
         self._model  # noqa: B018
         self._method  # noqa: B018
 
-    def reference(self, tokens: torch.Tensor, last: int | None = None) -> torch.Tensor:
-        """With the 16-bit cache; see :class:`xquant_vllm.evaluation.engines.logits.Logits`."""
-        return self._model.logits(tokens, CacheMethod(), last)
+    def reference(self, tokens: torch.Tensor, last: int | None = None) -> Rows:
+        """With the 16-bit cache; see :class:`xquant_vllm.evaluation.model.logits.Logits`."""
+        return self._logits(tokens, CacheMethod(), last)
 
-    def candidate(self, tokens: torch.Tensor, last: int | None = None) -> torch.Tensor:
+    def candidate(self, tokens: torch.Tensor, last: int | None = None) -> Rows:
         """With the method's cache."""
-        return self._model.logits(tokens, self._method, last)
+        return self._logits(tokens, self._method, last)
+
+    def _logits(self, tokens: torch.Tensor, method: CacheMethod, last: int | None) -> Rows:
+        return self._model.rows(tokens, method) if last is None else self._model.logits(tokens, method, last)

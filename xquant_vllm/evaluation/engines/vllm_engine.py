@@ -61,7 +61,7 @@ class VllmEngine:
         self.bytes_per_token = process.bytes_per_token
 
     def reference(self, tokens: torch.Tensor, last: int | None = None) -> VllmLogits:
-        """With the 16-bit cache; see :class:`xquant_vllm.evaluation.engines.logits.Logits`."""
+        """With the 16-bit cache; see :class:`xquant_vllm.evaluation.model.logits.Logits`."""
         if self._kept is None:
             return self.candidate(tokens, last)
         return self._logits(self._kept.load(tokens), last)

@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from xquant_vllm.evaluation.model.logits import Rows
 from xquant_vllm.evaluation.model.cache_method import AttendedMethod, CacheMethod, InputMethod, ProjectedMethod
 from xquant_vllm.evaluation.model.projections import Projections
 from xquant_vllm.offline.calibration.attention_modules import attention_modules
 from xquant_vllm.offline.checkpoint import Checkpoint
+from xquant_vllm.offline.split_run import SplitRun
 
 _ATTENTION = "xquant_evaluation"
 _READER = "xquant_reader"
+# Logits of a window that are all in memory: 1 GB in FP32.
+_AT_ONCE = 1 << 28
 
 
 class HookedModel:
@@ -71,6 +75,23 @@ class HookedModel:
             result: torch.Tensor = self._model(input_ids=batch, use_cache=False, logits_to_keep=last or 0).logits[0]
         return result
 
+    def rows(self, tokens: torch.Tensor, method: CacheMethod) -> Rows:
+        """The same of all positions, where they would take much memory computed only as they are asked for.
+
+        Args:
+            tokens: ``[num_tokens]``, int64.
+            method: what is cached.
+        """
+        if len(tokens) * self._model.config.get_text_config().vocab_size <= _AT_ONCE:
+            return self.logits(tokens, method)
+        with torch.no_grad(), self._hooked(method):
+            method.start(len(tokens))
+            run = SplitRun(self._model, tokens.to(self.device))
+        if run.hidden is None:
+            assert run.whole is not None
+            return run.whole
+        return _HeldRows(run, run.hidden)
+
     @contextmanager
     def _hooked(self, method: CacheMethod) -> Iterator[None]:
         with ExitStack() as hooks:
@@ -83,6 +104,17 @@ class HookedModel:
                     setattr(layer.module, _READER, method)
                     hooks.callback(delattr, layer.module, _READER)
             yield
+
+
+class _HeldRows:
+    """Logits of which only what they are made of is in memory."""
+
+    def __init__(self, run: SplitRun, hidden: torch.Tensor) -> None:
+        self._run, self._hidden, self.device = run, hidden, hidden.device
+
+    def __getitem__(self, positions: slice, /) -> torch.Tensor:
+        with torch.no_grad():
+            return self._run.logits(self._hidden[:, positions])
 
 
 def _mask(*arguments: Any, **options: Any) -> torch.Tensor | None:

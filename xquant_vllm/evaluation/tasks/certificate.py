@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from xquant_vllm.evaluation.engines.logits import Rows
+from xquant_vllm.evaluation.model.logits import Rows
 from xquant_vllm.evaluation.tasks.scores import WindowScore, score_parts, total
 from xquant_vllm.scheme.certificate import Certificate, Measured
 

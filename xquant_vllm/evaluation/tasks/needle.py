@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from xquant_vllm.evaluation.engines.logits import Logits
+from xquant_vllm.evaluation.model.logits import Logits
 from xquant_vllm.evaluation.tasks.kept_scores import KeptScores
 from xquant_vllm.evaluation.tasks.needle_prompts import NeedlePrompt
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from xquant_vllm.evaluation.engines.logits import Logits, Rows
+from xquant_vllm.evaluation.model.logits import Logits, Rows
 from xquant_vllm.evaluation.tasks.kept_scores import KeptScores, Score
 
 

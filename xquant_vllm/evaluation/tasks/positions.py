@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from xquant_vllm.evaluation.engines.logits import Rows
+from xquant_vllm.evaluation.model.logits import Rows
 from xquant_vllm.evaluation.tasks.result import figures
 from xquant_vllm.evaluation.tasks.scores import WindowScore, score_parts, total
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch.nn import functional
 
-from xquant_vllm.evaluation.engines.logits import Rows
+from xquant_vllm.evaluation.model.logits import Rows
 
 # Positions compared at once; bounds the temporaries, which are as wide as the vocabulary.
 _AT_ONCE = 64

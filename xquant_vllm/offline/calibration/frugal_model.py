@@ -6,13 +6,14 @@ wide as the vocabulary, are there for a few tokens at a time.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as forgetting
+
+from xquant_vllm.offline.split_run import SplitRun
 
 # Numbers of a weight that are converted at once.
 _CONVERTED = 1 << 24
@@ -64,43 +65,16 @@ def loss_gradient(
         What to differentiate, and its gradient: the last hidden state ``[1, length, hidden_size]``, or a scalar where
         the model is not made of a body and a head.
     """
-    body = model.base_model
-    forward, seen = body.forward, []
-
-    def run(*arguments: Any, **options: Any) -> Any:
-        seen.append(forward(*arguments, **options))
-        return _with_hidden(seen[0], seen[0].last_hidden_state[:, :1])
-
-    with _replaced(body, run) if body is not model else nullcontext():
-        output = model(input_ids=sequence.unsqueeze(0), use_cache=False)
-    if not seen:
-        # A head that does not call the body, or not as it is: OPT's calls a part of it.
-        whole = loss(output.logits[0].float())
+    run = SplitRun(model, sequence)
+    if run.hidden is None:
+        assert run.whole is not None
+        whole = loss(run.whole.float())
         return whole, torch.ones_like(whole)
-    found, hidden = seen[0], seen[0].last_hidden_state
     gradients = []
-    for piece in hidden.detach().split(_LOGIT_TOKENS, 1):
+    for piece in run.hidden.detach().split(_LOGIT_TOKENS, 1):
         piece.requires_grad_(True)
-        with _replaced(body, lambda *_, piece=piece, **__: _with_hidden(found, piece)):
-            logits = model(input_ids=sequence[: piece.shape[1]].unsqueeze(0), use_cache=False).logits
-        gradients.append(torch.autograd.grad(loss(logits[0].float()), piece)[0])
-    return hidden, torch.cat(gradients, 1)
-
-
-@contextmanager
-def _replaced(module: Any, forward: Any) -> Iterator[None]:
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
-
-
-def _with_hidden(output: Any, hidden: torch.Tensor) -> Any:
-    return type(output)(**{**output, "last_hidden_state": hidden})
+        gradients.append(torch.autograd.grad(loss(run.logits(piece).float()), piece)[0])
+    return run.hidden, torch.cat(gradients, 1)
 
 
 def _convert_embeddings(embedding: nn.Embedding, dtype: torch.dtype) -> None:

@@ -1,0 +1,154 @@
+"""Long contexts: loss by distance from the start, and numbers found in long texts, of every cache beside 16 bit.
+
+    python benchmarks/long_context.py --model models/smollm2-135m-instruct --lengths 4096 8192
+
+What is read are windows of a text, and prompts that hide a number in it, as `xquant eval perplexity --position-buckets`
+and `xquant eval needle` make them: in FP32, every attended token read back from the cache. The 16-bit model runs once for
+all caches. A result is written after every cache, so an interrupted run has lost no more than one; those that the file
+has are not computed again.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.files import read_json, write_json  # noqa: E402
+from xquant_vllm.evaluation.methods.method_options import MethodOptions  # noqa: E402
+from xquant_vllm.evaluation.methods.methods import prepare_method  # noqa: E402
+from xquant_vllm.evaluation.model.cache_method import CacheMethod  # noqa: E402
+from xquant_vllm.evaluation.model.hooked_model import HookedModel  # noqa: E402
+from xquant_vllm.evaluation.model.logits import Rows  # noqa: E402
+from xquant_vllm.evaluation.tasks.needle import evaluate_needles  # noqa: E402
+from xquant_vllm.evaluation.tasks.needle_prompts import needle_prompts  # noqa: E402
+from xquant_vllm.evaluation.tasks.needle_result import needle_result  # noqa: E402
+from xquant_vllm.evaluation.tasks.positions import position_table, score_positions  # noqa: E402
+from xquant_vllm.evaluation.tasks.windows import cut_windows  # noqa: E402
+from xquant_vllm.offline.checkpoint import open_checkpoint  # noqa: E402
+from xquant_vllm.offline.texts import python_docs_to_evaluate, read_file  # noqa: E402
+from xquant_vllm.offline.tokenizer import load_tokenizer  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "accuracy" / "long-context"
+_BUCKETS = 8
+# What rows are called, and the method with its bits and further options.
+CACHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "xquant, per head, 4": ("xquant", {"bits": (4,), "basis": "head"}),
+    "xquant, per head, 3": ("xquant", {"bits": (3,), "basis": "head"}),
+    "xquant, per head, 2": ("xquant", {"bits": (2,), "basis": "head"}),
+    "xquant, joint, 2": ("xquant", {"bits": (2,), "basis": "joint"}),
+    "xquant-cl, 2": ("xquant-cl", {"bits": (2,)}),
+    "xquant, data-free, 4": ("xquant", {"bits": (4,), "calibration": "none"}),
+    "KIVI* 4": ("kivi-pre-rope", {"bits": (4,)}),
+    "KIVI* 3": ("kivi-pre-rope", {"bits": (3,)}),
+    "KIVI* 2": ("kivi-pre-rope", {"bits": (2,)}),
+    "KIVI 2, residual 128": ("kivi", {"bits": (2,), "residual": 128}),
+    "TurboQuant 4": ("turboquant", {"bits": (4,)}),
+}
+
+
+class _Once:
+    """The 16-bit model, which runs once for every window."""
+
+    def __init__(self, model: HookedModel) -> None:
+        self._model = model
+        self._held: dict[tuple[bytes, int | None], Rows] = {}
+
+    def __call__(self, tokens: torch.Tensor, last: int | None = None) -> Rows:
+        key = (tokens.numpy().tobytes(), last)
+        if key not in self._held:
+            self._held[key] = _logits(self._model, CacheMethod())(tokens, last)
+        return self._held[key]
+
+
+def _logits(model: HookedModel, method: CacheMethod) -> Callable[..., Rows]:
+    def run(tokens: torch.Tensor, last: int | None = None) -> Rows:
+        return model.rows(tokens, method) if last is None else model.logits(tokens, method, last)
+
+    return run
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the benchmark."""
+    options = _options(arguments)
+    checkpoint = open_checkpoint(options.model)
+    tokenizer = load_tokenizer(checkpoint)
+    text = python_docs_to_evaluate() if options.text is None else read_file("--text", options.text)
+    name = "python-docs" if options.text is None else Path(options.text).name
+    out = options.out or RESULTS / f"{checkpoint.name}.json"
+    about = {
+        "model": checkpoint.name,
+        "text": name,
+        "lengths": options.lengths,
+        "windows": options.windows,
+        "depths": options.depths,
+        "trials": options.trials,
+    }
+    result = read_json(out) if out.exists() else {}
+    if {key: result.get(key) for key in about} != about:
+        result = {"benchmark": "long_context", **about, "rows": []}
+    model = HookedModel(checkpoint, torch.float32, torch.device("cpu"))
+    windows = {
+        length: cut_windows(tokenizer, text, name, length, options.windows, length) for length in options.lengths
+    }
+    prompts = list(needle_prompts(tokenizer, text, name, options.lengths, options.depths, options.trials))
+    exact = _Once(model)
+    known = {row["name"] for row in result["rows"]}
+    for row in options.caches or CACHES:
+        if row in known:
+            continue
+        method, settings = CACHES[row]
+        prepared = prepare_method(method, MethodOptions(**settings), checkpoint, torch.float32, max(options.lengths))
+        read = _logits(model, prepared.build(model))
+        positions = {}
+        for length, of_length in windows.items():
+            scores = [score_positions(tokens, exact(tokens), read(tokens), _BUCKETS) for tokens in of_length]
+            positions[str(length)] = position_table(scores, length)
+        found = list(evaluate_needles(prompts, exact, read))
+        needle = needle_result(prepared, 0, prompts, found, {}) if prompts else None
+        result["rows"].append(
+            {
+                "name": row,
+                "bytes_per_token": prepared.bytes_per_token,
+                "positions": positions,
+                "needle": needle and {key: needle[key] for key in ("accuracy", "accuracy_16bit", "nll", "nll_16bit", "cells")},
+            }
+        )
+        write_json(out, result)
+        print(_text(result["rows"][-1]), flush=True)
+
+
+def _text(row: dict[str, Any]) -> str:
+    lines = [row["name"]]
+    for length, table in row["positions"].items():
+        lines.append(f"  {length:>6} KL by position: " + " ".join(f"{bucket['kl']:.4f}" for bucket in table))
+    if row["needle"] is not None:
+        needle = row["needle"]
+        lines.append(
+            f"         found {needle['accuracy']:.0%} ({needle['accuracy_16bit']:.0%}), nats {needle['nll']:.3f} "
+            f"({needle['nll_16bit']:.3f})"
+        )
+    return "\n".join(lines)
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(ROOT / "models" / "smollm2-135m-instruct"), help="folder")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192], help="tokens of windows and prompts")
+    parser.add_argument("--windows", type=int, default=1, help="of every length (default %(default)s)")
+    parser.add_argument("--depths", nargs="*", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0], help="of numbers")
+    parser.add_argument("--trials", type=int, default=1, help="prompts per length and depth")
+    parser.add_argument("--caches", nargs="+", choices=CACHES, metavar="NAME", help="default: all")
+    parser.add_argument("--text", metavar="FILE", help="default: Python's documentation")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
