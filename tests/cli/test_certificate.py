@@ -150,3 +150,10 @@ def test_what_cannot_work_is_refused(llama, tmp_path, capsys, options, named):
     assert factorize(llama, tmp_path / "out", *options) == 2
     assert named in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_text_that_cannot_be_read_is_told_before_the_model_runs(llama, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("xquant_vllm.cli.factorize.factorize", None)
+    options = ("--calibration", "mixed-text", "--certificate-text", tmp_path)
+    assert factorize(llama, tmp_path / "out", *options) == 2
+    assert "--certificate-text" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from xquant_vllm.cli.certify import certifying
 from xquant_vllm.cli.factorize_search import search
 from xquant_vllm.errors import RefusedError
 from xquant_vllm.offline.factorize import FactorizeOptions, factorize
+from xquant_vllm.offline.texts import read_file
 
 
 def run(options: argparse.Namespace) -> None:
@@ -62,6 +63,9 @@ def _check(options: argparse.Namespace) -> None:
     """
     if options.certificate_text is not None and not options.certificate:
         raise RefusedError("xquant: --certificate-text has no use with --no-certificate; leave one of them out")
+    if options.certificate_text is not None:
+        # Now, and not when all is calibrated.
+        read_file("--certificate-text", options.certificate_text)
     if options.max_kl is None:
         return
     if not options.max_kl > 0:

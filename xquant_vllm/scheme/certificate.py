@@ -3,11 +3,13 @@
 from pydantic import BaseModel, ConfigDict
 
 
-class _Model(BaseModel):
+class StrictModel(BaseModel):
+    """A part of a header: nothing in it is unknown, and nothing changes."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Measured(_Model):
+class Measured(StrictModel):
     """A mean, and the ends of its 95% interval over stretches of the text."""
 
     mean: float
@@ -15,7 +17,7 @@ class Measured(_Model):
     high: float
 
 
-class Certificate(_Model):
+class Certificate(StrictModel):
     """What a cache loses on a text that its factors have not seen, against a 16-bit cache.
 
     Attributes:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from xquant_vllm.codec.allocated import AllocatedFormat
 from xquant_vllm.codec.allocation import LayerAllocation
@@ -18,17 +18,13 @@ from xquant_vllm.projection.basis import BasisKind
 from xquant_vllm.projection.factor_file import DTYPES, FORMAT_VERSION, HEADER_FILE, read_json, refuse_other_than_files
 from xquant_vllm.projection.layer import BasisSpec
 from xquant_vllm.projection.predicted import joint_kv_width
-from xquant_vllm.scheme.certificate import Certificate
+from xquant_vllm.scheme.certificate import Certificate, StrictModel
 from xquant_vllm.scheme.settings import PerStream
 
 logger = logging.getLogger("vllm.xquant_vllm")
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Source(_Model):
+class Source(StrictModel):
     """The checkpoint's shape.
 
     Attributes:
@@ -48,7 +44,7 @@ class Source(_Model):
     fingerprints: list[list[str]]
 
 
-class Calibration(_Model):
+class Calibration(StrictModel):
     """The text that calibrated the bases.
 
     Attributes:
@@ -64,14 +60,14 @@ class Calibration(_Model):
     gradient_ridge: float
 
 
-class ChainSettings(_Model):
+class ChainSettings(StrictModel):
     """Settings that are built into a predicted chain: a layer is fitted to what the layers before it read back."""
 
     first_layers: int
     anchor_interval: int
 
 
-class FactorSettings(_Model):
+class FactorSettings(StrictModel):
     """Settings that the factors are for.
 
     Attributes:
@@ -91,7 +87,7 @@ class FactorSettings(_Model):
     chain: ChainSettings | None = None
 
 
-class FactorHeader(_Model):
+class FactorHeader(StrictModel):
     """The whole header.
 
     Attributes:
