@@ -3,9 +3,9 @@
     python benchmarks/long_context.py --model models/smollm2-135m-instruct --lengths 4096 8192
 
 What is read are windows of a text, and prompts that hide a number in it, as `xquant eval perplexity --position-buckets`
-and `xquant eval needle` make them: in FP32, every attended token read back from the cache. The 16-bit model runs once for
-all caches. A result is written after every cache, so an interrupted run has lost no more than one; those that the file
-has are not computed again.
+and `xquant eval needle` make them: in FP32, every attended token read back from the cache. The 16-bit model runs once
+for all caches. A result is written after every cache, so an interrupted run has lost no more than one; those that the
+file has are not computed again.
 """
 
 import argparse
@@ -117,7 +117,8 @@ def main(arguments: list[str] | None = None) -> None:
                 "name": row,
                 "bytes_per_token": prepared.bytes_per_token,
                 "positions": positions,
-                "needle": needle and {key: needle[key] for key in ("accuracy", "accuracy_16bit", "nll", "nll_16bit", "cells")},
+                "needle": needle
+                and {key: needle[key] for key in ("accuracy", "accuracy_16bit", "nll", "nll_16bit", "cells")},
             }
         )
         write_json(out, result)

@@ -3,8 +3,8 @@
     python benchmarks/long_generation.py --methods xquant calibrated-4 calibrated-3 kivi
 
 Every cache continues the same prompts, through vLLM as it is served. The model with its 16-bit cache then says how
-likely it finds every text, its own ones too: errors that add up would make texts less and less likely. A row's difference
-is taken prompt by prompt, with the 95% interval of the bootstrap over prompts.
+likely it finds every text, its own ones too: errors that add up would make texts less and less likely. A row's
+difference is taken prompt by prompt, with the 95% interval of the bootstrap over prompts.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def text(result: dict[str, Any]) -> str:
     """The table for people."""
     lines = [
         f"{result['model']}, {result['prompts']} prompts, up to {result['tokens']} tokens each, temperature "
-        f"{result['temperature']:g}; nats per token by the 16-bit model, differences prompt by prompt with 95% intervals",
+        f"{result['temperature']:g}; nats per token by the 16-bit model, differences prompt by prompt, 95% intervals",
         f"{'':32}{'nats':>7}  {'difference':24}{'repeated':>9}{'length':>8}{'same':>7}",
     ]
     for entry in result["rows"]:

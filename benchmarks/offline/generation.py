@@ -1,7 +1,7 @@
 """An engine's process that generates texts, or says how likely texts are.
 
-Orders are those of :mod:`benchmarks.offline.orders`: ``"generate"`` continues prompts, ``"judge"`` scores what others made
-of them.
+Orders are those of :mod:`benchmarks.offline.orders`: ``"generate"`` continues prompts, ``"judge"`` scores what others
+made of them.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""The multi-head SmolLM2 with key and value weights of full rank: its repeated heads are changed, each by noise of its own.
+"""The multi-head SmolLM2 with key and value weights of full rank: repeated heads, each changed by noise of its own.
 
 Repeated heads have an advantage that real multi-head models lack: keys and values of all heads together have a third of
 the layer input's rank. Here nothing is left of it. The model is a little worse than the one that it was made from.

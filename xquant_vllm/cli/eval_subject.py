@@ -12,13 +12,13 @@ import torch
 
 from xquant_vllm.cli.vllm_folder import vllm_folder
 from xquant_vllm.errors import RefusedError
-from xquant_vllm.evaluation.model.logits import Engine, Logits
 from xquant_vllm.evaluation.engines.offline_engine import OfflineEngine
 from xquant_vllm.evaluation.engines.vllm_engine import serve, vllm_version
 from xquant_vllm.evaluation.methods.method_names import SERVED_METHODS
 from xquant_vllm.evaluation.methods.method_options import MethodOptions
 from xquant_vllm.evaluation.methods.methods import bytes_16bit, prepare_method
 from xquant_vllm.evaluation.methods.prepared_method import PreparedMethod
+from xquant_vllm.evaluation.model.logits import Engine, Logits
 from xquant_vllm.evaluation.tasks.kept_scores import KeptScores, Score, model_fingerprint
 from xquant_vllm.evaluation.tasks.result import versions
 from xquant_vllm.offline.checkpoint import Checkpoint, open_checkpoint

@@ -1,4 +1,4 @@
-"""A run of a transformers model, whose head is applied to a few positions at a time: logits are as wide as the vocabulary."""
+"""A transformers model, run so that its head, which is as wide as the vocabulary, looks at a few positions at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

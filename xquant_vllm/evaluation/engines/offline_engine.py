@@ -4,10 +4,10 @@ from functools import cached_property
 
 import torch
 
-from xquant_vllm.evaluation.model.logits import Rows
 from xquant_vllm.evaluation.methods.prepared_method import PreparedMethod
 from xquant_vllm.evaluation.model.cache_method import CacheMethod
 from xquant_vllm.evaluation.model.hooked_model import HookedModel
+from xquant_vllm.evaluation.model.logits import Rows
 from xquant_vllm.offline.checkpoint import Checkpoint
 from xquant_vllm.offline.memory import warn_of_memory
 from xquant_vllm.offline.progress import say

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from xquant_vllm.evaluation.model.logits import Rows
 from xquant_vllm.evaluation.model.cache_method import AttendedMethod, CacheMethod, InputMethod, ProjectedMethod
+from xquant_vllm.evaluation.model.logits import Rows
 from xquant_vllm.evaluation.model.projections import Projections
 from xquant_vllm.offline.calibration.attention_modules import attention_modules
 from xquant_vllm.offline.checkpoint import Checkpoint

@@ -1,0 +1,117 @@
+"""The tables of docs/long-texts.md, between their marks.
+
+python benchmarks/accuracy/long_tables.py
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.methods import METHODS  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
+PAGE = ROOT / "docs" / "long-texts.md"
+_MARKS = {
+    name: (f"<!-- {name}: made by benchmarks/accuracy/long_tables.py -->", f"<!-- end of {name} -->")
+    for name in ("contexts", "generations")
+}
+
+
+def page(text: str) -> str:
+    """The page with its tables made anew from the result files."""
+    contexts = [json.loads(path.read_text()) for path in sorted((RESULTS / "long-context").glob("*.json"))]
+    generations = [json.loads(path.read_text()) for path in sorted((RESULTS / "generations").glob("*.json"))]
+    for name, lines in (("contexts", context_tables(contexts)), ("generations", generation_tables(generations))):
+        begin, end = _MARKS[name]
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
+        text = "\n".join([f"{before}{begin}", "", *lines, f"{end}{after}"])
+    return text
+
+
+def context_tables(results: Iterable[dict[str, Any]]) -> Iterable[str]:
+    """Divergence by position, and numbers found, a table for every model and length."""
+    for result in results:
+        for length in result["lengths"]:
+            table = result["rows"][0]["positions"][str(length)]
+            ranges = [f"{bucket['last']:,}" for bucket in table]
+            yield f"**{result['model']}**, {length:,} tokens of {result['text']}: KL divergence of tokens up to"
+            yield ""
+            yield f"| cache | bytes per token | {' | '.join(ranges)} | all | increase in perplexity | found |"
+            yield "|---|---|" + "---|" * (len(ranges) + 3)
+            for row in sorted(result["rows"], key=lambda row: -row["bytes_per_token"]):
+                yield _context_row(row, length)
+            yield ""
+
+
+def _context_row(row: dict[str, Any], length: int) -> str:
+    table = row["positions"][str(length)]
+    sizes = [bucket["last"] - bucket["first"] + 1 for bucket in table]
+    kl = sum(size * bucket["kl"] for size, bucket in zip(sizes, table, strict=True)) / sum(sizes)
+    increase = _perplexity(table, sizes, "perplexity") - _perplexity(table, sizes, "perplexity_16bit")
+    cells = [f"{bucket['kl']:.4f}" for bucket in table]
+    name = f"**{row['name']}**" if row["name"].startswith("xquant") else row["name"]
+    return (
+        f"| {name} | {row['bytes_per_token']:,.0f} | {' | '.join(cells)} | {kl:.4f} | {increase:+.2f} | "
+        f"{_found(row['needle'], length)} |"
+    )
+
+
+def _perplexity(table: list[dict[str, Any]], sizes: list[int], name: str) -> float:
+    from math import exp, log
+
+    total = sum(size * log(bucket[name]) for size, bucket in zip(sizes, table, strict=True))
+    return exp(total / sum(sizes))
+
+
+def _found(needle: dict[str, Any] | None, length: int) -> str:
+    cells = [cell for cell in needle["cells"] if cell["length"] == length] if needle else []
+    if not cells:
+        return ""
+    found, of_16bit = (
+        round(sum(cell["prompts"] * cell[name] for cell in cells)) for name in ("accuracy", "accuracy_16bit")
+    )
+    return f"{found} of {sum(cell['prompts'] for cell in cells)} (16 bit: {of_16bit})"
+
+
+def generation_tables(results: Iterable[dict[str, Any]]) -> Iterable[str]:
+    """What the 16-bit model says of generated texts, a table for every result."""
+    for result in results:
+        drawn = (
+            "the most likely token each time"
+            if result["temperature"] == 0
+            else (f"drawn at temperature {result['temperature']:g}")
+        )
+        yield (
+            f"**{result['model']}**, {result['dtype']}, {result['prompts']} prompts of "
+            f"{result['prompt_tokens']} tokens ({result['text']}), up to {result['tokens']:,} tokens each, {drawn}:"
+        )
+        yield ""
+        parts = len(result["rows"][0]["difference_parts"])
+        heads = [f"quarter {part}" for part in range(1, parts + 1)]
+        yield f"| cache | nats per token | difference to 16 bit | {' | '.join(heads)} | repeated | tokens | same for |"
+        yield "|---|---|---|" + "---|" * (parts + 3)
+        for row in result["rows"]:
+            cells = [_spread(part) for part in row["difference_parts"]]
+            yield (
+                f"| {METHODS[row['method']].label} | {row['nll']['mean']:.3f} | {_spread(row['difference']['nll'])} | "
+                f"{' | '.join(cells)} | {row['repetition']['mean']:.1%} | {row['length']['mean']:,.0f} | "
+                f"{row['same_tokens']:,.0f} |"
+            )
+        yield ""
+
+
+def _spread(measured: dict[str, Any]) -> str:
+    if "mean" not in measured:
+        return ""
+    return f"{measured['mean']:+.3f} ({measured['low']:+.3f} to {measured['high']:+.3f})"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))
