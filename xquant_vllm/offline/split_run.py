@@ -1,4 +1,4 @@
-"""A transformers model, run so that its head, which is as wide as the vocabulary, looks at a few positions at a time."""
+"""A transformers model, run so that its head, which is as wide as the vocabulary, sees a few positions at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

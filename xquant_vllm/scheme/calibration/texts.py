@@ -1,8 +1,9 @@
 """Texts to calibrate on that need no file of the user's, and how any text is told from another.
 
 ``mixed.txt`` is of this package, under its licence: prose whose copyright has ended (the King James Bible, Shakespeare,
-Cervantes, Smith, Jefferson, Austen, Lincoln, Darwin, Dickens, Poe, Melville, Carroll, Twain, Stevenson, Doyle and
-Kipling), and what was written for it: conversations, letters, news, code, data, and a few paragraphs in other languages.
+Cervantes, Smith, Jefferson, Austen, Lincoln, Darwin, Dickens, Poe, Melville, Carroll, Twain, Stevenson, Doyle,
+Kipling),
+and what was written for it: conversations, letters, news, code, data, and a few paragraphs in other languages.
 """
 
 import hashlib
