@@ -63,6 +63,12 @@ def gemma3() -> Path:
 
 
 @pytest.fixture(scope="session")
+def qwen_coder() -> Path:
+    """Qwen2.5-Coder-0.5B-Instruct (0.5 GB to load): biases on keys and values, seven query heads on a kv head."""
+    return _prepared("qwen-coder-0.5b")
+
+
+@pytest.fixture(scope="session")
 def tokenizer(smollm2):
     """The tokenizer of ``smollm2``."""
     import transformers
