@@ -14,6 +14,7 @@ TINY = Sizes(
 
 
 @pytest.mark.e2e
+@pytest.mark.nightly
 def test_a_load_is_served_and_measured(smollm2, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(bench_serving, "QUICK", TINY)
     out = tmp_path / "result.json"

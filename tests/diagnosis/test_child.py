@@ -96,7 +96,9 @@ def test_a_module_that_cannot_be_imported():
 
 
 def test_ctrl_c_ends_the_process(probe, tmp_path):
-    code = f"from xquant_vllm.diagnosis.child import find_out; find_out({probe!r}, 'hang')"
+    # A shell starts what runs in its background with Ctrl-C ignored.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{listen}; from xquant_vllm.diagnosis.child import find_out; find_out({probe!r}, 'hang')"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")

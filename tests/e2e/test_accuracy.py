@@ -41,6 +41,7 @@ def first_divergences(a: list[list[int]], b: list[list[int]]) -> list[int]:
     ]
 
 
+@pytest.mark.nightly
 def test_eight_bits_diverge_no_earlier_than_bfloat16_does_from_float32(run):
     (exact,), (rounded,), (ours,) = (run(*writer)[0] for writer in WRITERS)
     yardstick = statistics.mean(first_divergences(rounded, exact))

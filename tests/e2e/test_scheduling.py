@@ -133,6 +133,7 @@ def test_preempted_and_resumed_equals_undisturbed(engines, smollm2, documentatio
     not can_compile(),
     reason="torch.compile needs Python.h, which python3-dev installs: vLLM itself cannot compile here",
 )
+@pytest.mark.nightly
 def test_compiled_is_as_close_to_eager_as_quantization_allows(logits, prompt):
     """Compiled, the model rounds differently everywhere, so codes flip in every layer and each flip causes more.
 

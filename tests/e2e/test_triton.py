@@ -55,11 +55,12 @@ HOT_TASKS = [
     ("method", "hot", "some_cold"),
     [
         ({"method": "xquant-cl"}, 80 * 2 * 3 * 2 * 32 * 4, True),
-        pytest.param({}, "50%", False, marks=pytest.mark.nightly),
-        pytest.param({"cache": "x"}, "50%", False, marks=pytest.mark.nightly),
+        ({}, "50%", False),
+        ({"cache": "x"}, "50%", False),
     ],
     ids=["chain, pool of 80 tokens", "latents", "X"],
 )
+@pytest.mark.nightly
 def test_hot_blocks(engines, tmp_path, method, hot, some_cold):
     """With a pool, attended by FlashAttention's twin, the answers are those without; the prefix hit is promoted."""
     model = save_tiny_model(tmp_path, "llama")

@@ -54,6 +54,7 @@ def cpu_image(tmp_path_factory, apt) -> ImageBuild:
     return build
 
 
+@pytest.mark.nightly
 def test_cpu_image_has_the_wheel_with_kernels_and_the_pinned_vllm(cpu_image):
     environment = cpu_image.final.at("/opt/venv")
     (wheel,) = cpu_image.stages["builder"].at("/dist").iterdir()
@@ -72,6 +73,7 @@ def test_cpu_image_has_the_wheel_with_kernels_and_the_pinned_vllm(cpu_image):
     assert "xquant_vllm.plugin.entry_point:register" in versions
 
 
+@pytest.mark.nightly
 def test_the_wheel_with_kernels_can_go_to_an_index(cpu_image, tmp_path):
     """auditwheel renames it, and has nothing to add to it."""
     (wheel,) = cpu_image.stages["builder"].at("/dist").iterdir()
@@ -83,6 +85,7 @@ def test_the_wheel_with_kernels_can_go_to_an_index(cpu_image, tmp_path):
     release.check_wheel(repaired)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("arguments", [[], ["--max-model-len", "64"]])
 def test_entry_point_demands_a_model(cpu_image, arguments):
     done = cpu_image.final.run([*cpu_image.command_of("ENTRYPOINT"), *arguments])
@@ -90,6 +93,7 @@ def test_entry_point_demands_a_model(cpu_image, arguments):
     assert "no model was given" in done.stderr
 
 
+@pytest.mark.nightly
 @pytest.mark.e2e
 def test_entry_point_starts_vllm_with_the_plugin_which_refuses_bad_settings(cpu_image, smollm2):
     # Relative, because absolute paths mean the image's.
@@ -102,6 +106,7 @@ def test_entry_point_starts_vllm_with_the_plugin_which_refuses_bad_settings(cpu_
     assert "Starting to load model" not in output
 
 
+@pytest.mark.nightly
 def test_health_check_fails_without_a_server(cpu_image):
     done = cpu_image.final.run(cpu_image.command_of("HEALTHCHECK"), PORT=str(free_port()))
     assert done.returncode == 1

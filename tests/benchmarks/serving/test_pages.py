@@ -26,6 +26,7 @@ def test_a_row_compares_with_16_bit_in_the_same_round() -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.nightly
 def test_bytes_per_token_are_those_of_the_pages(tmp_path, capsys) -> None:
     model = save_tiny_model(tmp_path / "model", "llama")
     files = ["--model", str(model), "--logs", str(tmp_path), "--out", str(tmp_path / "result.json")]

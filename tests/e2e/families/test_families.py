@@ -271,6 +271,7 @@ def test_a_chain_of_layers_with_attention_sinks(logprobs):
 
 
 @pytest.mark.covers("GPT-OSS", "attention sinks", "tensor parallel", *LATENTS)
+@pytest.mark.nightly
 def test_tensor_parallel_ranks_have_the_sinks_of_their_own_heads(engines, logprobs, tiny):
     cores = sorted(os.sched_getaffinity(0))[:2]
     binding = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
@@ -352,6 +353,7 @@ def test_values_folded_into_the_output_projection_change_nothing(serve, family):
     assert_close(ours.tasks[-1]["logprobs"][0], apart.tasks[-1]["logprobs"][0], 1e-3)
 
 
+@pytest.mark.nightly
 def test_the_reference_serves_where_no_kernels_were_built(engines, logprobs, tiny):
     environment = {"XQUANT_ATTENTION_KERNELS": "reference"}
     slow = engines.run(tiny("qwen3"), "xquant", TASKS, xquant=EIGHT, environment=environment, **ENGINE)
@@ -388,6 +390,7 @@ def test_tensor_parallel_ranks_factorize_their_own_heads(engines, serve, logprob
     assert_close(ours.tasks[-1]["logprobs"][0], logprobs("qwen3", "CPU_ATTN"), 0.02)
 
 
+@pytest.mark.nightly
 def test_tensor_parallel_ranks_of_a_multi_head_model_cache_latents(engines, serve, logprobs, tiny):
     """X is as wide on every rank, latents are shared out: with two ranks both take the same, and latents are faster."""
     cores = sorted(os.sched_getaffinity(0))[:2]

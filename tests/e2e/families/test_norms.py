@@ -128,6 +128,7 @@ def test_what_keys_and_values_would_share_is_refused_by_name(serve):
 
 
 @pytest.mark.covers(OLMOE, "tensor parallel", *LATENTS, "bits=8")
+@pytest.mark.nightly
 def test_ranks_divide_by_the_norm_over_the_heads_of_all_of_them(engines, expected, tiny):
     cores = sorted(os.sched_getaffinity(0))[:2]
     binding = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}

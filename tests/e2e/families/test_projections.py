@@ -138,6 +138,7 @@ def two_ranks():
 
 
 @pytest.mark.covers("Falcon", "tensor parallel", *LATENTS, "bits=8")
+@pytest.mark.nightly
 def test_tensor_parallel_ranks_find_their_own_rows(serve, expected):
     ours = serve("falcon", xquant=EIGHT, **two_ranks())
     assert folded_layers(ours) == 3

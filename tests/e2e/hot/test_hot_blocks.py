@@ -71,6 +71,7 @@ def test_chain_of_latents(run, smollm2, tasks):
     assert_same(hot, cold)
 
 
+@pytest.mark.nightly
 def test_sliding_windows(run, gemma3):
     """Longer than the window of 512: its layers have let go of the first blocks."""
     prompt = list(range(1000, 1700))

@@ -29,7 +29,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text(TEXT * 60)
+    path.write_text(TEXT * 31)
     return path
 
 

@@ -75,6 +75,7 @@ def perplexity(logprobs):
     return math.exp(-statistics.mean(logprobs))
 
 
+@pytest.mark.nightly
 def test_calibrated_latents_lose_less_on_other_text_in_fewer_bytes(engines, serve, smollm2, other_text, tmp_path):
     options = ("--calibration", other_text, "--calibration-tokens", "1024", "--bits", "2")
     per_head, log = serve(factorize(smollm2, tmp_path / "head", *options))
@@ -102,6 +103,7 @@ def test_calibrated_latents_lose_less_on_other_text_in_fewer_bytes(engines, serv
         serve(tmp_path / "chain", 4)
 
 
+@pytest.mark.nightly
 def test_tensor_parallel_ranks_take_their_heads_from_one_file(engines, tiny):
     _, folder = tiny
     cores = sorted(os.sched_getaffinity(0))[:2]
