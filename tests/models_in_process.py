@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def models_are_looked_at_here():
-    """vLLM starts a process that imports all of it for every class, so that no CUDA is initialized: ten seconds each."""
+    """For each class vLLM starts a process that imports all of it, lest CUDA be initialized: ten seconds."""
     from vllm.model_executor.models import registry
 
     with pytest.MonkeyPatch.context() as patch:

@@ -76,39 +76,53 @@ def test_two_engines_behind_one_server(ranks, tmp_path):
 
 def test_two_processes_that_share_the_experts_out(ranks, tmp_path):
     """Offline, with variables for the ranks, which vLLM has for such models alone."""
-    one = ranks.one("gpt-oss", xquant={"bits": 8, "cache": "latent"})
+    settings = {"bits": 8, "cache": "latent"}
+    arguments = {"attention_backend": "xquant", "additional_config": {"xquant": settings}}
+    answers = share_experts(ranks, arguments, tmp_path / "xquant")
+    if isinstance(answers, str):
+        # Experts of some processors' kernels exchange tokens by an operation that vLLM has for GPUs alone.
+        plain = share_experts(ranks, {"attention_backend": "CPU_ATTN"}, tmp_path / "16bit")
+        assert isinstance(plain, str), f"16 bit is served, but: {answers[-4000:]}"
+        assert "in all_gatherv" in answers, answers[-4000:]
+        assert "in all_gatherv" in plain, plain[-4000:]
+        pytest.skip("on this processor vLLM itself cannot share experts out: its CPU communicator has no all_gatherv")
+    one = ranks.one("gpt-oss", xquant=settings)
+    for answer in answers:
+        assert answer["tasks"][0]["tokens"] == tokens(one)
+        assert answer["cache_tokens"] == one.cache_tokens
+
+
+def share_experts(ranks, arguments, folder):
+    """What both processes answer, or the log of the first that failed."""
+    folder.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    arguments = {**engine.DEFAULTS, **ENGINE, "model": str(ranks.model("gpt-oss")), "attention_backend": "xquant"}
-    arguments["additional_config"] = {"xquant": {"bits": 8, "cache": "latent"}}
+    arguments = {**engine.DEFAULTS, **ENGINE, "model": str(ranks.model("gpt-oss")), **arguments}
     processes = []
     for rank in (0, 1):
-        request = {"engine": arguments, "tasks": [GREEDY]}
-        (tmp_path / f"{rank}.json").write_text(json.dumps(request))
+        (folder / f"{rank}.json").write_text(json.dumps({"engine": arguments, "tasks": [GREEDY]}))
         environment = {
             **os.environ,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
-            "XDG_CACHE_HOME": str(tmp_path / "cache"),
+            "XDG_CACHE_HOME": str(folder / "cache"),
             "VLLM_DP_RANK": str(rank),
             "VLLM_DP_RANK_LOCAL": str(rank),
             "VLLM_DP_SIZE": "2",
             "VLLM_DP_MASTER_IP": "127.0.0.1",
             "VLLM_DP_MASTER_PORT": str(port),
         }
-        script = [sys.executable, str(engine._SCRIPT), str(tmp_path / f"{rank}.json"), str(tmp_path / f"{rank}.result")]
-        log = (tmp_path / f"{rank}.log").open("w")
-        processes.append(subprocess.Popen(script, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        script = [sys.executable, str(engine._SCRIPT), str(folder / f"{rank}.json"), str(folder / f"{rank}.result")]
+        with (folder / f"{rank}.log").open("w") as log:
+            processes.append(subprocess.Popen(script, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
         for rank, process in enumerate(processes):
-            assert process.wait(200) == 0, (tmp_path / f"{rank}.log").read_text()[-4000:]
+            if process.wait(200):
+                return (folder / f"{rank}.log").read_text()
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    for rank in (0, 1):
-        answer = json.loads((tmp_path / f"{rank}.result").read_text())
-        assert answer["tasks"][0]["tokens"] == tokens(one)
-        assert answer["cache_tokens"] == one.cache_tokens
+    return [json.loads((folder / f"{rank}.result").read_text()) for rank in (0, 1)]
