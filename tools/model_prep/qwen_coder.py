@@ -44,7 +44,7 @@ _LARGE = (
     "4999dcb7b6704065f533ab521c5e581feecd72abc1fe596a57f00e7de72f1460",
     "6190a4ffcb96fec023c8086464e7c9d0ec9c7061efc39fec19142bdef186768a",
 )
-# What Qwen publishes of both.
+# What Qwen publishes of both. In the smaller GGUF the head is a tensor of its own, quantized apart from the embeddings.
 PUBLISHED = {
     "model_type": "qwen2",
     "hidden_act": "silu",
@@ -52,7 +52,6 @@ PUBLISHED = {
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    "tie_word_embeddings": True,
     "use_sliding_window": False,
     "vocab_size": 151936,
 }

@@ -34,8 +34,9 @@ def certifying(
     def finish(folder: Path, header: FactorHeader) -> FactorHeader:
         try:
             checkpoint = open_checkpoint(folder)
-            name, windows = held_out(checkpoint, text, options.calibration, options.calibration_tokens)
-            found = certify(checkpoint, header, name, windows, torch.device(options.device))
+            device = torch.device(options.device)
+            name, windows = held_out(checkpoint, text, options.calibration, options.calibration_tokens, device)
+            found = certify(checkpoint, header, name, windows, device)
         except RefusedError as error:
             if demanded:
                 raise

@@ -53,7 +53,11 @@ def _add_calibration(group: Any) -> None:
         "the text that ships with Python (default: none, bases from the weights alone)",
     )
     group.add_argument(
-        "--calibration-tokens", metavar="N", type=int, help="tokens of it to read (default 8192; only with a text)"
+        "--calibration-tokens",
+        metavar="N",
+        type=int,
+        help="tokens of it to read (default 8192, on a CPU fewer of models with more than a billion weights; only with "
+        "a text)",
     )
 
 

@@ -45,7 +45,11 @@ def add_method(group: Any) -> None:
         "documentation (default), mixed-text for what a server takes by itself, none for the weights alone",
     )
     group.add_argument(
-        "--calibration-tokens", type=int, metavar="N", help="tokens of it to read, 64 or more (default 8192)"
+        "--calibration-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of it to read, 64 or more (default 8192, on a CPU fewer of models with more than a billion "
+        "weights)",
     )
 
 

@@ -105,7 +105,7 @@ def _write(
             # Looked at now, since the model runs over the text before a layer is fitted.
             checkpoint.served_key_value(layer, dtype)
         plan = plan_calibration(checkpoint, settings)
-        batch = tokenize(checkpoint, options.calibration, options.calibration_tokens)
+        batch = tokenize(checkpoint, options.calibration, options.calibration_tokens, device)
         factors = calibrated_layers(checkpoint, plan, batch, dtype, device, kept)
     written = write_factors(folder / FACTORS_FILE, factors, checkpoint.layers)
     header = FactorHeader(

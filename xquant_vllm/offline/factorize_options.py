@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xquant_vllm.errors import RefusedError
-from xquant_vllm.offline.calibration.calibration_tokens import calibration_tokens
+from xquant_vllm.offline.calibration.calibration_tokens import check_calibration_tokens
 from xquant_vllm.offline.option_values import at_least, bits_value, numbers_of, per_stream_value
 from xquant_vllm.scheme.settings import XQuantSettings, parse_settings
 
@@ -21,7 +21,8 @@ class FactorizeOptions:
         out: folder to write; must not be there yet, unless ``force`` is set.
         calibration: a text file (UTF-8), ``"mixed-text"`` for that of this package, or ``"python-docs"`` for half of
             the text that ships with Python. None computes the bases from the weights alone.
-        calibration_tokens: tokens of the text to read, at least 64; None for 8192. Only with ``calibration``.
+        calibration_tokens: tokens of the text to read, at least 64; None for 8192, or fewer for large models on a
+            CPU. Only with ``calibration``.
         bits: 16, 8, 4, 3 or 2, or two of them, for keys and for values: what the folder is served with if the server
             is told nothing else. With ``calibration`` one number, 8, 4, 3 or 2, which is built in. None for 4.
         method: ``"xquant"``, every layer by itself, or ``"xquant-cl"``, a chain of layers; needs ``calibration``.
@@ -72,7 +73,7 @@ class FactorizeOptions:
         return parse_settings(raw)
 
     def _check(self) -> None:
-        calibration_tokens(self.calibration_tokens)
+        check_calibration_tokens(self.calibration_tokens)
         for number in () if self.outlier_channels is None else numbers_of(self.outlier_channels):
             at_least("--outlier-channels", number, 0, " (0 for none; 1 suits every model tried)")
         at_least("--anchor-interval", self.anchor_interval, 0, " (0 for a single chain)")

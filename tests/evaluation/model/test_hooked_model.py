@@ -122,7 +122,8 @@ def test_logits_that_are_computed_when_they_are_asked_for_are_the_same(models, f
     assert isinstance(model.rows(TOKENS, method), torch.Tensor), "of a short window all are there at once"
     monkeypatch.setattr("xquant_vllm.evaluation.model.hooked_model._AT_ONCE", 0)
     rows = model.rows(TOKENS, method)
-    assert not isinstance(rows, torch.Tensor)
+    # The head of OPT does not read what its body yields.
+    assert isinstance(rows, torch.Tensor) == (family == "opt")
     model.logits(TOKENS, CacheMethod())  # what was held does not change with the next run
     for positions in (slice(0, 7), slice(64, len(TOKENS))):
         assert torch.allclose(rows[positions], whole[positions], atol=1e-4, rtol=1e-4)

@@ -232,19 +232,19 @@ def test_sequences_are_spread_over_the_text_and_open_as_the_tokenizer_opens(tmp_
     text = tmp_path / "text"
     words = [chr(97 + i % 26) * (1 + i // 26 % 5) for i in range(5000)]
     text.write_text(" ".join(words))
-    batch = tokenize(checkpoint, str(text), 1024)
+    batch = tokenize(checkpoint, str(text), 1024, torch.device("cpu"))
     assert batch.shape == (2, 512)
     assert (batch[:, 0] == 1).all()
     ids = FakeTokenizer().encode(" ".join(words), add_special_tokens=False)
     assert batch[0, 1:].tolist() == ids[:511]
     assert batch[1, 1:].tolist() == ids[4 * 511 : 5 * 511]  # of nine
-    assert tokenize(checkpoint, "python-docs", 300).shape == (1, 300)
+    assert tokenize(checkpoint, "python-docs", 300, torch.device("cpu")).shape == (1, 300)
     text.write_text("too short")
     with pytest.raises(RefusedError, match="has 2 tokens, too few"):
-        tokenize(checkpoint, str(text), 2048)
+        tokenize(checkpoint, str(text), 2048, torch.device("cpu"))
 
 
 def test_sequences_are_no_longer_than_the_model_can_read(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: FakeTokenizer())
     checkpoint = open_checkpoint(str(save_tiny_model(tmp_path, "llama", max_position_embeddings=100)))
-    assert tokenize(checkpoint, "python-docs", 350).shape == (3, 100)
+    assert tokenize(checkpoint, "python-docs", 350, torch.device("cpu")).shape == (3, 100)

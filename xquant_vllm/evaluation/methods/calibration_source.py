@@ -76,7 +76,11 @@ def calibration_source(
 
 
 def calibration_batch(
-    options: MethodOptions, checkpoint: Checkpoint, settings: XQuantSettings, header: FactorHeader | None
+    options: MethodOptions,
+    checkpoint: Checkpoint,
+    settings: XQuantSettings,
+    header: FactorHeader | None,
+    device: torch.device,
 ) -> torch.Tensor | None:
     """Tokens to calibrate on, ``[sequences, length]``, or None.
 
@@ -86,4 +90,4 @@ def calibration_batch(
     source = calibration_source(options, checkpoint.folder, settings, header)
     if source is None:
         return None
-    return tokenize(checkpoint, source, options.calibration_tokens)
+    return tokenize(checkpoint, source, options.calibration_tokens, device)

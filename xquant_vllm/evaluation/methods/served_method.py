@@ -52,7 +52,7 @@ def prepare_served(
     check_layers(settings, checkpoint.layers)
     if method == "xquant-cl":
         check_layer_kinds(checkpoint.layer_kinds)
-    batch = calibration_batch(options, checkpoint, settings, header)
+    batch = calibration_batch(options, checkpoint, settings, header, device)
     calibrated = CalibratedFactors()
     allocations: dict[int, LayerAllocation] = {}
     if batch is not None:

@@ -12,7 +12,11 @@ _WINDOWS = 8
 
 
 def held_out(
-    checkpoint: Checkpoint, given: str | None, calibration: str | None, calibration_tokens: int | None
+    checkpoint: Checkpoint,
+    given: str | None,
+    calibration: str | None,
+    calibration_tokens: int | None,
+    device: torch.device,
 ) -> tuple[str, torch.Tensor]:
     """Windows of a text that the factors have not seen.
 
@@ -22,6 +26,7 @@ def held_out(
             too short, the half of CPython's documentation that nothing is calibrated on.
         calibration: the calibration text, None for factors from the weights alone.
         calibration_tokens: how many tokens of it were read, None for the default.
+        device: where the model ran over it.
 
     Returns:
         The text's name, and token ids ``[windows, length]``.
@@ -35,7 +40,7 @@ def held_out(
             raise RefusedError(f"xquant: --certificate-text {given} is too short; give a text of a few thousand words")
         return text_name(given), _spread(rows)
     if calibration is not None and calibration not in BUILT_IN:
-        left = calibration_sequences(checkpoint, calibration, calibration_tokens).left
+        left = calibration_sequences(checkpoint, calibration, calibration_tokens, device).left
         if len(left) >= _WINDOWS // 2:
             windows = _spread(left)
             return f"{counted(len(windows), 'sequence')} of {text_name(calibration)}", windows

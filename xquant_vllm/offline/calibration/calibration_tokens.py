@@ -6,18 +6,22 @@ import torch
 
 from xquant_vllm.errors import RefusedError, counted
 from xquant_vllm.offline.checkpoint import Checkpoint
+from xquant_vllm.offline.memory import num_weights
 from xquant_vllm.offline.texts import calibration_text, opening_tokens
 from xquant_vllm.offline.tokenizer import load_tokenizer
 
 # A quarter of it loses a fifth to a quarter more (docs/accuracy.md); more of it gains little.
 DEFAULT_CALIBRATION_TOKENS = 8192
+# On a CPU large models take fewer, or their first start would take hours: as many as one of a billion weights does in
+# the same time, but never less than this.
+_LEAST_BY_DEFAULT, _LARGE = 2048, 10**9
 _FEWEST_TOKENS = 64
 # One sequence's activations and logits are in memory at a time.
 _SEQUENCE = 512
 
 
-def calibration_tokens(given: int | None) -> int:
-    """How many tokens to calibrate on.
+def check_calibration_tokens(given: int | None) -> None:
+    """Refuse what says nothing about a model.
 
     Args:
         given: by ``--calibration-tokens``; None for the default.
@@ -25,13 +29,24 @@ def calibration_tokens(given: int | None) -> int:
     Raises:
         RefusedError: they are too few.
     """
-    tokens = DEFAULT_CALIBRATION_TOKENS if given is None else given
-    if tokens < _FEWEST_TOKENS:
+    if given is not None and given < _FEWEST_TOKENS:
         raise RefusedError(
-            f"xquant: --calibration-tokens {tokens} is too few to say anything about a model; set {_FEWEST_TOKENS} or "
+            f"xquant: --calibration-tokens {given} is too few to say anything about a model; set {_FEWEST_TOKENS} or "
             f"more ({DEFAULT_CALIBRATION_TOKENS} is plenty)"
         )
-    return tokens
+
+
+def default_tokens(checkpoint: Checkpoint, device: torch.device) -> int:
+    """How many tokens to calibrate on where nothing is said.
+
+    Args:
+        checkpoint: the model.
+        device: where it runs.
+    """
+    weights = num_weights(checkpoint)
+    if device.type != "cpu" or weights <= _LARGE:
+        return DEFAULT_CALIBRATION_TOKENS
+    return max(_LEAST_BY_DEFAULT, DEFAULT_CALIBRATION_TOKENS * _LARGE // weights // _SEQUENCE * _SEQUENCE)
 
 
 @dataclass(frozen=True)
@@ -47,18 +62,22 @@ class CalibrationSequences:
     left: list[list[int]]
 
 
-def calibration_sequences(checkpoint: Checkpoint, calibration: str, tokens: int | None) -> CalibrationSequences:
+def calibration_sequences(
+    checkpoint: Checkpoint, calibration: str, tokens: int | None, device: torch.device
+) -> CalibrationSequences:
     """Cut a text.
 
     Args:
         checkpoint: whose tokenizer to use.
         calibration: a file, or one of :data:`xquant_vllm.scheme.calibration.texts.BUILT_IN`.
         tokens: how many to take at most; None for the default.
+        device: where the model runs, which the default depends on.
 
     Raises:
         RefusedError: the text cannot be read or is too short, or there is no tokenizer.
     """
-    wanted = calibration_tokens(tokens)
+    check_calibration_tokens(tokens)
+    wanted = default_tokens(checkpoint, device) if tokens is None else tokens
     text = calibration_text(calibration)
     tokenizer = load_tokenizer(checkpoint)
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
@@ -103,13 +122,14 @@ def _cut(checkpoint: Checkpoint, ids: list[int], opening: list[int], longest: in
     return [opening + ids[start : start + step] for start in range(0, len(ids) - step + 1, step)]
 
 
-def tokenize(checkpoint: Checkpoint, calibration: str, tokens: int | None) -> torch.Tensor:
+def tokenize(checkpoint: Checkpoint, calibration: str, tokens: int | None, device: torch.device) -> torch.Tensor:
     """Sequences spread evenly over the text.
 
     Args:
         checkpoint: see :func:`calibration_sequences`.
         calibration: likewise.
         tokens: likewise.
+        device: likewise.
 
     Returns:
         ``[sequences, length]``, int64.
@@ -117,4 +137,4 @@ def tokenize(checkpoint: Checkpoint, calibration: str, tokens: int | None) -> to
     Raises:
         RefusedError: likewise.
     """
-    return torch.tensor(calibration_sequences(checkpoint, calibration, tokens).taken)
+    return torch.tensor(calibration_sequences(checkpoint, calibration, tokens, device).taken)
