@@ -68,7 +68,7 @@ cuda-check: venv ## compile the GPU kernels of the served default for every GPU,
 gpu-counts: venv ## count what the GPU kernels execute, from machine code (5 minutes, no GPU); the last line is JSON
 	$(VENV)/bin/python -m benchmarks.gpu.counts
 
-model: venv ## prepare the checkpoint MODEL (default smollm2; or smollm2-mha, gemma3); the last line is its folder
+model: venv ## prepare the checkpoint MODEL (default smollm2; or smollm2-mha, gemma3, qwen-coder-0.5b ...); the last line is its folder
 	@$(VENV)/bin/python tools/prepare_model.py --model $(MODEL)
 
 demo: venv ## serve MODEL with a BITS-bit cache (METHOD xquant or xquant-cl), chat, compare with the 16-bit cache

@@ -8,7 +8,6 @@ printed is explained in docs/benchmarks.md.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ if str(ROOT) not in sys.path:
 
 from benchmarks.cpu.machine import machine_facts  # noqa: E402
 from benchmarks.cpu.timing import Spread  # noqa: E402
-from benchmarks.files import write_json  # noqa: E402
+from benchmarks.files import report  # noqa: E402
 from benchmarks.methods import BASELINE, METHODS  # noqa: E402
 from benchmarks.models import served  # noqa: E402
 from benchmarks.offline.engines import Engines  # noqa: E402
@@ -31,11 +30,7 @@ _BLOCK = 128
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the benchmark; returns what it printed."""
     options = _options(arguments)
-    result = run(options)
-    if options.out:
-        write_json(options.out, result)
-    print(json.dumps(result) if options.json else text(result))
-    return result
+    return report(run(options), text, options)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

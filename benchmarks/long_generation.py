@@ -8,7 +8,6 @@ difference is taken prompt by prompt, with the 95% interval of the bootstrap ove
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.accuracy.generations import row, same_tokens, scores  # noqa: E402
-from benchmarks.files import write_json  # noqa: E402
+from benchmarks.files import report  # noqa: E402
 from benchmarks.methods import BASELINE, METHODS, Method  # noqa: E402
 from benchmarks.models import served  # noqa: E402
 from benchmarks.offline.engines import Engine, EngineError  # noqa: E402
@@ -41,11 +40,7 @@ class GenerationEngine(Engine):
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the benchmark; returns what it printed."""
     options = _options(arguments)
-    result = run(options)
-    if options.out:
-        write_json(options.out, result)
-    print(json.dumps(result) if options.json else text(result))
-    return result
+    return report(run(options), text, options)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
