@@ -15,14 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
 LOSSES = ROOT / "xquant_vllm" / "planning" / "losses.json"
 
-# Of the models of the result files: hidden size, query heads, kv heads, channels of a head, layers.
+# Of the models on which everything was measured: hidden size, query heads, kv heads, channels of a head, layers.
 SHAPES = {
     "smollm2-135m-instruct": (576, 9, 3, 64, 30),
     "smollm2-135m-instruct-mha": (576, 9, 9, 64, 30),
-    "smollm2-135m-instruct-mha-full-rank": (576, 9, 9, 64, 30),
     "gemma-3-270m": (640, 4, 1, 256, 18),
-    "qwen2.5-coder-0.5b-instruct": (896, 14, 2, 64, 24),
-    "qwen2.5-coder-1.5b-instruct": (1536, 12, 2, 128, 28),
 }
 # Names of rows, and what a plan calls them: method, calibrated. With multi-head attention the data-free default is X.
 ROWS = {
@@ -42,7 +39,7 @@ def losses(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
     Args:
         results: of every model, as benchmarks/results/accuracy has them.
     """
-    return {"models": [_of_model(result) for result in results]}
+    return {"models": [_of_model(result) for result in results if result["model"] in SHAPES]}
 
 
 def _of_model(result: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.table import everything
+
 # A family is what a row's name starts with, longest first.
 FAMILIES = {
     "KIVI*": ("tab:orange", "v"),
@@ -20,7 +22,7 @@ FAMILIES = {
 
 
 def plot(results: list[dict], path: Path) -> None:
-    """Draw a column for every model.
+    """Draw a column for every model on which all caches were measured.
 
     Args:
         results: of every model, as benchmarks/results/accuracy has them.
@@ -28,6 +30,7 @@ def plot(results: list[dict], path: Path) -> None:
     """
     import matplotlib
 
+    results = [result for result in results if everything(result)]
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

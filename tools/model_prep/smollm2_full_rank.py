@@ -13,7 +13,7 @@ from . import smollm2_mha
 from .recipe import Recipe
 
 # Of the size of the weights.
-NOISE = 0.2
+NOISE = 0.1
 
 
 def _build(sources: Mapping[str, Path], target: Path) -> None:
