@@ -87,6 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
         "text": name,
         "lengths": options.lengths,
         "windows": options.windows,
+        "prompts": options.prompts,
         "depths": options.depths,
         "trials": options.trials,
     }
@@ -97,14 +98,14 @@ def main(arguments: list[str] | None = None) -> None:
     windows = {
         length: cut_windows(tokenizer, text, name, length, options.windows, length) for length in options.lengths
     }
-    prompts = list(needle_prompts(tokenizer, text, name, options.lengths, options.depths, options.trials))
+    prompts = list(needle_prompts(tokenizer, text, name, options.prompts, options.depths, options.trials))
     exact = _Once(model)
     known = {row["name"] for row in result["rows"]}
     for row in options.caches or CACHES:
         if row in known:
             continue
         method, settings = CACHES[row]
-        prepared = prepare_method(method, MethodOptions(**settings), checkpoint, torch.float32, max(options.lengths))
+        prepared = prepare_method(method, MethodOptions(**settings), checkpoint, torch.float32, max(windows))
         read = _logits(model, prepared.build(model))
         positions = {}
         for length, of_length in windows.items():
@@ -141,14 +142,17 @@ def _text(row: dict[str, Any]) -> str:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT / "models" / "smollm2-135m-instruct"), help="folder")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192], help="tokens of windows and prompts")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192], help="tokens of windows")
     parser.add_argument("--windows", type=int, default=1, help="of every length (default %(default)s)")
+    parser.add_argument("--prompts", nargs="+", type=int, help="tokens of prompts with numbers (default: as windows)")
     parser.add_argument("--depths", nargs="*", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0], help="of numbers")
     parser.add_argument("--trials", type=int, default=1, help="prompts per length and depth")
     parser.add_argument("--caches", nargs="+", choices=CACHES, metavar="NAME", help="default: all")
     parser.add_argument("--text", metavar="FILE", help="default: Python's documentation")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.prompts = options.prompts or options.lengths
+    return options
 
 
 if __name__ == "__main__":
