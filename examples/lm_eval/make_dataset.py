@@ -30,10 +30,10 @@ def main(folder: Path) -> None:
     write(folder / "continuations.jsonl", passages.continuations())
     write(folder / "pages.jsonl", passages.pages())
     write(folder / "orders.jsonl", orders.questions())
-    for name, maker in (("world", world), ("functions", functions)):
-        questions, shots = maker.questions()
-        write(folder / f"{name}.jsonl", questions)
-        write(folder / f"{name}-shots.jsonl", shots)
+    write(folder / "functions.jsonl", functions.questions())
+    questions, shots = world.questions()
+    write(folder / "world.jsonl", questions)
+    write(folder / "world-shots.jsonl", shots)
 
 
 if __name__ == "__main__":

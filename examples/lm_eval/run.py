@@ -32,7 +32,7 @@ NAME = "evaluated"
 STARTUP_SECONDS = 600
 MAX_MODEL_LEN = 2048
 CONCURRENT = 8
-# Holds all lists of xquant_orders in 16 bit, so that each is computed once and not once per question.
+# Holds all texts of xquant_orders in 16 bit, so that each is computed once and not once per question.
 CACHE_BYTES = 3 << 30
 _BYTES = r"layers take ([\d,]+) bytes per token"
 

@@ -1,4 +1,4 @@
-"""Four choices of which one is right, written out in the question: the model answers in words."""
+"""Questions of which one of four choices is right."""
 
 from __future__ import annotations
 
@@ -20,9 +20,4 @@ def ask(question: str, answer: str, others: Sequence[str], chance: random.Random
     """
     choices = [answer, *chance.sample(sorted(set(others) - {answer}), CHOICES - 1)]
     chance.shuffle(choices)
-    return {
-        "question": f"Question: {question}\nChoices: {', '.join(choices)}",
-        "choices": choices,
-        "label": choices.index(answer),
-        "answer": answer,
-    }
+    return {"question": f"Question: {question}", "choices": choices, "label": choices.index(answer)}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from .choices import CHOICES, ask
 
-QUESTIONS, SHOTS = 400, 12
+QUESTIONS = 150
 TYPES = (bytes, dict, float, frozenset, int, list, set, str)
 MODULES = (
     "argparse", "ast", "asyncio", "base64", "binascii", "bisect", "calendar", "cmath", "codecs", "colorsys",
@@ -37,22 +37,20 @@ class Function(NamedTuple):
     summary: str
 
 
-def questions(count: int = QUESTIONS) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Questions, and others with their answers that stand before every one of them."""
+def questions(count: int = QUESTIONS) -> Iterator[dict[str, Any]]:
+    """Questions about functions, whose choices are of the same module where it has enough."""
     chance = random.Random(3)
     known = functions()
-    rows = []
-    for function in chance.sample(known, count + SHOTS):
+    for function in chance.sample(known, count):
         others = [other.name for other in known if other.home == function.home and other.summary != function.summary]
         if len(set(others)) < CHOICES - 1:
             others = [other.name for other in known if other.summary != function.summary]
-        rows.append(ask(f"Which function does this: {function.summary}?", function.name, others, chance))
-    return rows[SHOTS:], rows[:SHOTS]
+        yield ask(f"Which function does this: {function.summary}?", function.name, others, chance)
 
 
 def functions() -> list[Function]:
     """What is documented in a sentence that does not say the name."""
-    found = {}
+    found: dict[str, Function] = {}
     for function in (*_of_modules(), *_of_types()):
         words = len(function.summary.split())
         own = function.name.rpartition(".")[2].lower()

@@ -1,6 +1,6 @@
-"""What stands in a long list: made-up orders of real countries, and questions about one of them.
+"""What stands in a long text: made-up orders of real countries, between passages of Python's documentation.
 
-Nobody can know the answers without reading the list. All questions of a list begin with the same text.
+Nobody can know the answers without reading the text. All questions of a text begin with it.
 """
 
 from __future__ import annotations
@@ -10,41 +10,38 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from .choices import ask
 from .packages import load
+from .passages import topics
 from .world import countries
 
-LISTS, QUESTIONS_PER_LIST, ORDERS = 100, 4, 45
+TEXTS, QUESTIONS_PER_TEXT = 40, 6
+ORDERS, SHOWN = 8, 2
+PASSAGE_WORDS = 60
 CARRIERS = ("by ship", "by train", "by truck", "by plane")
 # The first elements, whose names are words that a small model has.
 ELEMENTS = 30
 
 
-def questions(lists: int = LISTS) -> Iterator[dict[str, Any]]:
-    """Questions of all lists; rows of the same list have the same ``context`` and ``list``."""
+def questions(texts: int = TEXTS) -> Iterator[dict[str, Any]]:
+    """Questions about all texts; those about the same text follow each other and have the same ``context``."""
     chance = random.Random(2)
     names = [country.name for country in countries()]
     elements = [element.name for element in load("periodictable").elements if 0 < element.number <= ELEMENTS]
-    months = list(calendar.month_name)[1:]
-    for number in range(lists):
-        orders = [(name, chance.choice(elements), chance.choice(months)) for name in chance.sample(names, ORDERS)]
-        lines = [
-            f"{name} ordered {chance.randint(11, 99)} tons of {element}, "
-            f"to be sent in {month} {chance.choice(CARRIERS)}."
-            for name, element, month in orders
-        ]
-        about = chance.sample(orders, QUESTIONS_PER_LIST + 2)
-        rows = [_ask(order, orders, bool(turn % 2), chance) for turn, order in enumerate(about)]
-        shown = "\n\n".join(f"{row['question']}\nAnswer: {row['answer']}" for row in rows[:2])
-        context = "\n".join(["These are the orders of the year.", "", *lines, "", shown])
-        for row in rows[2:]:
-            yield {"list": number, "context": context, **row}
+    words = " ".join(text for _, text in topics()).split()
+    for _ in range(texts):
+        orders = list(zip(chance.sample(names, ORDERS), chance.sample(elements, ORDERS), strict=True))
+        parts = []
+        for name, element in orders:
+            start = chance.randrange(len(words) - PASSAGE_WORDS)
+            when, how = chance.choice(list(calendar.month_name)[1:]), chance.choice(CARRIERS)
+            parts.append(" ".join(words[start : start + PASSAGE_WORDS]))
+            parts.append(f"{name} ordered {element}, {chance.randint(11, 99)} tons, to be sent in {when} {how}.")
+        chance.shuffle(orders)
+        shown = [f"{_question(name)} {element}" for name, element in orders[:SHOWN]]
+        context = "\n\n".join([*parts, *shown])
+        for name, element in orders[SHOWN : SHOWN + QUESTIONS_PER_TEXT]:
+            yield {"context": context, "question": _question(name), "answer": element}
 
 
-def _ask(
-    order: tuple[str, str, str], orders: list[tuple[str, str, str]], when: bool, chance: random.Random
-) -> dict[str, Any]:
-    name, element, month = order
-    if when:
-        return ask(f"When is the order of {name} sent?", month, [month for _, _, month in orders], chance)
-    return ask(f"What did {name} order?", element, [element for _, element, _ in orders], chance)
+def _question(name: str) -> str:
+    return f"Question: What did {name} order?\nAnswer: {name} ordered"

@@ -11,8 +11,8 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-QUESTIONS = 100
-CONTEXT_WORDS, CONTINUATION_WORDS = 250, 12
+QUESTIONS = 400
+CONTEXT_WORDS, CONTINUATION_WORDS = 450, 12
 # From one passage to the next of a topic: no two continuations share words of the text.
 STRIDE_WORDS = 40
 PAGES, PAGE_WORDS = 5, 500

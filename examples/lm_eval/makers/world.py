@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
-from .choices import CHOICES, ask
 from .packages import load
 
-QUESTIONS, SHOTS = 400, 12
+QUESTIONS, SHOTS = 300, 18
 PEOPLE = 500_000
 # With provinces that are known beyond their country.
 COUNTRIES = (
@@ -57,23 +56,18 @@ def countries() -> list[Country]:
     return sorted(country for country in found if capitals_of[country.capital] == 1)
 
 
-def capitals(chance: random.Random) -> Iterator[dict[str, Any]]:
-    """The capital of a country, among those of the same part of the world."""
-    known = countries()
-    for country in known:
-        others = [other.capital for other in known if other.region == country.region]
-        if set(country.name.lower().split()) & set(country.capital.lower().split()) or len(set(others)) < CHOICES:
-            continue
-        yield ask(f"What is the capital of {country.name}?", country.capital, others, chance)
+def capitals(_: random.Random) -> Iterator[dict[str, Any]]:
+    """The capital of a country, where its name does not say it."""
+    for country in countries():
+        if not set(country.name.lower().split()) & set(country.capital.lower().split()):
+            yield _row(f"What is the capital of {country.name}?", country.capital)
 
 
-def elements(chance: random.Random) -> Iterator[dict[str, Any]]:
-    """The element of a symbol, among those whose symbols begin alike where there are enough."""
-    known = {element.symbol: element.name for element in load("periodictable").elements if element.number > 0}
-    for symbol, name in known.items():
-        alike = [other for key, other in known.items() if key[0] == symbol[0]]
-        others = alike if len(alike) >= CHOICES else list(known.values())
-        yield ask(f"Which chemical element has the symbol {symbol}?", name, others, chance)
+def elements(_: random.Random) -> Iterator[dict[str, Any]]:
+    """The element of a symbol."""
+    for element in load("periodictable").elements:
+        if element.number > 0:  # none is the neutron
+            yield _row(f"Which chemical element has the symbol {element.symbol}?", element.name)
 
 
 def provinces(chance: random.Random) -> Iterator[dict[str, Any]]:
@@ -85,4 +79,8 @@ def provinces(chance: random.Random) -> Iterator[dict[str, Any]]:
             continue
         own = [name for name in country.provinces if often[name] == 1 and name.isalpha() and name != country.capital]
         for province in chance.sample(own, min(len(own), 10)):
-            yield ask(f"In which country is {province}?", country.name, COUNTRIES, chance)
+            yield _row(f"In which country is {province}?", country.name)
+
+
+def _row(question: str, answer: str) -> dict[str, Any]:
+    return {"question": f"Question: {question}", "answer": answer}
