@@ -94,7 +94,7 @@ def main() -> None:
     for model in options.models:
         compare(model, options)
     if options.write:
-        results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+        results = losses.results()
         write_table(results, ROOT / "docs" / "accuracy.md")
         plot(results, ROOT / "docs" / "pictures" / "accuracy.png")
         losses.LOSSES.write_text(losses.text())

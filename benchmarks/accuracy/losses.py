@@ -74,8 +74,13 @@ def _of_model(result: dict[str, Any]) -> dict[str, Any]:
 
 def text(folder: Path = RESULTS) -> str:
     """The file as it should be."""
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return json.dumps(losses(results), indent=1) + "\n"
+    return json.dumps(losses(results(folder)), indent=1) + "\n"
+
+
+def results(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """What compare_accuracy.py has written, of every model; answers to questions are in the same folder."""
+    paths = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith("questions-")]
+    return [json.loads(path.read_text()) for path in paths]
 
 
 if __name__ == "__main__":
