@@ -8,7 +8,11 @@ difference is taken prompt by prompt, with the 95% interval of the bootstrap ove
 """
 
 import argparse
+import contextlib
+import hashlib
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.accuracy.generations import row, same_tokens, scores  # noqa: E402
-from benchmarks.files import report  # noqa: E402
+from benchmarks.files import read_json, report, write_json  # noqa: E402
 from benchmarks.methods import BASELINE, METHODS, Method  # noqa: E402
 from benchmarks.models import served  # noqa: E402
 from benchmarks.offline.engines import Engine, EngineError  # noqa: E402
@@ -51,24 +55,19 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     prompts = cut_windows(tokenizer, about, name, options.prompt, options.prompts, options.prompt).tolist()
     order = {"prompts": prompts, "tokens": options.tokens, "temperature": options.temperature, "seed": _SEED}
     names = [BASELINE, *(name for name in options.methods if name != BASELINE)]
+    kept = _Kept(options.keep, {"model": Path(options.model).name, "dtype": options.dtype, **order})
     made: dict[str, list[list[int]]] = {}
     absent: dict[str, str] = {}
-    for method in (served(METHODS[name], Path(options.model)) for name in names):
+    for name in names:
         try:
-            made[method.name] = _ask(method, options, "generate", **order)["texts"]
+            made[name] = kept.get(f"{name}-texts", lambda name=name: _generate(METHODS[name], options, order))
         except EngineError as error:
-            absent[method.name] = str(error)
-        else:
-            print(f"{method.label}: {sum(map(len, made[method.name])):,} tokens", file=sys.stderr)
+            absent[name] = str(error)
     judged = {}
-    engine = _engine(METHODS[BASELINE], options)
-    try:
-        engine.ready()
+    with contextlib.closing(_Judge(options, prompts)) as judge:
         for cache, texts in made.items():
-            nll = engine.run("judge", prompts=prompts, texts=texts)["nll"]
+            nll = kept.get(f"{cache}-nll", lambda texts=texts: judge.nll(texts))
             judged[cache] = scores(texts, nll, _PARTS, options.tokens)
-    finally:
-        engine.stop()
     rows = []
     for cache, found in judged.items():
         same = [same_tokens(*pair) for pair in zip(made[cache], made[BASELINE], strict=True)]
@@ -101,14 +100,51 @@ def _engine(method: Method, options: argparse.Namespace) -> Engine:
     return GenerationEngine(method, arguments, options.logs)
 
 
-def _ask(method: Method, options: argparse.Namespace, what: str, **order: Any) -> dict[str, Any]:
-    """An engine's answer to one order; the engine is gone then."""
-    engine = _engine(method, options)
+def _generate(method: Method, options: argparse.Namespace, order: dict[str, Any]) -> list[list[int]]:
+    """The texts of a cache; its engine is gone then."""
+    engine = _engine(served(method, Path(options.model)), options)
     try:
         engine.ready()
-        return engine.run(what, **order)
+        texts: list[list[int]] = engine.run("generate", **order)["texts"]
     finally:
         engine.stop()
+    print(f"{method.label}: {sum(map(len, texts)):,} tokens", file=sys.stderr)
+    return texts
+
+
+class _Judge:
+    """The model with its 16-bit cache, which is started when the first text is to be judged."""
+
+    def __init__(self, options: argparse.Namespace, prompts: list[list[int]]) -> None:
+        self._options, self._prompts = options, prompts
+        self._engine: Engine | None = None
+
+    def nll(self, texts: list[list[int]]) -> list[list[float]]:
+        """Of every token."""
+        if self._engine is None:
+            self._engine = _engine(METHODS[BASELINE], self._options)
+            self._engine.ready()
+        found: list[list[float]] = self._engine.run("judge", prompts=self._prompts, texts=texts)["nll"]
+        return found
+
+    def close(self) -> None:
+        """End it."""
+        if self._engine is not None:
+            self._engine.stop()
+
+
+class _Kept:
+    """What is known already: generating takes minutes for every cache, and judging as long again."""
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        self._folder = folder / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+    def get(self, name: str, find: Callable[[], Any]) -> Any:
+        """It, or what ``find`` finds, which is kept then."""
+        path = self._folder / f"{name}.json"
+        if not path.exists():
+            write_json(path, find())
+        return read_json(path)
 
 
 def text(result: dict[str, Any]) -> str:
@@ -141,6 +177,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", help="of the model")
     parser.add_argument("--cache-mib", type=int, default=2048, help="of every engine")
     parser.add_argument("--logs", type=Path, default=ROOT / "logs" / "long_generation", metavar="DIR")
+    parser.add_argument(
+        "--keep", type=Path, default=ROOT / "logs" / "generations", metavar="DIR", help="of texts so far"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     return parser.parse_args(arguments)

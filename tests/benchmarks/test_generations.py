@@ -53,7 +53,18 @@ def test_a_cache_that_gets_worse_with_time_is_seen_part_by_part():
 def test_the_benchmark_runs_and_its_baseline_is_itself(smollm2, tmp_path):
     out = tmp_path / "result.json"
     arguments = ["--model", smollm2, "--methods", "xquant", "--prompts", 3, "--prompt", 16, "--tokens", 16]
-    arguments += ["--dtype", "float32", "--cache-mib", 64, "--logs", tmp_path / "logs", "--out", out]
+    arguments += [
+        "--dtype",
+        "float32",
+        "--cache-mib",
+        64,
+        "--logs",
+        tmp_path / "logs",
+        "--keep",
+        tmp_path / "kept",
+        "--out",
+        out,
+    ]
     result = long_generation.main([str(word) for word in arguments])
     assert json.loads(out.read_text()) == result
     plain, ours = result["rows"]
