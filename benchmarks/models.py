@@ -33,7 +33,7 @@ def checkpoint(name: str) -> Path:
 def served(method: Method, model: Path, folder: Path = CALIBRATED) -> Method:
     """The method as it is served: one that wants a calibrated copy of the model names its folder.
 
-    The copy is calibrated in half a minute (SmolLM2), and kept.
+    The copy is calibrated in some minutes (SmolLM2), and kept.
 
     Args:
         method: any.
