@@ -21,6 +21,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.files import read_json, write_json  # noqa: E402
+from xquant_vllm.cli.eval_output import text_of  # noqa: E402
 from xquant_vllm.evaluation.methods.method_options import MethodOptions  # noqa: E402
 from xquant_vllm.evaluation.methods.methods import prepare_method  # noqa: E402
 from xquant_vllm.evaluation.model.cache_method import CacheMethod  # noqa: E402
@@ -32,7 +33,6 @@ from xquant_vllm.evaluation.tasks.needle_result import needle_result  # noqa: E4
 from xquant_vllm.evaluation.tasks.positions import position_table, score_positions  # noqa: E402
 from xquant_vllm.evaluation.tasks.windows import cut_windows  # noqa: E402
 from xquant_vllm.offline.checkpoint import open_checkpoint  # noqa: E402
-from xquant_vllm.offline.texts import python_docs_to_evaluate, read_file  # noqa: E402
 from xquant_vllm.offline.tokenizer import load_tokenizer  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy" / "long-context"
@@ -79,8 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = _options(arguments)
     checkpoint = open_checkpoint(options.model)
     tokenizer = load_tokenizer(checkpoint)
-    text = python_docs_to_evaluate() if options.text is None else read_file("--text", options.text)
-    name = "python-docs" if options.text is None else Path(options.text).name
+    text, name = text_of(options)
     out = options.out or RESULTS / f"{checkpoint.name}.json"
     about = {
         "model": checkpoint.name,
@@ -150,6 +149,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--caches", nargs="+", choices=CACHES, metavar="NAME", help="default: all")
     parser.add_argument("--text", metavar="FILE", help="default: Python's documentation")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.set_defaults(dataset=None)
     options = parser.parse_args(arguments)
     options.prompts = options.prompts or options.lengths
     return options

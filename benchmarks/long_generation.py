@@ -20,14 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.accuracy.generations import row, same_tokens, scores  # noqa: E402
+from benchmarks.accuracy.generations import row, same_tokens, scores, spread  # noqa: E402
 from benchmarks.files import read_json, report, write_json  # noqa: E402
 from benchmarks.methods import BASELINE, METHODS, Method  # noqa: E402
 from benchmarks.models import served  # noqa: E402
 from benchmarks.offline.engines import Engine, EngineError  # noqa: E402
+from xquant_vllm.cli.eval_output import text_of  # noqa: E402
 from xquant_vllm.evaluation.tasks.windows import cut_windows  # noqa: E402
 from xquant_vllm.offline.checkpoint import open_checkpoint  # noqa: E402
-from xquant_vllm.offline.texts import python_docs_to_evaluate, read_file  # noqa: E402
 from xquant_vllm.offline.tokenizer import load_tokenizer  # noqa: E402
 
 _SEED = 1
@@ -50,8 +50,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Let every cache generate, and the 16-bit one judge."""
     tokenizer = load_tokenizer(open_checkpoint(options.model))
-    about = python_docs_to_evaluate() if options.text is None else read_file("--text", options.text)
-    name = "python-docs" if options.text is None else Path(options.text).name
+    about, name = text_of(options)
     prompts = cut_windows(tokenizer, about, name, options.prompt, options.prompts, options.prompt).tolist()
     order = {"prompts": prompts, "tokens": options.tokens, "temperature": options.temperature, "seed": _SEED}
     names = [BASELINE, *(name for name in options.methods if name != BASELINE)]
@@ -155,10 +154,8 @@ def text(result: dict[str, Any]) -> str:
         f"{'':32}{'nats':>7}  {'difference':24}{'repeated':>9}{'length':>8}{'same':>7}",
     ]
     for entry in result["rows"]:
-        apart = entry["difference"]["nll"]
-        spread = f"{apart['mean']:+.3f} ({apart['low']:+.3f} to {apart['high']:+.3f})"
         lines.append(
-            f"{METHODS[entry['method']].label:32}{entry['nll']['mean']:7.3f}  {spread:24}"
+            f"{METHODS[entry['method']].label:32}{entry['nll']['mean']:7.3f}  {spread(entry['difference']['nll']):24}"
             f"{entry['repetition']['mean']:9.1%}{entry['length']['mean']:8.0f}{entry['same_tokens']:7.0f}"
         )
     lines += [f"not here: {why}" for why in result["absent"].values()]
@@ -182,6 +179,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
+    parser.set_defaults(dataset=None)
     return parser.parse_args(arguments)
 
 

@@ -61,6 +61,11 @@ def interval(values: Sequence[float]) -> dict[str, float]:
     return {"mean": float(known.mean()), "low": float(low), "high": float(high)}
 
 
+def spread(measured: dict[str, float]) -> str:
+    """A difference with its interval, to read."""
+    return f"{measured['mean']:+.3f} ({measured['low']:+.3f} to {measured['high']:+.3f})"
+
+
 def row(ours: dict[str, Any], plain: dict[str, Any], same: Sequence[int]) -> dict[str, Any]:
     """A cache's row: means, and the difference to the 16-bit cache's texts, prompt by prompt.
 

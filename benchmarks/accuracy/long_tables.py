@@ -6,6 +6,7 @@ python benchmarks/accuracy/long_tables.py
 import json
 import sys
 from collections.abc import Iterable
+from math import exp, log
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from benchmarks.accuracy.generations import spread  # noqa: E402
 from benchmarks.methods import METHODS  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
@@ -64,8 +66,6 @@ def _context_row(row: dict[str, Any], length: int) -> str:
 
 
 def _perplexity(table: list[dict[str, Any]], sizes: list[int], name: str) -> float:
-    from math import exp, log
-
     total = sum(size * log(bucket[name]) for size, bucket in zip(sizes, table, strict=True))
     return exp(total / sum(sizes))
 
@@ -98,19 +98,13 @@ def generation_tables(results: Iterable[dict[str, Any]]) -> Iterable[str]:
         yield f"| cache | nats per token | difference to 16 bit | {' | '.join(heads)} | repeated | tokens | same for |"
         yield "|---|---|---|" + "---|" * (parts + 3)
         for row in result["rows"]:
-            cells = [_spread(part) for part in row["difference_parts"]]
+            cells = [spread(part) if part["texts"] else "" for part in row["difference_parts"]]
             yield (
-                f"| {METHODS[row['method']].label} | {row['nll']['mean']:.3f} | {_spread(row['difference']['nll'])} | "
+                f"| {METHODS[row['method']].label} | {row['nll']['mean']:.3f} | {spread(row['difference']['nll'])} | "
                 f"{' | '.join(cells)} | {row['repetition']['mean']:.1%} | {row['length']['mean']:,.0f} | "
                 f"{row['same_tokens']:,.0f} |"
             )
         yield ""
-
-
-def _spread(measured: dict[str, Any]) -> str:
-    if "mean" not in measured:
-        return ""
-    return f"{measured['mean']:+.3f} ({measured['low']:+.3f} to {measured['high']:+.3f})"
 
 
 if __name__ == "__main__":

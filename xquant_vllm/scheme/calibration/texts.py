@@ -2,8 +2,8 @@
 
 ``mixed.txt`` is of this package, under its licence: prose whose copyright has ended (the King James Bible, Shakespeare,
 Cervantes, Smith, Jefferson, Austen, Lincoln, Darwin, Dickens, Poe, Melville, Carroll, Twain, Stevenson, Doyle,
-Kipling),
-and what was written for it: conversations, letters, news, code, data, and a few paragraphs in other languages.
+Kipling), and what was written for it: conversations, letters, news, code, data, and a few paragraphs in other
+languages.
 """
 
 import hashlib
