@@ -79,11 +79,10 @@ def main() -> None:
     print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head), flush=True)
     text, facts = line(rows.served())
     print(text, flush=True)
-    for bits in (2, 4):
-        text, calibrated = line(rows.calibrated(bits))
+    for name, row in rows.other_bits().items():
+        text, of_row = line(row)
         print(text, flush=True)
-        facts[f"calibrated_{bits}_warp_instructions"] = calibrated["decode_warp_instructions"]
-        facts[f"calibrated_{bits}_spills"] = calibrated["decode_spills"]
+        facts |= {f"{name}_{what}": of_row[f"decode_{what}"] for what in ("warp_instructions", "spills")}
     if not arguments.served:
         for row in rows.others():
             print(line(row)[0], flush=True)

@@ -63,7 +63,7 @@ def served_spec(head_size: int = HEAD_SIZE, **settings: Any) -> Spec:
     )  # fmt: skip
 
 
-def attend(plan: AttentionLayerPlan, lengths: Sequence[int]) -> None:
+def attend(plan: AttentionLayerPlan, lengths: Sequence[int], decode_tokens: int = 1) -> None:
     """Sequences of ``lengths`` query tokens, each with as many cached ones before; in BF16."""
     tokens = sum(lengths)
     pages = [torch.zeros(1, layout.page_bytes, dtype=torch.uint8) for layout in plan.layouts]
@@ -73,6 +73,7 @@ def attend(plan: AttentionLayerPlan, lengths: Sequence[int]) -> None:
         torch.zeros(len(lengths), 128, dtype=torch.int32),
         max(lengths),
         None if max(lengths) == 1 else tuple((length, length + _CONTEXT) for length in lengths),
+        decode_tokens,
     )
     query = torch.zeros(tokens, plan.num_heads, plan.projection.head_size, dtype=torch.bfloat16)
     inputs = [torch.zeros(tokens, of.num_heads, of.width, dtype=torch.bfloat16) for of in plan.layout.streams]
@@ -120,8 +121,8 @@ def _layer(name: str) -> AttentionLayerPlan:
     return layers.make_layer(layers.LLAMA_3, name, 128, 16, torch.device("cpu"), 0)
 
 
-def _row(name: str, plan: AttentionLayerPlan, lengths: Sequence[int] = (1,) * 4, **more: Any) -> Row:
-    return Row(name, lambda: attend(plan, lengths), _read(plan), _bands(plan), **more)
+def _row(name: str, plan: AttentionLayerPlan, lengths: Sequence[int] = (1,) * 4, drafts: int = 0, **more: Any) -> Row:
+    return Row(name, lambda: attend(plan, lengths, 1 + drafts), _read(plan), _bands(plan), **more)
 
 
 def served() -> Row:
@@ -134,17 +135,24 @@ def calibrated(bits: int) -> Row:
     return _row(f"per head, calibrated {bits} bits", _layer(f"allocated {bits}"))
 
 
+def other_bits() -> dict[str, Row]:
+    """Decoding from latents per head of other bits, by the names that they have in JSON."""
+    return {
+        **{f"uniform_{n}": _row(f"per head, {n} bits", make_plan(served_spec(bits=n))) for n in (2, 3, 8)},
+        **{f"calibrated_{bits}": calibrated(bits) for bits in (2, 3, 4)},
+        "drafts": _row("per head, 4 bits, four query tokens", make_plan(served_spec()), (4,) * 4, drafts=3),
+    }
+
+
 def others() -> list[Row]:
     """Everything else that the table has."""
     default = make_plan(served_spec())
     chunk = ((256,), {"kernel": "rematerialize_pages"})
     return [
-        *(_row(f"per head, {bits} bits", make_plan(served_spec(bits=bits))) for bits in (2, 3, 8)),
         *(
             _row(f"per head, 4 bits, heads of {size}", make_plan(served_spec(size)), head_size=size)
             for size in (64, 256)
         ),
-        calibrated(3),
         _row("joint, calibrated 4 bits", _layer("joint allocated 4")),
         _row("X, 4 bits", make_plan(replace(served_spec(), kind="x", key_group=128, key_outliers=0))),
         *map(_kivi, (4, 2)),

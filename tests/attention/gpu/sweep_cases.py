@@ -36,7 +36,7 @@ _FORMATS = {
     "no rope": Spec(rope="none"),
     "allocated": Spec(allocated=1.0, folded=True, seed=1),
     "joint": Spec(joint=True),
-    "joint allocated": Spec(kind="chain", joint=True, allocated=1.0, seed=2),
+    "joint allocated": Spec(joint=True, allocated=1.0, seed=2),
     "X": Spec(**_X),
     "X, 3 bits": Spec(**(_X | {"key_bits": 3})),
     "X-CL": Spec(kind="deltas", key_bits=2, earlier=(4, 4, 4)),

@@ -144,16 +144,14 @@ def _load_fields(
 
 @triton.jit
 def _load_up(up, FIRST: tl.constexpr, COUNT: tl.constexpr, HALF: tl.constexpr):
-    """Halves ``[COUNT, HALF]`` of rows of the up-projection, from row ``FIRST`` on."""
-    at = up + (FIRST + tl.arange(0, COUNT)[:, None]) * (2 * HALF)
-    return tl.load(at), tl.load(at + HALF)
+    """Rows of the up-projection from row ``FIRST`` on, ``[COUNT, 2 * HALF]``."""
+    return tl.load(up + (FIRST + tl.arange(0, COUNT)[:, None]) * (2 * HALF))
 
 
 @triton.jit
-def _rematerialized(units, up_low, up_high, low, high, UNITS: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
-    """Halves of keys, to which what units make is added."""
-    codes = side_by_side(pieces_of(units, BITS, PTX), UNITS, _TILE, BITS)
-    return tl.dot(codes, up_low, low), tl.dot(codes, up_high, high)
+def _rematerialized(units, up, keys, UNITS: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
+    """Keys, to which what units make is added."""
+    return tl.dot(side_by_side(pieces_of(units, BITS, PTX), UNITS, _TILE, BITS), up, keys)
 
 
 @triton.jit
@@ -253,7 +251,7 @@ def attend_heads(
     token, query_head, row_valid, query_position, row = rows_of_tile(
         batch, first_query, query_len, past, head, tile_first, GROUP, ROWS, TOKENS
     )
-    stats = partial.stats + (row.to(tl.int64) * splits + split) * 3
+    share = row * splits + split
 
     oldest, end = seen_by_tile(scores, past, query_len, tile_first, TOKENS, WINDOW)
     first_tile, tiles = oldest // _TILE, tl.cdiv(end, _TILE)
@@ -261,7 +259,7 @@ def attend_heads(
     first_tile += split * of_split
     tiles = tl.minimum(tiles, first_tile + of_split)
     if first_tile >= tiles:
-        tl.store(stats, tl.full([ROWS], float("-inf"), tl.float32), row_valid)
+        tl.store(partial.stats + share.to(tl.int64) * 3, tl.full([ROWS], float("-inf"), tl.float32), row_valid)
         return
 
     pair, distance = tl.arange(0, HALF), tl.arange(0, _TILE)
@@ -273,18 +271,18 @@ def attend_heads(
     VALUE_WIDTH_1: tl.constexpr = 16 // VALUE_BITS * VALUE_UNITS
     VALUE_WIDTH_2: tl.constexpr = 16 // VALUE_BITS * VALUE_SECOND
     VALUE_WIDTH_3: tl.constexpr = 16 // VALUE_BITS * VALUE_THIRD
-    up = heads.up + head * ((KEY_FIELDS + 8 * KEY_ONES) * 2 * HALF) + pair[None, :]
-    low_1, high_1 = _load_up(up, 0, KEY_WIDTH, HALF)
+    column = tl.arange(0, 2 * HALF)[None, :]
+    up = heads.up + head * ((KEY_FIELDS + 8 * KEY_ONES) * 2 * HALF) + column
+    up_1 = _load_up(up, 0, KEY_WIDTH, HALF)
     if KEY_SECOND:
-        low_2, high_2 = _load_up(up, KEY_WIDTH, KEY_WIDTH_2, HALF)
+        up_2 = _load_up(up, KEY_WIDTH, KEY_WIDTH_2, HALF)
     if KEY_THIRD:
-        low_3, high_3 = _load_up(up, KEY_WIDTH + KEY_WIDTH_2, KEY_WIDTH_3, HALF)
+        up_3 = _load_up(up, KEY_WIDTH + KEY_WIDTH_2, KEY_WIDTH_3, HALF)
     if KEY_ONES:
-        ones_low, ones_high = _load_up(up, KEY_FIELDS, 8 * KEY_ONES, HALF)
+        ones_up = _load_up(up, KEY_FIELDS, 8 * KEY_ONES, HALF)
     turns = heads.turns + distance[:, None] * HALF + pair[None, :]
     cos, sin = tl.load(turns), tl.load(turns + _TILE * HALF)
     NUM_ROWS: tl.constexpr = BIAS + (0 if RUNS else 1 + OUTLIERS)
-    column = tl.arange(0, 2 * HALF)[None, :]
     rows = heads.rows + head * (NUM_ROWS * _TILE * 2 * HALF) + distance[:, None] * (2 * HALF) + column
     if not RUNS:
         zero_row = tl.load(rows)
@@ -347,66 +345,55 @@ def attend_heads(
         position = tile * _TILE + distance
         valid = (position >= begin) & (position < stop)
         block = _load_blocks(batch, table_stride, sequence, position, begin, stop, BLOCK_SIZE)
+        # Codes are loaded as late as can be: registers are scarce while keys are made, per scale and without what meets
+        # the scores.
+        in_page = block.to(tl.int64) * heads.page_stride
+        in_block = position.to(tl.uint32) % BLOCK_SIZE
+        keys = tl.zeros([_TILE, 2 * HALF], tl.float32)
         if RUNS:
-            in_page = block.to(tl.int64) * heads.page_stride
-            key_at = in_page + key_codes_at + position.to(tl.uint32) % BLOCK_SIZE * key_bytes
-            value_at = in_page + value_codes_at + position.to(tl.uint32) % BLOCK_SIZE * value_bytes
-            key_units = _load_fields(heads.pages, key_at, key_bytes, 0, KEY_UNITS, not KEY_SECOND, PTX)
-            if KEY_SECOND:
-                units_2 = _load_fields(heads.pages, key_at, key_bytes, KEY_UNITS, KEY_SECOND, not KEY_THIRD, PTX)
-            if KEY_THIRD:
-                units_3 = _load_fields(heads.pages, key_at, key_bytes, KEY_UNITS + KEY_SECOND, KEY_THIRD, True, PTX)
-            if KEY_ONES:
-                key_ones = _load_fields(heads.pages, key_at + key_ones_at, key_ones_bytes, 0, KEY_ONES, False, PTX)
-            ks, of_value = tl.exp2(_octaves(key_octaves)), _octaves(value_octaves)
-            inverse = tl.exp2(-of_value)
-            key_octaves, value_octaves = _load_scales(
-                heads, next_block, position + _TILE, begin, stop, key_scales_at, value_scales_at, BLOCK_SIZE
-            )
+            key_at = in_page + key_codes_at + in_block * key_bytes
+            units = _load_fields(heads.pages, key_at, key_bytes, 0, KEY_UNITS, not KEY_SECOND, PTX)
         else:
-            page = heads.pages + block.to(tl.int64) * heads.page_stride
-            row_of_head = head * BLOCK_SIZE + position.to(tl.uint32) % BLOCK_SIZE
-            key_units = _load_units(page + KEY_CODES + row_of_head * KEY_ROW_BYTES, KEY_UNITS, KEY_ROW_BYTES)
-            value_units = _load_units(page + VALUE_CODES + row_of_head * VALUE_ROW_BYTES, VALUE_UNITS, VALUE_ROW_BYTES)
-            if KEY_SECOND:
-                rest = page + (KEY_CODES + 2 * KEY_UNITS) + row_of_head * KEY_ROW_BYTES
-                units_2 = _load_units(rest, KEY_SECOND, KEY_ROW_BYTES - 2 * KEY_UNITS)
-            if VALUE_SECOND:
-                rest = page + (VALUE_CODES + 2 * VALUE_UNITS) + row_of_head * VALUE_ROW_BYTES
-                value_units_2 = _load_units(rest, VALUE_SECOND, VALUE_ROW_BYTES - 2 * VALUE_UNITS)
-            if KEY_ONES:
-                window = page + (KEY_CODES + KEY_WINDOW) + row_of_head * KEY_ROW_BYTES
-                key_ones = _load_units(window, KEY_ONES, KEY_ROW_BYTES - KEY_WINDOW)
-            if VALUE_ONES:
-                window = page + (VALUE_CODES + VALUE_WINDOW) + row_of_head * VALUE_ROW_BYTES
-                value_ones = _load_units(window, VALUE_ONES, VALUE_ROW_BYTES - VALUE_WINDOW)
-            ks, kz = key_scale.to(tl.float32), key_zero.to(tl.float32) + MIDDLE * key_scale.to(tl.float32)
-            vs, vz, ko = tl.maximum(value_scale.to(tl.float32), _SMALLEST_SCALE), value_zero.to(tl.float32), outlier
-            key_scale, key_zero, value_scale, value_zero, outlier = _load_parameters(
-                heads, next_block, position + _TILE, begin, stop, head, BLOCK_SIZE, KEY_SCALES, KEY_ZEROS,
-                KEY_OUTLIERS, OUTLIERS, VALUE_SCALES, VALUE_ZEROS,
-            )  # fmt: skip
-        next_block = _load_blocks(batch, table_stride, sequence, position + 2 * _TILE, begin, stop, BLOCK_SIZE)
-
-        # Keys, per scale and without what meets the scores.
+            key_row = heads.pages + in_page + KEY_CODES + (head * BLOCK_SIZE + in_block) * KEY_ROW_BYTES
+            units = _load_units(key_row, KEY_UNITS, KEY_ROW_BYTES)
         if MIDDLE:
-            key_units |= tl.where(tl.arange(0, KEY_UNITS) == 0, MIDDLE, 0).to(tl.uint16)[None, :]
-        none = tl.zeros([_TILE, HALF], tl.float32)
-        low, high = _rematerialized(key_units, low_1, high_1, none, none, KEY_UNITS, KEY_BITS, PTX)
+            units |= tl.where(tl.arange(0, KEY_UNITS) == 0, MIDDLE, 0).to(tl.uint16)[None, :]
+        keys = _rematerialized(units, up_1, keys, KEY_UNITS, KEY_BITS, PTX)
         if KEY_SECOND:
-            low, high = _rematerialized(units_2, low_2, high_2, low, high, KEY_SECOND, KEY_BITS, PTX)
+            if RUNS:
+                units_2 = _load_fields(heads.pages, key_at, key_bytes, KEY_UNITS, KEY_SECOND, not KEY_THIRD, PTX)
+            else:
+                units_2 = _load_units(key_row + 2 * KEY_UNITS, KEY_SECOND, KEY_ROW_BYTES - 2 * KEY_UNITS)
+            keys = _rematerialized(units_2, up_2, keys, KEY_SECOND, KEY_BITS, PTX)
         if KEY_THIRD:
-            low, high = _rematerialized(units_3, low_3, high_3, low, high, KEY_THIRD, KEY_BITS, PTX)
+            BEFORE: tl.constexpr = KEY_UNITS + KEY_SECOND
+            if RUNS:
+                units_3 = _load_fields(heads.pages, key_at, key_bytes, BEFORE, KEY_THIRD, True, PTX)
+            else:
+                units_3 = _load_units(key_row + 2 * BEFORE, KEY_THIRD, KEY_ROW_BYTES - 2 * BEFORE)
+            keys = _rematerialized(units_3, up_3, keys, KEY_THIRD, KEY_BITS, PTX)
         if KEY_ONES:
-            low, high = _rematerialized(key_ones & _UPPER_BITS, ones_low, ones_high, low, high, KEY_ONES, 2, PTX)
-        low_key, high_key = turned(low.to(tl.float16), high.to(tl.float16), cos, sin, PTX)
+            if RUNS:
+                ones = _load_fields(heads.pages, key_at + key_ones_at, key_ones_bytes, 0, KEY_ONES, False, PTX)
+            else:
+                ones = _load_units(key_row + KEY_WINDOW, KEY_ONES, KEY_ROW_BYTES - KEY_WINDOW)
+            keys = _rematerialized(ones & _UPPER_BITS, ones_up, keys, KEY_ONES, 2, PTX)
+        low, high = tl.split(tl.permute(tl.reshape(keys.to(tl.float16), [_TILE, 2, HALF]), (0, 2, 1)))
+        low_key, high_key = turned(low, high, cos, sin, PTX)
 
         # Queries, turned back to the tile's first position.
-        of_tile = heads.base + tile * (2 * HALF) + 2 * pair
-        base_cos, base_sin = tl.load(of_tile)[:, None], tl.load(of_tile + 1)[:, None]
+        of_tile = tile * (2 * HALF) + 2 * pair
+        base_cos, base_sin = tl.load(heads.base + of_tile)[:, None], tl.load(heads.base + (of_tile + 1))[:, None]
         low_turned = (low_query * base_cos + high_query * base_sin).to(tl.float16)
         high_turned = (high_query * base_cos - low_query * base_sin).to(tl.float16)
         query = tl.reshape(tl.permute(tl.join(low_turned, high_turned), (2, 0, 1)), [2 * HALF, ROWS])
+
+        if RUNS:
+            ks, of_value = tl.exp2(_octaves(key_octaves)), _octaves(value_octaves)
+            inverse = tl.exp2(-of_value)
+        else:
+            ks, kz = key_scale.to(tl.float32), key_zero.to(tl.float32) + MIDDLE * key_scale.to(tl.float32)
+            vs, vz, ko = tl.maximum(value_scale.to(tl.float32), _SMALLEST_SCALE), value_zero.to(tl.float32), outlier
 
         key = tl.reshape(tl.permute(tl.join(low_key, high_key), (0, 2, 1)), [_TILE, 2 * HALF])
         score = tl.dot(key, query) * (ks * of_codes)[:, None]
@@ -418,6 +405,18 @@ def attend_heads(
             score += tl.dot(bias_row, query) * of_bias
         if SOFT_CAP:
             score = capped(score, scores.soft_cap) * _LOG2E
+
+        # What the next tile needs, as late as can be: registers are scarce while keys are made.
+        if RUNS:
+            key_octaves, value_octaves = _load_scales(
+                heads, next_block, position + _TILE, begin, stop, key_scales_at, value_scales_at, BLOCK_SIZE
+            )
+        else:
+            key_scale, key_zero, value_scale, value_zero, outlier = _load_parameters(
+                heads, next_block, position + _TILE, begin, stop, head, BLOCK_SIZE, KEY_SCALES, KEY_ZEROS,
+                KEY_OUTLIERS, OUTLIERS, VALUE_SCALES, VALUE_ZEROS,
+            )  # fmt: skip
+        next_block = _load_blocks(batch, table_stride, sequence, position + 2 * _TILE, begin, stop, BLOCK_SIZE)
 
         # Weights times scales of values. Of these, not of weights, the largest is 1, so that FP16 has room for them.
         visible = valid[:, None]
@@ -441,26 +440,40 @@ def attend_heads(
         total = total * decay + weight * inverse[:, None]
 
         if RUNS:
+            value_at = in_page + value_codes_at + in_block * value_bytes
             value_units = _load_fields(heads.pages, value_at, value_bytes, 0, VALUE_UNITS, False, PTX)
+        else:
+            value_row = heads.pages + in_page + VALUE_CODES + (head * BLOCK_SIZE + in_block) * VALUE_ROW_BYTES
+            value_units = _load_units(value_row, VALUE_UNITS, VALUE_ROW_BYTES)
         sums_1 = _weighed(value_units, weight, sums_1 * decay, VALUE_UNITS, VALUE_BITS, PTX)
         if VALUE_SECOND:
             if RUNS:
                 value_units_2 = _load_fields(heads.pages, value_at, value_bytes, VALUE_UNITS, VALUE_SECOND, False, PTX)
+            else:
+                value_units_2 = _load_units(
+                    value_row + 2 * VALUE_UNITS, VALUE_SECOND, VALUE_ROW_BYTES - 2 * VALUE_UNITS
+                )
             sums_2 = _weighed(value_units_2, weight, sums_2 * decay, VALUE_SECOND, VALUE_BITS, PTX)
         if VALUE_THIRD:
             FIRST: tl.constexpr = VALUE_UNITS + VALUE_SECOND
-            value_units_3 = _load_fields(heads.pages, value_at, value_bytes, FIRST, VALUE_THIRD, False, PTX)
+            if RUNS:
+                value_units_3 = _load_fields(heads.pages, value_at, value_bytes, FIRST, VALUE_THIRD, False, PTX)
+            else:
+                value_units_3 = _load_units(value_row + 2 * FIRST, VALUE_THIRD, VALUE_ROW_BYTES - 2 * FIRST)
             sums_3 = _weighed(value_units_3, weight, sums_3 * decay, VALUE_THIRD, VALUE_BITS, PTX)
         if VALUE_ONES:
             if RUNS:
                 ones_at = value_at + value_ones_at
                 value_ones = _load_fields(heads.pages, ones_at, value_ones_bytes, 0, VALUE_ONES, False, PTX)
+            else:
+                value_ones = _load_units(value_row + VALUE_WINDOW, VALUE_ONES, VALUE_ROW_BYTES - VALUE_WINDOW)
             ones_sums = _weighed(value_ones & _UPPER_BITS, weight, ones_sums * decay, VALUE_ONES, 2, PTX)
 
+    stats = partial.stats + share.to(tl.int64) * 3
     tl.store(stats, largest * _LN2, row_valid)
     tl.store(stats + 1, tl.sum(total, 0), row_valid)
     tl.store(stats + 2, tl.sum(zeros, 0), row_valid)
-    at = partial.sums + (row.to(tl.int64) * splits + split)[None, :] * VALUE_WIDTH
+    at = partial.sums + share.to(tl.int64)[None, :] * VALUE_WIDTH
     if RUNS or VALUE_ONES:
         tl.store(at + tl.arange(0, VALUE_WIDTH_1)[:, None], sums_1 * _SUBNORMAL, row_valid[None, :])
         if VALUE_SECOND:

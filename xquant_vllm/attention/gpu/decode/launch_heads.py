@@ -15,7 +15,7 @@ from xquant_vllm.attention.plan import AttentionLayerPlan
 
 _LEAST_ROWS = 8  # of a product
 # Block ids take half of them: codes are two tiles ahead. They are one where shared memory is small (8.6 and 8.9), and
-# for rows of runs, whose tiles take longer than memory does: two programs fit a multiprocessor so.
+# for rows of fields, whose tiles take longer than memory does: two programs fit a multiprocessor so.
 _STAGES, _FEW_STAGES, _LARGE_SHARED_MEMORY = 5, 3, 160000
 
 
@@ -65,7 +65,8 @@ def launch_heads(
         tables.value_runs if runs else gpu_plan.columns,
     )
     key, value = tables.key, tables.value
-    stages = _FEW_STAGES if runs or shared_memory(plan.device) < _LARGE_SHARED_MEMORY else _STAGES
+    fields = runs or key.ones or value.ones
+    stages = _FEW_STAGES if fields or shared_memory(plan.device) < _LARGE_SHARED_MEMORY else _STAGES
     attend_heads[(sequences * tiles, kv_heads, splits)](
         batch,
         gpu_plan.columns,

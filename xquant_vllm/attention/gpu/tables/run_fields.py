@@ -28,10 +28,10 @@ from xquant_vllm.codec.packing import PLANES
 # What stands in the last four bytes behind a row of keys, in place of what is there: fields of the number 3 in the last
 # two. They meet what takes the middle off all codes.
 CONSTANT, CONSTANT_BYTES, CONSTANT_NUMBER = 0x03030000, 4, 3
-_LEAST_UNITS = 16
-# Fields of a part of a row, of several: at least, as sums over values are 64 rows of a product; and at most, where
-# three parts suffice, as so many are unpacked at once, into registers and shared memory.
-_LEAST_FIELDS, _MOST_FIELDS = 64, 128
+# Fields of a part of a row at least, as sums over values are 64 rows of a product; and at most, where three parts
+# suffice, as so many are unpacked at once, into registers and shared memory. Rows of runs are loaded in fewer parts,
+# as each part of a row that is not aligned is loaded twice.
+_LEAST_FIELDS, _MOST_FIELDS, _MOST_FIELDS_OF_RUNS = 64, 64, 128
 # Units of a window of single bits at least: 32 rows of a product of keys, and 64 of sums over values.
 _KEY_ONES, _VALUE_ONES = 4, 8
 # The upper bit of a code of 3 bits counts 4; the one beside it, which counts as much, is taken from it.
@@ -109,34 +109,34 @@ class MergedFields:
 
 def key_format(stream: AllocatedFormat) -> FieldFormat:
     """How a stream of keys is read, the constant behind its rows included."""
-    return _format(stream, CONSTANT_BYTES, _KEY_ONES)
+    return _format(stream, CONSTANT_BYTES, _KEY_ONES, _MOST_FIELDS_OF_RUNS)
 
 
 def value_format(stream: AllocatedFormat) -> FieldFormat:
     """How a stream of values is read."""
-    return _format(stream, 0, _VALUE_ONES)
+    return _format(stream, 0, _VALUE_ONES, _MOST_FIELDS_OF_RUNS)
 
 
-def _format(stream: AllocatedFormat, more_bytes: int, least_ones: int) -> FieldFormat:
+def _format(stream: AllocatedFormat, more_bytes: int, least_ones: int, most_fields: int) -> FieldFormat:
     planes = [plane for runs in stream.runs for bits, _ in runs for plane in PLANES[bits]]
     longest = max(map(run_bytes, stream.runs)) + more_bytes
     window = max(window_of_ones(runs)[1] for runs in stream.runs)
     bits = max(2, min(planes))
-    parts = _parts(-(-longest // 2), 16 // bits)
+    parts = _parts(-(-longest // 2), 16 // bits, most_fields)
     ones = max(least_ones, triton.next_power_of_2(-(-window // 2))) if window else 0
     return FieldFormat(bits, parts, ones)
 
 
-def _parts(units: int, pieces: int) -> tuple[int, int, int]:
+def _parts(units: int, pieces: int, most_fields: int) -> tuple[int, int, int]:
     """So many units, or a few more, as three powers of two, of which later ones may be 0."""
-    most, least = _MOST_FIELDS // pieces, _LEAST_FIELDS // pieces
+    most, least = most_fields // pieces, _LEAST_FIELDS // pieces
     while 3 * most < units:
         most *= 2
     sizes = [0, *(1 << bit for bit in range(most.bit_length()))]
     fitting = [
         (first, second, third)
         for first, second, third in product(sizes, repeat=3)
-        if first >= max(_LEAST_UNITS, second)
+        if first >= max(least, second)
         and second >= third
         and (not second or min(of for of in (first, second, third) if of) >= least)
         and first + second + third >= units
@@ -156,7 +156,8 @@ def window_of_ones(runs: Runs) -> tuple[int, int]:
 
 def format_of_three_bits(channels: int, *, keys: bool) -> FieldFormat:
     """How a uniform stream of 3 bits is read, whose rows have nothing behind them."""
-    return _format(AllocatedFormat(channels, (((3, channels),),)), 0, _KEY_ONES if keys else _VALUE_ONES)
+    rows = AllocatedFormat(channels, (((3, channels),),))
+    return _format(rows, 0, _KEY_ONES if keys else _VALUE_ONES, _MOST_FIELDS)
 
 
 def fields_of_three_bits(lead: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
