@@ -29,7 +29,8 @@ from xquant_vllm.attention.gpu.device.code_units import (
     words_from,
 )
 from xquant_vllm.attention.gpu.device.query_tile import rows_of_tile, seen_by_tile
-from xquant_vllm.attention.gpu.device.softmax import capped
+from xquant_vllm.attention.gpu.device.softmax import binary_logarithm, capped, reciprocal
+from xquant_vllm.attention.gpu.tables.head_tables import PARAMETER_ROWS, PARAMETER_SCALE
 from xquant_vllm.attention.gpu.tables.run_fields import CONSTANT
 from xquant_vllm.attention.gpu.tables.tile_rotation import TILE
 
@@ -41,6 +42,9 @@ _SMALLEST_SCALE = tl.constexpr(2.0**-24)
 # What a code counts that is read as a subnormal number.
 _SUBNORMAL = tl.constexpr(2.0**24)
 _CONSTANT = tl.constexpr(CONSTANT)
+_PARAMETER_ROWS, _PARAMETER_SCALE = tl.constexpr(PARAMETER_ROWS), tl.constexpr(PARAMETER_SCALE)
+# Of a zero point or an outlier: so much is its token's scale at least.
+_LEAST_SCALE = tl.constexpr(2.0**-25)
 # Of bytes, the upper one of every two bits.
 _UPPER_BITS = tl.constexpr(0xAAAA)
 
@@ -152,6 +156,19 @@ def _load_up(up, FIRST: tl.constexpr, COUNT: tl.constexpr, HALF: tl.constexpr):
 def _rematerialized(units, up, keys, UNITS: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
     """Keys, to which what units make is added."""
     return tl.dot(side_by_side(pieces_of(units, BITS, PTX), UNITS, _TILE, BITS), up, keys)
+
+
+@triton.jit
+def _parameters(zero, outlier):
+    """What meets the rows behind those of codes, FP16 ``[TILE, PARAMETER_ROWS]``: zero points in two parts, outliers."""
+    rounded = zero.to(tl.float16)
+    rest = (zero - rounded.to(tl.float32)).to(tl.float16)
+    outlier = outlier.to(tl.float16)
+    none = tl.zeros([_TILE], tl.float16)
+    two, more = tl.join(rounded, rest), tl.join(outlier, none)
+    four = tl.reshape(tl.permute(tl.join(two, more), (0, 2, 1)), [_TILE, 4])
+    eight = tl.reshape(tl.permute(tl.join(four, tl.zeros([_TILE, 4], tl.float16)), (0, 2, 1)), [_TILE, 8])
+    return tl.reshape(tl.permute(tl.join(eight, tl.zeros([_TILE, 8], tl.float16)), (0, 2, 1)), [_TILE, 16])
 
 
 @triton.jit
@@ -272,7 +289,8 @@ def attend_heads(
     VALUE_WIDTH_2: tl.constexpr = 16 // VALUE_BITS * VALUE_SECOND
     VALUE_WIDTH_3: tl.constexpr = 16 // VALUE_BITS * VALUE_THIRD
     column = tl.arange(0, 2 * HALF)[None, :]
-    up = heads.up + head * ((KEY_FIELDS + 8 * KEY_ONES) * 2 * HALF) + column
+    UP_ROWS: tl.constexpr = KEY_FIELDS + 8 * KEY_ONES + (0 if RUNS else _PARAMETER_ROWS)
+    up = heads.up + head * (UP_ROWS * 2 * HALF) + column
     up_1 = _load_up(up, 0, KEY_WIDTH, HALF)
     if KEY_SECOND:
         up_2 = _load_up(up, KEY_WIDTH, KEY_WIDTH_2, HALF)
@@ -280,16 +298,12 @@ def attend_heads(
         up_3 = _load_up(up, KEY_WIDTH + KEY_WIDTH_2, KEY_WIDTH_3, HALF)
     if KEY_ONES:
         ones_up = _load_up(up, KEY_FIELDS, 8 * KEY_ONES, HALF)
+    if not RUNS:
+        parameters_up = _load_up(up, KEY_FIELDS + 8 * KEY_ONES, _PARAMETER_ROWS, HALF)
     turns = heads.turns + distance[:, None] * HALF + pair[None, :]
     cos, sin = tl.load(turns), tl.load(turns + _TILE * HALF)
-    NUM_ROWS: tl.constexpr = BIAS + (0 if RUNS else 1 + OUTLIERS)
-    rows = heads.rows + head * (NUM_ROWS * _TILE * 2 * HALF) + distance[:, None] * (2 * HALF) + column
-    if not RUNS:
-        zero_row = tl.load(rows)
-    if OUTLIERS:
-        outlier_row = tl.load(rows + _TILE * 2 * HALF)
     if BIAS:
-        bias_row = tl.load(rows + (NUM_ROWS - 1) * _TILE * 2 * HALF)
+        bias_row = tl.load(heads.rows + (head * _TILE + distance[:, None]) * (2 * HALF) + column)
     at = batch.query + (first_query + token).to(tl.int64)[None, :] * batch.token_stride
     at += query_head[None, :] * batch.head_stride
     low_column, high_column = tl.load(columns + pair)[:, None], tl.load(columns + HALF + pair)[:, None]
@@ -303,10 +317,8 @@ def attend_heads(
     unit = largest_query * scores.scale
     if not SOFT_CAP:
         unit *= _LOG2E
-    of_head = heads.factors + head * (1 + NUM_ROWS)
-    of_codes, of_bias = tl.load(of_head) * unit, tl.load(of_head + NUM_ROWS) * unit
-    if not RUNS:
-        of_zero, of_outlier = tl.load(of_head + 1) * unit, tl.load(of_head + 1 + OUTLIERS) * unit
+    of_head = heads.factors + head * (1 + BIAS)
+    of_codes, of_bias = tl.load(of_head) * unit, tl.load(of_head + BIAS) * unit
 
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([_TILE, ROWS], tl.float32)
@@ -351,6 +363,17 @@ def attend_heads(
         in_block = position.to(tl.uint32) % BLOCK_SIZE
         keys = tl.zeros([_TILE, 2 * HALF], tl.float32)
         if RUNS:
+            ks, of_value = tl.exp2(_octaves(key_octaves)), _octaves(value_octaves)
+            inverse = tl.exp2(-of_value)
+        else:
+            ks, kz, ko = key_scale.to(tl.float32), key_zero.to(tl.float32), outlier.to(tl.float32)
+            kz += MIDDLE * ks
+            # A scale of 0, or one that is next to nothing: FP16 has room for what is divided by it.
+            ks = tl.maximum(ks, tl.maximum(tl.maximum(tl.abs(kz), tl.abs(ko)) * _LEAST_SCALE, _SMALLEST_SCALE))
+            per_scale = reciprocal(ks * _PARAMETER_SCALE, PTX)
+            keys = tl.dot(_parameters(kz * per_scale, ko * per_scale), parameters_up, keys)
+            vs, vz = tl.maximum(value_scale.to(tl.float32), _SMALLEST_SCALE), value_zero.to(tl.float32)
+        if RUNS:
             key_at = in_page + key_codes_at + in_block * key_bytes
             units = _load_fields(heads.pages, key_at, key_bytes, 0, KEY_UNITS, not KEY_SECOND, PTX)
         else:
@@ -388,19 +411,8 @@ def attend_heads(
         high_turned = (high_query * base_cos - low_query * base_sin).to(tl.float16)
         query = tl.reshape(tl.permute(tl.join(low_turned, high_turned), (2, 0, 1)), [2 * HALF, ROWS])
 
-        if RUNS:
-            ks, of_value = tl.exp2(_octaves(key_octaves)), _octaves(value_octaves)
-            inverse = tl.exp2(-of_value)
-        else:
-            ks, kz = key_scale.to(tl.float32), key_zero.to(tl.float32) + MIDDLE * key_scale.to(tl.float32)
-            vs, vz, ko = tl.maximum(value_scale.to(tl.float32), _SMALLEST_SCALE), value_zero.to(tl.float32), outlier
-
         key = tl.reshape(tl.permute(tl.join(low_key, high_key), (0, 2, 1)), [_TILE, 2 * HALF])
         score = tl.dot(key, query) * (ks * of_codes)[:, None]
-        if not RUNS:
-            score += tl.dot(zero_row, query) * (kz * of_zero)[:, None]
-        if OUTLIERS:
-            score += tl.dot(outlier_row, query) * (ko.to(tl.float32) * of_outlier)[:, None]
         if BIAS:
             score += tl.dot(bias_row, query) * of_bias
         if SOFT_CAP:
@@ -425,7 +437,7 @@ def attend_heads(
             if WINDOW:
                 visible &= position[:, None] > query_position[None, :] - scores.window
         if not RUNS:
-            of_value = tl.log2(vs)
+            of_value = binary_logarithm(vs, PTX)
         score = tl.where(visible, score + of_value[:, None], float("-inf"))
         now = tl.maximum(largest, tl.max(score, 0))
         shift = tl.where(now == float("-inf"), 0.0, now)
@@ -435,7 +447,7 @@ def attend_heads(
         if RUNS:
             zeros = zeros * decay + weight
         else:
-            inverse = 1 / vs
+            inverse = reciprocal(vs, PTX)
             zeros = zeros * decay + weight * (vz * inverse)[:, None]
         total = total * decay + weight * inverse[:, None]
 

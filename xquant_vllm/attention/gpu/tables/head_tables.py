@@ -50,6 +50,11 @@ MOST_ROWS_OF_FIELDS = 16
 # Of FP16, with room to round up.
 _LARGEST = 30000.0
 _SUBNORMAL = 2.0**24
+PARAMETER_ROWS = 16
+"""Rows behind those of codes, as many as a product takes at least: what zero points meet, twice, and outliers."""
+PARAMETER_SCALE = 2.0**10
+"""What parameters count, of which a token's scale has been divided off: FP16 has room for as many scales."""
+_PARAMETER_UNIT = PARAMETER_SCALE / _SUBNORMAL
 
 
 @dataclass(frozen=True)
@@ -227,10 +232,6 @@ def head_tables(plan: AttentionLayerPlan, columns: torch.Tensor) -> HeadTables:
             key_runs=_run_table(plan, plan.key_terms),
             value_runs=_run_table(plan, plan.value_terms),
         )
-    middle = 0
-    if key.num_outliers:
-        # Of 3 bits it has two, as the first plane has.
-        middle = 3 if key.ones else 1 << (key.bits - 1)
     outliers, stored = up[:, : key.num_outliers], up[:, key.num_outliers :]
     # What is added to rows of codes is the sum of the rounded rows: codes and zero points that cancel do so exactly.
     unit = _LARGEST / torch.maximum(stored.abs().amax((1, 2)), stored.sum(1).abs().amax(1)).clamp_min(1e-30)
@@ -241,20 +242,26 @@ def head_tables(plan: AttentionLayerPlan, columns: torch.Tensor) -> HeadTables:
     total = rounded.sum(1, keepdim=True).half().float()
     lead = -total.expand(-1, key.num_outliers, -1)
     of_codes = fields_of_three_bits(lead, rounded) if key.ones else _pieces(torch.cat((lead, rounded), 1), key)
-    rows = [total / unit, outliers]
-    if bias is not None:
-        rows.append(bias)
-    turned, of_rows = _turned(torch.cat(rows, 1), rope)
+    more = _PARAMETER_UNIT * torch.cat((total, total, outliers * unit), 1)
+    more = F.pad(more, (0, 0, 0, PARAMETER_ROWS - more.shape[1]))
+    turned, of_rows = _turned(up.new_zeros(len(up), 0, up.shape[2]) if bias is None else bias, rope)
     return HeadTables(
         key=key,
         value=value,
-        middle=middle,
-        up=of_codes.half().contiguous(),
+        middle=_middle(key),
+        up=torch.cat((of_codes, more), 1).half().contiguous(),
         rows=turned.half().contiguous(),
         factors=torch.cat((_SUBNORMAL / unit[:, :, 0], of_rows), 1).contiguous(),
         turns=turns,
         rope=rope,
     )
+
+
+def _middle(key: HeadStream) -> int:
+    if not key.num_outliers:
+        return 0
+    # Of 3 bits the outlier channel's code has two, as the first plane has.
+    return 3 if key.ones else 1 << (key.bits - 1)
 
 
 def _allocated(plan: AttentionLayerPlan, terms: Sequence[LatentTerm]) -> AllocatedFormat:
