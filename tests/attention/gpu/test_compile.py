@@ -31,22 +31,18 @@ def test_compiles(capability: int, names: list[str]) -> None:
     assert not too_large(kernels)
 
 
-# Bytes of registers that a thread of ``attend_heads`` may spill: before its loop and after it, what only these need.
-_SPILLED = 128
-
-
 def too_large(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Programs for latents per head that spill more, or of which no two fit a multiprocessor of an H100.
+    """Programs for latents per head that spill registers, or of which no two fit a multiprocessor of an H100.
 
-    Those of 3 bits (outliers) and of large runs (allocated) need not.
+    Those of random runs of up to 8 bits (allocated) may.
     """
     return [
         of
         for of in kernels
         if of["kernel"] == "attend_heads"
-        and of["case"] not in ("decode outliers", "decode allocated")
+        and of["case"] != "decode allocated"
         and (
-            of["stack"] > _SPILLED
+            of["stack"] > 0
             or 2 * 32 * of["warps"] * of["registers"] > 1 << 16
             or of["shared"] + 1024 > SHARED_MEMORY[90] // 2
         )
@@ -57,4 +53,4 @@ def too_large(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("capability", [80, 100])
 def test_latents_per_head_compile(capability: int) -> None:
     kernels = compiled(compile_cases, capability, ["decode served"])
-    assert not [of for of in kernels if of["kernel"] == "attend_heads" and of["stack"] > _SPILLED]
+    assert not [of for of in kernels if of["kernel"] == "attend_heads" and of["stack"] > 0]

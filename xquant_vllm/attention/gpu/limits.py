@@ -15,6 +15,8 @@ Arguments = ParamSpec("Arguments")
 # Bytes of shared memory that a program may have, by compute capability: NVIDIA's CUDA C++ programming guide, "Technical
 # Specifications per Compute Capability". Only where kernels are compiled without a GPU; a GPU says it itself.
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+# Of compute capabilities with memory for products alone ("tensor memory"), the first number.
+_TENSOR_MEMORY = (10, 11)
 # Wide heads have more channels. In FP32 64 rows of queries take so many bytes then, with keys and values.
 _WIDE, _OF_WIDE_FLOAT32 = 128, 114816
 
@@ -31,6 +33,18 @@ def shared_memory(device: torch.device) -> int:
         return sys.maxsize
     index = device.index if device.type == "cuda" else None
     return int(max_shared_mem(driver.get_current_device() if index is None else index))
+
+
+def tensor_memory() -> bool:
+    """Whether products have a memory of their own, as on compute capabilities 10.0 to 11.0.
+
+    There Triton keeps every operand of sums that go on from tile to tile in shared memory, where others share a place.
+    """
+    try:
+        arch = triton.runtime.driver.active.get_current_target().arch
+    except RuntimeError:
+        return False
+    return isinstance(arch, int) and arch // 10 in _TENSOR_MEMORY
 
 
 def refuse_wide_float32(dtype: torch.dtype, head_columns: int, device: torch.device) -> None:

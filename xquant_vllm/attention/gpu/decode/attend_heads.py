@@ -3,10 +3,11 @@
 docs/kernels/triton.md draws a tile. In short, with ``R(p)`` the rotation by a position's angles, ``b`` the first
 position of a tile, ``d`` the distance of a token from it, and ``q`` a query turned back by ``b``::
 
-    key    = R(b) R(d) (scale * U codes + zero * S + outlier * o + bias)           S: sum of the rows of U
-    score  = scale * (R(d) U codes) q  +  zero * (R(d) S) q  +  outlier * (R(d) o) q  +  (R(d) bias) q
+    key    = R(b) (R(d) scale * (U codes + (zero / scale) * S + (outlier / scale) * o)  +  R(d) bias)
+    score  = scale * (R(d) [U S o] [codes, zero / scale, outlier / scale]) q  +  (R(d) bias) q
 
-``R(d)`` is the same in every tile, and so are all matrices but the codes: they stay where the first tile put them.
+``S`` is the sum of the rows of U, ``o`` the outlier channel's row. ``R(d)`` is the same in every tile, and so are all
+matrices but the codes and what stands beside them: they stay where the first tile put them.
 
 Streams of runs of several bits are read as fields of one width (tables/run_fields.py). Their codes count from the
 middle of their range; a constant behind every row takes that off, so they have no zero points::
@@ -55,7 +56,7 @@ class Heads(NamedTuple):
     pages: Any  # uint8: the layer's own pages
     page_stride: Any
     up: Any
-    rows: Any
+    bias: Any
     factors: Any
     turns: Any
     base: Any  # FP32 [tiles, HALF, 2]: cosines and sines of every tile's first position
@@ -160,15 +161,13 @@ def _rematerialized(units, up, keys, UNITS: tl.constexpr, BITS: tl.constexpr, PT
 
 @triton.jit
 def _parameters(zero, outlier):
-    """What meets the rows behind those of codes, FP16 ``[TILE, PARAMETER_ROWS]``: zero points in two parts, outliers."""
+    """What meets ``parameter_rows``, FP16 ``[TILE, PARAMETER_ROWS]``: joined so that a thread has all of a token."""
     rounded = zero.to(tl.float16)
     rest = (zero - rounded.to(tl.float32)).to(tl.float16)
-    outlier = outlier.to(tl.float16)
     none = tl.zeros([_TILE], tl.float16)
-    two, more = tl.join(rounded, rest), tl.join(outlier, none)
-    four = tl.reshape(tl.permute(tl.join(two, more), (0, 2, 1)), [_TILE, 4])
-    eight = tl.reshape(tl.permute(tl.join(four, tl.zeros([_TILE, 4], tl.float16)), (0, 2, 1)), [_TILE, 8])
-    return tl.reshape(tl.permute(tl.join(eight, tl.zeros([_TILE, 8], tl.float16)), (0, 2, 1)), [_TILE, 16])
+    four = tl.reshape(tl.join(tl.join(rounded, rest), tl.join(outlier.to(tl.float16), none)), [_TILE, 4])
+    eight = tl.reshape(tl.join(four, tl.zeros([_TILE, 4], tl.float16)), [_TILE, 8])
+    return tl.reshape(tl.join(eight, tl.zeros([_TILE, 8], tl.float16)), [_TILE, 16])
 
 
 @triton.jit
@@ -303,7 +302,7 @@ def attend_heads(
     turns = heads.turns + distance[:, None] * HALF + pair[None, :]
     cos, sin = tl.load(turns), tl.load(turns + _TILE * HALF)
     if BIAS:
-        bias_row = tl.load(heads.rows + (head * _TILE + distance[:, None]) * (2 * HALF) + column)
+        bias_row = tl.load(heads.bias + (head * _TILE + distance[:, None]) * (2 * HALF) + column)
     at = batch.query + (first_query + token).to(tl.int64)[None, :] * batch.token_stride
     at += query_head[None, :] * batch.head_stride
     low_column, high_column = tl.load(columns + pair)[:, None], tl.load(columns + HALF + pair)[:, None]

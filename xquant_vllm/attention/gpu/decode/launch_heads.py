@@ -7,16 +7,15 @@ from xquant_vllm.attention.gpu.arguments import describe_scores
 from xquant_vllm.attention.gpu.decode.attend_heads import Heads, attend_heads
 from xquant_vllm.attention.gpu.device.arguments import Batch, Partial
 from xquant_vllm.attention.gpu.gpu_plan import GpuPlan
-from xquant_vllm.attention.gpu.limits import shared_memory
 from xquant_vllm.attention.gpu.operands import ATTENDS
 from xquant_vllm.attention.gpu.tables.head_tables import MOST_ROWS, MOST_ROWS_OF_FIELDS
 from xquant_vllm.attention.gpu.tiling import rows_of
 from xquant_vllm.attention.plan import AttentionLayerPlan
 
 _LEAST_ROWS = 8  # of a product
-# Block ids take half of them: codes are two tiles ahead. They are one where shared memory is small (8.6 and 8.9), and
-# for rows of fields, whose tiles take longer than memory does: two programs fit a multiprocessor so.
-_STAGES, _FEW_STAGES, _LARGE_SHARED_MEMORY = 5, 3, 160000
+# Block ids take half of them.
+_STAGES = {1: 3, 2: 5}
+"""Of the kernel's loop, by how many tiles ahead codes are."""
 
 
 def launch_heads(
@@ -57,7 +56,7 @@ def launch_heads(
         pages,
         pages.stride(0),
         tables.up,
-        tables.rows,
+        tables.bias,
         tables.factors,
         tables.turns,
         tables.rope.base,
@@ -65,8 +64,7 @@ def launch_heads(
         tables.value_runs if runs else gpu_plan.columns,
     )
     key, value = tables.key, tables.value
-    fields = runs or key.ones or value.ones
-    stages = _FEW_STAGES if fields or shared_memory(plan.device) < _LARGE_SHARED_MEMORY else _STAGES
+    stages = _STAGES[tables.ahead]
     attend_heads[(sequences * tiles, kv_heads, splits)](
         batch,
         gpu_plan.columns,

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from xquant_vllm.attention.gpu.limits import shared_memory
+from xquant_vllm.attention.gpu.limits import shared_memory, tensor_memory
 from xquant_vllm.attention.gpu.tables.pairs import arranged, pair_columns
 from xquant_vllm.attention.gpu.tables.run_fields import (
     MOST_OF_THREE_BITS,
@@ -47,6 +47,10 @@ MOST_GROUP = 16
 MOST_ROWS = 32
 # The same where sums are over fields of values, of which there are up to four times as many as channels.
 MOST_ROWS_OF_FIELDS = 16
+# What is called a large shared memory: that of 8.0, 9.0 and 10.0.
+_LARGE_SHARED_MEMORY = 160000
+# Columns of a tile in FP16, for layouts that are changed on the way to tensor memory.
+_MORE_OF_TENSOR_MEMORY = 64
 # Of FP16, with room to round up.
 _LARGEST = 30000.0
 _SUBNORMAL = 2.0**24
@@ -112,12 +116,13 @@ class HeadTables:
         middle: what is taken off the codes of keys, so that what products round is small: the middle of their range.
             The code of the outlier channel, which is 0, is set to it, and the up-projection's row is minus the sum of
             all others. 0 where there is no outlier channel.
-        up: FP16 ``[num_kv_heads, key.rows, 2 * half]``: rows of the key's up-projection by pieces.
-        rows: FP16 ``[num_kv_heads, num_rows, TILE, 2 * half]``, turned by every distance within a tile: what zero
-            points multiply, then outliers, then the bias; of runs the bias alone, or anything.
-        factors: FP32 ``[num_kv_heads, 1 + num_rows]``: what products of codes count, and the rows.
+        up: FP16 ``[num_kv_heads, rows, 2 * half]``: ``key.rows`` of the key's up-projection by pieces; behind them,
+            but not of runs, ``PARAMETER_ROWS``.
+        bias: FP16 ``[num_kv_heads, 0 or 1, TILE, 2 * half]``: the key's bias, turned by every distance within a tile.
+        factors: FP32 ``[num_kv_heads, 1 or 2]``: what products of codes count, and those of the bias.
         turns: FP16 ``[2, TILE, half]``: cosines and sines of every distance within a tile.
         rope: angles of tiles, and of distances once more.
+        ahead: see :func:`tiles_ahead`.
         key_runs: int32 ``[num_kv_heads, 5]``, see :func:`run_table`; None where all channels have the same bits.
         value_runs: the same of values.
     """
@@ -126,10 +131,11 @@ class HeadTables:
     value: HeadStream
     middle: int
     up: torch.Tensor
-    rows: torch.Tensor
+    bias: torch.Tensor
     factors: torch.Tensor
     turns: torch.Tensor
     rope: RopeArrays
+    ahead: int
     key_runs: torch.Tensor | None = None
     value_runs: torch.Tensor | None = None
 
@@ -170,17 +176,30 @@ def refusal(plan: AttentionLayerPlan, dtype: torch.dtype) -> str | None:
     return None
 
 
+def tiles_ahead(plan: AttentionLayerPlan) -> int:
+    """How many tiles ahead codes are on their way from memory.
+
+    One where shared memory is small (8.6 and 8.9), and for rows of fields, whose tiles take longer than memory does:
+    two programs fit a multiprocessor so.
+    """
+    fields = any(isinstance(stream, AllocatedFormat) or stream.bits == 3 for stream in plan.layout.streams)
+    return 1 if fields or shared_memory(plan.device) < _LARGE_SHARED_MEMORY else 2
+
+
 def _shared_bytes(plan: AttentionLayerPlan, columns: int) -> int:
-    """What the kernel takes at least, with codes one tile ahead; counted from what it compiles to for 9.0."""
+    """What the kernel takes at most; counted from what it compiles to for 9.0 and 10.0."""
     key, value = _streams(plan)
     runs = isinstance(plan.layout.streams[0], AllocatedFormat)
-    rows = (0 if runs else 1 + key.num_outliers) + (plan.projection.key_bias is not None)
+    rows = key.rows + (0 if runs else PARAMETER_ROWS) + TILE * (plan.projection.key_bias is not None)
     queries = MOST_ROWS_OF_FIELDS if runs or value.ones else MOST_ROWS
-    stays = 2 * columns * (key.rows + rows * TILE + queries)
-    codes = max(part * of.pieces for of in (key, value) for part in of.parts)
+    of_values = [*(part * value.pieces for part in value.parts), 8 * value.ones]
+    if tensor_memory():
+        codes = sum(of_values) + _MORE_OF_TENSOR_MEMORY
+    else:
+        codes = max(*of_values, *(part * key.pieces for part in key.parts))
     # Rows that are not aligned are read twice.
     loaded = (2 if runs else 1) * 2 * sum(sum(of.parts) + of.ones for of in (key, value))
-    return stays + TILE * (2 * codes + loaded) + 1024
+    return 2 * columns * (rows + queries) + TILE * (2 * codes + tiles_ahead(plan) * loaded) + 1024
 
 
 def _stream_refusal(stream: Stream, what: str, num_kv_heads: int) -> str | None:
@@ -216,19 +235,20 @@ def head_tables(plan: AttentionLayerPlan, columns: torch.Tensor) -> HeadTables:
     assert rope is not None
     up = arranged(projection.up_key.to(device), columns)
     bias = None if projection.key_bias is None else arranged(projection.key_bias.to(device), columns)[:, None]
+    turned, of_rows = _turned(up.new_zeros(len(up), 0, up.shape[2]) if bias is None else bias, rope)
     turns = rope.offset.permute(2, 0, 1).to(device).contiguous()
     if isinstance(plan.layout.streams[plan.key_terms[0].stream], AllocatedFormat):
         of_codes, counted = key_fields(_allocated(plan, plan.key_terms), up, _LARGEST)
-        turned, of_rows = _turned(up.new_zeros(len(up), 0, up.shape[2]) if bias is None else bias, rope)
         return HeadTables(
             key=key,
             value=value,
             middle=0,
             up=of_codes,
-            rows=turned.half().contiguous(),
+            bias=turned.half().contiguous(),
             factors=torch.cat((_SUBNORMAL * counted[:, None], of_rows), 1).contiguous(),
             turns=turns,
             rope=rope,
+            ahead=tiles_ahead(plan),
             key_runs=_run_table(plan, plan.key_terms),
             value_runs=_run_table(plan, plan.value_terms),
         )
@@ -242,19 +262,31 @@ def head_tables(plan: AttentionLayerPlan, columns: torch.Tensor) -> HeadTables:
     total = rounded.sum(1, keepdim=True).half().float()
     lead = -total.expand(-1, key.num_outliers, -1)
     of_codes = fields_of_three_bits(lead, rounded) if key.ones else _pieces(torch.cat((lead, rounded), 1), key)
-    more = _PARAMETER_UNIT * torch.cat((total, total, outliers * unit), 1)
-    more = F.pad(more, (0, 0, 0, PARAMETER_ROWS - more.shape[1]))
-    turned, of_rows = _turned(up.new_zeros(len(up), 0, up.shape[2]) if bias is None else bias, rope)
+    more = _PARAMETER_UNIT * parameter_rows(total, outliers * unit)
     return HeadTables(
         key=key,
         value=value,
         middle=_middle(key),
         up=torch.cat((of_codes, more), 1).half().contiguous(),
-        rows=turned.half().contiguous(),
+        bias=turned.half().contiguous(),
         factors=torch.cat((_SUBNORMAL / unit[:, :, 0], of_rows), 1).contiguous(),
         turns=turns,
         rope=rope,
+        ahead=tiles_ahead(plan),
     )
+
+
+def parameter_rows(total: torch.Tensor, outliers: torch.Tensor) -> torch.Tensor:
+    """What parameters of keys meet, in the order in which the kernel has them, ``[num_kv_heads, 16, columns]``.
+
+    Args:
+        total: ``[num_kv_heads, 1, columns]``: what zero points meet, which are two numbers.
+        outliers: ``[num_kv_heads, 0 or 1, columns]``.
+    """
+    rows = total.new_zeros(len(total), PARAMETER_ROWS, total.shape[2])
+    rows[:, 0::8] = total
+    rows[:, 4 : 4 + outliers.shape[1]] = outliers
+    return rows
 
 
 def _middle(key: HeadStream) -> int:
