@@ -140,6 +140,7 @@ def other_bits() -> dict[str, Row]:
     return {
         **{f"uniform_{n}": _row(f"per head, {n} bits", make_plan(served_spec(bits=n))) for n in (2, 3, 8)},
         **{f"calibrated_{bits}": calibrated(bits) for bits in (2, 3, 4)},
+        "norm": _row("per head, 4 bits, keys with a norm", make_plan(replace(served_spec(), norm=True))),
         "drafts": _row("per head, 4 bits, four query tokens", make_plan(served_spec()), (4,) * 4, drafts=3),
     }
 

@@ -20,10 +20,10 @@ from xquant_vllm.attention.gpu.limits import SHARED_MEMORY
 # two products in registers, of which they have 255 in use: with fewer rows they would read every byte more often.
 SPILLS = {
     "attend": 256,
-    "attend_heads": 128,
+    "attend_heads": 64,
     "dense": 64,
     "kivi_attend": 1536,
-    "merge": 16,
+    "merge": 64,
     "project_spans": 192,
     "rematerialize_pages": 288,
     "store_rotated": 384,

@@ -31,6 +31,7 @@ _FORMATS = {
     "no outlier": Spec(key_outliers=0),
     "outliers of both": Spec(value_outliers=1),
     "3 bits, 2 of values": Spec(key_bits=3, value_bits=2),
+    "norm": Spec(folded=True, norm=True),
     "norm and bias": Spec(norm=True, bias=True),
     "window, cap, sinks": Spec(folded=True, window=100, soft_cap=30.0, sinks=True),
     "no rope": Spec(rope="none"),

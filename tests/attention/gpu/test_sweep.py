@@ -35,7 +35,7 @@ def _sweep(*options: str) -> None:
     ("stack", "shared", "words"),
     [
         (SPILLS["attend_heads"], 232448, None),
-        (SPILLS["attend_heads"] + 8, 0, "at most 128 are allowed"),
+        (SPILLS["attend_heads"] + 8, 0, "at most 64 are allowed"),
         (0, 232449, "232449 bytes of shared memory of 232448"),
     ],
 )

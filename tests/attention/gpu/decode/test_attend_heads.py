@@ -44,6 +44,9 @@ SPECS = {
     "many splits": sized(64, seqs=((700, 1), (1, 1)), kv_heads=1, group=8),
     "3 bits": sized(128, seqs=((150, 1), (33, 1)), kv_heads=1, group=4, key_bits=3, value_bits=3, folded=True),
     "3 bits, up-projected": sized(80, seqs=((70, 4),), kv_heads=1, key_bits=3, value_bits=3),
+    "norm": sized(128, seqs=((150, 1), (33, 1)), kv_heads=2, group=4, folded=True, norm=True),
+    "norm, 3 bits, drafted tokens": sized(80, seqs=((70, 4),), key_bits=3, norm=True, rope="interleaved"),
+    "norm, calibrated": sized(64, seqs=((70, 1), (3, 1)), allocated=1.0, folded=True, norm=True, seed=5),
     # Runs of 2 to 8 bits, of which rows have odd numbers of bytes.
     "calibrated": sized(64, seqs=((150, 1), (33, 1)), allocated=1.0, folded=True, seed=3),
     "calibrated, up-projected": sized(64, seqs=((70, 4), (3, 3)), allocated=1.0, bias=True, strided=True, seed=4),
@@ -77,6 +80,7 @@ def test_random(seed: int) -> None:
         key_outliers=choose.randint(0, 1),
         block_size=choose.choice((16, 32, 48, 64, 128)),
         bias=choose.random() < 0.3,
+        norm=choose.random() < 0.3,
         rope=choose.choice(("neox", "interleaved")),
         rotary_size=choose.choice((None, channels // 2, 2)),
         window=choose.choice((None, None, 1, 7, 64, 100)),
@@ -87,6 +91,7 @@ def test_random(seed: int) -> None:
         allocated=choose.choice((0.0, 1.0)),
         seed=seed,
     )
+    spec = replace(spec, bias=spec.bias and not spec.norm)
     print(spec)
     output, expected = attended(make_case(spec))
     # Codes that are not centred, and have single bits which are differences.

@@ -19,7 +19,7 @@ TAKEN = Spec(dtype=torch.float16)
 REFUSED = {
     "FP32": {"dtype": torch.float32},
     "no RoPE": {"rope": "none"},
-    "a norm": {"norm": True},
+    "a norm behind a bias": {"norm": True, "bias": True},
     "several layers": {"kind": "chain", "earlier": (4,)},
     "share a latent": {"kind": "x"},
     "keys share a latent": {"joint": True, "key_group": 32, "value_group": 32},

@@ -57,6 +57,9 @@ class Heads(NamedTuple):
     page_stride: Any
     up: Any
     bias: Any
+    norm: Any
+    eps: Any
+    head_size: Any
     factors: Any
     turns: Any
     base: Any  # FP32 [tiles, HALF, 2]: cosines and sines of every tile's first position
@@ -220,6 +223,7 @@ def attend_heads(
     OUTLIERS: tl.constexpr,
     MIDDLE: tl.constexpr,
     BIAS: tl.constexpr,
+    NORM: tl.constexpr,
     VALUE_BITS: tl.constexpr,
     VALUE_UNITS: tl.constexpr,
     VALUE_SECOND: tl.constexpr,
@@ -249,6 +253,8 @@ def attend_heads(
         KEY_BITS: of codes; the next ones are of :class:`HeadStream`, and so for values.
         OUTLIERS: outlier channels of keys, 0 or 1.
         MIDDLE: see :class:`HeadTables`.
+        BIAS: whether keys have a bias, and no norm.
+        NORM: whether they have a norm, and no bias.
         VALUE_WIDTH: columns of ``partial.sums``.
         RUNS: whether channels have bits of their own, see tables/run_fields.py. Where its numbers are every head says
             itself. Sums are then of fields, as they are of values with a window of single bits.
@@ -303,6 +309,8 @@ def attend_heads(
     cos, sin = tl.load(turns), tl.load(turns + _TILE * HALF)
     if BIAS:
         bias_row = tl.load(heads.bias + (head * _TILE + distance[:, None]) * (2 * HALF) + column)
+    if NORM:
+        norm_weight = tl.load(heads.norm + head * (2 * HALF) + column)
     at = batch.query + (first_query + token).to(tl.int64)[None, :] * batch.token_stride
     at += query_head[None, :] * batch.head_stride
     low_column, high_column = tl.load(columns + pair)[:, None], tl.load(columns + HALF + pair)[:, None]
@@ -316,8 +324,10 @@ def attend_heads(
     unit = largest_query * scores.scale
     if not SOFT_CAP:
         unit *= _LOG2E
-    of_head = heads.factors + head * (1 + BIAS)
-    of_codes, of_bias = tl.load(of_head) * unit, tl.load(of_head + BIAS) * unit
+    of_head = heads.factors + head * (1 + BIAS + NORM)
+    of_codes, of_more = tl.load(of_head), tl.load(of_head + BIAS + NORM) * unit
+    if not NORM:
+        of_codes *= unit
 
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([_TILE, ROWS], tl.float32)
@@ -400,7 +410,13 @@ def attend_heads(
             else:
                 ones = _load_units(key_row + KEY_WINDOW, KEY_ONES, KEY_ROW_BYTES - KEY_WINDOW)
             keys = _rematerialized(ones & _UPPER_BITS, ones_up, keys, KEY_ONES, 2, PTX)
-        low, high = tl.split(tl.permute(tl.reshape(keys.to(tl.float16), [_TILE, 2, HALF]), (0, 2, 1)))
+        of_key = ks * of_codes
+        half_keys = keys.to(tl.float16)
+        if NORM:
+            square = tl.sum(keys * keys, 1) * (of_key * of_key)
+            of_key *= tl.rsqrt(square / heads.head_size + heads.eps) * of_more
+            half_keys *= norm_weight
+        low, high = tl.split(tl.permute(tl.reshape(half_keys, [_TILE, 2, HALF]), (0, 2, 1)))
         low_key, high_key = turned(low, high, cos, sin, PTX)
 
         # Queries, turned back to the tile's first position.
@@ -411,9 +427,9 @@ def attend_heads(
         query = tl.reshape(tl.permute(tl.join(low_turned, high_turned), (2, 0, 1)), [2 * HALF, ROWS])
 
         key = tl.reshape(tl.permute(tl.join(low_key, high_key), (0, 2, 1)), [_TILE, 2 * HALF])
-        score = tl.dot(key, query) * (ks * of_codes)[:, None]
+        score = tl.dot(key, query) * of_key[:, None]
         if BIAS:
-            score += tl.dot(bias_row, query) * of_bias
+            score += tl.dot(bias_row, query) * of_more
         if SOFT_CAP:
             score = capped(score, scores.soft_cap) * _LOG2E
 

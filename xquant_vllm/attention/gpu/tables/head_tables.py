@@ -119,7 +119,9 @@ class HeadTables:
         up: FP16 ``[num_kv_heads, rows, 2 * half]``: ``key.rows`` of the key's up-projection by pieces; behind them,
             but not of runs, ``PARAMETER_ROWS``.
         bias: FP16 ``[num_kv_heads, 0 or 1, TILE, 2 * half]``: the key's bias, turned by every distance within a tile.
-        factors: FP32 ``[num_kv_heads, 1 or 2]``: what products of codes count, and those of the bias.
+        norm: FP16 ``[num_kv_heads, 2 * half]``: weights of the key's norm, the largest of a head about 1; or anything.
+        factors: FP32 ``[num_kv_heads, 1 or 2]``: what products of codes count, and those of the bias, or the norm's
+            weights.
         turns: FP16 ``[2, TILE, half]``: cosines and sines of every distance within a tile.
         rope: angles of tiles, and of distances once more.
         ahead: see :func:`tiles_ahead`.
@@ -132,6 +134,7 @@ class HeadTables:
     middle: int
     up: torch.Tensor
     bias: torch.Tensor
+    norm: torch.Tensor
     factors: torch.Tensor
     turns: torch.Tensor
     rope: RopeArrays
@@ -152,8 +155,8 @@ def refusal(plan: AttentionLayerPlan, dtype: torch.dtype) -> str | None:
         return "queries are FP32, and its products are of FP16 numbers"
     if projection.rope is None or not projection.rope.rotary_size:
         return "keys have no RoPE: queries are absorbed instead"
-    if projection.key_norm is not None:
-        return "keys have a norm, for which every key has to be known"
+    if projection.key_norm is not None and projection.key_bias is not None:
+        return "keys have a norm behind a bias"
     if len(plan.layouts) != 1 or len(plan.key_terms) != 1 or len(plan.value_terms) != 1:
         return "latents are read from pages of several layers"
     if plan.num_heads > MOST_GROUP * projection.num_kv_heads:
@@ -235,7 +238,12 @@ def head_tables(plan: AttentionLayerPlan, columns: torch.Tensor) -> HeadTables:
     assert rope is not None
     up = arranged(projection.up_key.to(device), columns)
     bias = None if projection.key_bias is None else arranged(projection.key_bias.to(device), columns)[:, None]
-    turned, of_rows = _turned(up.new_zeros(len(up), 0, up.shape[2]) if bias is None else bias, rope)
+    turned, of_more = _turned(up.new_zeros(len(up), 0, up.shape[2]) if bias is None else bias, rope)
+    norm = up.new_zeros(1)
+    if projection.key_norm is not None:
+        norm = arranged(projection.key_norm.weights(projection.num_kv_heads).to(device), columns)
+        of_more = _rounded_up(norm)[:, None]
+        norm = norm / of_more
     turns = rope.offset.permute(2, 0, 1).to(device).contiguous()
     if isinstance(plan.layout.streams[plan.key_terms[0].stream], AllocatedFormat):
         of_codes, counted = key_fields(_allocated(plan, plan.key_terms), up, _LARGEST)
@@ -245,7 +253,8 @@ def head_tables(plan: AttentionLayerPlan, columns: torch.Tensor) -> HeadTables:
             middle=0,
             up=of_codes,
             bias=turned.half().contiguous(),
-            factors=torch.cat((_SUBNORMAL * counted[:, None], of_rows), 1).contiguous(),
+            norm=norm.half().contiguous(),
+            factors=torch.cat((_SUBNORMAL * counted[:, None], of_more), 1).contiguous(),
             turns=turns,
             rope=rope,
             ahead=tiles_ahead(plan),
@@ -269,7 +278,8 @@ def head_tables(plan: AttentionLayerPlan, columns: torch.Tensor) -> HeadTables:
         middle=_middle(key),
         up=torch.cat((of_codes, more), 1).half().contiguous(),
         bias=turned.half().contiguous(),
-        factors=torch.cat((_SUBNORMAL / unit[:, :, 0], of_rows), 1).contiguous(),
+        norm=norm.half().contiguous(),
+        factors=torch.cat((_SUBNORMAL / unit[:, :, 0], of_more), 1).contiguous(),
         turns=turns,
         rope=rope,
         ahead=tiles_ahead(plan),
@@ -351,8 +361,13 @@ def _pieces(up: torch.Tensor, stream: HeadStream) -> torch.Tensor:
 
 def _turned(rows: torch.Tensor, rope: RopeArrays) -> tuple[torch.Tensor, torch.Tensor]:
     """``[heads, rows, 2 * half]`` turned by every distance, at most about 1, and what they count ``[heads, rows]``."""
-    factors = torch.exp2(rows.abs().amax(2).clamp_min(1e-30).log2().ceil())
+    factors = _rounded_up(rows)
     low, high = (rows / factors[:, :, None]).unsqueeze(2).chunk(2, 3)
     cos, sin = rope.offset.float().to(rows.device).unbind(2)
     assert cos.shape[0] == TILE
     return torch.cat((low * cos - high * sin, high * cos + low * sin), 3), factors
+
+
+def _rounded_up(numbers: torch.Tensor) -> torch.Tensor:
+    """The powers of two that are no less than any of the last dimension."""
+    return torch.exp2(numbers.abs().amax(-1).clamp_min(1e-30).log2().ceil())
