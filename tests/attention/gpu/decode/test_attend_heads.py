@@ -109,17 +109,21 @@ def test_as_exact_as_the_general_kernel() -> None:
     assert error(output, expected) <= 1.5 * error(case.run(launch)[:tokens], expected)
 
 
-def test_values_of_one_number() -> None:
-    """A scale of 0: the latent is its zero point, in keys and in values."""
-    case = make_case(sized(64, seqs=((20, 1),), kv_heads=1))
+@pytest.mark.parametrize("outlier", [0.0, 900.0])
+@pytest.mark.parametrize("scale", [0.0, 2.0**-24])
+@pytest.mark.parametrize("folded", [False, True])
+def test_values_of_one_number(folded: bool, scale: float, outlier: float) -> None:
+    """A scale of next to nothing: the latent is its zero point, and a large outlier, in keys and in values."""
+    case = make_case(sized(64, seqs=((20, 1),), kv_heads=1, key_outliers=1, folded=folded))
     offsets, block = case.plan.layout.offsets, case.plan.layout.block_size
     for page in case.batch.block_table[0, :1].tolist():
         for index, of in enumerate(offsets):
             numbers = case.pages[0][page]
             numbers[of.codes + 32 * 3 : of.codes + 32 * 4] = 0
-            numbers[of.scales + 2 * 3 : of.scales + 2 * 4] = 0
-            assert index < 2
+            numbers[of.scales : of.zeros].view(torch.float16)[3] = scale
             assert of.scales + 2 * block == of.zeros
+            if index == 0:
+                numbers[of.outliers : of.outliers + 2 * block].view(torch.float16)[3] = outlier
     output, expected = attended(case)
     assert error(output, expected) <= 2e-3
 

@@ -44,8 +44,9 @@ _SMALLEST_SCALE = tl.constexpr(2.0**-24)
 _SUBNORMAL = tl.constexpr(2.0**24)
 _CONSTANT = tl.constexpr(CONSTANT)
 _PARAMETER_ROWS, _PARAMETER_SCALE = tl.constexpr(PARAMETER_ROWS), tl.constexpr(PARAMETER_SCALE)
-# Of a zero point or an outlier: so much is its token's scale at least.
-_LEAST_SCALE = tl.constexpr(2.0**-25)
+# Of a zero point or an outlier: so much is its token's scale at least. FP16 rounds a zero point by more than what all
+# codes of a smaller scale amount to, and keys have to fit FP16.
+_LEAST_SCALE = tl.constexpr(2.0**-20)
 # Of bytes, the upper one of every two bits.
 _UPPER_BITS = tl.constexpr(0xAAAA)
 

@@ -263,7 +263,8 @@ def head_tables(plan: AttentionLayerPlan, columns: torch.Tensor) -> HeadTables:
         )
     outliers, stored = up[:, : key.num_outliers], up[:, key.num_outliers :]
     # What is added to rows of codes is the sum of the rounded rows: codes and zero points that cancel do so exactly.
-    unit = _LARGEST / torch.maximum(stored.abs().amax((1, 2)), stored.sum(1).abs().amax(1)).clamp_min(1e-30)
+    met = torch.cat((up, stored.sum(1, keepdim=True)), 1)
+    unit = _LARGEST / met.abs().amax((1, 2)).clamp_min(1e-30)
     if key.ones:
         unit /= MOST_OF_THREE_BITS
     unit = torch.exp2(unit.log2().floor())[:, None, None]
