@@ -60,6 +60,16 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
+# What latents per head are served as, for which there is a decode kernel of its own: in every run, and first.
+SERVED: dict[str, dict[str, Any]] = {
+    "as served": {},
+    **{f"as served with {bits} bits": {"key_bits": bits, "value_bits": bits} for bits in (2, 3, 8)},
+    "as served, normalized keys": {"norm": True},
+    "as served, keys with a bias": {"bias": True},
+    "as served, calibrated": {"allocated": 1.0, "seed": 3},
+}
+
+
 @dataclass(frozen=True)
 class Check:
     """One comparison.
@@ -90,6 +100,10 @@ def plan_checks(seed: int, *, tiny: bool, dtypes: Sequence[torch.dtype]) -> list
         spec = replace(_random_spec(choose, phase, tiny, dtypes), **given)
         drawn.append(Check(name, operation, _fitting(choose, spec)))
 
+    for at, (name, given) in enumerate(SERVED.items()):
+        phase = PHASES[at % 2]
+        spec = _served_spec(_random_spec(choose, phase, tiny, dtypes), 64 if tiny else 128, dtypes)
+        drawn.append(Check(f"attention, {name}, {phase}", "attention", replace(spec, **given)))
     for index, phase in enumerate(PHASES):
         for at, (name, given) in enumerate(FORMATS.items()):
             if not tiny or at % len(PHASES) == index:
@@ -134,6 +148,14 @@ def _random_spec(choose: random.Random, phase: str, tiny: bool, dtypes: Sequence
         host_lengths=phase != "decode" and choose.random() < 0.7,
         seed=choose.randrange(2**30),
     )
+
+
+def _served_spec(spec: Spec, head_size: int, dtypes: Sequence[torch.dtype]) -> Spec:
+    """The batch of a drawn case, with the layer that is served if nothing is set."""
+    served = Spec(head_size=head_size, key_group=head_size, value_group=head_size, key_outliers=1, folded=True)
+    drawn = ("seqs", "kv_heads", "group", "block_size", "strided", "host_lengths", "seed")
+    half = [dtype for dtype in dtypes if dtype != torch.float32]
+    return replace(served, **{name: getattr(spec, name) for name in drawn}, dtype=(half or [*dtypes])[0])
 
 
 def _fitting(choose: random.Random, spec: Spec) -> Spec:

@@ -14,7 +14,7 @@ import torch
 from benchmarks.gpu import kivi, report
 from benchmarks.gpu.baselines import BASELINES
 from benchmarks.gpu.cases import Spec, make_plan
-from benchmarks.gpu.checks import Check, plan_checks, relative_errors, run_check
+from benchmarks.gpu.checks import SERVED, Check, plan_checks, relative_errors, run_check
 from benchmarks.gpu.cost import (
     Cost,
     Roofs,
@@ -33,6 +33,7 @@ from benchmarks.gpu.problem import Problem, exact_attention
 from benchmarks.gpu.timing import Timing, measure
 from benchmarks.gpu.workers import Worker, WorkerError, each
 from xquant_vllm.attention import reference
+from xquant_vllm.attention.gpu.gpu_plan import prepare
 from xquant_vllm.codec.allocated import AllocatedFormat
 from xquant_vllm.codec.layout import PageLayout
 
@@ -119,6 +120,14 @@ def test_right_kernels_pass() -> None:
     for check in plan_checks(3, tiny=True, dtypes=(torch.float32, torch.bfloat16)):
         result = run_check(check, RIGHT, CPU)
         assert result["status"] == "passed", result
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+def test_what_is_served_by_default_comes_first_in_its_own_kernel(tiny: bool) -> None:
+    checks = plan_checks(5, tiny=tiny, dtypes=(torch.float32, torch.float16))[: len(SERVED)]
+    assert [check.name.split(", ", 1)[1].rsplit(", ", 1)[0] for check in checks] == [*SERVED]
+    for check in checks:
+        assert prepare(make_plan(check.spec), check.spec.dtype).general_because is None, check.name
 
 
 def off_by_a_percent(query, pages, plan, batch, output) -> None:

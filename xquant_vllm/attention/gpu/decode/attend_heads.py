@@ -286,7 +286,7 @@ def attend_heads(
         return
 
     pair, distance = tl.arange(0, HALF), tl.arange(0, _TILE)
-    # What stays: the up-projection, rows and angles of all distances, queries.
+    # What stays: the up-projection, bias and angles of all distances, queries.
     KEY_WIDTH: tl.constexpr = 16 // KEY_BITS * KEY_UNITS
     KEY_WIDTH_2: tl.constexpr = 16 // KEY_BITS * KEY_SECOND
     KEY_WIDTH_3: tl.constexpr = 16 // KEY_BITS * KEY_THIRD
