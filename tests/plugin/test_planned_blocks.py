@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from tests.plugin.test_checks import configure
@@ -59,8 +60,10 @@ def spec_of(layer: LayerPages):
 def vllm_tokens(config, layers, memory):
     """What vLLM makes of the layers' pages, and reports."""
     specs = {f"layers.{number}.attn": spec_of(layer) for number, layer in enumerate(layers)}
-    (found,) = planning.get_kv_cache_configs(config, [specs], [memory])
-    return planning.get_kv_cache_capacity(config, found)[0]
+    # vLLM 0.33 is handed the groups.
+    groups = (planning.get_global_kv_cache_groups(config, [specs]),) if _KNOWN else ()
+    (found,) = planning.get_kv_cache_configs(config, [specs], [memory], *groups)
+    return get_kv_cache_capacity(config, found)[0]
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
