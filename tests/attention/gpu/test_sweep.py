@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.attention.gpu.compiled import Compiled
-from tests.attention.gpu.sweep import SPILLS, problem
+from tests.attention.gpu.sweep import SPILLS, problem, refused_at_start
 from tests.attention.gpu.sweep_cases import served
 
 # What did not fit 8.6 and 8.9 before tiles were chosen by device: wide heads, and FP32.
@@ -42,6 +43,13 @@ def _sweep(*options: str) -> None:
 def test_what_is_a_problem(stack: int, shared: int, words: str | None) -> None:
     said = problem(Compiled("attend_heads", "decode", 90, 255, stack, shared, 4, True))
     assert said is None if words is None else words in str(said)
+
+
+def test_fp32_that_does_not_fit_is_refused_by_name() -> None:
+    large = Compiled("kivi_attend", "prefill: KIVI 4, heads of 128 by 8 in fp32", 86, 255, 0, 114688, 8, True)
+    assert refused_at_start(large)
+    assert not refused_at_start(replace(large, case="prefill: KIVI 4, heads of 128 by 8 in bf16"))
+    assert not refused_at_start(replace(large, shared=101376))
 
 
 def test_what_is_served_by_default() -> None:
