@@ -4,8 +4,8 @@
 
 What is read are windows of a text, and prompts that hide a number in it, as `xquant eval perplexity --position-buckets`
 and `xquant eval needle` make them: in FP32, every attended token read back from the cache. The 16-bit model runs once
-for all caches. A result is written after every cache, so an interrupted run has lost no more than one; those that the
-file has are not computed again.
+for all caches. A result is written after every cache, so an interrupted run has lost no more than one. What the file
+has is not computed again: other caches, lengths and prompts are put beside it.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from xquant_vllm.offline.tokenizer import load_tokenizer  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy" / "long-context"
 _BUCKETS = 8
+_OF_NEEDLES = ("accuracy", "accuracy_16bit", "nll", "nll_16bit")
 # What rows are called, and the method with its bits and further options.
 CACHES: dict[str, tuple[str, dict[str, Any]]] = {
     "xquant, per head, 4": ("xquant", {"bits": (4,), "basis": "head"}),
@@ -84,9 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     about = {
         "model": checkpoint.name,
         "text": name,
-        "lengths": options.lengths,
         "windows": options.windows,
-        "prompts": options.prompts,
         "depths": options.depths,
         "trials": options.trials,
     }
@@ -99,30 +98,49 @@ def main(arguments: list[str] | None = None) -> None:
     }
     prompts = list(needle_prompts(tokenizer, text, name, options.prompts, options.depths, options.trials))
     exact = _Once(model)
-    known = {row["name"] for row in result["rows"]}
+    rows = {row["name"]: row for row in result["rows"]}
     for row in options.caches or CACHES:
-        if row in known:
+        known = rows.get(row, {"name": row, "positions": {}, "needle": None})
+        asked = {cell["length"] for cell in (known["needle"] or {"cells": []})["cells"]}
+        new_windows = {length: some for length, some in windows.items() if str(length) not in known["positions"]}
+        new_prompts = [prompt for prompt in prompts if prompt.length not in asked]
+        if not new_windows and not new_prompts:
             continue
         method, settings = CACHES[row]
-        prepared = prepare_method(method, MethodOptions(**settings), checkpoint, torch.float32, max(windows))
+        longest = max([*options.lengths, *options.prompts])
+        prepared = prepare_method(method, MethodOptions(**settings), checkpoint, torch.float32, longest)
         read = _logits(model, prepared.build(model))
         positions = {}
-        for length, of_length in windows.items():
+        for length, of_length in new_windows.items():
             scores = [score_positions(tokens, exact(tokens), read(tokens), _BUCKETS) for tokens in of_length]
             positions[str(length)] = position_table(scores, length)
-        found = list(evaluate_needles(prompts, exact, read))
-        needle = needle_result(prepared, 0, prompts, found, {}) if prompts else None
-        result["rows"].append(
-            {
-                "name": row,
-                "bytes_per_token": prepared.bytes_per_token,
-                "positions": positions,
-                "needle": needle
-                and {key: needle[key] for key in ("accuracy", "accuracy_16bit", "nll", "nll_16bit", "cells")},
-            }
-        )
+        cells = []
+        if new_prompts:
+            found = list(evaluate_needles(new_prompts, exact, read))
+            cells = needle_result(prepared, 0, new_prompts, found, {})["cells"]
+        rows[row] = with_more({"bytes_per_token": prepared.bytes_per_token, **known}, positions, cells)
+        result["rows"] = list(rows.values())
         write_json(out, result)
-        print(_text(result["rows"][-1]), flush=True)
+        print(_text(rows[row]), flush=True)
+
+
+def with_more(row: dict[str, Any], positions: dict[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row with more windows, and with more prompts that hide a number.
+
+    Args:
+        row: what is known.
+        positions: scores by position, for every length.
+        cells: of needles, for every length and depth.
+    """
+    by_length = sorted((row["positions"] | positions).items(), key=lambda entry: int(entry[0]))
+    all_cells = [*(row["needle"] or {"cells": []})["cells"], *cells]
+    all_cells.sort(key=lambda cell: (cell["length"], cell["depth"]))
+    needle = None
+    if all_cells:
+        prompts = sum(cell["prompts"] for cell in all_cells)
+        means = {name: sum(cell["prompts"] * cell[name] for cell in all_cells) / prompts for name in _OF_NEEDLES}
+        needle = {**means, "cells": all_cells}
+    return row | {"positions": dict(by_length), "needle": needle}
 
 
 def _text(row: dict[str, Any]) -> str:
@@ -141,9 +159,9 @@ def _text(row: dict[str, Any]) -> str:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT / "models" / "smollm2-135m-instruct"), help="folder")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192], help="tokens of windows")
+    parser.add_argument("--lengths", nargs="*", type=int, default=[4096, 8192], help="tokens of windows")
     parser.add_argument("--windows", type=int, default=1, help="of every length (default %(default)s)")
-    parser.add_argument("--prompts", nargs="+", type=int, help="tokens of prompts with numbers (default: as windows)")
+    parser.add_argument("--prompts", nargs="*", type=int, help="tokens of prompts with numbers (default: as windows)")
     parser.add_argument("--depths", nargs="*", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0], help="of numbers")
     parser.add_argument("--trials", type=int, default=1, help="prompts per length and depth")
     parser.add_argument("--caches", nargs="+", choices=CACHES, metavar="NAME", help="default: all")
@@ -151,7 +169,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.set_defaults(dataset=None)
     options = parser.parse_args(arguments)
-    options.prompts = options.prompts or options.lengths
+    options.prompts = options.lengths if options.prompts is None else options.prompts
     return options
 
 

@@ -40,16 +40,22 @@ def page(text: str) -> str:
 def context_tables(results: Iterable[dict[str, Any]]) -> Iterable[str]:
     """Divergence by position, and numbers found, a table for every model and length."""
     for result in results:
-        for length in result["lengths"]:
-            table = result["rows"][0]["positions"][str(length)]
+        for length in lengths_of(result):
+            rows = [row for row in result["rows"] if str(length) in row["positions"]]
+            table = rows[0]["positions"][str(length)]
             ranges = [f"{bucket['last']:,}" for bucket in table]
             yield f"**{result['model']}**, {length:,} tokens of {result['text']}: KL divergence of tokens up to"
             yield ""
             yield f"| cache | bytes per token | {' | '.join(ranges)} | all | increase in perplexity | found |"
             yield "|---|---|" + "---|" * (len(ranges) + 3)
-            for row in sorted(result["rows"], key=lambda row: -row["bytes_per_token"]):
+            for row in sorted(rows, key=lambda row: -row["bytes_per_token"]):
                 yield _context_row(row, length)
             yield ""
+
+
+def lengths_of(result: dict[str, Any]) -> list[int]:
+    """Tokens of the windows that any cache has read, the fewest first."""
+    return sorted({int(length) for row in result["rows"] for length in row["positions"]})
 
 
 def _context_row(row: dict[str, Any], length: int) -> str:
