@@ -6,6 +6,10 @@ What is read are windows of a text, and prompts that hide a number in it, as `xq
 and `xquant eval needle` make them: in FP32, every attended token read back from the cache. The 16-bit model runs once
 for all caches. A result is written after every cache, so an interrupted run has lost no more than one. What the file
 has is not computed again: other caches, lengths and prompts are put beside it.
+
+    python benchmarks/long_context.py --yarn 2 --lengths 12288 --prompts 12288 --depths 0.5
+
+reads farther than the model was made for: its RoPE is stretched by YaRN, as config.json would say it.
 """
 
 import argparse
@@ -36,6 +40,7 @@ from xquant_vllm.offline.checkpoint import open_checkpoint  # noqa: E402
 from xquant_vllm.offline.tokenizer import load_tokenizer  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy" / "long-context"
+STRETCHED = ROOT / "logs" / "yarn"
 _BUCKETS = 8
 _OF_NEEDLES = ("accuracy", "accuracy_16bit", "nll", "nll_16bit")
 # What rows are called, and the method with its bits and further options.
@@ -78,7 +83,8 @@ def _logits(model: HookedModel, method: CacheMethod) -> Callable[..., Rows]:
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark."""
     options = _options(arguments)
-    checkpoint = open_checkpoint(options.model)
+    folder = options.model if options.yarn is None else str(with_yarn(Path(options.model), options.yarn))
+    checkpoint = open_checkpoint(folder)
     tokenizer = load_tokenizer(checkpoint)
     text, name = text_of(options)
     out = options.out or RESULTS / f"{checkpoint.name}.json"
@@ -124,6 +130,29 @@ def main(arguments: list[str] | None = None) -> None:
         print(_text(rows[row]), flush=True)
 
 
+def with_yarn(model: Path, factor: float, folder: Path = STRETCHED) -> Path:
+    """A folder of the same weights, whose config.json says that RoPE is stretched by YaRN.
+
+    Args:
+        model: the checkpoint's folder, with plain RoPE of one kind.
+        factor: by how much more than the positions it has.
+        folder: where such folders are.
+    """
+    config = read_json(model / "config.json")
+    rope, positions = config["rope_parameters"], config["max_position_embeddings"]
+    if rope.get("rope_type") != "default":
+        raise SystemExit(f"{model} has RoPE {rope}, and --yarn needs one of the type 'default'")
+    yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": positions}
+    config |= {"rope_parameters": rope | yarn, "max_position_embeddings": round(factor * positions)}
+    copy = folder / f"{model.resolve().name}-yarn-{factor:g}"
+    copy.mkdir(parents=True, exist_ok=True)
+    write_json(copy / "config.json", config)
+    for path in model.iterdir():
+        if path.name != "config.json" and not (copy / path.name).exists():
+            (copy / path.name).symlink_to(path.resolve())
+    return copy
+
+
 def with_more(row: dict[str, Any], positions: dict[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:
     """A row with more windows, and with more prompts that hide a number.
 
@@ -159,6 +188,7 @@ def _text(row: dict[str, Any]) -> str:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT / "models" / "smollm2-135m-instruct"), help="folder")
+    parser.add_argument("--yarn", type=float, metavar="FACTOR", help="stretch RoPE by YaRN, so many times")
     parser.add_argument("--lengths", nargs="*", type=int, default=[4096, 8192], help="tokens of windows")
     parser.add_argument("--windows", type=int, default=1, help="of every length (default %(default)s)")
     parser.add_argument("--prompts", nargs="*", type=int, help="tokens of prompts with numbers (default: as windows)")
