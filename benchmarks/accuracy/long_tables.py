@@ -1,4 +1,4 @@
-"""The tables of docs/long-texts.md, between their marks.
+"""The tables of docs/long-texts.md, between their marks, and the plot beside them.
 
 python benchmarks/accuracy/long_tables.py
 """
@@ -19,6 +19,7 @@ from benchmarks.methods import METHODS  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
 PAGE = ROOT / "docs" / "long-texts.md"
+PICTURE = ROOT / "docs" / "pictures" / "long-contexts.png"
 _MARKS = {
     name: (f"<!-- {name}: made by benchmarks/accuracy/long_tables.py -->", f"<!-- end of {name} -->")
     for name in ("contexts", "generations")
@@ -27,7 +28,7 @@ _MARKS = {
 
 def page(text: str) -> str:
     """The page with its tables made anew from the result files."""
-    contexts = [json.loads(path.read_text()) for path in sorted((RESULTS / "long-context").glob("*.json"))]
+    contexts = context_results()
     generations = [json.loads(path.read_text()) for path in sorted((RESULTS / "generations").glob("*.json"))]
     for name, lines in (("contexts", context_tables(contexts)), ("generations", generation_tables(generations))):
         begin, end = _MARKS[name]
@@ -35,6 +36,11 @@ def page(text: str) -> str:
         _, after = rest.split(end)
         text = "\n".join([f"{before}{begin}", "", *lines, f"{end}{after}"])
     return text
+
+
+def context_results() -> list[dict[str, Any]]:
+    """Of every model."""
+    return [json.loads(path.read_text()) for path in sorted((RESULTS / "long-context").glob("*.json"))]
 
 
 def context_tables(results: Iterable[dict[str, Any]]) -> Iterable[str]:
@@ -114,4 +120,7 @@ def generation_tables(results: Iterable[dict[str, Any]]) -> Iterable[str]:
 
 
 if __name__ == "__main__":
+    from benchmarks.accuracy.long_plot import plot
+
     PAGE.write_text(page(PAGE.read_text()))
+    plot(context_results(), PICTURE)
