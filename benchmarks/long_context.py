@@ -3,7 +3,8 @@
     python benchmarks/long_context.py --model models/smollm2-135m-instruct --lengths 4096 8192
 
 What is read are windows of a text, and prompts that hide a number in it, as `xquant eval perplexity --position-buckets`
-and `xquant eval needle` make them: in FP32, every attended token read back from the cache. The 16-bit model runs once
+and `xquant eval needle` make them: in FP32, every attended token read back from the cache. With --copies windows also
+say passages twice, at several distances (benchmarks/accuracy/copies.py). The 16-bit model runs once
 for all caches. A result is written after every cache, so an interrupted run has lost no more than one. What the file
 has is not computed again: other caches, lengths and prompts are put beside it.
 
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from benchmarks.accuracy.copies import copy_window, score_copies  # noqa: E402
 from benchmarks.files import read_json, write_json  # noqa: E402
 from xquant_vllm.cli.eval_output import text_of  # noqa: E402
 from xquant_vllm.evaluation.methods.method_options import MethodOptions  # noqa: E402
@@ -103,17 +105,26 @@ def main(arguments: list[str] | None = None) -> None:
         length: cut_windows(tokenizer, text, name, length, options.windows, length) for length in options.lengths
     }
     prompts = list(needle_prompts(tokenizer, text, name, options.prompts, options.depths, options.trials))
+    copies = {
+        length: [
+            copy_window(tokens, turn)
+            for turn, tokens in enumerate(cut_windows(tokenizer, text, name, length, options.windows, length))
+        ]
+        for length in options.copies
+    }
     exact = _Once(model)
     rows = {row["name"]: row for row in result["rows"]}
     for row in options.caches or CACHES:
-        known = rows.get(row, {"name": row, "positions": {}, "needle": None})
+        known = rows.get(row, {"name": row, "positions": {}, "needle": None, "copies": []})
         asked = {cell["length"] for cell in (known["needle"] or {"cells": []})["cells"]}
         new_windows = {length: some for length, some in windows.items() if str(length) not in known["positions"]}
         new_prompts = [prompt for prompt in prompts if prompt.length not in asked]
-        if not new_windows and not new_prompts:
+        copied = {entry["length"] for entry in known.get("copies", [])}
+        new_copies = {length: some for length, some in copies.items() if length not in copied}
+        if not new_windows and not new_prompts and not new_copies:
             continue
         method, settings = CACHES[row]
-        longest = max([*options.lengths, *options.prompts])
+        longest = max([*options.lengths, *options.prompts, *options.copies])
         prepared = prepare_method(method, MethodOptions(**settings), checkpoint, torch.float32, longest)
         read = _logits(model, prepared.build(model))
         positions = {}
@@ -124,7 +135,8 @@ def main(arguments: list[str] | None = None) -> None:
         if new_prompts:
             found = list(evaluate_needles(new_prompts, exact, read))
             cells = needle_result(prepared, 0, new_prompts, found, {})["cells"]
-        rows[row] = with_more({"bytes_per_token": prepared.bytes_per_token, **known}, positions, cells)
+        of_copies = [entry for some in new_copies.values() for entry in score_copies(some, exact, read)]
+        rows[row] = with_more({"bytes_per_token": prepared.bytes_per_token, **known}, positions, cells, of_copies)
         result["rows"] = list(rows.values())
         write_json(out, result)
         print(_text(rows[row]), flush=True)
@@ -153,14 +165,18 @@ def with_yarn(model: Path, factor: float, folder: Path = STRETCHED) -> Path:
     return copy
 
 
-def with_more(row: dict[str, Any], positions: dict[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """A row with more windows, and with more prompts that hide a number.
+def with_more(
+    row: dict[str, Any], positions: dict[str, Any], cells: list[dict[str, Any]], copies: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """A row with more windows, more prompts that hide a number, and more copies.
 
     Args:
         row: what is known.
         positions: scores by position, for every length.
         cells: of needles, for every length and depth.
+        copies: scores of what is said again, for every length and distance.
     """
+    all_copies = sorted([*row.get("copies", []), *copies], key=lambda entry: (entry["length"], entry["distance"]))
     by_length = sorted((row["positions"] | positions).items(), key=lambda entry: int(entry[0]))
     all_cells = [*(row["needle"] or {"cells": []})["cells"], *cells]
     all_cells.sort(key=lambda cell: (cell["length"], cell["depth"]))
@@ -169,13 +185,18 @@ def with_more(row: dict[str, Any], positions: dict[str, Any], cells: list[dict[s
         prompts = sum(cell["prompts"] for cell in all_cells)
         means = {name: sum(cell["prompts"] * cell[name] for cell in all_cells) / prompts for name in _OF_NEEDLES}
         needle = {**means, "cells": all_cells}
-    return row | {"positions": dict(by_length), "needle": needle}
+    return row | {"positions": dict(by_length), "needle": needle, "copies": all_copies}
 
 
 def _text(row: dict[str, Any]) -> str:
     lines = [row["name"]]
     for length, table in row["positions"].items():
         lines.append(f"  {length:>6} KL by position: " + " ".join(f"{bucket['kl']:.4f}" for bucket in table))
+    for entry in row["copies"]:
+        lines.append(
+            f"  {entry['length']:>6} copies from {entry['distance']} tokens before: KL {entry['kl']:.4f}, perplexity "
+            f"{entry['perplexity']:.3f} ({entry['perplexity_16bit']:.3f})"
+        )
     if row["needle"] is not None:
         needle = row["needle"]
         lines.append(
@@ -192,6 +213,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="*", type=int, default=[4096, 8192], help="tokens of windows")
     parser.add_argument("--windows", type=int, default=1, help="of every length (default %(default)s)")
     parser.add_argument("--prompts", nargs="*", type=int, help="tokens of prompts with numbers (default: as windows)")
+    parser.add_argument("--copies", nargs="*", type=int, default=[], help="tokens of windows with copies")
     parser.add_argument("--depths", nargs="*", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0], help="of numbers")
     parser.add_argument("--trials", type=int, default=1, help="prompts per length and depth")
     parser.add_argument("--caches", nargs="+", choices=CACHES, metavar="NAME", help="default: all")

@@ -57,6 +57,7 @@ def context_tables(results: Iterable[dict[str, Any]]) -> Iterable[str]:
             for row in sorted(rows, key=lambda row: -row["bytes_per_token"]):
                 yield _context_row(row, length)
             yield ""
+        yield from _copy_tables(result)
 
 
 def lengths_of(result: dict[str, Any]) -> list[int]:
@@ -70,11 +71,34 @@ def _context_row(row: dict[str, Any], length: int) -> str:
     kl = sum(size * bucket["kl"] for size, bucket in zip(sizes, table, strict=True)) / sum(sizes)
     increase = _perplexity(table, sizes, "perplexity") - _perplexity(table, sizes, "perplexity_16bit")
     cells = [f"{bucket['kl']:.4f}" for bucket in table]
-    name = f"**{row['name']}**" if row["name"].startswith("xquant") else row["name"]
     return (
-        f"| {name} | {row['bytes_per_token']:,.0f} | {' | '.join(cells)} | {kl:.4f} | {increase:+.2f} | "
+        f"| {_bold(row['name'])} | {row['bytes_per_token']:,.0f} | {' | '.join(cells)} | {kl:.4f} | {increase:+.2f} | "
         f"{_found(row['needle'], length)} |"
     )
+
+
+def _copy_tables(result: dict[str, Any]) -> Iterable[str]:
+    rows = sorted((row for row in result["rows"] if row.get("copies")), key=lambda row: -row["bytes_per_token"])
+    for length in sorted({entry["length"] for row in rows for entry in row["copies"]}):
+        of_rows = {row["name"]: [entry for entry in row["copies"] if entry["length"] == length] for row in rows}
+        of_rows = {name: entries for name, entries in of_rows.items() if entries}
+        first = next(iter(of_rows.values()))
+        yield (
+            f"**{result['model']}**, passages that {length:,} tokens say twice: KL divergence (perplexity) of "
+            f"{first[0]['tokens']} tokens that stood so many tokens before"
+        )
+        yield ""
+        yield f"| cache | {' | '.join(f'{entry["distance"]:,}' for entry in first)} |"
+        yield "|---|" + "---|" * len(first)
+        yield f"| 16 bit | {' | '.join(f'({entry["perplexity_16bit"]:.2f})' for entry in first)} |"
+        for name, entries in of_rows.items():
+            cells = [f"{entry['kl']:.4f} ({entry['perplexity']:.2f})" for entry in entries]
+            yield f"| {_bold(name)} | {' | '.join(cells)} |"
+        yield ""
+
+
+def _bold(name: str) -> str:
+    return f"**{name}**" if name.startswith("xquant") else name
 
 
 def _perplexity(table: list[dict[str, Any]], sizes: list[int], name: str) -> float:
