@@ -88,9 +88,11 @@ def _copy_tables(result: dict[str, Any]) -> Iterable[str]:
             f"{first[0]['tokens']} tokens that stood so many tokens before"
         )
         yield ""
-        yield f"| cache | {' | '.join(f'{entry["distance"]:,}' for entry in first)} |"
+        distances = [f"{entry['distance']:,}" for entry in first]
+        plain = [f"({entry['perplexity_16bit']:.2f})" for entry in first]
+        yield f"| cache | {' | '.join(distances)} |"
         yield "|---|" + "---|" * len(first)
-        yield f"| 16 bit | {' | '.join(f'({entry["perplexity_16bit"]:.2f})' for entry in first)} |"
+        yield f"| 16 bit | {' | '.join(plain)} |"
         for name, entries in of_rows.items():
             cells = [f"{entry['kl']:.4f} ({entry['perplexity']:.2f})" for entry in entries]
             yield f"| {_bold(name)} | {' | '.join(cells)} |"
