@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.accuracy.copies import copy_window, score_copies  # noqa: E402
+from benchmarks.accuracy.copies import copy_window, repeated, score_copies  # noqa: E402
 from benchmarks.files import read_json, write_json  # noqa: E402
 from xquant_vllm.cli.eval_output import text_of  # noqa: E402
 from xquant_vllm.evaluation.methods.method_options import MethodOptions  # noqa: E402
@@ -36,7 +36,7 @@ from xquant_vllm.evaluation.model.logits import Rows  # noqa: E402
 from xquant_vllm.evaluation.tasks.needle import evaluate_needles  # noqa: E402
 from xquant_vllm.evaluation.tasks.needle_prompts import needle_prompts  # noqa: E402
 from xquant_vllm.evaluation.tasks.needle_result import needle_result  # noqa: E402
-from xquant_vllm.evaluation.tasks.positions import position_table, score_positions  # noqa: E402
+from xquant_vllm.evaluation.tasks.positions import bucket_ends, position_table, score_positions  # noqa: E402
 from xquant_vllm.evaluation.tasks.windows import cut_windows  # noqa: E402
 from xquant_vllm.offline.checkpoint import open_checkpoint  # noqa: E402
 from xquant_vllm.offline.tokenizer import load_tokenizer  # noqa: E402
@@ -104,6 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
     windows = {
         length: cut_windows(tokenizer, text, name, length, options.windows, length) for length in options.lengths
     }
+    of_text = {str(length): repeated(some, bucket_ends(length, _BUCKETS)) for length, some in windows.items()}
+    result["repeated"] = result.get("repeated", {}) | of_text
     prompts = list(needle_prompts(tokenizer, text, name, options.prompts, options.depths, options.trials))
     copies = {
         length: [
@@ -140,6 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
         result["rows"] = list(rows.values())
         write_json(out, result)
         print(_text(rows[row]), flush=True)
+    write_json(out, result)
 
 
 def with_yarn(model: Path, factor: float, folder: Path = STRETCHED) -> Path:

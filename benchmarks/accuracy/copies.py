@@ -4,8 +4,10 @@ The first tokens of a window are four passages. Each is said once more, in the p
 eighth, a quarter, a half, or seven eighths of the window after the first time.
 """
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,8 +19,30 @@ from xquant_vllm.evaluation.tasks.scores import WindowScore, score_window, total
 _EIGHTHS = (1, 2, 4, 7)
 # A passage is so small a part of a window.
 _PART = 32
-# Of a passage that is said again, those tokens are not looked at by which a model has yet to notice it.
+# By so many tokens a model notices that a passage is said again. They are not looked at.
 _NOTICE = 16
+
+
+def repeated(windows: Iterable[torch.Tensor], ends: Sequence[int]) -> list[float]:
+    """How much of ordinary windows is said twice: of every part the share of tokens in runs that stood there before.
+
+    Args:
+        windows: ``[num_tokens]`` each.
+        ends: of parts, in predicted tokens from the start of the window.
+    """
+    seen_before = []
+    for window in windows:
+        tokens, runs, again = window.tolist(), set(), [False] * len(window)
+        for start in range(len(tokens) - _NOTICE + 1):
+            run = tuple(tokens[start : start + _NOTICE])
+            if run in runs:
+                again[start : start + _NOTICE] = [True] * _NOTICE
+            runs.add(run)
+        seen_before.append(again)
+    return [
+        statistics.fmean(again[token] for again in seen_before for token in range(start + 1, end + 1))
+        for start, end in pairwise((0, *ends))
+    ]
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,9 @@ def context_tables(results: Iterable[dict[str, Any]]) -> Iterable[str]:
             yield "|---|---|" + "---|" * (len(ranges) + 3)
             for row in sorted(rows, key=lambda row: -row["bytes_per_token"]):
                 yield _context_row(row, length)
+            if str(length) in result.get("repeated", {}):
+                shares = [f"{share:.0%}" for share in result["repeated"][str(length)]]
+                yield f"| *said before* |  | {' | '.join(shares)} |  |  |  |"
             yield ""
         yield from _copy_tables(result)
 

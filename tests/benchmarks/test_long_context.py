@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from benchmarks.accuracy.copies import copy_window, score_copies
+from benchmarks.accuracy.copies import copy_window, repeated, score_copies
 from benchmarks.long_context import with_more, with_yarn
 from tests.tiny_models import save_tiny_model
 
@@ -68,6 +68,12 @@ def test_what_is_scored_of_copies_is_what_the_second_time_says() -> None:
     assert scores[896]["kl"] == pytest.approx(50, rel=1e-3)
     assert scores[896]["tokens"] == 2 * (32 - 16)
     assert scores[896]["top1_agreement"] == 0
+
+
+def test_what_a_text_says_twice_is_told_by_position() -> None:
+    tokens = torch.arange(101)
+    tokens[51:81] = tokens[1:31]
+    assert repeated([tokens, torch.arange(101)], (50, 100)) == [0.0, 0.5 * 30 / 50]
 
 
 def test_yarn_is_all_that_changes(tmp_path) -> None:
