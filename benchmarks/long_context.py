@@ -106,7 +106,9 @@ def main(arguments: list[str] | None = None) -> None:
     }
     of_text = {str(length): repeated(some, bucket_ends(length, _BUCKETS)) for length, some in windows.items()}
     result["repeated"] = result.get("repeated", {}) | of_text
-    prompts = list(needle_prompts(tokenizer, text, name, options.prompts, options.depths, options.trials))
+    prompts = []
+    if options.prompts:
+        prompts = list(needle_prompts(tokenizer, text, name, options.prompts, options.depths, options.trials))
     copies = {
         length: [
             copy_window(tokens, turn)
