@@ -22,7 +22,7 @@ FAMILIES = {
 
 
 def plot(results: list[dict], path: Path) -> None:
-    """Draw a column for every model on which all caches were measured.
+    """Draw a row for every model on which the caches of the paper were measured, too.
 
     Args:
         results: of every model, as benchmarks/results/accuracy has them.
@@ -35,16 +35,16 @@ def plot(results: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     measures = (("increase", "increase in perplexity"), ("kl", "KL divergence (nats)"))
-    figure, axes = pyplot.subplots(2, len(results), figsize=(5.5 * len(results), 8.5), squeeze=False)
-    for column, result in enumerate(results):
-        for row, (measure, label) in enumerate(measures):
-            _draw(axes[row][column], result, measure)
-            axes[row][column].set_ylabel(label)
-        axes[0][column].set_title(result["model"])
-        axes[1][column].set_xlabel("tokens in the same memory, times 16 bit")
+    figure, axes = pyplot.subplots(len(results), 2, figsize=(11, 3.7 * len(results) + 1), squeeze=False)
+    for row, result in zip(axes, results, strict=True):
+        for panel, (measure, label) in zip(row, measures, strict=True):
+            _draw(panel, result, measure)
+            panel.set_title(f"{result['model']}: {label}", fontsize=10)
+    for panel in axes[-1]:
+        panel.set_xlabel("tokens in the same memory, times 16 bit")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=6, frameon=False)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 1 / (3.7 * len(results) + 1), 1, 1))
     figure.savefig(path, dpi=110)
 
 

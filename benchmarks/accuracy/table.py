@@ -1,5 +1,6 @@
 """The tables of docs/accuracy.md, between their marks."""
 
+import statistics
 from pathlib import Path
 
 BEGIN, END = "<!-- table: made by benchmarks/compare_accuracy.py --write -->", "<!-- end of table -->"
@@ -36,8 +37,13 @@ def page(text: str, results: list[dict]) -> str:
 
 def summary(results: list[dict]) -> str:
     """Mean increase over the models with grouped queries, whose rows have about the same bytes, as Markdown."""
-    models = [_by_name(result) for result in results if everything(result)]
-    models = [rows for rows in models if "xquant, per head, 4" in rows]
+    wanted = {
+        start: [f"{start}{'' if start in _WITHOUT_COMMA else ','} {bits}" for bits in (4, 3, 2)] for start in SUMMARY
+    }
+    # Multi-head attention has no rows per head, and of some models there is a choice of rows.
+    models = [
+        rows for rows in map(_by_name, results) if all(name in rows for names in wanted.values() for name in names)
+    ]
     lines = [
         f"Mean increase in perplexity over the {len(models)} models with grouped queries:",
         "",
@@ -45,12 +51,8 @@ def summary(results: list[dict]) -> str:
         "|---|---|---|---|",
     ]
     for start, label in SUMMARY.items():
-        comma = "" if start in _WITHOUT_COMMA else ","
-        cells = []
-        for bits in (4, 3, 2):
-            increases = [rows[f"{start}{comma} {bits}"]["increase"] for rows in models]
-            cells.append(_number(sum(increases) / len(increases)))
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        increases = [statistics.mean(rows[name]["increase"] for rows in models) for name in wanted[start]]
+        lines.append(f"| {label} | {' | '.join(map(_number, increases))} |")
     return "\n".join([*lines, ""])
 
 

@@ -130,6 +130,14 @@ def test_logits_that_are_computed_when_they_are_asked_for_are_the_same(models, f
         assert not rows[positions].requires_grad
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_that_no_query_of_a_block_sees_are_left_out(models, family, monkeypatch):
+    model, logits, _ = models(family)
+    monkeypatch.setattr("xquant_vllm.evaluation.model.hooked_model._QUERIES", 36)
+    for method in (CacheMethod(), Versions()):
+        assert torch.allclose(model.logits(TOKENS, method), logits, atol=1e-3, rtol=1e-3), type(method)
+
+
 def test_a_sequence_begins_after_it_was_announced(models):
     model, _, _ = models("qwen2")
     started = []

@@ -22,6 +22,8 @@ _ATTENTION = "xquant_evaluation"
 _READER = "xquant_reader"
 # Logits of a window that are all in memory: 1 GB in FP32.
 _AT_ONCE = 1 << 28
+# Queries that are attended together. Of a long window most of them see a part of the keys: those before, or near.
+_QUERIES = 1024
 
 
 class HookedModel:
@@ -140,7 +142,14 @@ def _attend(
         )
         mask = torch.cat([mask if v.seen is None else mask & v.seen for v in versions], -1)
     if options.get("softcap") is None and options.get("s_aux") is None:
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
+        if options.get("position_bias") is not None or query.shape[2] <= _QUERIES:
+            return sdpa_attention_forward(module, query, key, value, mask, **options)
+        blocks = []
+        for some, seen_by in zip(query.split(_QUERIES, 2), mask.split(_QUERIES, 2), strict=True):
+            seen = seen_by.flatten(0, -2).any(0)
+            keys, values = key[:, :, seen], value[:, :, seen]
+            blocks.append(sdpa_attention_forward(module, some, keys, values, seen_by[..., seen], **options)[0])
+        return torch.cat(blocks, 1), None
     # Caps and sinks are what PyTorch's attention does not do, and the model's own file does.
     eager = sys.modules[type(module).__module__].eager_attention_forward
     added = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
