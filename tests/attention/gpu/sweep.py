@@ -31,8 +31,8 @@ SPILLS = {
 }
 # Of ``attend_heads`` where codes are read as several fields, of which there are more than channels.
 SPILLS_OF_FIELDS, OF_FIELDS = 512, ("allocated", "3 bits")
-# On GPUs before Hopper products read their operands from registers, and rotations of layer inputs have 64 rows of them.
-SPILLS_BEFORE_HOPPER = {"rotate": 448, "store_rotated": 448}
+# On GPUs before Hopper products read their operands from registers, of which 64 rows or two products take most.
+SPILLS_BEFORE_HOPPER = {"attend": 384, "rematerialize_pages": 448, "rotate": 448, "store_rotated": 448}
 # In FP32 products are no tensor cores': it has to be right, not fast.
 SPILLS_OF_FLOAT32 = 5632
 
