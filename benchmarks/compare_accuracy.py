@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.accuracy import losses  # noqa: E402
+from benchmarks.accuracy.held import HeldRows  # noqa: E402
 from benchmarks.accuracy.plot import plot  # noqa: E402
 from benchmarks.accuracy.table import write_table  # noqa: E402
 from xquant_vllm.cli.main import main as xquant  # noqa: E402
@@ -128,13 +129,10 @@ def compare(model: str, options: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def sixteen_bits_once() -> Iterator[None]:
     """All rows have the same windows: the logits with the 16-bit cache are computed for the first row, and held."""
-    compute, held = OfflineEngine.reference, {}
+    compute, held = OfflineEngine.reference, HeldRows()
 
     def reference(engine: OfflineEngine, tokens: torch.Tensor, last: int | None = None) -> Rows:
-        key = (tokens.numpy().tobytes(), last)
-        if key not in held:
-            held[key] = compute(engine, tokens, last)
-        return held[key]
+        return held.of(tokens, last, lambda: compute(engine, tokens, last))
 
     OfflineEngine.reference = reference
     try:

@@ -26,6 +26,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.accuracy.copies import copy_window, repeated, score_copies  # noqa: E402
+from benchmarks.accuracy.held import HeldRows  # noqa: E402
 from benchmarks.files import read_json, write_json  # noqa: E402
 from xquant_vllm.cli.eval_output import text_of  # noqa: E402
 from xquant_vllm.evaluation.methods.method_options import MethodOptions  # noqa: E402
@@ -59,20 +60,6 @@ CACHES: dict[str, tuple[str, dict[str, Any]]] = {
     "KIVI 2, residual 128": ("kivi", {"bits": (2,), "residual": 128}),
     "TurboQuant 4": ("turboquant", {"bits": (4,)}),
 }
-
-
-class _Once:
-    """The 16-bit model, which runs once for every window."""
-
-    def __init__(self, model: HookedModel) -> None:
-        self._model = model
-        self._held: dict[tuple[bytes, int | None], Rows] = {}
-
-    def __call__(self, tokens: torch.Tensor, last: int | None = None) -> Rows:
-        key = (tokens.numpy().tobytes(), last)
-        if key not in self._held:
-            self._held[key] = _logits(self._model, CacheMethod())(tokens, last)
-        return self._held[key]
 
 
 def _logits(model: HookedModel, method: CacheMethod) -> Callable[..., Rows]:
@@ -116,7 +103,11 @@ def main(arguments: list[str] | None = None) -> None:
         ]
         for length in options.copies
     }
-    exact = _Once(model)
+    run, held = _logits(model, CacheMethod()), HeldRows()
+
+    def exact(tokens: torch.Tensor, last: int | None = None) -> Rows:
+        return held.of(tokens, last, lambda: run(tokens, last))
+
     rows = {row["name"]: row for row in result["rows"]}
     for row in options.caches or CACHES:
         known = rows.get(row, {"name": row, "positions": {}, "needle": None, "copies": []})

@@ -79,7 +79,7 @@ def main() -> None:
     print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head), flush=True)
     text, facts = line(rows.served())
     print(text, flush=True)
-    for name, row in rows.other_bits().items():
+    for name, row in rows.other_heads().items():
         text, of_row = line(row)
         print(text, flush=True)
         facts |= {f"{name}_{what}": of_row[f"decode_{what}"] for what in ("warp_instructions", "spills")}

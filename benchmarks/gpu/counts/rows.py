@@ -130,16 +130,11 @@ def served() -> Row:
     return _row("per head, 4 bits: the served default", make_plan(served_spec()))
 
 
-def calibrated(bits: int) -> Row:
-    """Decoding from latents whose channels have bits of their own, so many on average."""
-    return _row(f"per head, calibrated {bits} bits", _layer(f"allocated {bits}"))
-
-
-def other_bits() -> dict[str, Row]:
-    """Decoding from latents per head of other bits, by the names that they have in JSON."""
+def other_heads() -> dict[str, Row]:
+    """Decoding from other latents per head, by the names that they have in JSON: bits, norms, drafted tokens."""
     return {
         **{f"uniform_{n}": _row(f"per head, {n} bits", make_plan(served_spec(bits=n))) for n in (2, 3, 8)},
-        **{f"calibrated_{bits}": calibrated(bits) for bits in (2, 3, 4)},
+        **{f"calibrated_{n}": _row(f"per head, calibrated {n} bits", _layer(f"allocated {n}")) for n in (2, 3, 4)},
         "norm": _row("per head, 4 bits, keys with a norm", make_plan(replace(served_spec(), norm=True))),
         "drafts": _row("per head, 4 bits, four query tokens", make_plan(served_spec()), (4,) * 4, drafts=3),
     }

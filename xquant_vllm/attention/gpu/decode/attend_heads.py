@@ -375,6 +375,8 @@ def attend_heads(
         if RUNS:
             ks, of_value = tl.exp2(_octaves(key_octaves)), _octaves(value_octaves)
             inverse = tl.exp2(-of_value)
+            key_at = in_page + key_codes_at + in_block * key_bytes
+            units = _load_fields(heads.pages, key_at, key_bytes, 0, KEY_UNITS, not KEY_SECOND, PTX)
         else:
             ks, kz, ko = key_scale.to(tl.float32), key_zero.to(tl.float32), outlier.to(tl.float32)
             kz += MIDDLE * ks
@@ -383,10 +385,6 @@ def attend_heads(
             per_scale = reciprocal(ks * _PARAMETER_SCALE, PTX)
             keys = tl.dot(_parameters(kz * per_scale, ko * per_scale), parameters_up, keys)
             vs, vz = tl.maximum(value_scale.to(tl.float32), _SMALLEST_SCALE), value_zero.to(tl.float32)
-        if RUNS:
-            key_at = in_page + key_codes_at + in_block * key_bytes
-            units = _load_fields(heads.pages, key_at, key_bytes, 0, KEY_UNITS, not KEY_SECOND, PTX)
-        else:
             key_row = heads.pages + in_page + KEY_CODES + (head * BLOCK_SIZE + in_block) * KEY_ROW_BYTES
             units = _load_units(key_row, KEY_UNITS, KEY_ROW_BYTES)
         if MIDDLE:
@@ -412,12 +410,12 @@ def attend_heads(
                 ones = _load_units(key_row + KEY_WINDOW, KEY_ONES, KEY_ROW_BYTES - KEY_WINDOW)
             keys = _rematerialized(ones & _UPPER_BITS, ones_up, keys, KEY_ONES, 2, PTX)
         of_key = ks * of_codes
-        half_keys = keys.to(tl.float16)
+        rounded_keys = keys.to(tl.float16)
         if NORM:
             square = tl.sum(keys * keys, 1) * (of_key * of_key)
             of_key *= tl.rsqrt(square / heads.head_size + heads.eps) * of_more
-            half_keys *= norm_weight
-        low, high = tl.split(tl.permute(tl.reshape(half_keys, [_TILE, 2, HALF]), (0, 2, 1)))
+            rounded_keys *= norm_weight
+        low, high = tl.split(tl.permute(tl.reshape(rounded_keys, [_TILE, 2, HALF]), (0, 2, 1)))
         low_key, high_key = turned(low, high, cos, sin, PTX)
 
         # Queries, turned back to the tile's first position.

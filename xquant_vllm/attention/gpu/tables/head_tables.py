@@ -244,23 +244,34 @@ def head_tables(plan: AttentionLayerPlan, columns: torch.Tensor) -> HeadTables:
         norm = arranged(projection.key_norm.weights(projection.num_kv_heads).to(device), columns)
         of_more = _rounded_up(norm)[:, None]
         norm = norm / of_more
-    turns = rope.offset.permute(2, 0, 1).to(device).contiguous()
-    if isinstance(plan.layout.streams[plan.key_terms[0].stream], AllocatedFormat):
-        of_codes, counted = key_fields(_allocated(plan, plan.key_terms), up, _LARGEST)
-        return HeadTables(
-            key=key,
-            value=value,
-            middle=0,
-            up=of_codes,
-            bias=turned.half().contiguous(),
-            norm=norm.half().contiguous(),
-            factors=torch.cat((_SUBNORMAL * counted[:, None], of_more), 1).contiguous(),
-            turns=turns,
-            rope=rope,
-            ahead=tiles_ahead(plan),
-            key_runs=_run_table(plan, plan.key_terms),
-            value_runs=_run_table(plan, plan.value_terms),
-        )
+    runs = isinstance(plan.layout.streams[plan.key_terms[0].stream], AllocatedFormat)
+    of_codes, counted = key_fields(_allocated(plan, plan.key_terms), up, _LARGEST) if runs else _uniform_rows(up, key)
+    return HeadTables(
+        key=key,
+        value=value,
+        middle=0 if runs else _middle(key),
+        up=of_codes,
+        bias=turned.half().contiguous(),
+        norm=norm.half().contiguous(),
+        factors=torch.cat((_SUBNORMAL * counted[:, None], of_more), 1).contiguous(),
+        turns=rope.offset.permute(2, 0, 1).to(device).contiguous(),
+        rope=rope,
+        ahead=tiles_ahead(plan),
+        key_runs=_run_table(plan, plan.key_terms) if runs else None,
+        value_runs=_run_table(plan, plan.value_terms) if runs else None,
+    )
+
+
+def _uniform_rows(up: torch.Tensor, key: HeadStream) -> tuple[torch.Tensor, torch.Tensor]:
+    """What codes of one width and their parameters are multiplied by.
+
+    Args:
+        up: ``[num_kv_heads, width, columns]`` FP32: the up-projection.
+        key: the stream.
+
+    Returns:
+        FP16 ``[num_kv_heads, key.rows + PARAMETER_ROWS, columns]``, and what it counts, FP32 ``[num_kv_heads]``.
+    """
     outliers, stored = up[:, : key.num_outliers], up[:, key.num_outliers :]
     # What is added to rows of codes is the sum of the rounded rows: codes and zero points that cancel do so exactly.
     met = torch.cat((up, stored.sum(1, keepdim=True)), 1)
@@ -273,18 +284,7 @@ def head_tables(plan: AttentionLayerPlan, columns: torch.Tensor) -> HeadTables:
     lead = -total.expand(-1, key.num_outliers, -1)
     of_codes = fields_of_three_bits(lead, rounded) if key.ones else _pieces(torch.cat((lead, rounded), 1), key)
     more = _PARAMETER_UNIT * parameter_rows(total, outliers * unit)
-    return HeadTables(
-        key=key,
-        value=value,
-        middle=_middle(key),
-        up=torch.cat((of_codes, more), 1).half().contiguous(),
-        bias=turned.half().contiguous(),
-        norm=norm.half().contiguous(),
-        factors=torch.cat((_SUBNORMAL / unit[:, :, 0], of_more), 1).contiguous(),
-        turns=turns,
-        rope=rope,
-        ahead=tiles_ahead(plan),
-    )
+    return torch.cat((of_codes, more), 1).half().contiguous(), 1 / unit[:, 0, 0]
 
 
 def parameter_rows(total: torch.Tensor, outliers: torch.Tensor) -> torch.Tensor:
